@@ -1,0 +1,3 @@
+"""Fused-MoE kernel configurations that are right, fast and picked up by themselves, for SGLang and vLLM."""
+
+__version__ = "0.1.0"

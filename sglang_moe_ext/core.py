@@ -1,0 +1,259 @@
+"""The nouns that every part of the project speaks in, and the errors that users see; imports nothing of ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Scheme = Literal["fp8_w8a8", "int8_w8a8", "int8_w8a16", "int4_w4a16"]
+ActivationDtype = Literal["bfloat16", "float16"]
+Projection = Literal["up", "down"]
+Origin = Literal["measured", "predicted"]
+"""How a table came to be: timed on the GPU it is for, or ranked by a model of it. Predicted never replaces measured."""
+
+PROJECTIONS: tuple[Projection, ...] = ("up", "down")
+
+
+class MoEExtError(Exception):
+    """An error that a user can act on: one line with the culprit, what was expected, and the next step."""
+
+
+class ModelError(MoEExtError):
+    """The model is unknown, unreadable, dense, or cannot be split as asked."""
+
+
+class GpuError(MoEExtError):
+    """The GPU is unknown, or not on this machine."""
+
+
+class TableError(MoEExtError):
+    """A table of configurations is not one: broken JSON, a bad key, an impossible value."""
+
+
+class StoreError(MoEExtError):
+    """A table could not be written or read where it belongs."""
+
+
+class EngineError(MoEExtError):
+    """The engine is missing, unsupported, or did not do what it was asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantisation:
+    """How the expert weights are stored. No scheme: they are not quantised.
+
+    `block_shape` is (N, K) of the weights that share one scale; (0, group) for groups along K alone.
+    """
+
+    scheme: Scheme | None = None
+    block_shape: tuple[int, int] | None = None
+    per_channel: bool = False
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits of one weight."""
+        match self.scheme:
+            case None:
+                return 16
+            case "int4_w4a16":
+                return 4
+            case _:
+                return 8
+
+    @property
+    def activation_bits(self) -> int:
+        """Bits of one activation as the GEMM reads it."""
+        return 8 if self.scheme in ("fp8_w8a8", "int8_w8a8") else 16
+
+    @property
+    def is_block_wise(self) -> bool:
+        """True where one scale covers a two-dimensional block of weights."""
+        return self.block_shape is not None and all(self.block_shape)
+
+    def __str__(self) -> str:
+        if self.scheme is None:
+            return "not quantised"
+        if self.block_shape is not None:
+            return f"{self.scheme} {'block' if self.is_block_wise else 'group'} {list(self.block_shape)}"
+        return f"{self.scheme} per {'channel' if self.per_channel else 'tensor'}"
+
+
+@dataclass(frozen=True, slots=True)
+class MoEModel:
+    """The experts of a checkpoint, as its config.json states them: before an engine fuses, shards or pads."""
+
+    name: str
+    architecture: str
+    routed_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    shared_experts: int = 0
+    gated: bool = True
+    quantisation: Quantisation = field(default_factory=Quantisation)
+    dtype: ActivationDtype = "bfloat16"
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Parallelism:
+    """How a server splits the experts; tp is the whole tensor-parallel world, of which ep ranks split by expert."""
+
+    tp: int = 1
+    ep: int = 1
+
+    @property
+    def moe_tp(self) -> int:
+        """Ranks that share one expert's intermediate size."""
+        return self.tp // self.ep
+
+
+@dataclass(frozen=True, slots=True)
+class MoEShape:
+    """One MoE layer as one rank launches it.
+
+    w1 is [experts, 2 * intermediate_size, hidden_size] ([experts, intermediate_size, hidden_size] when not gated),
+    w2 is [experts, hidden_size, intermediate_size]; `experts` and `top_k` include the `fused_shared` experts, which lie
+    last and which every token takes.
+    """
+
+    experts: int
+    intermediate_size: int
+    hidden_size: int
+    top_k: int
+    quantisation: Quantisation = field(default_factory=Quantisation)
+    dtype: ActivationDtype = "bfloat16"
+    gated: bool = True
+    ep: int = 1
+    fused_shared: int = 0
+
+    def gemm(self, projection: Projection) -> tuple[int, int]:
+        """(N, K) of one expert's GEMM: output columns and reduction length."""
+        if projection == "up":
+            return self.intermediate_size * (2 if self.gated else 1), self.hidden_size
+        return self.hidden_size, self.intermediate_size
+
+    def __str__(self) -> str:
+        quantised = "" if self.quantisation.scheme is None else f" {self.quantisation}"
+        return (
+            f"E={self.experts} N={self.intermediate_size} K={self.hidden_size} topk={self.top_k} {self.dtype}{quantised}"
+        )
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class CompileKey:
+    """What of a configuration decides what its binary needs: GROUP_SIZE_M changes neither registers nor memory."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    use_tma: bool = False
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class TileConfig:
+    """One configuration of the fused-MoE kernel; field by field the engine's BLOCK_SIZE_M ... num_stages, USE_TMA."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+    use_tma: bool = False
+
+    @property
+    def compile_key(self) -> CompileKey:
+        return CompileKey(
+            self.block_m, self.block_n, self.block_k, self.num_warps, self.num_stages, self.use_tma
+        )
+
+    def __str__(self) -> str:
+        tma = " TMA" if self.use_tma else ""
+        return (
+            f"{self.block_m}x{self.block_n}x{self.block_k} G{self.group_m} w{self.num_warps} s{self.num_stages}{tma}"
+        )
+
+
+Table = dict[int, TileConfig]
+"""The engine's table: number of tokens M -> configuration. The engine takes the entry whose M is nearest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What a kernel can rely on. Bandwidth in GB/s, dense rates in TFLOP/s; `device_name` as torch.cuda reports it."""
+
+    device_name: str
+    sm: int
+    multiprocessors: int
+    smem_per_block: int
+    smem_per_multiprocessor: int
+    bandwidth_gbs: float
+    bf16_tflops: float
+    fp8_tflops: float | None
+    l2_mib: float
+    source: str
+
+    def tflops(self, activation_bits: int) -> float:
+        """Dense rate of the matrix units for operands of that width."""
+        return self.fp8_tflops if activation_bits == 8 and self.fp8_tflops is not None else self.bf16_tflops
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a compiled kernel needs: dynamic shared memory a block, registers a thread, spilled bytes a thread."""
+
+    smem_bytes: int
+    registers: int
+    spill_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """A measured time, with the spread of its samples (half the interquartile range)."""
+
+    median_us: float
+    spread_us: float
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a candidate is out: the class of the error and its message."""
+
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class TableKey:
+    """What an engine's file name says: which layer of which model on which GPU a table is for.
+
+    `intermediate_size` is the N of the name, which an engine may state packed; `block_shape` only where both sides are
+    set, as the names have it; `down` marks a table for the down projection alone.
+    """
+
+    experts: int
+    intermediate_size: int
+    device_name: str
+    scheme: Scheme | None = None
+    block_shape: tuple[int, int] | None = None
+    per_channel: bool = False
+    down: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CompileJob:
+    """One binary to make: this GEMM of this layer, launched for `tokens` tokens with this key, for this architecture.
+
+    GROUP_SIZE_M is a constant of the engine's kernel: binaries that differ in it alone need the same, but are two.
+    """
+
+    shape: MoEShape
+    projection: Projection
+    tokens: int
+    key: CompileKey
+    sm: int
+    group_m: int = 1

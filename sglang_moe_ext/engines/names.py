@@ -1,0 +1,42 @@
+"""Read the file names of both engines: they share one grammar and differ in how they write some of its parts."""
+
+from __future__ import annotations
+
+import re
+from typing import cast, get_args
+
+from sglang_moe_ext.core import Scheme, TableError, TableKey
+
+_NAME = re.compile(
+    r"E=(?P<experts>\d+),N=(?P<n>\d+),device_name=(?P<device>[^,/]+?)"
+    r"(?:,dtype=(?P<scheme>\w+?))?"
+    r"(?:,block_shape=\[(?P<block_n>\d+), ?(?P<block_k>\d+)\])?"
+    r"(?P<per_channel>,per_channel_quant=True)?"
+    r"(?P<down>_down)?\.json"
+)
+
+
+def parse(name: str) -> TableKey:
+    """The key that a file name of either engine stands for.
+
+    Raises:
+        TableError: no engine would ask for a file of this name.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise TableError(
+            f"file name {name!r} is no table's: expected E=<experts>,N=<intermediate>,device_name=<GPU>[,dtype=...].json"
+        )
+    scheme = match["scheme"]
+    if scheme is not None and scheme not in get_args(Scheme):
+        raise TableError(f"file name {name!r} has dtype={scheme}: expected one of {', '.join(get_args(Scheme))}")
+    block = (int(match["block_n"]), int(match["block_k"])) if match["block_n"] else None
+    return TableKey(
+        experts=int(match["experts"]),
+        intermediate_size=int(match["n"]),
+        device_name=match["device"],
+        scheme=cast("Scheme | None", scheme),
+        block_shape=block,
+        per_channel=match["per_channel"] is not None,
+        down=match["down"] is not None,
+    )

@@ -1,0 +1,122 @@
+"""Where SGLang lies on this machine, which version it is, and the folder its tables belong in; imports nothing of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from sglang_moe_ext.core import EngineError
+from sglang_moe_ext.engines.sglang.naming import version_folder
+
+_OLD_PACKAGE = "srt/layers/moe/fused_moe_triton"
+_NEW_PACKAGE = "srt/layers/moe/moe_runner/triton_utils"
+_KERNEL_MODULES = (
+    "kernels/ops/moe/fused_moe_triton_kernels",
+    f"{_NEW_PACKAGE}/fused_moe_triton_kernels",
+    f"{_OLD_PACKAGE}/fused_moe_triton_kernels",
+)
+_CONFIG_MODULES = (f"{_NEW_PACKAGE}/fused_moe_triton_config", f"{_OLD_PACKAGE}/fused_moe_triton_config")
+
+OLDEST = (0, 5, 5)
+"""The oldest release whose layout is known: it brought separate tables for the down projection."""
+
+
+@dataclass(frozen=True, slots=True)
+class Installation:
+    """One SGLang. `root` is the folder of its package; `triton` the Triton it will run with, if there is one."""
+
+    version_text: str
+    root: Path
+    triton: str | None
+
+    @property
+    def version(self) -> tuple[int, int, int]:
+        return parse_version(self.version_text)
+
+    @property
+    def config_module(self) -> str:
+        """The module of the table lookup: in the old package up to 0.5.10, in the new one after."""
+        return self._module(_CONFIG_MODULES)
+
+    @property
+    def kernel_module(self) -> str:
+        """The module of the Triton kernel: it left the package of the lookup with 0.5.16."""
+        return self._module(_KERNEL_MODULES)
+
+    @property
+    def align_module(self) -> str:
+        """The module that sorts tokens by expert into whole blocks; it never left the package of the lookup."""
+        return self.config_module.rpartition(".")[0] + ".moe_align_block_size"
+
+    @property
+    def kernel_file(self) -> Path:
+        return self._source(_KERNEL_MODULES)
+
+    @property
+    def configs_root(self) -> Path:
+        """The folder that holds one folder of tables for each Triton."""
+        return self._source(_CONFIG_MODULES).parent / "configs"
+
+    @property
+    def config_folder(self) -> Path:
+        """The folder of the tables for the Triton that runs here.
+
+        Raises:
+            EngineError: there is no Triton.
+        """
+        if self.triton is None:
+            raise EngineError("no Triton is installed beside SGLang: its tables lie in a folder named after Triton's version")
+        return self.configs_root / version_folder(self.triton)
+
+    def _source(self, candidates: tuple[str, ...]) -> Path:
+        for candidate in candidates:
+            path = self.root / f"{candidate}.py"
+            if path.exists():
+                return path
+        raise EngineError(
+            f"SGLang {self.version_text} at {self.root} has no {candidates[0].rsplit('/', 1)[1]}.py: "
+            "this release is not supported yet"
+        )
+
+    def _module(self, candidates: tuple[str, ...]) -> str:
+        relative = self._source(candidates).relative_to(self.root).with_suffix("")
+        return ".".join(("sglang", *relative.parts))
+
+
+def parse_version(text: str) -> tuple[int, int, int]:
+    """(0, 5, 10) of "0.5.10.post1"; zeros where the text has no number."""
+    numbers = [int(number) for number in re.findall(r"\d+", text)[:3]]
+    major, minor, patch = (*numbers, 0, 0, 0)[:3]
+    return major, minor, patch
+
+
+def find() -> Installation | None:
+    """The SGLang that `import sglang` would load here, or None.
+
+    Raises:
+        EngineError: it is older than anything we know.
+    """
+    spec = importlib.util.find_spec("sglang")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    try:
+        version_text = importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    root = Path(next(iter(spec.submodule_search_locations))).resolve()
+    if parse_version(version_text) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise EngineError(f"SGLang {version_text} at {root} is too old: expected {oldest} or newer")
+    return Installation(version_text, root, running_triton())
+
+
+def running_triton() -> str | None:
+    """The `triton.__version__` that the engine will see, read without importing Triton."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return None
+    match = re.search(r"^__version__ = ['\"]([^'\"]+)['\"]", Path(spec.origin).read_text(encoding="utf-8"), re.MULTILINE)
+    return match[1] if match else importlib.metadata.version("triton")

@@ -1,0 +1,110 @@
+"""Launch SGLang's own fused-MoE kernel: the arguments that its `invoke_fused_moe_kernel` takes for one GEMM of a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sglang_moe_ext.core import EngineError, MoEShape, Projection, TileConfig
+from sglang_moe_ext.engines.sglang import bootstrap, installation
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """The modules of the engine that a launch needs."""
+
+    version: str
+    kernels: Any
+    aligner: Any
+
+    def align(self, topk_ids: torch.Tensor, block_m: int, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(sorted_token_ids, expert_ids, num_tokens_post_padded), as the engine's own sort makes them."""
+        sorted_token_ids, expert_ids, num_tokens_post_padded = self.aligner.moe_align_block_size(topk_ids, block_m, experts)
+        return sorted_token_ids, expert_ids, num_tokens_post_padded
+
+
+def load() -> Engine:
+    """Import the installed engine's kernel and give it the server arguments that it asks for.
+
+    Raises:
+        EngineError: there is no engine, or it cannot be imported.
+    """
+    engine = installation.find()
+    if engine is None:
+        raise EngineError("SGLang is not installed in this environment")
+    kernels = bootstrap.import_engine(engine.kernel_module)
+    aligner = bootstrap.import_engine(engine.align_module)
+    bootstrap.publish_server_args()
+    return Engine(engine.version_text, kernels, aligner)
+
+
+@dataclass(frozen=True, slots=True)
+class GemmTensors:
+    """The tensors of one GEMM, all on one device.
+
+    Up: a [tokens, K], out [tokens * topk, columns]. Down: a [tokens * topk, N], out [tokens, topk, columns].
+    weights [experts, columns, reduction]; scales are None where the weights are not quantised.
+    """
+
+    a: torch.Tensor
+    weights: torch.Tensor
+    out: torch.Tensor
+    weight_scale: torch.Tensor | None
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    sorted_token_ids: torch.Tensor
+    expert_ids: torch.Tensor
+    num_tokens_post_padded: torch.Tensor
+
+
+def launch(engine: Engine, shape: MoEShape, projection: Projection, tensors: GemmTensors, config: TileConfig) -> None:
+    """Run one GEMM through the engine's launcher. Writes `tensors.out`.
+
+    With TMA the up GEMM takes B by descriptor; the down GEMM takes A too, which is then sorted by expert.
+    """
+    import triton.language as tl
+
+    scheme = shape.quantisation.scheme
+    block = shape.quantisation.block_shape
+    engine.kernels.invoke_fused_moe_kernel(
+        A=tensors.a,
+        B=tensors.weights,
+        bias=None,
+        C=tensors.out,
+        A_scale=None,
+        B_scale=tensors.weight_scale,
+        B_zp=None,
+        topk_weights=tensors.topk_weights,
+        topk_ids=tensors.topk_ids,
+        sorted_token_ids=tensors.sorted_token_ids,
+        expert_ids=tensors.expert_ids,
+        num_tokens_post_padded=tensors.num_tokens_post_padded,
+        mul_routed_weight=projection == "down",
+        top_k=shape.top_k if projection == "up" else 1,
+        config=config_for_engine(config),
+        compute_type=tl.bfloat16 if shape.dtype == "bfloat16" else tl.float16,
+        use_fp8_w8a8=scheme == "fp8_w8a8",
+        use_int8_w8a8=scheme == "int8_w8a8",
+        use_int8_w8a16=scheme == "int8_w8a16",
+        use_int4_w4a16=scheme == "int4_w4a16",
+        per_channel_quant=shape.quantisation.per_channel,
+        block_shape=None if block is None else list(block),
+        filter_expert=shape.ep > 1,
+        a_use_tma=config.use_tma and projection == "down",
+        b_use_tma=config.use_tma,
+    )
+
+
+def config_for_engine(config: TileConfig) -> dict[str, int]:
+    """The dict that the engine passes on to its kernel; TMA is an argument of the launcher, not of the kernel."""
+    return {
+        "BLOCK_SIZE_M": config.block_m,
+        "BLOCK_SIZE_N": config.block_n,
+        "BLOCK_SIZE_K": config.block_k,
+        "GROUP_SIZE_M": config.group_m,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }

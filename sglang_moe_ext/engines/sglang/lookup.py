@@ -1,0 +1,109 @@
+"""Ask the real SGLang, in a fresh process and through its own lookup, which entry of which table it takes for each M."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sglang_moe_ext.core import EngineError, Gpu, MoEShape, TileConfig
+
+TIMEOUT_S = 300.0
+# What Triton takes where a configuration names no warps or stages, as the engine's bf16 default does not.
+_TRITON_WARPS, _TRITON_STAGES = 4, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What one layer asks. `pretend` is the GPU that the engine shall believe in where this machine has none of the kind."""
+
+    shape: MoEShape
+    tokens: Sequence[int]
+    pretend: Gpu | None = None
+    deterministic: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the engine takes for each M, the files it opened for that, and what it said."""
+
+    engine_version: str
+    triton: str
+    device_name: str
+    up: dict[int, TileConfig]
+    down: dict[int, TileConfig | None]
+    files: tuple[Path, ...]
+    log: tuple[str, ...]
+
+
+def config_from_engine(entry: Mapping[str, Any]) -> TileConfig:
+    """The configuration that a dict of the engine means."""
+    return TileConfig(
+        block_m=entry["BLOCK_SIZE_M"],
+        block_n=entry["BLOCK_SIZE_N"],
+        block_k=entry["BLOCK_SIZE_K"],
+        group_m=entry["GROUP_SIZE_M"],
+        num_warps=entry.get("num_warps", _TRITON_WARPS),
+        num_stages=entry.get("num_stages", _TRITON_STAGES),
+        use_tma=bool(entry.get("USE_TMA", False)),
+    )
+
+
+def _request(question: Question) -> dict[str, Any]:
+    shape, pretend = question.shape, question.pretend
+    packed = 2 if shape.quantisation.scheme == "int4_w4a16" else 1
+    block = shape.quantisation.block_shape
+    return {
+        "experts": shape.experts,
+        "intermediate_size": shape.intermediate_size // packed,
+        "hidden_size": shape.hidden_size,
+        "up_rows": shape.gemm("up")[0],
+        "top_k": shape.top_k,
+        "scheme": shape.quantisation.scheme,
+        "block_shape": None if block is None else list(block),
+        "per_channel": shape.quantisation.per_channel,
+        "tokens": list(question.tokens),
+        "deterministic": question.deterministic,
+        "pretend_device": None if pretend is None else pretend.device_name,
+        "pretend_smem": None if pretend is None else pretend.smem_per_block,
+    }
+
+
+def ask(question: Question, environment: Mapping[str, str] | None = None) -> Answer:
+    """The engine's answer; `environment` is the child's (SGLANG_MOE_CONFIG_DIR, PYTHONPATH), by default our own.
+
+    Raises:
+        EngineError: the engine could not be asked, or its lookup raised.
+    """
+    try:
+        child = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "sglang_moe_ext.engines.sglang.lookup_child"],
+            input=json.dumps(_request(question)),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            env=None if environment is None else dict(environment),
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise EngineError(f"SGLang did not answer which table it takes within {TIMEOUT_S:.0f} s") from error
+    if child.returncode != 0:
+        reason = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
+        raise EngineError(f"SGLang's own table lookup failed: {reason[-1]}")
+    said = json.loads(child.stdout.strip().splitlines()[-1])
+    return Answer(
+        engine_version=said["engine_version"],
+        triton=said["triton"],
+        device_name=said["device_name"],
+        up={int(m): config_from_engine(taken["up"]) for m, taken in said["taken"].items()},
+        down={
+            int(m): None if taken["down"] is None else config_from_engine(taken["down"])
+            for m, taken in said["taken"].items()
+        },
+        files=tuple(Path(file) for file in said["files"]),
+        log=tuple(said["log"]),
+    )

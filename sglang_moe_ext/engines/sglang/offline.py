@@ -1,0 +1,139 @@
+"""Compile SGLang's own kernel for a GPU that need not be here, exactly as a launch on that GPU would specialise it.
+
+The engine's launcher runs on storage-free tensors with a driver that only says which GPU to compile for, so that
+signature, divisibility and constants are the engine's own, whatever its version. For child processes only.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sglang_moe_ext.core import CompileJob, Failure, MoEShape, Projection, Resources, TileConfig
+from sglang_moe_ext.engines.sglang.kernel import Engine, GemmTensors, launch, load
+from sglang_moe_ext.kernels.compiled import TargetOnlyDriver, resources_of
+
+if TYPE_CHECKING:
+    import torch
+
+
+@functools.cache
+def _engine() -> Engine:
+    engine = load()
+    engine.aligner.sgl_moe_align_block_size = lambda *_: None  # the sizes of its buffers are all that is asked for
+    return engine
+
+
+def warm_up() -> None:
+    """Import what a compilation needs; a process that forks calls this once."""
+    _engine()
+
+
+def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor without storage: its address is 0, aligned like a fresh CUDA tensor's."""
+    import torch
+
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _weight_scale(shape: MoEShape, columns: int, reduction: int) -> torch.Tensor | None:
+    import torch
+
+    quantisation = shape.quantisation
+    if quantisation.scheme is None:
+        return None
+    if quantisation.block_shape is None:
+        return _meta((shape.experts, columns, 1) if quantisation.per_channel else (shape.experts,), torch.float32)
+    block_n, block_k = quantisation.block_shape
+    if not block_n:
+        return _meta((shape.experts, columns, -(-reduction // block_k)), getattr(torch, shape.dtype))
+    return _meta((shape.experts, -(-columns // block_n), -(-reduction // block_k)), torch.float32)
+
+
+def _tensors(engine: Engine, shape: MoEShape, projection: Projection, tokens: int, block_m: int) -> GemmTensors:
+    import torch
+
+    columns, reduction = shape.gemm(projection)
+    slots = tokens * shape.top_k
+    activations = getattr(torch, shape.dtype)
+    weight_types = {None: activations, "fp8_w8a8": torch.float8_e4m3fn, "int4_w4a16": torch.uint8}
+    packed = 2 if shape.quantisation.scheme == "int4_w4a16" else 1
+    topk_ids = _meta((tokens, shape.top_k), torch.int32)
+    sorted_token_ids, expert_ids, num_tokens_post_padded = engine.align(topk_ids, block_m, shape.experts)
+    return GemmTensors(
+        a=_meta((tokens if projection == "up" else slots, reduction), activations),
+        weights=_meta(
+            (shape.experts, columns, reduction // packed), weight_types.get(shape.quantisation.scheme, torch.int8)
+        ),
+        out=_meta((tokens, shape.top_k, columns), activations),
+        weight_scale=_weight_scale(shape, columns, reduction),
+        topk_weights=_meta((tokens, shape.top_k), torch.float32),
+        topk_ids=topk_ids,
+        sorted_token_ids=sorted_token_ids,
+        expert_ids=expert_ids,
+        num_tokens_post_padded=num_tokens_post_padded,
+    )
+
+
+def _quantised(dtype_name: str, scale_columns: Callable[[torch.Tensor, int], int]) -> Callable[..., Any]:
+    """In place of a quantiser of activations: results of its types and shapes, without storage."""
+
+    def quantise(a: torch.Tensor, group: Any = None, *_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        columns = scale_columns(a, group if isinstance(group, int) else 0)
+        return _meta(tuple(a.shape), getattr(torch, dtype_name)), _meta((a.shape[0], columns), torch.float32)
+
+    return quantise
+
+
+def _groups(a: torch.Tensor, group: int) -> int:
+    return -(-int(a.shape[1]) // group)
+
+
+def _per_tensor_or_token(a: torch.Tensor, scale: object, use_per_token_if_dynamic: bool = False) -> Any:
+    import torch
+
+    rows = int(a.shape[0]) if use_per_token_if_dynamic else 1
+    scales = _meta((rows, 1) if use_per_token_if_dynamic else (1,), torch.float32)
+    return _meta(tuple(a.shape), torch.float8_e4m3fn), scales
+
+
+def _prepare(kernels: Any, sm: int) -> None:
+    """Set, in the engine's kernel module, what it would find on the GPU, and replace its CUDA-only quantisers."""
+    kernels.is_arch_support_pdl = lambda: sm >= 90
+    kernels.should_enable_swap_ab = lambda block_m, block_n: sm == 90 and block_m < 64 and block_n >= 64
+    kernels.scaled_fp8_quant = _per_tensor_or_token
+    kernels.per_token_quant_int8 = _quantised("int8", lambda a, _: 1)
+    for prefix in ("", "sglang_"):
+        setattr(kernels, f"{prefix}per_token_group_quant_fp8", _quantised("float8_e4m3fn", _groups))
+        setattr(kernels, f"{prefix}per_token_group_quant_int8", _quantised("int8", _groups))
+
+
+def compile_job(job: CompileJob) -> Resources | Failure:
+    """What the binary of this job needs, or why the compiler refuses it."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    engine = _engine()
+    _prepare(engine.kernels, job.sm)
+    triton.runtime.driver.set_active(TargetOnlyDriver(job.sm))
+    compiled: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        self.device_caches.clear()  # Triton keeps the target of the first compilation for each device
+        compiled.append(run(self, *arguments, grid=grid, warmup=True, **options))
+
+    key = job.key
+    config = TileConfig(key.block_m, key.block_n, key.block_k, job.group_m, key.num_warps, key.num_stages, key.use_tma)
+    tensors = _tensors(engine, job.shape, job.projection, job.tokens, key.block_m)
+    JITFunction.run = compile_only
+    try:
+        launch(engine, job.shape, job.projection, tensors, config)
+    except Exception as error:  # the compiler fails in many ways; each costs this candidate alone
+        return Failure(type(error).__name__, (str(error).strip().splitlines() or ["no message"])[-1][:300])
+    finally:
+        JITFunction.run = run
+    return resources_of(compiled[-1])

@@ -1,0 +1,1 @@
+"""Our Triton kernels, one file each, and reference.py, plain torch, which is their meaning."""

@@ -1,0 +1,159 @@
+"""Our plain fused-MoE GEMM, with the engine's tiles: to compile and to measure where no engine is installed.
+
+One binary serves every batch size, number of experts and GROUP_SIZE_M; `fused_moe_signature.py` says which.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sglang_moe_ext.core import CompileKey, MoEExtError, Quantisation, TileConfig
+from sglang_moe_ext.kernels.fused_moe_kernel import fused_moe_kernel
+from sglang_moe_ext.kernels.reference import Alignment
+from sglang_moe_ext.kernels.scales import Scales
+
+
+def fused_moe_gemm(
+    a: Tensor,
+    weights: Tensor,
+    out: Tensor,
+    alignment: Alignment,
+    config: TileConfig,
+    *,
+    top_k: int,
+    scales: Scales | None = None,
+    routed_weights: Tensor | None = None,
+) -> None:
+    """Write every pair's row of `out` ([pairs, N] or [tokens, slots, N]), that of expert -1 with zeros; nothing waits.
+
+    `alignment` is of blocks of config.block_m; `top_k` as in `reference.grouped_gemm`.
+    Raises: MoEExtError where tiles, scales and alignment do not go together.
+    """
+    arguments = kernel_arguments(
+        a,
+        weights,
+        out,
+        alignment,
+        config.compile_key,
+        _sm(a.device),
+        top_k=top_k,
+        scales=scales,
+        routed_weights=routed_weights,
+    )
+    grid = (arguments["blocks_m"] * -(-weights.shape[1] // config.block_n),)
+    fused_moe_kernel[grid](
+        **arguments, group_m=config.group_m, num_warps=config.num_warps, num_stages=config.num_stages
+    )
+
+
+def kernel_arguments(
+    a: Tensor,
+    weights: Tensor,
+    out: Tensor,
+    alignment: Alignment,
+    key: CompileKey,
+    sm: int,
+    *,
+    top_k: int,
+    scales: Scales | None,
+    routed_weights: Tensor | None,
+) -> dict[str, Any]:
+    """Every argument of the kernel but group_m, by name; no value of a tensor is read, so meta tensors do."""
+    _, columns, k = weights.shape
+    out = out.view(-1, columns)
+    quantisation = Quantisation() if scales is None else scales.quantisation
+    group_n, group_k = quantisation.block_shape or (0, 0)
+    scaling = _scaling(quantisation)
+    a_scale, b_scale = (None, None) if scales is None else (scales.activations, scales.weights)
+    _check(a, weights, alignment, key, group_k)
+    _check_scales(a_scale, b_scale, scaling)
+    return {
+        "a_ptr": a,
+        "b_ptr": weights,
+        "c_ptr": out,
+        "a_scale_ptr": a_scale,
+        "b_scale_ptr": b_scale,
+        "routed_weights_ptr": routed_weights,
+        "sorted_token_ids_ptr": alignment.sorted_token_ids,
+        "expert_ids_ptr": alignment.expert_ids,
+        "num_tokens_post_padded_ptr": alignment.num_tokens_post_padded,
+        "N": columns,
+        "K": k,
+        "blocks_m": alignment.expert_ids.numel(),
+        "num_pairs": out.shape[0],
+        "stride_am": a.stride(0),
+        "stride_be": weights.stride(0),
+        "stride_bn": weights.stride(1),
+        "stride_cm": out.stride(0),
+        **dict(zip(("stride_asm", "stride_ask"), _strides(a_scale, 2), strict=True)),
+        **dict(zip(("stride_bse", "stride_bsn", "stride_bsk"), _strides(b_scale, 3), strict=True)),
+        "BLOCK_SIZE_M": key.block_m,
+        "BLOCK_SIZE_N": key.block_n,
+        "BLOCK_SIZE_K": key.block_k,
+        "TOP_K": top_k,
+        "SCALING": scaling,
+        "GROUP_N": group_n,
+        "GROUP_K": group_k,
+        "EVEN_K": k % key.block_k == 0,
+        "SWAP_AB": swaps_operands(quantisation, key, sm),
+    }
+
+
+def swaps_operands(quantisation: Quantisation, key: CompileKey, sm: int) -> bool:
+    """Hopper's wgmma takes 64 rows at least: the engine gives it the weights as rows where the tokens are fewer."""
+    return quantisation.scheme == "fp8_w8a8" and sm == 90 and key.block_m < 64 <= key.block_n
+
+
+def _scaling(quantisation: Quantisation) -> str:
+    if quantisation.scheme is None:
+        return "none"
+    if quantisation.is_block_wise:
+        return "block"
+    return "channel" if quantisation.per_channel else "tensor"
+
+
+def _strides(scale: Tensor | None, dimensions: int) -> tuple[int, ...]:
+    return scale.stride() if scale is not None and scale.ndim == dimensions else (0,) * dimensions
+
+
+def _check(a: Tensor, weights: Tensor, alignment: Alignment, key: CompileKey, group_k: int) -> None:
+    if key.use_tma:
+        raise MoEExtError("fused_moe_kernel reads through pointers: leave USE_TMA out of the configuration")
+    if group_k and group_k % key.block_k:
+        raise MoEExtError(
+            f"BLOCK_SIZE_K={key.block_k} spans more than one scale of {group_k} along K: take a divisor of {group_k}"
+        )
+    if a.stride(1) != 1 or weights.stride(2) != 1:
+        raise MoEExtError("fused_moe_kernel needs K contiguous in `a` and in `weights`: call .contiguous()")
+    blocks = -(-alignment.sorted_token_ids.numel() // key.block_m)
+    if blocks != alignment.expert_ids.numel():
+        raise MoEExtError(
+            f"the alignment has {alignment.expert_ids.numel()} blocks, not the {blocks} of "
+            f"BLOCK_SIZE_M={key.block_m}: align with the configuration's block_m"
+        )
+
+
+def _check_scales(a_scale: Tensor | None, b_scale: Tensor | None, scaling: str) -> None:
+    if a_scale is None or b_scale is None:
+        return
+    expected = "[1] and [experts]" if scaling == "tensor" else "two and three dimensions"
+    fits = (
+        (a_scale.numel() == 1 and b_scale.ndim == 1) if scaling == "tensor" else (a_scale.ndim, b_scale.ndim) == (2, 3)
+    )
+    if not fits:
+        raise MoEExtError(
+            f"scales of shapes {tuple(a_scale.shape)} and {tuple(b_scale.shape)} are not per {scaling}: give {expected}"
+        )
+
+
+@lru_cache
+def _sm(device: torch.device) -> int:
+    """90 for Hopper; 0 where there is no GPU, as in Triton's interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

@@ -1,0 +1,79 @@
+"""The models that are known without their files, from models.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import cast
+
+from sglang_moe_ext.core import MoEModel, Quantisation
+
+QUANTISATIONS: dict[str, Quantisation] = {
+    "bf16": Quantisation(),
+    "fp8_block": Quantisation("fp8_w8a8", (128, 128)),
+    "fp8_channel": Quantisation("fp8_w8a8", per_channel=True),
+    "fp8_tensor": Quantisation("fp8_w8a8"),
+    "int8_channel": Quantisation("int8_w8a8", per_channel=True),
+    "int4_group32": Quantisation("int4_w4a16", (0, 32)),
+    "int4_group128": Quantisation("int4_w4a16", (0, 128)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltinModel:
+    """A record of models.json: the model in the quantisation it is mostly served in, and the others that exist."""
+
+    model: MoEModel
+    hub_id: str
+    quantisations: tuple[Quantisation, ...]
+    moe_layers: int
+    activation: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a user may call it: its name, its hub id, and that without the organisation."""
+        return self.model.name, self.hub_id, self.hub_id.rpartition("/")[2]
+
+
+@cache
+def builtin_records() -> tuple[BuiltinModel, ...]:
+    text = files(__package__).joinpath("models.json").read_text(encoding="utf-8")
+    return tuple(_record(stated) for stated in json.loads(text))
+
+
+def builtin_models() -> dict[str, MoEModel]:
+    """By name, each in its usual quantisation."""
+    return {record.model.name: record.model for record in builtin_records()}
+
+
+def find_builtin(name: str) -> MoEModel | None:
+    wanted = name.strip().casefold()
+    for record in builtin_records():
+        if wanted in (known.casefold() for known in record.names):
+            return record.model
+    return None
+
+
+def _record(stated: dict[str, object]) -> BuiltinModel:
+    quantisations = tuple(QUANTISATIONS[code] for code in cast("list[str]", stated["quantisations"]))
+    model = MoEModel(
+        name=cast(str, stated["name"]),
+        architecture=cast(str, stated["architecture"]),
+        routed_experts=cast(int, stated["experts"]),
+        top_k=cast(int, stated["top_k"]),
+        hidden_size=cast(int, stated["hidden_size"]),
+        intermediate_size=cast(int, stated["intermediate_size"]),
+        shared_experts=cast(int, stated["shared_experts"]),
+        gated=cast(bool, stated["gated"]),
+        quantisation=quantisations[0],
+        source=f"built in, checked {stated['checked']}: {stated['source']}",
+    )
+    return BuiltinModel(
+        model,
+        cast(str, stated["hub_id"]),
+        quantisations,
+        cast(int, stated["moe_layers"]),
+        cast(str, stated["activation"]),
+    )

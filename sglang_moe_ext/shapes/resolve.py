@@ -1,0 +1,130 @@
+"""From what a user calls a model to its experts: a folder, a built-in name, or a hub id."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from sglang_moe_ext.core import ModelError, MoEModel
+from sglang_moe_ext.shapes.autoconfig import config_of_class, downloaded
+from sglang_moe_ext.shapes.builtin import builtin_records, find_builtin
+from sglang_moe_ext.shapes.config import from_config, leaves_to_its_class
+from sglang_moe_ext.shapes.fields import Section, refusal, shown
+from sglang_moe_ext.shapes.quantisation import quantisation_from_config
+
+CONFIG = "config.json"
+MODELOPT_CONFIG = "hf_quant_config.json"
+LARGEST_BYTES = 64 << 20
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def resolve(model: str, *, trust_remote_code: bool = False) -> MoEModel:
+    """A folder with a config.json comes first, then the built-in names, then the hub.
+
+    `trust_remote_code` lets transformers run Python that comes with the checkpoint.
+    Raises: ModelError
+    """
+    path = os.path.expanduser(model)
+    if os.path.isfile(os.path.join(path, CONFIG)):
+        return _of_folder(Path(path), trust_remote_code=trust_remote_code)
+    if os.path.isfile(path):
+        return _of_file(Path(path), trust_remote_code=trust_remote_code)
+    builtin = find_builtin(model)
+    if builtin is not None:
+        return builtin
+    if os.path.isdir(path):
+        raise refusal(model, f"the folder has no {CONFIG}; give the folder of a checkpoint, or --shape")
+    if HUB_ID.fullmatch(model) is None:
+        raise _unknown(model)
+    return _of_hub(model, trust_remote_code=trust_remote_code)
+
+
+def _unknown(model: str) -> ModelError:
+    names = {name.casefold(): name for record in builtin_records() for name in record.names}
+    close = [names[match] for match in difflib.get_close_matches(model.casefold()[:200], names, n=3, cutoff=0.5)]
+    meant = f"did you mean {' or '.join(close)}? " if close else ""
+    return refusal(
+        "model",
+        f"{shown(model)} is no folder, built-in name or hub id; {meant}else give a folder with a {CONFIG}, or --shape",
+    )
+
+
+def _of_folder(folder: Path, *, trust_remote_code: bool) -> MoEModel:
+    raw = _with_modelopt(_parsed(folder / CONFIG), folder)
+    return _of_raw(
+        raw,
+        name=folder.resolve().name,
+        source=str(folder / CONFIG),
+        of_class=lambda: config_of_class(str(folder), trust_remote_code=trust_remote_code),
+    )
+
+
+def _of_file(path: Path, *, trust_remote_code: bool) -> MoEModel:
+    return _of_raw(
+        _with_modelopt(_parsed(path), path.parent),
+        name=path.resolve().parent.name if path.name == CONFIG else path.stem,
+        source=str(path),
+        of_class=lambda: config_of_class(str(path), trust_remote_code=trust_remote_code),
+    )
+
+
+def _of_hub(hub_id: str, *, trust_remote_code: bool) -> MoEModel:
+    folder = downloaded(hub_id, CONFIG).parent
+    raw = _parsed(folder / CONFIG)
+    if not raw.get("quantization_config"):
+        downloaded(hub_id, MODELOPT_CONFIG, must_exist=False)
+    return _of_raw(
+        _with_modelopt(raw, folder),
+        name=hub_id,
+        source=f"{hub_id} on the hub",
+        of_class=lambda: config_of_class(hub_id, trust_remote_code=trust_remote_code),
+    )
+
+
+def _of_raw(raw: dict[str, object], *, name: str, source: str, of_class: Callable[[], Section]) -> MoEModel:
+    """The file itself says it all, as a rule; what it leaves to the defaults of its class is asked of transformers."""
+    if not leaves_to_its_class(raw):
+        return from_config(raw, name=name, source=source)
+    try:
+        config = of_class()
+    except ModelError as of_transformers:
+        return _without_its_class(raw, of_transformers, name=name, source=source)
+    model = from_config(config, name=name, source=source)
+    return replace(model, quantisation=quantisation_from_config(raw, source=source))
+
+
+def _without_its_class(raw: dict[str, object], of_transformers: ModelError, *, name: str, source: str) -> MoEModel:
+    try:
+        return from_config(raw, name=name, source=source)
+    except ModelError as of_file:
+        raise ModelError(f"{of_file}; {of_transformers}") from of_transformers
+
+
+def _with_modelopt(raw: dict[str, object], folder: Path) -> dict[str, object]:
+    """ModelOpt's older checkpoints state their quantisation in a file of its own."""
+    path = folder / MODELOPT_CONFIG
+    if raw.get("quantization_config") or not path.is_file():
+        return raw
+    return {**raw, "quantization_config": {"quant_method": "modelopt", **_parsed(path)}}
+
+
+def _parsed(path: Path) -> dict[str, object]:
+    source = str(path)
+    try:
+        if path.stat().st_size > LARGEST_BYTES:
+            raise refusal(source, f"larger than {LARGEST_BYTES >> 20} MiB, expected a config; give the right file")
+        parsed = json.loads(path.read_bytes())
+    except OSError as error:
+        raise refusal(source, f"cannot be read ({error.strerror}); check the path and its permissions") from error
+    except (ValueError, RecursionError) as error:
+        raise refusal(
+            source, f"not JSON ({shown(str(error))}); download it again, or state the experts with --shape"
+        ) from error
+    if not isinstance(parsed, dict):
+        raise refusal(source, f"{shown(parsed)} where an object was expected; give a model's {CONFIG}")
+    return parsed

@@ -1,0 +1,53 @@
+"""Whole-file atomic writes: a reader sees the old file or the new one, whatever happens to the writer."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from sglang_moe_ext.core import StoreError
+
+
+def write_together(contents: Mapping[Path, str]) -> None:
+    """Write each file whole. All are on disk before the first takes its name, so a full disk changes nothing.
+
+    Raises:
+        StoreError: a folder cannot be made or written; the message names it, the reason, and the way round.
+    """
+    staged: list[tuple[str, Path]] = []
+    try:
+        for path, text in contents.items():
+            staged.append((_stage(path, text), path))
+        for temporary, path in staged:
+            os.replace(temporary, path)
+    except OSError as error:
+        folder = next(iter(contents)).parent
+        raise StoreError(f"cannot write to {folder}: {error.strerror}; choose another place with --output-dir") from error
+    finally:
+        for temporary, _ in staged:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+
+
+def _stage(path: Path, text: str) -> str:
+    """Write the text beside its final place and flush it to the disk; the name starts with a dot and ends in .tmp."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+    except OSError:
+        os.unlink(temporary)
+        raise
+    return temporary
+
+
+def is_writable(folder: Path) -> bool:
+    """True where a file could be made in that folder, or in the nearest of its parents that exists."""
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)

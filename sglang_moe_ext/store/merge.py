@@ -1,0 +1,76 @@
+"""Put a new table into the place of an old one, entry by entry, so that nothing measured is ever lost to a prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sglang_moe_ext.core import Table
+from sglang_moe_ext.store import files, provenance, tables
+from sglang_moe_ext.store.provenance import Provenance
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A table with what is known of it; no provenance: it came with the engine or from a user, and counts as measured."""
+
+    table: Table
+    provenance: Provenance | None
+
+    def has_measured(self) -> bool:
+        """True where some entry is not known to be a mere prediction."""
+        known = self.provenance
+        return known is None or any(known.origin(m) != "predicted" for m in self.table)
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Why the new table was not put there."""
+
+    why: str
+
+
+def read(path: Path) -> Stored | None:
+    """What lies at that place, or None.
+
+    Raises:
+        TableError: something lies there that is no table.
+    """
+    if not path.exists():
+        return None
+    return Stored(tables.read(path), provenance.read(path))
+
+
+def merged(old: Stored | None, new: Stored) -> Stored | Refused:
+    """The two as one: of an M in both, the new entry. A prediction is refused wherever a measurement lies.
+
+    It is refused whole, also for an M that the old table lacks: the engine takes the nearest entry, so each key that is
+    added changes what the tokens around it run.
+    """
+    if old is None:
+        return new
+    if new.provenance is not None and not new.has_measured() and old.has_measured():
+        return Refused("a measured table already lies there, and a predicted one never replaces it")
+    table = dict(sorted({**old.table, **new.table}.items()))
+    known = {} if old.provenance is None else old.provenance.entries
+    fresh = {} if new.provenance is None else new.provenance.entries
+    return Stored(table, Provenance({m: entry for m, entry in {**known, **fresh}.items() if m in table}))
+
+
+def put(changes: dict[Path, Stored], *, tma: dict[Path, bool]) -> dict[Path, Stored | Refused]:
+    """Merge each table into its place and write all of them, or none where the disk refuses.
+
+    Raises:
+        StoreError: the disk refuses.
+        TableError: what lies at a place is no table.
+    """
+    results = {path: merged(read(path), new) for path, new in changes.items()}
+    contents: dict[Path, str] = {}
+    for path, result in results.items():
+        if isinstance(result, Stored):
+            if result.provenance is not None:
+                contents[provenance.sidecar(path)] = provenance.to_json(result.provenance)
+            contents[path] = tables.to_json(result.table, tma=tma[path])
+    if contents:
+        files.write_together(contents)
+    return results

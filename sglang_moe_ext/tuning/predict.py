@@ -1,0 +1,101 @@
+"""A table without a GPU: rank the candidates by the wave model, compile those that could win, keep what fits and is clean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from sglang_moe_ext.core import (
+    PROJECTIONS,
+    CompileJob,
+    EngineError,
+    Failure,
+    Gpu,
+    MoEShape,
+    Projection,
+    Resources,
+    TileConfig,
+)
+from sglang_moe_ext.engines.sglang.specialisation import representative_tokens
+from sglang_moe_ext.tuning import wave_model
+from sglang_moe_ext.tuning.compile import Compiled
+
+CompileAll = Callable[[Sequence[CompileJob]], Compiled]
+FRONT = 4
+"""How many of the best-ranked candidates of each M are compiled in a round."""
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """The choice for one M: predicted microseconds of both GEMMs, and what the compiled binaries need."""
+
+    config: TileConfig
+    us: float
+    resources: dict[Projection, Resources]
+
+
+def jobs_of(config: TileConfig, shape: MoEShape, tokens: int, sm: int) -> dict[Projection, CompileJob]:
+    """The binaries that a configuration needs at that many tokens."""
+    representative = representative_tokens(shape, tokens)
+    return {
+        projection: CompileJob(shape, projection, representative, config.compile_key, sm, config.group_m)
+        for projection in PROJECTIONS
+    }
+
+
+def clean_resources(
+    jobs: dict[Projection, CompileJob], compiled: Compiled, gpu: Gpu
+) -> dict[Projection, Resources] | None:
+    """What the binaries need, or None where one failed, does not fit the GPU, or spills."""
+    found: dict[Projection, Resources] = {}
+    for projection, job in jobs.items():
+        result = compiled[job]
+        if isinstance(result, Failure) or result.smem_bytes > gpu.smem_per_block or result.spill_bytes:
+            return None
+        found[projection] = result
+    return found
+
+
+def table(
+    candidates: Sequence[TileConfig], shape: MoEShape, gpu: Gpu, tokens: Sequence[int], compile_all: CompileAll
+) -> dict[int, Predicted]:
+    """The best candidate for each M, compiled. Only what is ranked ahead of a compiled, clean candidate is compiled.
+
+    Raises:
+        EngineError: no candidate compiles for some M.
+    """
+    compiled: Compiled = {}
+    ranked = {m: by_estimate(candidates, shape, gpu, m) for m in tokens}
+    chosen: dict[int, Predicted] = {}
+    while len(chosen) < len(tokens):
+        fronts = {m: ranked[m][:FRONT] for m in tokens if m not in chosen}
+        if not all(fronts.values()):
+            empty = next(m for m, front in fronts.items() if not front)
+            failures = sorted({result.message for result in compiled.values() if isinstance(result, Failure)})
+            raise EngineError(
+                f"no candidate compiles for M={empty} on {gpu.device_name}: {failures[0] if failures else 'all spill'}"
+            )
+        compiled |= compile_all(
+            [job for m, front in fronts.items() for config in front for job in jobs_of(config, shape, m, gpu.sm).values()]
+        )
+        for m, front in fronts.items():
+            clean = [
+                Predicted(config, wave_model.pair_us(config, shape, gpu, m, resources), resources)
+                for config in front
+                if (resources := clean_resources(jobs_of(config, shape, m, gpu.sm), compiled, gpu)) is not None
+            ]
+            if clean:
+                chosen[m] = min(clean, key=lambda predicted: predicted.us)
+            else:
+                ranked[m] = ranked[m][FRONT:]
+    return chosen
+
+
+def by_estimate(candidates: Sequence[TileConfig], shape: MoEShape, gpu: Gpu, tokens: int) -> list[TileConfig]:
+    """Fastest first, as far as can be told before compiling; of equals the one with the smaller tile."""
+
+    def estimate(config: TileConfig) -> tuple[float, TileConfig]:
+        resources = wave_model.estimated(config, shape, gpu)
+        return wave_model.pair_us(config, shape, gpu, tokens, dict.fromkeys(PROJECTIONS, resources)), config
+
+    return [config for _, config in sorted(map(estimate, candidates))]

@@ -1,0 +1,42 @@
+"""Choose whose kernel is compiled and measured: the installed engine's, or, where there is none, ours with the same tiles."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+
+from sglang_moe_ext.core import EngineError
+from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.tuning.compile import KernelSource
+
+
+def kernel_source(engine: Installation | None) -> KernelSource:
+    """The source for that engine.
+
+    Raises:
+        EngineError: there is no Triton to compile with.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise EngineError("no Triton is installed: expected it beside SGLang; `pip install triton` brings the compiler")
+    triton = importlib.metadata.version("triton")
+    if engine is None:
+        module = "sglang_moe_ext.kernels.offline"
+        return KernelSource(
+            f"our own kernel, Triton {triton}", module, f"{_digest('sglang_moe_ext.kernels.fused_moe')} {triton}", False
+        )
+    text = engine.kernel_file.read_bytes()
+    return KernelSource(
+        f"SGLang {engine.version_text}'s own kernel, Triton {triton}",
+        "sglang_moe_ext.engines.sglang.offline",
+        f"{hashlib.sha256(text).hexdigest()} {triton}",
+        True,
+    )
+
+
+def _digest(module: str) -> str:
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise EngineError(f"{module} is missing from this installation: install sglang-moe-ext again")
+    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
