@@ -37,7 +37,7 @@ def sample(shape: MoEShape, gpu: gpus.Gpu, tokens: int, size: int) -> list[TileC
     chance = random.Random(tokens)
     candidates = list(space.sift(space.full_space(), shape, gpu).kept)
     chance.shuffle(candidates)
-    one_per_key = list({config.compile_key: config for config in candidates}.values())
+    one_per_key = tuple({config.compile_key: config for config in candidates}.values())
     ranked = predict.by_estimate(one_per_key, shape, gpu, tokens)
     return ranked[: size // 2] + chance.sample(ranked[size // 2 :], size - size // 2)
 

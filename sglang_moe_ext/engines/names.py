@@ -8,11 +8,12 @@ from typing import cast, get_args
 from sglang_moe_ext.core import Scheme, TableError, TableKey
 
 _NAME = re.compile(
-    r"E=(?P<experts>\d+),N=(?P<n>\d+),device_name=(?P<device>[^,/]+?)"
+    r"E=(?P<experts>[1-9]\d*),N=(?P<n>[1-9]\d*),device_name=(?P<device>[^,/]+?)"
     r"(?:,dtype=(?P<scheme>\w+?))?"
-    r"(?:,block_shape=\[(?P<block_n>\d+), ?(?P<block_k>\d+)\])?"
+    r"(?:,block_shape=\[(?P<block_n>[1-9]\d*), ?(?P<block_k>[1-9]\d*)\])?"
     r"(?P<per_channel>,per_channel_quant=True)?"
-    r"(?P<down>_down)?\.json"
+    r"(?P<down>_down)?\.json",
+    re.ASCII,
 )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from sglang_moe_ext.core import ActivationDtype, ModelError, MoEModel
 from sglang_moe_ext.shapes.experts import Experts, located
-from sglang_moe_ext.shapes.families import EXPERTS, NOT_GATED, TOP_K, Family, Names
+from sglang_moe_ext.shapes.families import EXPERTS, NOT_GATED, SHARED_WIDTH, TOP_K, Family, Names
 from sglang_moe_ext.shapes.fields import Section, read, refusal, shown, whole
 from sglang_moe_ext.shapes.quantisation import quantisation_from_config
 
@@ -105,11 +105,20 @@ def _width(experts: Experts, source: str) -> int:
 def _shared(experts: Experts, source: str) -> int:
     found = experts.first(experts.family.shared)
     if found is None:
-        return 0
+        return _shared_by_width(experts, source)
     name, value = found
     if isinstance(value, (list, tuple)):
         value = _one_of_list(value, name, experts.family, source)
     return whole(value, name, source, at_least=0)
+
+
+def _shared_by_width(experts: Experts, source: str) -> int:
+    """Where a config states the shared expert's width alone: how many routed experts wide it is, if a whole number."""
+    found = experts.first(SHARED_WIDTH) if experts.family.shared else None
+    if found is None:
+        return 0
+    shared, width = whole(found[1], found[0], source, at_least=0), _width(experts, source)
+    return shared // width if shared % width == 0 else 0
 
 
 def _gated(experts: Experts) -> bool:

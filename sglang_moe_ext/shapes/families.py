@@ -22,6 +22,7 @@ DENSE_WIDTH: Names = ("intermediate_size", "ffn_hidden_size")
 """The expert's width only in a model that states none of WIDTH; elsewhere that of its dense layers."""
 HIDDEN: Names = ("moe_latent_size", "routed_expert_hidden_size", "hidden_size", "d_model")
 SHARED: Names = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
+SHARED_WIDTH: Names = ("shared_expert_intermediate_size",)
 PARTS: Names = ("ffn_config",)
 """Sections that hold the experts' numbers, but not the hidden size, of the model above them."""
 

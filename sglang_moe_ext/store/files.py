@@ -17,14 +17,14 @@ def write_together(contents: Mapping[Path, str]) -> None:
         StoreError: a folder cannot be made or written; the message names it, the reason, and the way round.
     """
     staged: list[tuple[str, Path]] = []
+    path = Path()
     try:
         for path, text in contents.items():
             staged.append((_stage(path, text), path))
         for temporary, path in staged:
             os.replace(temporary, path)
     except OSError as error:
-        folder = next(iter(contents)).parent
-        raise StoreError(f"cannot write to {folder}: {error.strerror}; choose another place with --output-dir") from error
+        raise StoreError(f"cannot write {path}: {error.strerror}; make room, or choose another place with --output-dir") from error
     finally:
         for temporary, _ in staged:
             if os.path.exists(temporary):

@@ -22,6 +22,12 @@ class Stored:
         known = self.provenance
         return known is None or any(known.origin(m) != "predicted" for m in self.table)
 
+    def without_predictions(self) -> Stored:
+        """The entries that are not known to be mere predictions."""
+        known = self.provenance
+        kept = {m: config for m, config in self.table.items() if known is None or known.origin(m) != "predicted"}
+        return Stored(kept, known and Provenance({m: entry for m, entry in known.entries.items() if m in kept}))
+
 
 @dataclass(frozen=True, slots=True)
 class Refused:
@@ -49,15 +55,17 @@ def merged(old: Stored | None, new: Stored) -> Stored | Refused:
     """
     if old is None:
         return new
-    if new.provenance is not None and not new.has_measured() and old.has_measured():
-        return Refused("a measured table already lies there, and a predicted one never replaces it")
+    if old.has_measured():
+        if not new.has_measured():
+            return Refused("a measured table already lies there, and a predicted one never replaces it")
+        new = new.without_predictions()
     table = dict(sorted({**old.table, **new.table}.items()))
-    known = {} if old.provenance is None else old.provenance.entries
+    known = {} if old.provenance is None else {m: entry for m, entry in old.provenance.entries.items() if m not in new.table}
     fresh = {} if new.provenance is None else new.provenance.entries
-    return Stored(table, Provenance({m: entry for m, entry in {**known, **fresh}.items() if m in table}))
+    return Stored(table, Provenance({m: entry for m, entry in sorted({**known, **fresh}.items()) if m in table}))
 
 
-def put(changes: dict[Path, Stored], *, tma: dict[Path, bool]) -> dict[Path, Stored | Refused]:
+def put(changes: dict[Path, Stored]) -> dict[Path, Stored | Refused]:
     """Merge each table into its place and write all of them, or none where the disk refuses.
 
     Raises:
@@ -70,7 +78,7 @@ def put(changes: dict[Path, Stored], *, tma: dict[Path, bool]) -> dict[Path, Sto
         if isinstance(result, Stored):
             if result.provenance is not None:
                 contents[provenance.sidecar(path)] = provenance.to_json(result.provenance)
-            contents[path] = tables.to_json(result.table, tma=tma[path])
+            contents[path] = tables.to_json(result.table)
     if contents:
         files.write_together(contents)
     return results

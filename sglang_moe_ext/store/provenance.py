@@ -81,15 +81,26 @@ def parse(document: Any) -> Provenance:
     try:
         if document["format"] != FORMAT:
             raise TableError(f"provenance format {document['format']!r}: expected {FORMAT}")
-        names = {item.name for item in fields(Run)}
-        runs = [Run(**{name: run[name] for name in names}) for run in document["runs"]]
+        runs = [_run(run) for run in document["runs"]]
         entries = {
-            int(m): Entry(_origin(entry["origin"]), runs[entry["run"]], dict(entry["figures"]))
+            int(m): Entry(_origin(entry["origin"]), runs[entry["run"]], _figures(entry["figures"]))
             for m, entry in document["entries"].items()
         }
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise TableError(f"no provenance of ours: {type(error).__name__} {error}") from error
     return Provenance(entries)
+
+
+def _run(document: dict[str, Any]) -> Run:
+    values = {item.name: document[item.name] for item in fields(Run)}
+    for name, value in values.items():
+        if not isinstance(value, str | int | None):
+            raise TableError(f"run with {name}={value!r}: expected text or a whole number")
+    return Run(**values)
+
+
+def _figures(document: dict[str, Any]) -> dict[str, float]:
+    return {name: float(figure) for name, figure in document.items()}
 
 
 def _origin(text: str) -> Origin:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ _LARGEST = {"BLOCK_SIZE_M": 1024, "BLOCK_SIZE_N": 1024, "BLOCK_SIZE_K": 1024, "n
 _TRITON_DEFAULTS = {"num_warps": 4, "num_stages": 3}
 # Options of other vendors' Triton and of vLLM's files: harmless to read, and no part of a configuration of ours.
 _PASSED_OVER = frozenset({"SPLIT_K", "waves_per_eu", "matrix_instr_nonkdim", "kpack", "num_ctas"})
+_TOKENS = re.compile(r"[1-9][0-9]{0,18}")
 _MAX_BYTES = 4 * 1024 * 1024
 
 
@@ -40,7 +42,7 @@ def read(path: Path) -> Table:
     if len(data) > _MAX_BYTES:
         raise TableError(f"{path} is larger than {_MAX_BYTES} bytes: expected a table of kernel configurations")
     try:
-        return parse(json.loads(data))
+        return parse(json.loads(data.decode("utf-8")))  # as the engines read it: no byte order mark, no other encoding
     except (ValueError, RecursionError) as error:
         raise TableError(f"{path} is not valid JSON ({error}): delete it or tune again") from error
     except TableError as error:
@@ -59,7 +61,7 @@ def parse(document: object) -> Table:
     for text, entry in document.items():
         if text == "triton_version":
             continue
-        if not text.isascii() or not text.isdigit() or text != str(int(text)) or int(text) < 1:
+        if not _TOKENS.fullmatch(text):
             raise TableError(f"key {text!r}: expected a number of tokens such as 64")
         table[int(text)] = _entry(text, entry)
     if not table:
@@ -90,10 +92,10 @@ def _number(text: str, name: str, entry: Mapping[str, Any]) -> int:
     return value
 
 
-def to_json(table: Table, *, tma: bool) -> str:
-    """The file's text. `tma`: write USE_TMA, which SGLang's tables for the down projection carry and others must not."""
+def to_json(table: Table) -> str:
+    """The file's text. USE_TMA stands only where it is on: an engine that does not know it must not meet it."""
     document = {
-        str(m): {name: getattr(config, ours) for name, ours in _FIELDS.items()} | ({"USE_TMA": config.use_tma} if tma else {})
+        str(m): {name: getattr(config, ours) for name, ours in _FIELDS.items()} | ({"USE_TMA": True} if config.use_tma else {})
         for m, config in sorted(table.items())
     }
     return json.dumps(document, indent=4) + "\n"

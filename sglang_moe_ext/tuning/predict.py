@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sglang_moe_ext.core import (
     PROJECTIONS,
     CompileJob,
+    CompileKey,
     EngineError,
     Failure,
     Gpu,
@@ -65,7 +67,7 @@ def table(
         EngineError: no candidate compiles for some M.
     """
     compiled: Compiled = {}
-    ranked = {m: by_estimate(candidates, shape, gpu, m) for m in tokens}
+    ranked = {m: best_of_each_key(tuple(candidates), shape, gpu, m) for m in tokens}
     chosen: dict[int, Predicted] = {}
     while len(chosen) < len(tokens):
         fronts = {m: ranked[m][:FRONT] for m in tokens if m not in chosen}
@@ -91,7 +93,8 @@ def table(
     return chosen
 
 
-def by_estimate(candidates: Sequence[TileConfig], shape: MoEShape, gpu: Gpu, tokens: int) -> list[TileConfig]:
+@functools.lru_cache(maxsize=64)
+def by_estimate(candidates: tuple[TileConfig, ...], shape: MoEShape, gpu: Gpu, tokens: int) -> list[TileConfig]:
     """Fastest first, as far as can be told before compiling; of equals the one with the smaller tile."""
 
     def estimate(config: TileConfig) -> tuple[float, TileConfig]:
@@ -99,3 +102,11 @@ def by_estimate(candidates: Sequence[TileConfig], shape: MoEShape, gpu: Gpu, tok
         return wave_model.pair_us(config, shape, gpu, tokens, dict.fromkeys(PROJECTIONS, resources)), config
 
     return [config for _, config in sorted(map(estimate, candidates))]
+
+
+def best_of_each_key(candidates: tuple[TileConfig, ...], shape: MoEShape, gpu: Gpu, tokens: int) -> list[TileConfig]:
+    """Of the candidates that differ in GROUP_SIZE_M alone, the best; fastest first."""
+    best: dict[CompileKey, TileConfig] = {}
+    for config in by_estimate(candidates, shape, gpu, tokens):
+        best.setdefault(config.compile_key, config)
+    return list(best.values())

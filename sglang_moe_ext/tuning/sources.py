@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 from pathlib import Path
 
+import sglang_moe_ext.kernels
 from sglang_moe_ext.core import EngineError
 from sglang_moe_ext.engines.sglang.installation import Installation
 from sglang_moe_ext.tuning.compile import KernelSource
@@ -23,9 +24,7 @@ def kernel_source(engine: Installation | None) -> KernelSource:
     triton = importlib.metadata.version("triton")
     if engine is None:
         module = "sglang_moe_ext.kernels.offline"
-        return KernelSource(
-            f"our own kernel, Triton {triton}", module, f"{_digest('sglang_moe_ext.kernels.fused_moe')} {triton}", False
-        )
+        return KernelSource(f"our own kernel, Triton {triton}", module, f"{_digest_of_ours()} {triton}", False)
     text = engine.kernel_file.read_bytes()
     return KernelSource(
         f"SGLang {engine.version_text}'s own kernel, Triton {triton}",
@@ -35,8 +34,6 @@ def kernel_source(engine: Installation | None) -> KernelSource:
     )
 
 
-def _digest(module: str) -> str:
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise EngineError(f"{module} is missing from this installation: install sglang-moe-ext again")
-    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
+def _digest_of_ours() -> str:
+    folder = Path(sglang_moe_ext.kernels.__path__[0])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("fused_moe*.py")))).hexdigest()

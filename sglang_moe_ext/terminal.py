@@ -1,0 +1,84 @@
+"""Tables and progress on a terminal: through rich where it is installed, as it is beside most engines, plain otherwise."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+try:
+    import rich.console
+    import rich.markup
+    import rich.progress
+    import rich.table
+except ImportError:
+    _rich = False
+else:
+    _rich = True
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table of text; every column but the first is set to the right."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def show(grid: Grid) -> None:
+    """Print a table to standard output."""
+    if _rich and sys.stdout.isatty():
+        table = rich.table.Table(title=grid.title, title_justify="left")
+        for index, column in enumerate(grid.columns):
+            table.add_column(column, justify="right" if index else "left", overflow="fold")
+        for row in grid.rows:
+            table.add_row(*map(rich.markup.escape, row))
+        rich.console.Console().print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(grid.columns, *grid.rows, strict=True)]
+    print(grid.title)
+    for row in (grid.columns, *grid.rows):
+        cells = [cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        print("  " + "  ".join(cells).rstrip())
+
+
+class Bar:
+    """Progress of the stages of a run, on standard error, so that standard output can be read by a program."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._stage = ""
+        self._live: Any = None
+        self._task: Any = None
+        if _rich and sys.stderr.isatty():
+            self._live = rich.progress.Progress(
+                rich.progress.TextColumn("{task.description:>8}"),
+                rich.progress.BarColumn(),
+                rich.progress.MofNCompleteColumn(),
+                rich.progress.TimeElapsedColumn(),
+                rich.progress.TimeRemainingColumn(),
+                console=rich.console.Console(stderr=True),
+            )
+
+    def __enter__(self) -> Bar:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def __call__(self, stage: str, done: int, of: int) -> None:
+        """Show that so much of the stage is done."""
+        if self._live is not None:
+            if stage != self._stage:
+                self._task = self._live.add_task(stage, total=of)
+            self._live.update(self._task, completed=done, total=of)
+        elif stage != self._stage or done == of:
+            print(f"[{time.monotonic() - self._started:6.1f} s] {stage} {done}/{of}", file=sys.stderr, flush=True)
+        self._stage = stage

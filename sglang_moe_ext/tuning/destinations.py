@@ -1,0 +1,73 @@
+"""Where the tables of a run go: into the engine, into an overlay beside it, or into a folder of the user's."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sglang_moe_ext.core import MoEShape, TableKey
+from sglang_moe_ext.engines.sglang import naming, overlay
+from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.store import files, user_store
+
+ENGINE = "sglang"
+Install = Literal["engine", "overlay", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """A folder of tables for one Triton, the variables that make a server read it, and what the user should know of it."""
+
+    folder: Path
+    environment: dict[str, str]
+    note: str | None = None
+
+
+def _configs(root: Path, triton: str) -> Path:
+    return root / "configs" / naming.version_folder(triton)
+
+
+def chosen(install: Install, output_dir: Path | None, engine: Installation | None, triton: str) -> Destination | None:
+    """The place that a server will read, or None where the user's own store is the only one.
+
+    Raises:
+        StoreError: an overlay is needed and cannot be made.
+    """
+    if output_dir is not None:
+        root = output_dir.absolute()
+        note = f"start the server with {overlay.VARIABLE}={root}, which replaces the engine's own tables"
+        return Destination(_configs(root, triton), {overlay.VARIABLE: str(root)}, note)
+    if engine is None or install == "none":
+        return None
+    if set_by_user := os.environ.get(overlay.VARIABLE):
+        return Destination(_configs(Path(set_by_user), triton), {}, f"{overlay.VARIABLE} is set: its folder is the engine's")
+    if install == "engine":
+        folder = _configs(engine.configs_root.parent, triton)
+        if files.is_writable(folder):
+            return Destination(folder, {})
+        return _overlay(engine, triton, f"{folder} is read-only: the tables go to an overlay; ")
+    return _overlay(engine, triton, "")
+
+
+def _overlay(engine: Installation, triton: str, why: str) -> Destination:
+    root = user_store.root() / "overlay" / f"{ENGINE}-{engine.version_text}"
+    overlay.build(root, engine.configs_root)
+    note = f"{why}start the server with {overlay.VARIABLE}={root}"
+    return Destination(_configs(root, triton), {overlay.VARIABLE: str(root)}, note)
+
+
+def table_names(shape: MoEShape, device_name: str) -> dict[bool, str]:
+    """File names of the up table (False) and of the table for the down projection (True)."""
+    return {down: naming.file_name(naming.table_key(shape, device_name, down=down)) for down in (False, True)}
+
+
+def store_folder(triton: str) -> Path:
+    """Where the user's own copy for that Triton lies."""
+    return user_store.tables_folder(ENGINE, naming.version_folder(triton))
+
+
+def key_of(shape: MoEShape, device_name: str) -> TableKey:
+    """The key under which the engine asks for the up table."""
+    return naming.table_key(shape, device_name)

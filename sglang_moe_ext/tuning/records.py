@@ -1,0 +1,93 @@
+"""Turn the results of a run into tables with their provenance."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+
+from sglang_moe_ext import __version__
+from sglang_moe_ext.core import Origin, Table
+from sglang_moe_ext.engines.sglang import installation
+from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.roofline import pair_floor_us
+from sglang_moe_ext.store.merge import Stored
+from sglang_moe_ext.store.provenance import Entry, Provenance, Run
+from sglang_moe_ext.tuning.measured import Measured
+from sglang_moe_ext.tuning.predict import Predicted
+from sglang_moe_ext.tuning.request import Request
+from sglang_moe_ext.tuning.worker import Pair
+
+Results = Mapping[int, Predicted] | Mapping[int, Measured]
+
+
+def circumstances(request: Request, engine: Installation | None, kernel: str) -> Run:
+    """Where, when and with what the run takes place."""
+    return Run(
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        command=request.command,
+        model=request.model,
+        shape=str(request.shape),
+        gpu=request.gpu.device_name,
+        kernel=kernel,
+        engine=None if engine is None else f"sglang {engine.version_text}",
+        triton=installation.running_triton(),
+        torch=_version("torch"),
+        driver=_driver() if request.measure else None,
+        seed=request.seed,
+        sglang_moe_ext=__version__,
+    )
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    try:
+        return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0]
+    except (OSError, IndexError):
+        return None
+
+
+def tables(request: Request, results: Results, run: Run) -> dict[bool, Stored]:
+    """The up table (False) and the table for the down projection (True)."""
+    pairs: dict[int, Pair] = {}
+    entries: dict[int, Entry] = {}
+    for m, result in results.items():
+        floor = {"floor_us": round(pair_floor_us(request.shape, request.gpu, m), 2)}
+        match result:
+            case Predicted():
+                pairs[m] = {"up": result.config, "down": result.config}
+                entries[m] = _entry("predicted", run, floor | _of_prediction(result))
+            case Measured():
+                pairs[m] = result.pair
+                entries[m] = _entry("measured", run, floor | _of_measurement(result))
+    up: Table = {m: pair["up"] for m, pair in pairs.items()}
+    down: Table = {m: pair["down"] for m, pair in pairs.items()}
+    return {False: Stored(up, Provenance(entries)), True: Stored(down, Provenance(entries))}
+
+
+def _entry(origin: Origin, run: Run, figures: dict[str, float]) -> Entry:
+    return Entry(origin, run, figures)
+
+
+def _of_prediction(result: Predicted) -> dict[str, float]:
+    figures: dict[str, float] = {"predicted_us": round(result.us, 2)}
+    for projection, needs in result.resources.items():
+        figures[f"{projection}_smem_bytes"] = needs.smem_bytes
+        figures[f"{projection}_registers"] = needs.registers
+    return figures
+
+
+def _of_measurement(result: Measured) -> dict[str, float]:
+    return {
+        "us": round(result.us, 2),
+        "incumbent_us": round(result.incumbent_us, 2),
+        "noise": round(result.noise, 5),
+        "relative_error": round(result.error, 6),
+    }
