@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from sglang_moe_ext import gpus
-from sglang_moe_ext.core import PROJECTIONS, Failure, MoEShape, Quantisation, TileConfig
+from sglang_moe_ext.core import PROJECTIONS, Failure, Gpu, MoEShape, Quantisation, TileConfig
 from sglang_moe_ext.engines.sglang import installation
 from sglang_moe_ext.tuning import predict, space
 from sglang_moe_ext.tuning.compile import compile_all
@@ -32,8 +32,8 @@ LAYERS = {
 TOKENS = (1, 8, 32, 128, 512, 1024, 4096, 16384)
 
 
-def sample(shape: MoEShape, gpu: gpus.Gpu, tokens: int, size: int) -> list[TileConfig]:
-    """The wave model's favourites, and as many more at random, so that it is tested where it is sure and where it is not."""
+def sample(shape: MoEShape, gpu: Gpu, tokens: int, size: int) -> list[TileConfig]:
+    """The wave model's favourites, and as many at random: it is tested where it is sure and where it is not."""
     chance = random.Random(tokens)
     candidates = list(space.sift(space.full_space(), shape, gpu).kept)
     chance.shuffle(candidates)
@@ -74,7 +74,11 @@ def main() -> None:
                     for config in configs:
                         for projection in PROJECTIONS:
                             answer = worker.ask(Screen(tokens, projection, config, 3))
-                            record = {"tokens": tokens, "projection": projection, "config": dataclasses.astuple(config)}
+                            record: dict[str, object] = {
+                                "tokens": tokens,
+                                "projection": projection,
+                                "config": dataclasses.astuple(config),
+                            }
                             if isinstance(answer, Failure):
                                 failures += 1
                                 record["failure"] = answer.kind
@@ -87,7 +91,13 @@ def main() -> None:
             print(f"{name}: {count} trials, {failures} failed, {time.monotonic() - begun:.1f} s", flush=True)
             for tokens in (1, 17, 4096):
                 config = chosen[1024][0]
-                print(name, tokens, "relative error", worker.ask(Check(tokens, {"up": config, "down": config})), flush=True)
+                print(
+                    name,
+                    tokens,
+                    "relative error",
+                    worker.ask(Check(tokens, {"up": config, "down": config})),
+                    flush=True,
+                )
             worker.close()
 
 

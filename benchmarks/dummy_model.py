@@ -1,4 +1,4 @@
-"""Write a model folder that an engine serves with `--load-format dummy`: a real config cut to a few layers, a toy tokenizer.
+"""Write a model folder that an engine serves with `--load-format dummy`: a real config of few layers, a toy tokenizer.
 
 usage: python benchmarks/dummy_model.py OUT glm_4_7_flash|qwen3_30b_a3b|qwen3_30b_a3b_fp8 [LAYERS]
 """

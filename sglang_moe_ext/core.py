@@ -134,9 +134,16 @@ class MoEShape:
         return self.hidden_size, self.intermediate_size
 
     def __str__(self) -> str:
-        quantised = "" if self.quantisation.scheme is None else f" {self.quantisation}"
-        return (
-            f"E={self.experts} N={self.intermediate_size} K={self.hidden_size} topk={self.top_k} {self.dtype}{quantised}"
+        """As --shape takes it; what that cannot say, the kernel does not see."""
+        quantisation = self.quantisation
+        return "".join(
+            (
+                f"E={self.experts},N={self.intermediate_size},K={self.hidden_size},topk={self.top_k}",
+                f",dtype={quantisation.scheme or self.dtype}",
+                f",block_shape={list(quantisation.block_shape)}" if quantisation.block_shape else "",
+                ",per_channel_quant=True" if quantisation.per_channel else "",
+                "" if self.gated else ",gated=False",
+            )
         )
 
 
@@ -166,15 +173,11 @@ class TileConfig:
 
     @property
     def compile_key(self) -> CompileKey:
-        return CompileKey(
-            self.block_m, self.block_n, self.block_k, self.num_warps, self.num_stages, self.use_tma
-        )
+        return CompileKey(self.block_m, self.block_n, self.block_k, self.num_warps, self.num_stages, self.use_tma)
 
     def __str__(self) -> str:
         tma = " TMA" if self.use_tma else ""
-        return (
-            f"{self.block_m}x{self.block_n}x{self.block_k} G{self.group_m} w{self.num_warps} s{self.num_stages}{tma}"
-        )
+        return f"{self.block_m}x{self.block_n}x{self.block_k} G{self.group_m} w{self.num_warps} s{self.num_stages}{tma}"
 
 
 Table = dict[int, TileConfig]

@@ -1,4 +1,4 @@
-"""Facts of each GPU that a plan needs without having the GPU: shared memory, multiprocessors, bandwidth, matrix rates."""
+"""Facts of each GPU that a plan needs without having it: shared memory, multiprocessors, bandwidth, rates."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ARCHITECTURES = {
 
 _MEASURED = "measured on one H200: device-to-device copy and 8192^3 bf16 product, torch 2.11, 2026-10-28; fp8: assumed"
 
-# device name as torch.cuda.get_device_name() says it: (sm, multiprocessors, GB/s, bf16 TFLOP/s, fp8 TFLOP/s, L2 MiB, source).
+# device name as torch.cuda reports it: (sm, multiprocessors, GB/s, bf16 TFLOP/s, fp8 TFLOP/s, L2 MiB, source).
 # Dense rates with float32 accumulation; "datasheet" is the vendor's public datasheet or architecture whitepaper.
 _FACTS: dict[str, tuple[int, int, float, float, float | None, float, str]] = {
     "NVIDIA A100-SXM4-80GB": (80, 108, 2039, 312, None, 40, "datasheet"),
@@ -128,7 +128,7 @@ def find(name: str) -> Gpu:
 
 
 def detect() -> Gpu | None:
-    """The first GPU of this machine, or None where torch is missing or sees none. Initialises CUDA where there is one."""
+    """The first GPU of this machine, or None where torch is missing or sees none. Initialises CUDA."""
     try:
         import torch
     except ImportError:
@@ -142,7 +142,7 @@ def detect() -> Gpu | None:
 
 
 def _described(device_name: str, properties: object) -> Gpu:
-    """A GPU that the table does not have: limits as the driver states them, rates scaled from the family's best-known part.
+    """A GPU that the table lacks: limits as the driver states them, rates scaled from a part of its family.
 
     Raises:
         GpuError: its compute capability is one that nothing is known about.

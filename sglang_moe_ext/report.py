@@ -19,12 +19,13 @@ from sglang_moe_ext.tuning.space import RULES
 
 
 def names_of(request: Request) -> dict[str, str]:
-    """The file names of the layer's table, in each engine's dialect. vLLM's is of the same E and N: it fuses nothing."""
+    """The names of the layer's tables in each engine's dialect; of a bare shape, vLLM's is for the same tensors."""
     device = request.gpu.device_name
+    vllm_shape = request.vllm_shape or request.shape
     return {
         "SGLang": naming.file_name(naming.table_key(request.shape, device)),
         "SGLang, down projection": naming.file_name(naming.table_key(request.shape, device, down=True)),
-        "vLLM (the same tensors)": vllm_naming.file_name(vllm_naming.table_key(request.shape, device)),
+        "vLLM": vllm_naming.file_name(vllm_naming.table_key(vllm_shape, device)),
     }
 
 
@@ -34,7 +35,7 @@ def candidates(plan: Plan) -> Grid:
     keys: set[CompileKey] = {config.compile_key for config in plan.sifted.kept}
     rows = [[f"dropped: {name}", str(count), whys[name]] for name, count in plan.sifted.dropped.items()]
     rows.append(["kept", str(len(plan.sifted.kept)), f"{len(keys)} binaries a GEMM, apart from GROUP_SIZE_M"])
-    return Grid("candidates", ["rule", "count", "why"], rows)
+    return Grid("candidates", ["rule", "count", "why"], rows, frozenset({"rule", "why"}))
 
 
 def forecast(plan: Plan) -> Grid:
@@ -51,7 +52,8 @@ def forecast(plan: Plan) -> Grid:
         for row in plan.rows
     ]
     columns = ["M", "floor us", "today us", "best us", "gain", "best candidate"]
-    return Grid("forecast of the up and down GEMM together (all predicted)", columns, rows)
+    title = "forecast of the up and down GEMM together (all predicted)"
+    return Grid(title, columns, rows, frozenset({"best candidate"}))
 
 
 def results(request: Request, outcome: Outcome) -> Grid:
@@ -83,7 +85,8 @@ def results(request: Request, outcome: Outcome) -> Grid:
                         f"{result.error:.1e}",
                     ]
                 )
-    return Grid(f"{origin(outcome).upper()} for {request.gpu.device_name}, with {outcome.kernel.name}", columns, rows)
+    title = f"{origin(outcome).upper()} for {request.gpu.device_name}, with {outcome.kernel.name}"
+    return Grid(title, columns, rows, frozenset({"configuration", "up", "down"}))
 
 
 def origin(outcome: Outcome) -> Origin:

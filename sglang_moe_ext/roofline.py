@@ -58,7 +58,7 @@ def pair_floor_us(shape: MoEShape, gpu: Gpu, tokens: int) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def expected_blocks(mean_rows: float, block_m: int) -> float:
-    """Mean number of M blocks of an expert whose rows are Poisson distributed: each expert is padded to whole blocks."""
+    """Mean number of M blocks of an expert whose rows are Poisson distributed; the last one is padded."""
     if mean_rows <= 0:
         return 0.0
     spread = math.sqrt(mean_rows)

@@ -1,4 +1,4 @@
-"""Tables and progress on a terminal: through rich where it is installed, as it is beside most engines, plain otherwise."""
+"""Tables and progress on a terminal: through rich where it is installed, plain otherwise."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ else:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """A table of text; every column but the first is set to the right."""
+    """A table of text; the columns named in `text` are set to the left, numbers to the right."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    text: frozenset[str] = frozenset()
 
 
 def show(grid: Grid) -> None:
     """Print a table to standard output."""
     if _rich and sys.stdout.isatty():
         table = rich.table.Table(title=grid.title, title_justify="left")
-        for index, column in enumerate(grid.columns):
-            table.add_column(column, justify="right" if index else "left", overflow="fold")
+        for column in grid.columns:
+            table.add_column(column, justify="left" if column in grid.text else "right", overflow="fold")
         for row in grid.rows:
             table.add_row(*map(rich.markup.escape, row))
         rich.console.Console().print(table)
@@ -42,7 +43,10 @@ def show(grid: Grid) -> None:
     widths = [max(map(len, column)) for column in zip(grid.columns, *grid.rows, strict=True)]
     print(grid.title)
     for row in (grid.columns, *grid.rows):
-        cells = [cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            cell.ljust(width) if column in grid.text else cell.rjust(width)
+            for cell, width, column in zip(row, widths, grid.columns, strict=True)
+        ]
         print("  " + "  ".join(cells).rstrip())
 
 
@@ -69,7 +73,9 @@ class Bar:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._live is not None:
             self._live.stop()
 

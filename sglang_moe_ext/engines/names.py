@@ -26,7 +26,7 @@ def parse(name: str) -> TableKey:
     match = _NAME.fullmatch(name)
     if match is None:
         raise TableError(
-            f"file name {name!r} is no table's: expected E=<experts>,N=<intermediate>,device_name=<GPU>[,dtype=...].json"
+            f"file name {name!r} is no table's: expected E=<experts>,N=<size>,device_name=<GPU>[,dtype=...].json"
         )
     scheme = match["scheme"]
     if scheme is not None and scheme not in get_args(Scheme):

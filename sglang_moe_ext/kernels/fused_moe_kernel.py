@@ -5,8 +5,8 @@ sglang 0.5.23's fused_moe_kernel was read for the tiles, the order of the progra
 
 from __future__ import annotations
 
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 
 # These follow the batch and the configuration: specialising on them would make many binaries that differ in nothing.
 UNSPECIALISED = ("blocks_m", "num_pairs", "group_m")

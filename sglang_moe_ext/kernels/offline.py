@@ -12,7 +12,7 @@ def warm_up() -> None:
 
 
 def compile_job(job: CompileJob) -> Resources | Failure:
-    """What the binary of this job needs, or why the compiler refuses it. One binary serves every batch size and group."""
+    """What the job's binary needs, or why the compiler refuses it. One binary serves every batch size and group."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -24,5 +24,5 @@ def compile_job(job: CompileJob) -> Resources | Failure:
         asked = compile_signature(job.shape, job.projection, job.key, job.sm)
         source = ASTSource(asked.fn, asked.signature, asked.constexprs, asked.attrs)
         return resources_of(triton.compile(source, target=GPUTarget("cuda", job.sm, 32), options=asked.options))
-    except Exception as error:  # the compiler fails in many ways; each costs this candidate alone
+    except Exception as error:  # noqa: BLE001 - the compiler fails in many ways; each costs this candidate alone
         return Failure(type(error).__name__, (str(error).strip().splitlines() or ["no message"])[-1][:300])

@@ -6,6 +6,7 @@ pairs count as zero. Nothing is rounded on the way, but for activations that the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -123,7 +124,7 @@ def relative_error(out: Tensor, ref: Tensor) -> float:
     if difference == 0.0:
         return 0.0
     error = difference / size if size else float("inf")
-    return error if error == error else float("inf")
+    return float("inf") if math.isnan(error) else error
 
 
 def _layer_gemm(

@@ -10,7 +10,11 @@ log = logging.getLogger(__name__)
 
 
 def _say_what_is_active(engine: str) -> None:
-    log.info("sglang-moe-ext %s is installed: %s reads its tables from where they were installed, no hook is active", __version__, engine)
+    log.info(
+        "sglang-moe-ext %s is installed: %s reads its tables from where they were installed, no hook is active",
+        __version__,
+        engine,
+    )
 
 
 def register_sglang() -> None:
@@ -19,5 +23,5 @@ def register_sglang() -> None:
 
 
 def register_vllm() -> None:
-    """Entry point of the group `vllm.general_plugins`; vLLM ends when one of these raises, and calls it more than once."""
+    """Entry point of the group `vllm.general_plugins`; vLLM ends when one raises, and calls it repeatedly."""
     _say_what_is_active("vLLM")

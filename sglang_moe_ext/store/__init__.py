@@ -1,1 +1,1 @@
-"""Tables of configurations on disk: read with suspicion, written whole or not at all, with a note of where they came from."""
+"""Tables of configurations on disk: read with suspicion, written whole or not at all, with a note of their origin."""

@@ -24,7 +24,9 @@ def write_together(contents: Mapping[Path, str]) -> None:
         for temporary, path in staged:
             os.replace(temporary, path)
     except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror}; make room, or choose another place with --output-dir") from error
+        raise StoreError(
+            f"cannot write {path}: {error.strerror}; make room, or choose another place with --output-dir"
+        ) from error
     finally:
         for temporary, _ in staged:
             if os.path.exists(temporary):

@@ -1,4 +1,4 @@
-"""Put a new table into the place of an old one, entry by entry, so that nothing measured is ever lost to a prediction."""
+"""Put a new table into the place of an old one, entry by entry; nothing measured is ever lost to a prediction."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sglang_moe_ext.store.provenance import Provenance
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A table with what is known of it; no provenance: it came with the engine or from a user, and counts as measured."""
+    """A table with what is known of it; without provenance it is the engine's or a user's, and counts as measured."""
 
     table: Table
     provenance: Provenance | None
@@ -60,7 +60,11 @@ def merged(old: Stored | None, new: Stored) -> Stored | Refused:
             return Refused("a measured table already lies there, and a predicted one never replaces it")
         new = new.without_predictions()
     table = dict(sorted({**old.table, **new.table}.items()))
-    known = {} if old.provenance is None else {m: entry for m, entry in old.provenance.entries.items() if m not in new.table}
+    known = (
+        {}
+        if old.provenance is None
+        else {m: entry for m, entry in old.provenance.entries.items() if m not in new.table}
+    )
     fresh = {} if new.provenance is None else new.provenance.entries
     return Stored(table, Provenance({m: entry for m, entry in sorted({**known, **fresh}.items()) if m in table}))
 

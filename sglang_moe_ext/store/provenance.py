@@ -1,4 +1,4 @@
-"""Where a table came from: a JSON file beside it, `<table>.provenance.json`, with the run and the figures of each entry."""
+"""Where a table came from: `<table>.provenance.json` beside it, with the run and the figures of each entry."""
 
 from __future__ import annotations
 

@@ -86,7 +86,9 @@ def _number(text: str, name: str, entry: Mapping[str, Any]) -> int:
     value = entry.get(name, _TRITON_DEFAULTS.get(name))
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST.get(name, 4096):
         found = "nothing" if value is None else repr(value)
-        raise TableError(f"entry {text} has {name}={found}: expected a whole number from 1 to {_LARGEST.get(name, 4096)}")
+        raise TableError(
+            f"entry {text} has {name}={found}: expected a whole number from 1 to {_LARGEST.get(name, 4096)}"
+        )
     if name in _POWERS_OF_TWO and value & (value - 1):
         raise TableError(f"entry {text} has {name}={value}: expected a power of two")
     return value
@@ -95,7 +97,8 @@ def _number(text: str, name: str, entry: Mapping[str, Any]) -> int:
 def to_json(table: Table) -> str:
     """The file's text. USE_TMA stands only where it is on: an engine that does not know it must not meet it."""
     document = {
-        str(m): {name: getattr(config, ours) for name, ours in _FIELDS.items()} | ({"USE_TMA": True} if config.use_tma else {})
+        str(m): {name: getattr(config, ours) for name, ours in _FIELDS.items()}
+        | ({"USE_TMA": True} if config.use_tma else {})
         for m, config in sorted(table.items())
     }
     return json.dumps(document, indent=4) + "\n"

@@ -25,5 +25,7 @@ def tables_folder(engine: str, version_folder: str) -> Path:
 def all_tables(engine: str) -> Iterator[Path]:
     """Every table of that engine in the store, in order of Triton and name."""
     yield from sorted(
-        path for path in (root() / "tables" / engine).glob("triton_*/*.json") if not path.name.endswith(".provenance.json")
+        path
+        for path in (root() / "tables" / engine).glob("triton_*/*.json")
+        if not path.name.endswith(".provenance.json")
     )

@@ -29,7 +29,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class KernelSource:
-    """Whose kernel is compiled. `module` has `warm_up()` and `compile_job(job)`; `fingerprint` changes with the kernel."""
+    """Whose kernel it is. `module` has `warm_up()` and `compile_job(job)`; `fingerprint` changes with the kernel."""
 
     name: str
     module: str
@@ -48,18 +48,20 @@ def compile_all(
 ) -> Compiled:
     """Compile each job, those in the cache for free. A crash, a hang or an error costs the job that caused it alone.
 
-    `triton_cache`: where Triton keeps the binaries, for a process that will launch them; by default they are thrown away.
+    `triton_cache`: where Triton keeps the binaries, for a process that will launch them; None: thrown away.
     """
     unique = list(dict.fromkeys(jobs))
     compiled: Compiled = {job: known for job in unique if (known := cache.get(source, job)) is not None}
     missing = [job for job in unique if triton_cache is not None or job not in compiled]
-    progress(len(unique) - len(missing), len(unique))
+    done = len(unique) - len(missing)
+    progress(done, len(unique))
     with tempfile.TemporaryDirectory(prefix="sglang_moe_ext-") as scratch:
         for job, result in _on_workers(source, missing, workers or os.cpu_count() or 1, triton_cache or Path(scratch)):
             compiled[job] = result
             if not _is_mishap(result):
                 cache.put(source, job, result)
-            progress(len(unique) - len(missing) + sum(job in compiled for job in missing), len(unique))
+            done += 1
+            progress(done, len(unique))
     return compiled
 
 
@@ -108,5 +110,7 @@ def _compile(module: str, job: CompileJob) -> Resources | Failure:
     try:
         answer: Resources | Failure = importlib.import_module(module).compile_job(job)
         return answer
+    except Exception as error:  # noqa: BLE001 - a compiler fails in any way; each costs this job alone
+        return Failure(type(error).__name__, (str(error).strip().splitlines() or ["no message"])[-1][:300])
     finally:
         signal.alarm(0)

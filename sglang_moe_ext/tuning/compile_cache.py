@@ -26,7 +26,7 @@ def default_path() -> Path:
 
 
 class CompileCache:
-    """Results by kernel and job. A cache that cannot be used is no reason to stop: it says so once and holds nothing."""
+    """Results by kernel and job. A cache that cannot be used stops nobody: it says so and holds nothing."""
 
     def __init__(self, path: Path | None) -> None:
         """`path` None: keep results in memory alone."""

@@ -18,7 +18,7 @@ Install = Literal["engine", "overlay", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """A folder of tables for one Triton, the variables that make a server read it, and what the user should know of it."""
+    """A folder of tables for one Triton, the variables that make a server read it, and a note for the user."""
 
     folder: Path
     environment: dict[str, str]
@@ -42,7 +42,9 @@ def chosen(install: Install, output_dir: Path | None, engine: Installation | Non
     if engine is None or install == "none":
         return None
     if set_by_user := os.environ.get(overlay.VARIABLE):
-        return Destination(_configs(Path(set_by_user), triton), {}, f"{overlay.VARIABLE} is set: its folder is the engine's")
+        return Destination(
+            _configs(Path(set_by_user), triton), {}, f"{overlay.VARIABLE} is set: its folder is the engine's"
+        )
     if install == "engine":
         folder = _configs(engine.configs_root.parent, triton)
         if files.is_writable(folder):

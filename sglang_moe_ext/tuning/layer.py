@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 ROUTINGS = 4
-"""Different routings that the samples of one batch size take turns with, so that no expert's weights stay in a cache."""
+"""Routings that the samples of one batch size take turns with, so that no expert's weights stay in a cache."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The order of a run: ask what the engine takes today, plan, predict or measure, write, and prove that it is picked up."""
+"""The order of a run: ask what the engine takes today, plan, predict or measure, write, prove the pick-up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run will do, before it does it: names, candidates, binaries, the floor, and what could be won. Needs no GPU."""
+"""What a run will do, before it does it: candidates, binaries, the floor, what could be won. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEFAULT_TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 1536,
 
 SHORTLIST_KEYS = 32
 SHORTLIST_GROUPED = 8
-# One binary, one core: 0.25 to 0.45 s (SGLang 0.5.23, Triton 3.7.1, 2 cores, 2026-11-21); an import of the engine 7 s there.
+# One binary on one core takes 0.25 to 0.45 s, an import of the engine 7 s (SGLang 0.5.23, Triton 3.7.1, 2026-11-21).
 _COMPILE_S, _START_S = 0.4, 10.0
 _SCREEN_S = 0.004
 _RACE_S = 1.0
@@ -24,7 +24,7 @@ _RACE_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One M: the floor, the predicted time of the best candidate, and of what the engine takes today, if it was asked."""
+    """One M: the floor, and the predicted times of the best candidate and of what the engine takes today."""
 
     tokens: int
     floor_us: float
@@ -47,7 +47,7 @@ class Plan:
 
 
 def shortlist(candidates: tuple[TileConfig, ...], shape: MoEShape, gpu: Gpu, tokens: int) -> list[TileConfig]:
-    """The candidates to measure at that M: the best-ranked keys once each, and the very best with every GROUP_SIZE_M."""
+    """The candidates to measure at that M: the best-ranked keys, and the very best with every GROUP_SIZE_M."""
     ranked = predict.by_estimate(candidates, shape, gpu, tokens)
     keys = list(dict.fromkeys(config.compile_key for config in ranked))
     best, with_groups = set(keys[:SHORTLIST_KEYS]), set(keys[:SHORTLIST_GROUPED])

@@ -1,4 +1,4 @@
-"""A table without a GPU: rank the candidates by the wave model, compile those that could win, keep what fits and is clean."""
+"""A table without a GPU: rank candidates by the wave model, compile what could win, keep what fits and is clean."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def table(
     compiled: Compiled = {}
     ranked = {m: best_of_each_key(tuple(candidates), shape, gpu, m) for m in tokens}
     chosen: dict[int, Predicted] = {}
-    while len(chosen) < len(tokens):
-        fronts = {m: ranked[m][:FRONT] for m in tokens if m not in chosen}
+    while len(chosen) < len(ranked):
+        fronts = {m: ranked[m][:FRONT] for m in ranked if m not in chosen}
         if not all(fronts.values()):
             empty = next(m for m, front in fronts.items() if not front)
             failures = sorted({result.message for result in compiled.values() if isinstance(result, Failure)})
@@ -78,7 +78,12 @@ def table(
                 f"no candidate compiles for M={empty} on {gpu.device_name}: {failures[0] if failures else 'all spill'}"
             )
         compiled |= compile_all(
-            [job for m, front in fronts.items() for config in front for job in jobs_of(config, shape, m, gpu.sm).values()]
+            [
+                job
+                for m, front in fronts.items()
+                for config in front
+                for job in jobs_of(config, shape, m, gpu.sm).values()
+            ]
         )
         for m, front in fronts.items():
             clean = [

@@ -15,10 +15,14 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One layer on one GPU. `gpu_is_here`: this machine has that GPU; `measure`: time on it, rather than predict."""
+    """One layer on one GPU. `gpu_is_here`: this machine has that GPU; `measure`: time on it, rather than predict.
+
+    `vllm_shape` is the layer as vLLM would launch it, None where that is unknown or impossible.
+    """
 
     model: str
     shape: MoEShape
+    vllm_shape: MoEShape | None
     gpu: Gpu
     gpu_is_here: bool
     tokens: tuple[int, ...]

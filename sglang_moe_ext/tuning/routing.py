@@ -16,7 +16,7 @@ REMOTE = -1
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """topk_ids int32 and topk_weights float32, both [tokens, topk]; ids are this rank's, -1 where another has the expert."""
+    """topk_ids int32 and topk_weights float32, both [tokens, topk]; an id is -1 where another rank has the expert."""
 
     topk_ids: torch.Tensor
     topk_weights: torch.Tensor

@@ -1,4 +1,4 @@
-"""Choose whose kernel is compiled and measured: the installed engine's, or, where there is none, ours with the same tiles."""
+"""Choose whose kernel is compiled and measured: the installed engine's, or else ours with the same tiles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The candidates, and the rules that drop those which cannot run or cannot win: the single statement of each constraint."""
+"""The candidates, and the rules that drop what cannot run or win: the single statement of each constraint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from sglang_moe_ext.core import PROJECTIONS, Gpu, MoEShape, TileConfig
 
 _WGMMA_ROWS = 64
-"""Rows of one wgmma or tcgen05 tile: from this BLOCK_SIZE_M on, operands wait in shared memory for a whole stage more."""
+"""Rows of one wgmma or tcgen05 tile: from this BLOCK_SIZE_M on, operands stay in shared memory a stage longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ def operand_bytes(shape: MoEShape) -> float:
 
 
 def smem_bytes(config: TileConfig, shape: MoEShape, sm: int) -> int:
-    """Shared memory that the engine's kernel will ask for, in bytes a block; a lower bound for weight-only quantisation.
+    """Shared memory that the engine's kernel asks for, bytes a block; a lower bound where weights alone are quantised.
 
     Held against the compiler on the grid in tests/data/compiled.
     """
@@ -75,8 +75,11 @@ def _accumulates_in_registers(config: TileConfig, shape: MoEShape, gpu: Gpu) -> 
 
 def _meets_scales(config: TileConfig, shape: MoEShape, gpu: Gpu) -> bool:
     block = shape.quantisation.block_shape
-    return block is None or (block[1] % config.block_k == 0 if all(block) else config.block_k % block[1] == 0
-                             or block[1] % config.block_k == 0)
+    return block is None or (
+        block[1] % config.block_k == 0
+        if all(block)
+        else config.block_k % block[1] == 0 or block[1] % config.block_k == 0
+    )
 
 
 def _is_within_work(config: TileConfig, shape: MoEShape, gpu: Gpu) -> bool:
@@ -93,9 +96,7 @@ RULES = (
 )
 
 
-def sift(
-    candidates: Iterable[TileConfig], shape: MoEShape, gpu: Gpu, rules: Sequence[Rule] = RULES
-) -> Sifted:
+def sift(candidates: Iterable[TileConfig], shape: MoEShape, gpu: Gpu, rules: Sequence[Rule] = RULES) -> Sifted:
     """Drop what the rules drop; each candidate counts for the first rule that drops it."""
     kept: list[TileConfig] = []
     dropped = {rule.name: 0 for rule in rules}

@@ -17,7 +17,7 @@ Launch = Callable[[int], None]
 _FLUSH_BYTES = 256 * 1024 * 1024
 """More than four times the L2 of an H200 (60 MB)."""
 _BUSY_CYCLES = 600_000
-"""About 0.3 ms on an H200: longer than the engine's launcher takes (0.1 ms), so the kernel is queued before its turn."""
+"""About 0.3 ms on an H200: longer than the engine's launcher takes (0.1 ms), so the kernel waits in the queue."""
 
 
 class Stopwatch:
@@ -31,16 +31,16 @@ class Stopwatch:
     def _timed(self, launch: Launch, turn: int) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         import torch
 
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         self._flush.zero_()
-        torch.cuda._sleep(_BUSY_CYCLES)
+        torch.cuda._sleep(_BUSY_CYCLES)  # type: ignore[no-untyped-call]
         begin.record()
         launch(turn)
         end.record()
         return begin, end
 
     def rounds(self, launches: Sequence[Launch], rounds: int) -> list[list[float]]:
-        """Microseconds of each launch in each round, all launches in turn, so that a drift of the clocks meets all alike."""
+        """Microseconds of each launch in each round, in turn, so that a drift of the clocks meets all alike."""
         import torch
 
         events = [[self._timed(launch, turn) for launch in launches] for turn in range(rounds)]

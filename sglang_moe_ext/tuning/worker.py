@@ -6,7 +6,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -41,7 +41,7 @@ class Race:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Compare a pair's results with the reference, on fresh inputs and poisoned outputs. Answered by the larger error."""
+    """Compare a pair's results with the reference: fresh inputs, poisoned outputs. Answered by the larger error."""
 
     tokens: int
     pair: Pair
@@ -85,16 +85,14 @@ class _Bench:
 
     def _launch(self, batch: Any, projection: Projection, config: TileConfig) -> Callable[[int], None]:
         from sglang_moe_ext.engines.sglang import kernel
-
-        layer = self.layer
-        tensors = {}
-
-        def launch(turn: int) -> None:
-            kernel.launch(layer.engine, layer.shape, projection, tensors[turn % len(tensors)], config)
-
         from sglang_moe_ext.tuning.layer import ROUTINGS
 
-        tensors.update({turn: layer.gemm(batch, projection, config.block_m, turn) for turn in range(ROUTINGS)})
+        layer = self.layer
+        tensors = [layer.gemm(batch, projection, config.block_m, turn) for turn in range(ROUTINGS)]
+
+        def launch(turn: int) -> None:
+            kernel.launch(layer.engine, layer.shape, projection, tensors[turn % ROUTINGS], config)
+
         return launch
 
     def _screen(self, request: Screen) -> list[float]:
@@ -104,11 +102,15 @@ class _Bench:
 
     def _race(self, request: Race) -> list[list[float]]:
         batch = self._batch_of(request.tokens)
-        launches = [self._launch(batch, projection, pair[projection]) for pair in request.pairs for projection in PROJECTIONS]
+        launches = [
+            self._launch(batch, projection, pair[projection]) for pair in request.pairs for projection in PROJECTIONS
+        ]
         for launch in launches:
             launch(0)
         times = self.stopwatch.rounds(launches, request.rounds)
-        return [[of_round[2 * pair] + of_round[2 * pair + 1] for of_round in times] for pair in range(len(request.pairs))]
+        return [
+            [of_round[2 * pair] + of_round[2 * pair + 1] for of_round in times] for pair in range(len(request.pairs))
+        ]
 
     def _check(self, request: Check) -> float:
         from sglang_moe_ext.kernels.reference import relative_error
@@ -130,7 +132,7 @@ def _serve(connection: Connection, setup: Setup) -> None:
 
     try:
         bench = _Bench(setup)
-    except Exception as error:  # the parent reports it in one line
+    except Exception as error:  # noqa: BLE001 - the parent reports it in one line
         connection.send(Failure(type(error).__name__, str(error)))
         return
     connection.send(torch.cuda.get_device_name(0))
@@ -140,7 +142,7 @@ def _serve(connection: Connection, setup: Setup) -> None:
             try:
                 answer = bench.answer(request)
                 torch.cuda.synchronize()
-            except Exception as error:  # a candidate can fail in any way; the parent records which
+            except Exception as error:  # noqa: BLE001 - a candidate can fail in any way; the parent records which
                 connection.send(Failure(type(error).__name__, (str(error).splitlines() or [""])[0][:300]))
                 if isinstance(error, torch.cuda.OutOfMemoryError):
                     torch.cuda.empty_cache()
@@ -151,7 +153,7 @@ def _serve(connection: Connection, setup: Setup) -> None:
 
 
 class Worker:
-    """The parent's side: ask, and get an answer or a Failure, whatever happens to the process. Started again when it dies."""
+    """The parent's side: ask, and get an answer or a Failure, whatever happens to the process."""
 
     def __init__(self, setup: Setup, *, start_timeout_s: float = 300.0, timeout_s: float = 120.0) -> None:
         self._setup, self._start_timeout_s, self._timeout_s = setup, start_timeout_s, timeout_s
@@ -198,10 +200,3 @@ class Worker:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
-
-
-def medians(times: Sequence[Sequence[float]]) -> list[float]:
-    """The median of each row."""
-    import statistics
-
-    return [statistics.median(row) for row in times]

@@ -56,7 +56,7 @@ def has_gpu() -> bool:
 
 
 def import_engine(module: str) -> Any:
-    """The engine's module of that dotted name. Without a GPU its compiled operators cannot load: stand-ins take their place.
+    """The engine's module of that name. Without a GPU, stand-ins take the place of its compiled operators.
 
     Raises:
         EngineError: it cannot be imported.
@@ -65,7 +65,7 @@ def import_engine(module: str) -> Any:
         _allow_absent_operators()
     try:
         return importlib.import_module(module)
-    except Exception as error:  # an engine can fail to import in any way; the caller needs one line, not its traceback
+    except Exception as error:  # an engine can fail to import in any way; the caller needs one line
         raise EngineError(f"cannot import {module}: {type(error).__name__}: {error}") from error
 
 

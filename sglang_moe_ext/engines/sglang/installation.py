@@ -1,4 +1,4 @@
-"""Where SGLang lies on this machine, which version it is, and the folder its tables belong in; imports nothing of it."""
+"""Where SGLang lies, which version it is, and the folder its tables belong in; imports nothing of it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ class Installation:
             EngineError: there is no Triton.
         """
         if self.triton is None:
-            raise EngineError("no Triton is installed beside SGLang: its tables lie in a folder named after Triton's version")
+            raise EngineError(
+                "no Triton is installed beside SGLang: its tables lie in a folder named after Triton's version"
+            )
         return self.configs_root / version_folder(self.triton)
 
     def _source(self, candidates: tuple[str, ...]) -> Path:
@@ -118,5 +120,7 @@ def running_triton() -> str | None:
     spec = importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:
         return None
-    match = re.search(r"^__version__ = ['\"]([^'\"]+)['\"]", Path(spec.origin).read_text(encoding="utf-8"), re.MULTILINE)
+    match = re.search(
+        r"^__version__ = ['\"]([^'\"]+)['\"]", Path(spec.origin).read_text(encoding="utf-8"), re.MULTILINE
+    )
     return match[1] if match else importlib.metadata.version("triton")

@@ -1,4 +1,4 @@
-"""Launch SGLang's own fused-MoE kernel: the arguments that its `invoke_fused_moe_kernel` takes for one GEMM of a layer."""
+"""Launch SGLang's own fused-MoE kernel, through its `invoke_fused_moe_kernel`, for one GEMM of a layer."""
 
 from __future__ import annotations
 
@@ -20,9 +20,13 @@ class Engine:
     kernels: Any
     aligner: Any
 
-    def align(self, topk_ids: torch.Tensor, block_m: int, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def align(
+        self, topk_ids: torch.Tensor, block_m: int, experts: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(sorted_token_ids, expert_ids, num_tokens_post_padded), as the engine's own sort makes them."""
-        sorted_token_ids, expert_ids, num_tokens_post_padded = self.aligner.moe_align_block_size(topk_ids, block_m, experts)
+        sorted_token_ids, expert_ids, num_tokens_post_padded = self.aligner.moe_align_block_size(
+            topk_ids, block_m, experts
+        )
         return sorted_token_ids, expert_ids, num_tokens_post_padded
 
 

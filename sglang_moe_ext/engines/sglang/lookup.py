@@ -1,4 +1,4 @@
-"""Ask the real SGLang, in a fresh process and through its own lookup, which entry of which table it takes for each M."""
+"""Ask the real SGLang, in a fresh process and through its own lookup, which entry it takes for each M."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TRITON_WARPS, _TRITON_STAGES = 4, 3
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What one layer asks. `pretend` is the GPU that the engine shall believe in where this machine has none of the kind."""
+    """What one layer asks. `pretend`: the GPU that the engine shall believe in where it is not here."""
 
     shape: MoEShape
     tokens: Sequence[int]

@@ -1,4 +1,4 @@
-"""The child of `lookup`: imports the real engine, asks its own `try_get_optimal_moe_config`, prints the answers as JSON."""
+"""The child of `lookup`: asks the real engine's `try_get_optimal_moe_config`, prints the answers as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SGLang's file names: the table that `get_moe_configs` asks for, from `get_config_file_name` (same text 0.5.8 to 0.5.23)."""
+"""SGLang's file names, as its `get_config_file_name` makes them; the same in 0.5.8 to 0.5.23."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ def table_key(shape: MoEShape, device_name: str, *, down: bool = False) -> Table
     packed = INT4_WEIGHTS_PER_BYTE if quantisation.scheme == "int4_w4a16" else 1
     return TableKey(
         experts=shape.experts,
-        intermediate_size=shape.intermediate_size // packed,  # the engine reads w2.shape[2], and int4 lies packed in bytes
+        intermediate_size=shape.intermediate_size
+        // packed,  # the engine reads w2.shape[2], and int4 lies packed in bytes
         device_name=device_name.replace(" ", "_"),
         scheme=quantisation.scheme,
         block_shape=quantisation.block_shape if quantisation.is_block_wise else None,

@@ -132,7 +132,7 @@ def compile_job(job: CompileJob) -> Resources | Failure:
     JITFunction.run = compile_only
     try:
         launch(engine, job.shape, job.projection, tensors, config)
-    except Exception as error:  # the compiler fails in many ways; each costs this candidate alone
+    except Exception as error:  # noqa: BLE001 - the compiler fails in many ways; each costs this candidate alone
         return Failure(type(error).__name__, (str(error).strip().splitlines() or ["no message"])[-1][:300])
     finally:
         JITFunction.run = run

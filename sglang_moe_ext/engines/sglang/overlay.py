@@ -28,7 +28,9 @@ def build(overlay: Path, configs_root: Path) -> None:
             if folder.is_dir() and _VERSION_FOLDER.fullmatch(folder.name):
                 _link_tables(folder, overlay / "configs" / folder.name)
     except OSError as error:
-        raise StoreError(f"cannot make the overlay {overlay}: {error.strerror}; set SGLANG_MOE_EXT_STORE elsewhere") from error
+        raise StoreError(
+            f"cannot make the overlay {overlay}: {error.strerror}; set SGLANG_MOE_EXT_STORE elsewhere"
+        ) from error
 
 
 def _link_tables(engines: Path, ours: Path) -> None:

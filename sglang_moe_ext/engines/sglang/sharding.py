@@ -36,7 +36,7 @@ def launched_shape(
     block = model.quantisation.block_shape
     if block is not None and block[0] and intermediate_size % block[0]:
         raise ModelError(
-            f"{model.name}: {intermediate_size} columns a rank are no multiple of the quantisation block {list(block)}; "
+            f"{model.name}: {intermediate_size} columns a rank are no multiple of its block {list(block)}; "
             f"SGLang refuses --tp-size {tp} for it; use a smaller --tp-size, or --ep-size"
         )
     fused = fused_shared_experts(model, ep, engine_version) if fuse_shared_experts else 0

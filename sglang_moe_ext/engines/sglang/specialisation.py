@@ -1,4 +1,4 @@
-"""Which batch sizes share one binary of SGLang's kernel: Triton compiles for what it can tell of each integer argument."""
+"""Which batch sizes share one binary of SGLang's kernel: Triton compiles for what it sees of each integer."""
 
 from __future__ import annotations
 

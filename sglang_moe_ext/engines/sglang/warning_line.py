@@ -33,7 +33,7 @@ def missing_table(line: str) -> TableKey:
     match = _FILE.search(line)
     if match is None:
         raise TableError(
-            "--from-log: the line names no table; expected SGLang's own, with .../E=<experts>,N=<size>,device_name=...json"
+            "--from-log: the line names no table; expected SGLang's own, with .../E=...,N=...,device_name=...json"
         )
     return names.parse(match[1])
 
@@ -48,9 +48,7 @@ def _asks_for(shape: MoEShape, key: TableKey) -> bool:
     return asked == key
 
 
-def guesses(
-    key: TableKey, models: Iterable[MoEModel], engine_version: tuple[int, int, int] = NEWEST
-) -> list[Guess]:
+def guesses(key: TableKey, models: Iterable[MoEModel], engine_version: tuple[int, int, int] = NEWEST) -> list[Guess]:
     """The known models that ask for this table, each with the smallest split that does."""
     found: list[Guess] = []
     for model in models:

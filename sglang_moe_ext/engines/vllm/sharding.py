@@ -9,7 +9,7 @@ _FINER_BLOCKS = (64, 32)
 
 
 def launched_shape(model: MoEModel, parallelism: Parallelism) -> MoEShape:
-    """The layer that one rank launches. With expert parallelism vLLM splits by expert over all ranks, and N stays whole.
+    """The layer that one rank launches. With expert parallelism vLLM splits by expert over all ranks; N stays whole.
 
     Raises:
         ModelError: the split is not even.

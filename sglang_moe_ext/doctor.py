@@ -1,0 +1,158 @@
+"""`sglang-moe-ext doctor`: what SGLang will use for a layer at each M, from which file, and why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sglang_moe_ext import gpus, layer_arguments, terminal
+from sglang_moe_ext.core import EngineError, Gpu, ModelError, MoEShape, TableError, TableKey
+from sglang_moe_ext.engines import names
+from sglang_moe_ext.engines.sglang import backends, installation, lookup, naming, warning_line
+from sglang_moe_ext.shapes import parse_shape
+from sglang_moe_ext.store import provenance, tables, user_store
+from sglang_moe_ext.tuning.destinations import ENGINE
+from sglang_moe_ext.tuning.plan import DEFAULT_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class Patient:
+    """A layer to look at, on a GPU that may not be here."""
+
+    name: str
+    shape: MoEShape
+    gpu: Gpu
+    is_here: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What the engine takes for one GEMM at one M, and why."""
+
+    tokens: int
+    projection: str
+    config: str
+    why: str
+    file: Path | None
+
+
+def add_to(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags; the server's flags keep its names."""
+    layer_arguments.add_to(parser)
+    server = parser.add_argument_group("how the server is started")
+    server.add_argument("--moe-runner-backend", default=backends.AUTO, help="as the server's flag (default auto)")
+    server.add_argument("--enable-deterministic-inference", action="store_true", help="as the server's flag")
+
+
+def _patients(arguments: argparse.Namespace) -> Iterator[Patient]:
+    """The layer that the flags name, or each one in the user's store."""
+    if layer_arguments.is_given(arguments):
+        layer = layer_arguments.stated(arguments)
+        yield Patient(layer.name, layer.shape, *layer_arguments.gpu_of(arguments, layer))
+        return
+    here = gpus.detect()
+    seen: set[tuple[MoEShape, str]] = set()
+    for path in user_store.all_tables(ENGINE):
+        known = provenance.read(path)
+        run = None if known is None or not known.entries else next(iter(known.entries.values())).run
+        try:
+            key = names.parse(path.name)
+            if run is None or key.down:
+                continue
+            shape, gpu = parse_shape(run.shape), gpus.find(warning_line.device_of(key))
+        except (ModelError, TableError) as error:
+            print(f"{path}: passed over: {error}")
+            continue
+        if (shape, gpu.device_name) not in seen:
+            seen.add((shape, gpu.device_name))
+            yield Patient(run.model, shape, gpu, here is not None and here.device_name == gpu.device_name)
+
+
+def _origin(file: Path, tokens: int) -> str:
+    known = provenance.read(file)
+    if known is None:
+        return "origin unknown: shipped with the engine, or a user's"
+    return known.origin(tokens) or "origin unknown"
+
+
+def _why(file: Path | None, key: TableKey, tokens: int, triton: str, deterministic: bool) -> str:
+    """Why the engine takes what it takes, from the file that it opened for the key."""
+    if deterministic:
+        return "the engine's default: deterministic inference reads no table"
+    if file is None:
+        return f"the engine's default: no table {naming.file_name(key)}"
+    table = tables.read(file)
+    nearest = tables.nearest(table, tokens)
+    entry = "its own entry" if nearest == tokens else f"nearest entry {nearest}"
+    folder = file.parent.name
+    if folder == naming.version_folder(triton):
+        made_for = "exact Triton"
+    else:
+        made_for = f"other Triton ({folder.removeprefix('triton_').replace('_', '.')}), running {triton}"
+    return f"{entry}; {made_for}; {_origin(file, nearest)}"
+
+
+def findings(patient: Patient, answer: lookup.Answer, deterministic: bool) -> list[Finding]:
+    """What the answer means, for both GEMMs at each M."""
+    device = patient.gpu.device_name
+    files = {file.name: file for file in answer.files}
+    up_key = naming.table_key(patient.shape, device)
+    down_key = naming.table_key(patient.shape, device, down=True)
+    up_file, down_file = files.get(naming.file_name(up_key)), files.get(naming.file_name(down_key))
+    found: list[Finding] = []
+    for m, config in answer.up.items():
+        why = _why(up_file, up_key, m, answer.triton, deterministic)
+        found.append(Finding(m, "up", str(config), why, up_file))
+        down = answer.down[m]
+        if down is None or down_file is None:
+            found.append(Finding(m, "down", str(down or config), "as the up projection: no table of its own", up_file))
+        else:
+            why = _why(down_file, down_key, m, answer.triton, deterministic)
+            found.append(Finding(m, "down", str(down), why, down_file))
+    return found
+
+
+def _examine(patient: Patient, arguments: argparse.Namespace) -> Mapping[str, Any]:
+    tokens = layer_arguments.tokens_of(arguments, DEFAULT_TOKENS)
+    deterministic = arguments.enable_deterministic_inference
+    question = lookup.Question(patient.shape, tokens, None if patient.is_here else patient.gpu, deterministic)
+    answer = lookup.ask(question)
+    found = findings(patient, answer, deterministic)
+    where = "here" if patient.is_here else "not here: the engine was told that it runs on it"
+    print(f"{patient.name}: {patient.shape}")
+    print(f"{patient.gpu.device_name} ({where}), SGLang {answer.engine_version}, Triton {answer.triton}")
+    warning = backends.why_no_table(arguments.moe_runner_backend, patient.shape, patient.gpu)
+    if warning:
+        print(f"NO TABLE IS READ, whatever follows: {warning}")
+    for file in answer.files:
+        print(f"reads {file}")
+    rows = [[str(one.tokens), one.projection, one.config, one.why] for one in found]
+    columns = ["M", "GEMM", "configuration", "why"]
+    terminal.show(terminal.Grid("what the engine takes", columns, rows, frozenset(columns[1:])))
+    return {
+        "model": patient.name,
+        "gpu": patient.gpu.device_name,
+        "reads_tables": warning is None and not deterministic,
+        "files": [str(file) for file in answer.files],
+        "findings": [{"M": one.tokens, "gemm": one.projection, "config": one.config, "why": one.why} for one in found],
+    }
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Examine what the flags name; the last line printed is JSON.
+
+    Raises:
+        MoEExtError: there is no engine to ask, or the flags make no sense.
+    """
+    if installation.find() is None:
+        raise EngineError(
+            "SGLang is not installed in this environment: there is nothing to ask; run doctor where it is"
+        )
+    examined = [_examine(patient, arguments) for patient in _patients(arguments)]
+    if not examined:
+        print(f"no table of ours in {user_store.root()}: name a layer with --model, or tune one")
+    print(json.dumps({"examined": examined}))
