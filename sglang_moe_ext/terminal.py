@@ -20,6 +20,10 @@ else:
     _rich = True
 
 
+_SILENCE_S = 5.0
+"""A log without a terminal gets a line at least this often while something moves."""
+
+
 @dataclass(frozen=True, slots=True)
 class Grid:
     """A table of text; the columns named in `text` are set to the left, numbers to the right."""
@@ -56,11 +60,12 @@ class Bar:
     def __init__(self) -> None:
         self._started = time.monotonic()
         self._stage = ""
+        self._printed = 0.0
         self._live: Any = None
         self._task: Any = None
         if _rich and sys.stderr.isatty():
             self._live = rich.progress.Progress(
-                rich.progress.TextColumn("{task.description:>8}"),
+                rich.progress.TextColumn("{task.description:>10}"),
                 rich.progress.BarColumn(),
                 rich.progress.MofNCompleteColumn(),
                 rich.progress.TimeElapsedColumn(),
@@ -85,6 +90,9 @@ class Bar:
             if stage != self._stage:
                 self._task = self._live.add_task(stage, total=of)
             self._live.update(self._task, completed=done, total=of)
-        elif stage != self._stage or done == of:
-            print(f"[{time.monotonic() - self._started:6.1f} s] {stage} {done}/{of}", file=sys.stderr, flush=True)
+        else:
+            elapsed = time.monotonic() - self._started
+            if stage != self._stage or done == of or elapsed - self._printed > _SILENCE_S:
+                print(f"[{elapsed:6.1f} s] {stage} {done}/{of}", file=sys.stderr, flush=True)
+                self._printed = elapsed
         self._stage = stage

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sglang_moe_ext import layer_arguments, report, terminal
 from sglang_moe_ext.core import MoEExtError
-from sglang_moe_ext.engines.sglang import installation
+from sglang_moe_ext.engines.sglang import backends, installation
 from sglang_moe_ext.tuning import pipeline
 from sglang_moe_ext.tuning.plan import DEFAULT_TOKENS, Plan
 from sglang_moe_ext.tuning.request import Request
@@ -97,7 +97,8 @@ def _say_outcome(request: Request, outcome: pipeline.Outcome) -> None:
     for path, why in outcome.refused.items():
         print(f"kept  {path}: {why}")
     if outcome.destination is None:
-        print("not installed: run this again where SGLang is, or with --output-dir")
+        why = "as --install none asks" if request.install == "none" else "since SGLang is not installed here"
+        print(f"kept in your own store alone, {why}; run this again where SGLang is, or with --output-dir")
     elif outcome.destination.note:
         print(outcome.destination.note)
     if outcome.answer is not None:
@@ -119,11 +120,12 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     if request.gpu_is_here and engine is None and not arguments.predict:
         print("SGLang is not installed here, and only its own kernel is worth measuring: predicting instead")
     with terminal.Bar() as bar:
-        bar("ask", 0, 1)
-        answer = pipeline.ask_incumbents(request, engine)
-        bar("ask", 1, 1)
+        answer = pipeline.ask_incumbents(request, engine, bar)
         plan = pipeline.plan_of(request, answer)
         outcome = None if arguments.dry_run else pipeline.run(request, answer, plan, bar)
+    note = backends.why_no_table(backends.AUTO, request.shape, request.gpu)
+    if note:
+        print(f"note: {note}")
     if outcome is None:
         _say_plan(request, plan)
         print(json.dumps(report.plan_document(request, plan)))

@@ -33,10 +33,10 @@ def measure_all(
         try:
             results: dict[int, Measured] = {}
             for m in request.tokens:
-                progress("measure", len(results), len(request.tokens))
+                progress("measuring", len(results), len(request.tokens))
                 runnable = [config for config in lists[m] if _is_clean(request, config, m, compiled)]
                 results[m] = measured.choose(request.shape, m, runnable, incumbents[m], worker.ask)
-            progress("measure", len(results), len(request.tokens))
+            progress("measuring", len(results), len(request.tokens))
             return results
         finally:
             worker.close()
@@ -62,7 +62,7 @@ def _compiled(
         jobs,
         cache=CompileCache(default_path()),
         triton_cache=triton_cache,
-        progress=lambda done, of: progress("compile", done, of),
+        progress=lambda done, of: progress("compiling", done, of),
     )
 
 

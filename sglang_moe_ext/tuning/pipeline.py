@@ -34,11 +34,14 @@ class Outcome:
     kernel: KernelSource
 
 
-def ask_incumbents(request: Request, engine: Installation | None) -> lookup.Answer | None:
+def ask_incumbents(request: Request, engine: Installation | None, progress: Progress) -> lookup.Answer | None:
     """What the engine takes today, or None where there is no engine to ask."""
     if engine is None:
         return None
-    return pickup.ask(request.shape, list(request.tokens), request.gpu, request.gpu_is_here, {})
+    progress("asking", 0, 1)
+    answer = pickup.ask(request.shape, list(request.tokens), request.gpu, request.gpu_is_here, {})
+    progress("asking", 1, 1)
+    return answer
 
 
 def pairs_of(answer: lookup.Answer) -> dict[int, Pair]:
@@ -70,9 +73,9 @@ def run(request: Request, answer: lookup.Answer | None, made: Plan, progress: Pr
         if answer is not None and request.output_dir is None:
             _refuse_to_shadow(answer)
         results = _predicted(request, made, source, progress)
-    progress("write", 0, 1)
+    progress("writing", 0, 1)
     stored = _put(request, results, records.circumstances(request, engine, source.name), destination, triton)
-    progress("write", 1, 1)
+    progress("writing", 1, 1)
     return Outcome(
         results=results,
         written=tuple(path for path, result in stored.items() if isinstance(result, Stored)),
@@ -105,7 +108,7 @@ def _predicted(request: Request, made: Plan, source: KernelSource, progress: Pro
         request.shape,
         request.gpu,
         request.tokens,
-        lambda jobs: compile_all(source, jobs, cache=cache, progress=lambda done, of: progress("compile", done, of)),
+        lambda jobs: compile_all(source, jobs, cache=cache, progress=lambda done, of: progress("compiling", done, of)),
     )
 
 
@@ -137,8 +140,8 @@ def _proof(
     up, down = (stored[destination.folder / names[which]] for which in (False, True))
     if not isinstance(up, Stored) or not isinstance(down, Stored):
         return None
-    progress("prove", 0, 1)
+    progress("proving", 0, 1)
     written = pickup.Written(up.table, down.table, destination.folder / names[False], destination.folder / names[True])
     answer = pickup.prove(written, request.shape, request.gpu, request.gpu_is_here, destination.environment)
-    progress("prove", 1, 1)
+    progress("proving", 1, 1)
     return answer

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sglang_moe_ext.core import PROJECTIONS, Gpu, MoEShape, TileConfig
+from sglang_moe_ext.core import PROJECTIONS, Gpu, GpuError, MoEShape, TileConfig
 from sglang_moe_ext.roofline import pair_floor_us
 from sglang_moe_ext.tuning import predict, space, wave_model
 from sglang_moe_ext.tuning.worker import Pair
@@ -14,6 +14,7 @@ from sglang_moe_ext.tuning.worker import Pair
 DEFAULT_TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 8192, 16384)
 """Upstream's 18 batch sizes, and the two that a chunked prefill asks for: the engine takes the nearest, however far."""
 
+_FIRST_FP8_SM = 89
 SHORTLIST_KEYS = 32
 SHORTLIST_GROUPED = 8
 # One binary on one core takes 0.25 to 0.45 s, an import of the engine 7 s (SGLang 0.5.23, Triton 3.7.1, 2026-11-21).
@@ -64,7 +65,16 @@ def shortlist(candidates: tuple[TileConfig, ...], shape: MoEShape, gpu: Gpu, tok
 def made(
     shape: MoEShape, gpu: Gpu, tokens: Sequence[int], incumbents: dict[int, Pair] | None, *, measures: bool
 ) -> Plan:
-    """The plan of a run over those batch sizes."""
+    """The plan of a run over those batch sizes.
+
+    Raises:
+        GpuError: the GPU cannot multiply the layer's operands at all.
+    """
+    if shape.quantisation.scheme == "fp8_w8a8" and gpu.sm < _FIRST_FP8_SM:
+        raise GpuError(
+            f"{gpu.device_name} (sm_{gpu.sm}) has no fp8 matrix units: expected sm_{_FIRST_FP8_SM} or newer; "
+            "engines run such weights through Marlin there, which reads no table"
+        )
     sifted = space.sift(space.full_space(), shape, gpu)
     rows = tuple(_row(sifted.kept, shape, gpu, m, None if incumbents is None else incumbents[m]) for m in tokens)
     if measures:

@@ -75,11 +75,7 @@ def _accumulates_in_registers(config: TileConfig, shape: MoEShape, gpu: Gpu) -> 
 
 def _meets_scales(config: TileConfig, shape: MoEShape, gpu: Gpu) -> bool:
     block = shape.quantisation.block_shape
-    return block is None or (
-        block[1] % config.block_k == 0
-        if all(block)
-        else config.block_k % block[1] == 0 or block[1] % config.block_k == 0
-    )
+    return block is None or not all(block) or block[1] % config.block_k == 0
 
 
 def _is_within_work(config: TileConfig, shape: MoEShape, gpu: Gpu) -> bool:

@@ -15,6 +15,8 @@ def launched_shape(model: MoEModel, parallelism: Parallelism) -> MoEShape:
         ModelError: the split is not even.
     """
     ranks, ep = parallelism.tp, parallelism.ep
+    if ranks < 1 or ep < 1:
+        raise ModelError(f"{ranks} ranks with {ep} expert-parallel ones: expected positive sizes")
     if ep > 1:
         if model.routed_experts % ranks:
             raise ModelError(f"{model.name} has {model.routed_experts} experts: {ranks} ranks do not divide them")

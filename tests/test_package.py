@@ -1,0 +1,111 @@
+"""The wheel: what lies in it, what it asks for, and what its entry points do."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from sglang_moe_ext.serving import plugin
+
+REPO_ROOT = Path(__file__).resolve().parents[1]
+NEVER_MOVED = {"torch", "triton", "transformers", "sglang", "vllm", "numpy"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, "."]
+    subprocess.run(command, cwd=REPO_ROOT, check=True, capture_output=True)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_installing_beside_an_engine_moves_nothing(wheel: Path, tmp_path: Path) -> None:
+    assert {"torch", "triton", "transformers"} <= {d.name for d in importlib.metadata.distributions()}
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--report", report, str(wheel)]
+    subprocess.run(command, check=True, capture_output=True)
+    installed = {item["metadata"]["name"].lower() for item in json.loads(report.read_text())["install"]}
+    assert installed <= {"sglang-moe-ext"}
+    assert not installed & NEVER_MOVED
+
+
+def test_the_wheel_asks_for_nothing_but_extras(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = archive.read(name).decode()
+    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
+    assert all("extra ==" in line for line in required)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["sglang_moe_ext_startup.pth", "sglang_moe_ext/py.typed", "sglang_moe_ext/shapes/models.json"],
+    ids=["startup file", "type marker", "model facts"],
+)
+def test_the_wheel_carries(wheel: Path, name: str) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        assert name in archive.namelist()
+
+
+def test_the_wheel_carries_no_tests_and_names_its_entry_points(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.startswith("tests/")]
+        (name,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
+        entry_points = archive.read(name).decode()
+    assert "sglang_moe_ext = sglang_moe_ext.serving.plugin:register_sglang" in entry_points
+    assert "sglang_moe_ext = sglang_moe_ext.serving.plugin:register_vllm" in entry_points
+    assert "sglang-moe-ext = sglang_moe_ext.cli:main" in entry_points
+
+
+def test_a_fresh_environment_without_torch_gets_help_and_one_line_errors(wheel: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-index", wheel], check=True, capture_output=True)
+    help_text = subprocess.run(
+        [python, "-m", "sglang_moe_ext.tune", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--from-log" in help_text.stdout
+    command = [python, "-m", "sglang_moe_ext.tune", "--model", "GLM-4.7-Flash", "--gpu", "RTX_4090"]
+    failed = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert failed.returncode == 1
+    last = failed.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: no Triton is installed")
+    assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.parametrize("register", [plugin.register_sglang, plugin.register_vllm], ids=["sglang", "vllm"])
+def test_an_entry_point_logs_one_line(register: object, caplog: pytest.LogCaptureFixture) -> None:
+    assert callable(register)
+    with caplog.at_level(logging.INFO, logger="sglang_moe_ext"):
+        register()
+    assert len(caplog.records) == 1
+
+
+def test_the_serving_path_loads_exactly_three_modules_of_ours_and_nothing_heavy() -> None:
+    code = (
+        "import sys; before = set(sys.modules); import sglang_moe_ext.serving.plugin; "
+        "print('\\n'.join(sorted(set(sys.modules) - before)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPO_ROOT)
+    loaded = done.stdout.split()
+    ours = [name for name in loaded if name.startswith("sglang_moe_ext") and name != "sglang_moe_ext.startup"]
+    assert ours in (
+        ["sglang_moe_ext", "sglang_moe_ext.serving", "sglang_moe_ext.serving.plugin"],
+        ["sglang_moe_ext.serving", "sglang_moe_ext.serving.plugin"],  # where the startup file has loaded the package
+    )
+    assert not {name.partition(".")[0] for name in loaded} & {"torch", "triton", "transformers", "rich", "numpy"}
+
+
+def test_the_table_of_models_in_the_readme_is_what_the_code_says() -> None:
+    command = [sys.executable, "tools/readme_models.py", "--check"]
+    environment = {"PYTHONPATH": str(REPO_ROOT), "PATH": ""}
+    done = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
