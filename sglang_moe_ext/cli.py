@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from sglang_moe_ext import __version__, doctor, tune
+from sglang_moe_ext import __version__, doctor, install, tune
 from sglang_moe_ext.core import MoEExtError
 
 
@@ -18,6 +18,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("tune", add_help=False, help="tune a layer, install the tables, prove the pick-up")
     examined = commands.add_parser("doctor", help="say what SGLang will use for a layer at each M, and why")
     doctor.add_to(examined)
+    restored = commands.add_parser("install", help="put the tables of your own store into SGLang, as after an upgrade")
+    install.add_to(restored)
     return parser
 
 
@@ -28,8 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return tune.main(given[1:])
     arguments = _parser().parse_args(given)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    run = {"doctor": doctor.run, "install": install.run}[arguments.command]
     try:
-        doctor.run(arguments)
+        run(arguments)
     except MoEExtError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

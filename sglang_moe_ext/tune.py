@@ -8,12 +8,11 @@ import logging
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from sglang_moe_ext import layer_arguments, report, terminal
 from sglang_moe_ext.core import MoEExtError
 from sglang_moe_ext.engines.sglang import backends, installation
-from sglang_moe_ext.tuning import pipeline
+from sglang_moe_ext.tuning import destinations, pipeline
 from sglang_moe_ext.tuning.plan import DEFAULT_TOKENS, Plan
 from sglang_moe_ext.tuning.request import Request
 
@@ -39,14 +38,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     how.add_argument("--seed", type=int, default=0, help="of the random weights, inputs and routings (default 0)")
     how.add_argument("-v", "--verbose", action="store_true", help="say why each candidate is left out")
-    where = flags.add_argument_group("where to")
-    where.add_argument(
-        "--install",
-        choices=("engine", "overlay", "none"),
-        default="engine",
-        help="where the server shall find the tables; none: your own store alone keeps them (default engine)",
-    )
-    where.add_argument("--output-dir", type=Path, help="write configs/triton_X_Y_Z/ there instead of installing")
+    destinations.add_to(flags)
     return flags
 
 

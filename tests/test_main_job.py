@@ -1,4 +1,4 @@
-"""The main job against a real SGLang: tune for a GPU that is not here, install, and let the engine say what it takes."""
+"""The main job against a real SGLang: tune for a GPU that is not here, and let the engine say what it takes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from sglang_moe_ext import cli, gpus, tune
 from sglang_moe_ext.store import files, merge, provenance, tables
-from sglang_moe_ext.store.merge import Stored
+from sglang_moe_ext.store.merge import Refused, Stored
 from tests.engines.installed import ENGINES_DIR, REPO_ROOT
 
 VERSION = "0.5.23"
@@ -24,7 +24,7 @@ ARGUMENTS = ("--model", "GLM-4.7-Flash", "--tp-size", "1", "--gpu", "RTX_4090")
 
 @pytest.fixture
 def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of a real SGLang, by links, as the installed engine of this process and its children; returns its configs."""
+    """A copy of a real SGLang, by links, as the engine of this process and its children; gives its configs."""
     site = tmp_path / "site"
     subprocess.run(["cp", "-al", ENGINES_DIR / "sglang" / VERSION, site], check=True)
     monkeypatch.syspath_prepend(str(site))
@@ -61,6 +61,12 @@ def test_the_whole_job_without_a_gpu(engine: Path, capsys: pytest.CaptureFixture
         assert entry.figures["up_smem_bytes"] <= RTX_4090_SMEM
         assert entry.figures["down_smem_bytes"] <= RTX_4090_SMEM
     kept = tmp_path / "store" / "tables" / "sglang" / path.parent.name / NAME
+    assert kept.read_text() == path.read_text()
+
+    # an upgrade of the engine takes its copy away, and install puts it back
+    path.unlink()
+    assert cli.main(("install",)) == 0
+    assert last_line(capsys)["written"] == [str(path), str(path.with_name(NAME.replace(".json", "_down.json")))]
     assert kept.read_text() == path.read_text()
 
     # doctor tells the same story of the whole store, and calls the entries predicted
@@ -111,15 +117,13 @@ def test_a_table_that_the_engine_does_not_take_fails_the_command(
 ) -> None:
     put = merge.put
 
-    def put_elsewhere(changes: dict[Path, Stored]) -> object:
-        return {
-            path: result
-            for path, result in zip(
-                changes, put({p.with_name("x" + p.name): s for p, s in changes.items()}).values(), strict=True
-            )
-        }
+    def put_and_lose(changes: dict[Path, Stored]) -> dict[Path, Stored | Refused]:
+        stored = put(changes)
+        for path in stored:
+            path.unlink()
+        return stored
 
-    monkeypatch.setattr(merge, "put", put_elsewhere)
+    monkeypatch.setattr(merge, "put", put_and_lose)
     assert tune.main((*ARGUMENTS, "--batch-size", "64")) == 1
     assert "did not read" in capsys.readouterr().err
 

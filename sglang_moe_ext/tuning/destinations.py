@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from sglang_moe_ext.core import MoEShape, TableKey
 from sglang_moe_ext.engines.sglang import naming, overlay
@@ -14,6 +15,18 @@ from sglang_moe_ext.store import files, user_store
 
 ENGINE = "sglang"
 Install = Literal["engine", "overlay", "none"]
+
+
+def add_to(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say where tables go."""
+    where = parser.add_argument_group("where to")
+    where.add_argument(
+        "--install",
+        choices=get_args(Install),
+        default="engine",
+        help="where the server shall find the tables; none: your own store alone keeps them (default engine)",
+    )
+    where.add_argument("--output-dir", type=Path, help="write configs/triton_X_Y_Z/ there instead of installing")
 
 
 @dataclass(frozen=True, slots=True)

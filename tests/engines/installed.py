@@ -12,8 +12,17 @@ from typing import Any
 REPO_ROOT = Path(__file__).resolve().parents[2]
 ENGINES_DIR = Path(os.environ.get("SGLANG_MOE_EXT_ENGINES", REPO_ROOT / ".engines"))
 ENGINE_VERSIONS = ("0.5.8", "0.5.10", "0.5.12", "0.5.15", "0.5.18", "0.5.20", "0.5.23")
-NEED_STUBS = ("0.5.8", "0.5.10")
-"""They import sgl_kernel, which cannot be loaded without a GPU driver."""
+_RUN = (
+    "import runpy, sys; from sglang_moe_ext.engines.sglang import bootstrap; bootstrap.allow_absent_operators(); "
+    "runpy.run_path(sys.argv[1], run_name='__main__')"
+)
+"""The compiled operators that 0.5.8 and 0.5.10 import cannot be loaded without a GPU driver."""
+
+
+def engine_environment(version: str) -> dict[str, str]:
+    """The environment of a process that can import SGLang `version`, and this project."""
+    paths = [REPO_ROOT, ENGINES_DIR / "sglang" / version]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
 
 
 def run_in_engine(
@@ -24,16 +33,13 @@ def run_in_engine(
     Raises:
         AssertionError: the script failed; carries the tail of its stderr.
     """
-    paths = [REPO_ROOT, ENGINES_DIR / "sglang" / version]
-    if version in NEED_STUBS:
-        paths.append(ENGINES_DIR / "stubs")
     done = subprocess.run(
-        [sys.executable, str(script)],
+        [sys.executable, "-W", "ignore", "-c", _RUN, str(script)],
         input=json.dumps(request),
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**os.environ, **(env or {}), "PYTHONPATH": os.pathsep.join(map(str, paths))},
+        env={**engine_environment(version), **(env or {})},
         check=False,
     )
     if done.returncode != 0:

@@ -62,14 +62,15 @@ def import_engine(module: str) -> Any:
         EngineError: it cannot be imported.
     """
     if not has_gpu():
-        _allow_absent_operators()
+        allow_absent_operators()
     try:
         return importlib.import_module(module)
     except Exception as error:  # an engine can fail to import in any way; the caller needs one line
         raise EngineError(f"cannot import {module}: {type(error).__name__}: {error}") from error
 
 
-def _allow_absent_operators() -> None:
+def allow_absent_operators() -> None:
+    """Let stand-ins take the place of the engine's compiled operators, where those cannot be imported."""
     try:
         importlib.import_module(_COMPILED_OPERATORS)
     except ImportError:

@@ -1,0 +1,73 @@
+"""`sglang-moe-ext install`: put the tables of the user's own store into the engine, as after an upgrade of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from sglang_moe_ext.core import EngineError, MoEExtError
+from sglang_moe_ext.engines.sglang import installation
+from sglang_moe_ext.store import merge, provenance, tables, user_store
+from sglang_moe_ext.store.merge import Refused, Stored
+from sglang_moe_ext.tuning import destinations
+
+
+def add_to(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    destinations.add_to(parser)
+
+
+def _hidden_by(configs: Path, name: str, table: Stored) -> Path | None:
+    """The engine's table for another Triton that this one, a prediction, would hide."""
+    if table.has_measured():
+        return None
+    return next(iter(sorted(configs.glob(f"triton_*/{name}"))), None)
+
+
+def _put(path: Path, target: Path, configs: Path) -> str | None:
+    """Why the table was not put there, or None where it was."""
+    table = Stored(tables.read(path), provenance.read(path))
+    hidden = _hidden_by(configs, path.name, table)
+    if hidden is not None and hidden != target:
+        return f"a prediction would hide {hidden}"
+    result = merge.put({target: table})[target]
+    return result.why if isinstance(result, Refused) else None
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Install every table that was made for the running Triton; the last line printed is JSON.
+
+    Raises:
+        MoEExtError: there is no engine, or a place cannot be written.
+    """
+    engine = installation.find()
+    triton = installation.running_triton()
+    if engine is None or triton is None:
+        raise EngineError("SGLang and Triton are not both installed here: run install where the server runs")
+    destination = destinations.chosen(arguments.install, arguments.output_dir, engine, triton)
+    if destination is None:
+        raise EngineError("--install none leaves nothing to do: choose engine or overlay")
+    installed: list[str] = []
+    kept: dict[str, str] = {}
+    for path in sorted(destinations.store_folder(triton).glob("E=*.json")):
+        if path.name.endswith(".provenance.json"):
+            continue
+        target = destination.folder / path.name
+        try:
+            refusal = _put(path, target, engine.configs_root)
+        except MoEExtError as error:
+            refusal = str(error)
+        if refusal is None:
+            installed.append(str(target))
+        else:
+            kept[str(target)] = refusal
+    for name in installed:
+        print(f"wrote {name}")
+    for name, why in kept.items():
+        print(f"kept  {name}: {why}")
+    if not installed and not kept:
+        print(f"no table for Triton {triton} in {user_store.root()}")
+    if destination.note:
+        print(destination.note)
+    print(json.dumps({"written": installed, "kept": kept, "environment": destination.environment}))
