@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -49,9 +50,11 @@ def _version(distribution: str) -> str | None:
 
 def _driver() -> str | None:
     try:
-        return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0]
-    except (OSError, IndexError):
+        said = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
         return None
+    version = re.search(r"\d+(\.\d+)+", said)
+    return None if version is None else version[0]
 
 
 def tables(request: Request, results: Results, run: Run) -> dict[bool, Stored]:
