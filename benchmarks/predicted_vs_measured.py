@@ -67,10 +67,9 @@ def main() -> None:
             )
         worker.close()
     print(f"{request.model} {request.shape} on {request.gpu.device_name}, {source.name}; measured in {took:.0f} s")
-    print(
-        "| M | today us | predicted us | measured us | gain | predicted is slower by | of floor | predicted | measured |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    times = ("today us", "predicted us", "measured us")
+    columns = ("M", *times, "gain", "predicted loses", "of floor", "predicted", "measured")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     print("\n".join(rows))
     gain, regret = (math.exp(statistics.fmean(map(math.log, values))) for values in (gains, regrets))
     print(f"geometric means: gain {gain:.3f}x, the predicted table is slower than the measured by {regret - 1:.1%}")
