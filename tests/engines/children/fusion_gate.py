@@ -50,7 +50,7 @@ class AbsentPackages(MetaPathFinder, Loader):
         self.packages = packages
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        return ModuleSpec(name, self, is_package=True) if name.split(".")[0] in self.packages else None
+        return ModuleSpec(name, self, is_package=True) if name.split(".", maxsplit=1)[0] in self.packages else None
 
     def create_module(self, spec: ModuleSpec) -> Any:
         return MagicMock(name=spec.name)
