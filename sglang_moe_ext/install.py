@@ -25,14 +25,18 @@ def _hidden_by(configs: Path, name: str, table: Stored) -> Path | None:
     return next(iter(sorted(configs.glob(f"triton_*/{name}"))), None)
 
 
-def _put(path: Path, target: Path, configs: Path) -> str | None:
-    """Why the table was not put there, or None where it was."""
-    table = Stored(tables.read(path), provenance.read(path))
-    hidden = _hidden_by(configs, path.name, table)
-    if hidden is not None and hidden != target:
-        return f"a prediction would hide {hidden}"
-    result = merge.put({target: table})[target]
-    return result.why if isinstance(result, Refused) else None
+def _put(up: Path, folder: Path, configs: Path) -> dict[Path, str | None]:
+    """For the up table and the down table beside it: why it was not put there, or None where it was."""
+    down = up.with_name(f"{up.stem}_down.json")
+    found = {path: Stored(tables.read(path), provenance.read(path)) for path in (up, down) if path.exists()}
+    targets = {folder / path.name: table for path, table in found.items()}
+    for target, table in targets.items():
+        hidden = _hidden_by(configs, target.name, table)
+        if hidden is not None and hidden != target:
+            return dict.fromkeys(targets, f"a prediction would hide {hidden}")
+    pairs = [(folder / up.name, folder / down.name)] if len(found) > 1 else []
+    results = merge.put(targets, pairs)
+    return {target: result.why if isinstance(result, Refused) else None for target, result in results.items()}
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -48,20 +52,16 @@ def run(arguments: argparse.Namespace) -> None:
     destination = destinations.chosen(arguments.install, arguments.output_dir, engine, triton)
     if destination is None:
         raise EngineError("--install none leaves nothing to do: choose engine or overlay")
-    installed: list[str] = []
-    kept: dict[str, str] = {}
-    for path in sorted(destinations.store_folder(triton).glob("E=*.json")):
-        if path.name.endswith(".provenance.json"):
+    outcome: dict[Path, str | None] = {}
+    for up in sorted(destinations.store_folder(triton).glob("E=*.json")):
+        if up.name.endswith((".provenance.json", "_down.json")):
             continue
-        target = destination.folder / path.name
         try:
-            refusal = _put(path, target, engine.configs_root)
+            outcome |= _put(up, destination.folder, engine.configs_root)
         except MoEExtError as error:
-            refusal = str(error)
-        if refusal is None:
-            installed.append(str(target))
-        else:
-            kept[str(target)] = refusal
+            outcome[destination.folder / up.name] = str(error)
+    installed = [str(path) for path, why in outcome.items() if why is None]
+    kept = {str(path): why for path, why in outcome.items() if why is not None}
     for name in installed:
         print(f"wrote {name}")
     for name, why in kept.items():

@@ -117,8 +117,8 @@ def test_a_table_that_the_engine_does_not_take_fails_the_command(
 ) -> None:
     put = merge.put
 
-    def put_and_lose(changes: dict[Path, Stored]) -> dict[Path, Stored | Refused]:
-        stored = put(changes)
+    def put_and_lose(changes: dict[Path, Stored], pairs: list[tuple[Path, Path]]) -> dict[Path, Stored | Refused]:
+        stored = put(changes, pairs)
         for path in stored:
             path.unlink()
         return stored

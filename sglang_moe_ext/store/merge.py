@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sglang_moe_ext.core import Table
@@ -69,14 +70,43 @@ def merged(old: Stored | None, new: Stored) -> Stored | Refused:
     return Stored(table, Provenance({m: entry for m, entry in sorted({**known, **fresh}.items()) if m in table}))
 
 
-def put(changes: dict[Path, Stored]) -> dict[Path, Stored | Refused]:
+def paired(up: Stored | Refused, down: Stored | Refused) -> tuple[Stored | Refused, Stored | Refused]:
+    """The tables of the up and the down projection as an engine reads them together: both of them or none.
+
+    Both GEMMs share one sort of the tokens, so at each M there must be one BLOCK_SIZE_M: SGLang up to 0.5.12 ends the
+    server otherwise. With the same keys in both, whatever is nearest in one is nearest in the other.
+    """
+    if isinstance(up, Refused):
+        return up, up
+    if isinstance(down, Refused):
+        return down, down
+    keys = sorted({*up.table, *down.table})
+    up, down = _with_keys(up, keys), _with_keys(down, keys)
+    sorted_alike = {m: replace(config, block_m=up.table[m].block_m) for m, config in down.table.items()}
+    return up, Stored(sorted_alike, down.provenance)
+
+
+def _with_keys(stored: Stored, keys: Sequence[int]) -> Stored:
+    """The table with more keys, each with the entry that was nearest to it."""
+    source = {m: tables.nearest(stored.table, m) for m in keys}
+    known = {} if stored.provenance is None else stored.provenance.entries
+    entries = {m: known[origin] for m, origin in source.items() if origin in known}
+    table = {m: stored.table[origin] for m, origin in source.items()}
+    return Stored(table, stored.provenance and Provenance(entries))
+
+
+def put(changes: dict[Path, Stored], pairs: Iterable[tuple[Path, Path]] = ()) -> dict[Path, Stored | Refused]:
     """Merge each table into its place and write all of them, or none where the disk refuses.
+
+    `pairs`: which of the places are the up and the down table of one layer.
 
     Raises:
         StoreError: the disk refuses.
         TableError: what lies at a place is no table.
     """
     results = {path: merged(read(path), new) for path, new in changes.items()}
+    for up, down in pairs:
+        results[up], results[down] = paired(results[up], results[down])
     contents: dict[Path, str] = {}
     for path, result in results.items():
         if isinstance(result, Stored):

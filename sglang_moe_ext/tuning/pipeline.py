@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +68,8 @@ def run(request: Request, answer: lookup.Answer | None, made: Plan, progress: Pr
     if triton is None:
         raise EngineError("no Triton is installed: `pip install triton` brings the compiler that tuning needs")
     destination = destinations.chosen(request.install, request.output_dir, engine, triton)
+    for place in itertools.chain.from_iterable(_places(request, destination, triton)):
+        merge.read(place)  # what cannot be merged is better known before the work than after it
     if request.measure and answer is not None:
         results: Results = on_gpu.measure_all(request, pairs_of(answer), made, source, progress)
     else:
@@ -115,16 +118,17 @@ def _predicted(request: Request, made: Plan, source: KernelSource, progress: Pro
 def _put(
     request: Request, results: Results, run_of: provenance.Run, destination: Destination | None, triton: str
 ) -> dict[Path, Stored | Refused]:
-    names = destinations.table_names(request.shape, request.gpu.device_name)
-    places = [] if destination is None else [destination.folder]
     tables = records.tables(request, results, run_of)
-    return merge.put(
-        {
-            folder / names[down]: table
-            for folder in (*places, destinations.store_folder(triton))
-            for down, table in tables.items()
-        }
-    )
+    places = _places(request, destination, triton)
+    changes = {path: tables[is_down] for up, down in places for is_down, path in ((False, up), (True, down))}
+    return merge.put(changes, places)
+
+
+def _places(request: Request, destination: Destination | None, triton: str) -> list[tuple[Path, Path]]:
+    """The up and the down table in each folder that the run writes to."""
+    names = destinations.table_names(request.shape, request.gpu.device_name)
+    folders = [] if destination is None else [destination.folder]
+    return [(folder / names[False], folder / names[True]) for folder in (*folders, destinations.store_folder(triton))]
 
 
 def _proof(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,31 @@ def test_a_broken_table_is_not_written_over(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(TableError, match=r"table\.json"):
         merge.put({path: made("measured", {64: 32})})
+
+
+def rows(table: dict[int, int]) -> Stored:
+    """A measured table, from M -> BLOCK_SIZE_M."""
+    entries = {m: Entry("measured", generated.A_RUN) for m in table}
+    return Stored(
+        {m: replace(generated.config(64), block_m=block_m) for m, block_m in table.items()}, Provenance(entries)
+    )
+
+
+def block_m(path: Path) -> dict[int, int]:
+    return {m: config.block_m for m, config in tables.read(path).items()}
+
+
+def test_a_pair_has_the_same_keys_and_one_block_size_m_at_each(tmp_path: Path) -> None:
+    up, down = tmp_path / "E.json", tmp_path / "E_down.json"
+    merge.put({up: rows({1: 16, 96: 64})})
+    merge.put({down: rows({1: 16, 80: 128})})
+    merge.put({up: rows({64: 32}), down: rows({64: 32})}, [(up, down)])
+    assert block_m(up) == block_m(down) == {1: 16, 64: 32, 80: 32, 96: 64}  # 80 is as near to 64, and that comes first
+
+
+def test_of_a_pair_both_are_refused_or_none(tmp_path: Path) -> None:
+    up, down = tmp_path / "E.json", tmp_path / "E_down.json"
+    merge.put({up: made("measured", {64: 32})})
+    results = merge.put(dict.fromkeys((up, down), made("predicted", {64: 128})), [(up, down)])
+    assert all(isinstance(result, Refused) for result in results.values())
+    assert not down.exists()
