@@ -39,7 +39,7 @@ def main() -> None:
     engine = installation.find()
     started = time.monotonic()
     with Bar() as bar, tempfile.TemporaryDirectory() as triton_cache:
-        answer = pipeline.ask_incumbents(request, engine, bar)
+        answer = pipeline.ask_incumbents(request, engine, None, bar)
         if answer is None or not request.measure:
             raise EngineError("this needs a GPU, and SGLang beside it")
         today = pipeline.pairs_of(answer)

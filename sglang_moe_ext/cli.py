@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MoEExtError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 1
     return 0
 
 

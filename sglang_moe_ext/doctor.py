@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_moe_ext import gpus, layer_arguments, terminal
-from sglang_moe_ext.core import EngineError, Gpu, ModelError, MoEShape, TableError, TableKey
+from sglang_moe_ext.core import EngineError, Gpu, GpuError, ModelError, MoEShape, TableError, TableKey
 from sglang_moe_ext.engines import names
 from sglang_moe_ext.engines.sglang import backends, installation, lookup, naming, warning_line
 from sglang_moe_ext.shapes import parse_shape
@@ -27,6 +27,7 @@ class Patient:
     shape: MoEShape
     gpu: Gpu
     is_here: bool
+    architecture: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def _patients(arguments: argparse.Namespace) -> Iterator[Patient]:
     """The layer that the flags name, or each one in the user's store."""
     if layer_arguments.is_given(arguments):
         layer = layer_arguments.stated(arguments)
-        yield Patient(layer.name, layer.shape, *layer_arguments.gpu_of(arguments, layer))
+        yield Patient(layer.name, layer.shape, *layer_arguments.gpu_of(arguments, layer), layer.architecture)
         return
     here = gpus.detect()
     seen: set[tuple[MoEShape, str]] = set()
@@ -63,13 +64,15 @@ def _patients(arguments: argparse.Namespace) -> Iterator[Patient]:
             key = names.parse(path.name)
             if run is None or key.down:
                 continue
-            shape, gpu = parse_shape(run.shape), gpus.find(warning_line.device_of(key))
-        except (ModelError, TableError) as error:
+            device = warning_line.device_of(key)
+            is_here = here is not None and here.device_name == device
+            shape, gpu = parse_shape(run.shape), here if here is not None and is_here else gpus.find(device)
+        except (ModelError, TableError, GpuError) as error:
             print(f"{path}: passed over: {error}")
             continue
         if (shape, gpu.device_name) not in seen:
             seen.add((shape, gpu.device_name))
-            yield Patient(run.model, shape, gpu, here is not None and here.device_name == gpu.device_name)
+            yield Patient(run.model, shape, gpu, is_here)
 
 
 def _origin(file: Path, tokens: int) -> str:
@@ -125,7 +128,7 @@ def _examine(patient: Patient, arguments: argparse.Namespace) -> Mapping[str, An
     where = "here" if patient.is_here else "not here: the engine was told that it runs on it"
     print(f"{patient.name}: {patient.shape}")
     print(f"{patient.gpu.device_name} ({where}), SGLang {answer.engine_version}, Triton {answer.triton}")
-    warning = backends.why_no_table(arguments.moe_runner_backend, patient.shape, patient.gpu)
+    warning = backends.why_no_table(arguments.moe_runner_backend, patient.shape, patient.gpu, patient.architecture)
     if warning:
         print(f"NO TABLE IS READ, whatever follows: {warning}")
     for file in answer.files:

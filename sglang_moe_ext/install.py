@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from sglang_moe_ext.core import EngineError, MoEExtError
@@ -18,21 +19,22 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     destinations.add_to(parser)
 
 
-def _hidden_by(configs: Path, name: str, table: Stored) -> Path | None:
-    """The engine's table for another Triton that this one, a prediction, would hide."""
+def _hidden_by(folders: Sequence[Path], target: Path, table: Stored) -> Path | None:
+    """The table for another Triton that this one, a prediction, would hide."""
     if table.has_measured():
         return None
-    return next(iter(sorted(configs.glob(f"triton_*/{name}"))), None)
+    found = sorted(path for folder in folders for path in folder.glob(f"triton_*/{target.name}"))
+    return next((path for path in found if path != target), None)
 
 
-def _put(up: Path, folder: Path, configs: Path) -> dict[Path, str | None]:
+def _put(up: Path, folder: Path, shipped: Path) -> dict[Path, str | None]:
     """For the up table and the down table beside it: why it was not put there, or None where it was."""
     down = up.with_name(f"{up.stem}_down.json")
     found = {path: Stored(tables.read(path), provenance.read(path)) for path in (up, down) if path.exists()}
     targets = {folder / path.name: table for path, table in found.items()}
     for target, table in targets.items():
-        hidden = _hidden_by(configs, target.name, table)
-        if hidden is not None and hidden != target:
+        hidden = _hidden_by((folder.parent, shipped), target, table)
+        if hidden is not None:
             return dict.fromkeys(targets, f"a prediction would hide {hidden}")
     pairs = [(folder / up.name, folder / down.name)] if len(found) > 1 else []
     results = merge.put(targets, pairs)

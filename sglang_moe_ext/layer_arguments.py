@@ -20,6 +20,7 @@ class Stated:
 
     name: str
     shape: MoEShape
+    architecture: str = ""
     vllm_shape: MoEShape | None = None
     device_name: str | None = None
 
@@ -59,12 +60,31 @@ def stated(arguments: argparse.Namespace) -> Stated:
     """
     if sum(map(bool, (arguments.model, arguments.shape, arguments.from_log))) != 1:
         raise ModelError("expected exactly one of --model, --shape and --from-log; --model GLM-4.7-Flash is an example")
+    if not arguments.model:
+        _refuse_flags_of_models(arguments)
     if arguments.from_log:
         return _from_log(arguments.from_log)
     if arguments.shape:
         shape = parse_shape(arguments.shape)
         return Stated(str(shape), shape)
     return _of_model(arguments)
+
+
+def _refuse_flags_of_models(arguments: argparse.Namespace) -> None:
+    """--shape and --from-log state the layer as a rank has it, so nothing is left for these flags to say."""
+    given = {
+        "--tp-size": arguments.tp_size != 1,
+        "--ep-size": arguments.ep_size != 1,
+        "--dtype": arguments.dtype != "auto",
+        "--per-channel-quant": arguments.per_channel_quant,
+        "--disable-shared-experts-fusion": arguments.disable_shared_experts_fusion,
+    }
+    useless = next((flag for flag, is_given in given.items() if is_given), None)
+    if useless:
+        raise ModelError(
+            f"{useless} goes with --model alone: state the layer of one rank, as in "
+            "--shape E=65,N=1536,K=2048,topk=5,dtype=fp8_w8a8,per_channel_quant=True"
+        )
 
 
 def _of_model(arguments: argparse.Namespace) -> Stated:
@@ -82,7 +102,7 @@ def _of_model(arguments: argparse.Namespace) -> Stated:
         engine_version=_engine_version(),
         fuse_shared_experts=not arguments.disable_shared_experts_fusion,
     )
-    return Stated(model.name, shape, _vllm_shape(model, parallelism))
+    return Stated(model.name, shape, model.architecture, _vllm_shape(model, parallelism))
 
 
 def _vllm_shape(model: MoEModel, parallelism: Parallelism) -> MoEShape | None:
@@ -104,7 +124,8 @@ def _from_log(line: str) -> Stated:
     if len(layers) == 1:
         guess = guesses[0]
         vllm_shape = _vllm_shape(guess.model, guess.parallelism)
-        return Stated(guess.model.name, guess.shape, vllm_shape, warning_line.device_of(key))
+        device_name = warning_line.device_of(key)
+        return Stated(guess.model.name, guess.shape, guess.model.architecture, vllm_shape, device_name)
     if layers:
         names = ", ".join(guess.model.name for guess in guesses)
         raise ModelError(f"--from-log: several models ask for that table ({names}): name yours with --model")
@@ -121,8 +142,13 @@ def gpu_of(arguments: argparse.Namespace, layer: Stated) -> tuple[Gpu, bool]:
     Raises:
         GpuError: none is named, and there is none here; or it is unknown.
     """
-    here = gpus.detect()
     wanted = arguments.gpu or layer.device_name
+    try:
+        here = gpus.detect()
+    except GpuError:
+        if wanted is None:
+            raise
+        here = None  # a GPU that we know nothing of does not stand in the way of another
     if wanted is None:
         if here is None:
             raise GpuError("this machine has no GPU: name the one that is meant, such as --gpu RTX_4090 or --gpu H200")

@@ -52,6 +52,7 @@ def request_of(arguments: argparse.Namespace, command: str) -> Request:
     gpu, is_here = layer_arguments.gpu_of(arguments, layer)
     return Request(
         model=layer.name,
+        architecture=layer.architecture,
         shape=layer.shape,
         vllm_shape=layer.vllm_shape,
         gpu=gpu,
@@ -112,10 +113,11 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     if request.gpu_is_here and engine is None and not arguments.predict:
         print("SGLang is not installed here, and only its own kernel is worth measuring: predicting instead")
     with terminal.Bar() as bar:
-        answer = pipeline.ask_incumbents(request, engine, bar)
+        destination = None if arguments.dry_run else pipeline.destination_of(request, engine)
+        answer = pipeline.ask_incumbents(request, engine, destination, bar)
         plan = pipeline.plan_of(request, answer)
-        outcome = None if arguments.dry_run else pipeline.run(request, answer, plan, bar)
-    note = backends.why_no_table(backends.AUTO, request.shape, request.gpu)
+        outcome = None if arguments.dry_run else pipeline.run(request, answer, plan, destination, bar)
+    note = backends.why_no_table(backends.AUTO, request.shape, request.gpu, request.architecture)
     if note:
         print(f"note: {note}")
     if outcome is None:
@@ -137,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped: nothing was written", file=sys.stderr)
+        print("stopped; tables are written whole or not at all, and last", file=sys.stderr)
         return 1
     return 0
 

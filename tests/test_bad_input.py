@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sglang_moe_ext import cli, gpus, tune
+from sglang_moe_ext.core import GpuError
 
 GLM = ("--model", "GLM-4.7-Flash")
 RTX_4090 = ("--gpu", "RTX_4090")
@@ -43,6 +44,10 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (("--model", "DeepSeek-V3", "--gpu", "A100"), "A100", "Marlin"),
         (("--shape", "E=8,N=64", *RTX_4090), "--shape", "K"),
         ((*GLM, "--shape", "E=8,N=64,K=64,topk=2", *RTX_4090), "exactly one", "--model"),
+        (("--shape", "E=8,N=64,K=64,topk=2", "--tp", "4", *RTX_4090), "--tp-size", "--shape"),
+        (("--shape", "E=8,N=16,K=16,topk=2", *RTX_4090), "no candidate", "tile larger than the work"),
+        ((*GLM, "--dtype", "int4_w4a16", *RTX_4090), "int4_w4a16", "block_shape"),
+        ((*GLM, *RTX_4090, "--output-dir", "x" * 300), "xxx", "--output-dir"),
         (("--from-log", "some other line"), "--from-log", "E="),
         (("--from-log", SEVERAL), "several models", "--model"),
         (("--from-log", "E=7,N=33,device_name=NVIDIA_H200.json"), "E=7", "--shape"),
@@ -76,6 +81,25 @@ def test_a_folder_that_is_no_moe_model_is_named(
     line = one_line(capsys)
     assert str(folder) in line
     assert culprit in line
+
+
+def test_a_triton_that_no_engine_reads_tables_of_is_kept_out_of_its_folders(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    triton = "3.5.0+git4da5d0a7"
+    monkeypatch.setattr("sglang_moe_ext.engines.sglang.installation.running_triton", lambda: triton)
+    assert tune.main((*GLM, *RTX_4090, "--output-dir", str(tmp_path / "out"))) == 1
+    assert triton in one_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_gpu_here_does_not_stand_in_the_way_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_gpu_error() -> None:
+        raise GpuError("'Tesla T4' has compute capability 75")
+
+    monkeypatch.setattr(gpus, "detect", raise_gpu_error)
+    arguments = tune.parser().parse_args([*GLM, *RTX_4090])
+    assert tune.request_of(arguments, "").gpu.device_name == "NVIDIA GeForce RTX 4090"
 
 
 def test_doctor_without_an_engine_says_where_to_run_it(

@@ -50,7 +50,7 @@ def _of_section(stated: object, name: str, source: str) -> Quantisation:
     section = _opened(stated)
     if section is None:
         raise refusal(
-            source, f"{name} is {shown(stated)}, expected an object; correct it, or pass --dtype with --shape"
+            source, f"{name} is {shown(stated)}, expected an object; correct it, or state the layer with --shape"
         )
     if experts_left_out(section):
         return Quantisation()

@@ -44,6 +44,11 @@ def parse_dtype_flag(
     if block_shape is not None:
         return Quantisation(scheme, _block(block_shape, scheme))
     known = stored if stored.scheme == scheme else Quantisation(scheme)
+    if scheme == "int4_w4a16" and known.block_shape is None:
+        raise refusal(
+            "--dtype",
+            "int4_w4a16 needs its group size: give a checkpoint that states it, or --shape with block_shape=[0,128]",
+        )
     return replace(known, block_shape=None, per_channel=True) if per_channel else known
 
 

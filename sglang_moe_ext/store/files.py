@@ -51,5 +51,8 @@ def _stage(path: Path, text: str) -> str:
 
 def is_writable(folder: Path) -> bool:
     """True where a file could be made in that folder, or in the nearest of its parents that exists."""
-    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    try:
+        existing = next(place for place in (folder, *folder.parents) if place.exists())
+    except OSError:
+        return False
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)

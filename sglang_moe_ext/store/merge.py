@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sglang_moe_ext.core import Table
+from sglang_moe_ext.core import StoreError, Table, TileConfig
 from sglang_moe_ext.store import files, provenance, tables
 from sglang_moe_ext.store.provenance import Provenance
 
@@ -43,8 +43,11 @@ def read(path: Path) -> Stored | None:
     Raises:
         TableError: something lies there that is no table.
     """
-    if not path.exists():
-        return None
+    try:
+        if not path.exists():
+            return None
+    except OSError as error:
+        raise StoreError(f"cannot look at {path}: {error.strerror}; choose another place with --output-dir") from error
     return Stored(tables.read(path), provenance.read(path))
 
 
@@ -80,19 +83,18 @@ def paired(up: Stored | Refused, down: Stored | Refused) -> tuple[Stored | Refus
         return up, up
     if isinstance(down, Refused):
         return down, down
+    fitting = {m: config for m, config in down.table.items() if config.block_m == _at(up, m).block_m}
     keys = sorted({*up.table, *down.table})
-    up, down = _with_keys(up, keys), _with_keys(down, keys)
-    sorted_alike = {m: replace(config, block_m=up.table[m].block_m) for m, config in down.table.items()}
-    return up, Stored(sorted_alike, down.provenance)
+    # Without an entry of its own the down projection runs the up projection's, so that is what stands in for one.
+    down_table = {m: fitting.get(m) or replace(_at(up, m), use_tma=False) for m in keys}
+    known = {} if down.provenance is None else down.provenance.entries
+    down_known = down.provenance and Provenance({m: entry for m, entry in known.items() if m in fitting})
+    return Stored({m: _at(up, m) for m in keys}, up.provenance), Stored(down_table, down_known)
 
 
-def _with_keys(stored: Stored, keys: Sequence[int]) -> Stored:
-    """The table with more keys, each with the entry that was nearest to it."""
-    source = {m: tables.nearest(stored.table, m) for m in keys}
-    known = {} if stored.provenance is None else stored.provenance.entries
-    entries = {m: known[origin] for m, origin in source.items() if origin in known}
-    table = {m: stored.table[origin] for m, origin in source.items()}
-    return Stored(table, stored.provenance and Provenance(entries))
+def _at(stored: Stored, tokens: int) -> TileConfig:
+    """The entry that an engine takes for that many tokens."""
+    return stored.table[tables.nearest(stored.table, tokens)]
 
 
 def put(changes: dict[Path, Stored], pairs: Iterable[tuple[Path, Path]] = ()) -> dict[Path, Stored | Refused]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import multiprocessing
@@ -58,16 +59,19 @@ def compile_all(
     with tempfile.TemporaryDirectory(prefix="sglang_moe_ext-") as scratch:
         for job, result in _on_workers(source, missing, workers or os.cpu_count() or 1, triton_cache or Path(scratch)):
             compiled[job] = result
-            if not _is_mishap(result):
+            if _is_worth_keeping(result):
                 cache.put(source, job, result)
             done += 1
             progress(done, len(unique))
     return compiled
 
 
-def _is_mishap(result: Resources | Failure) -> bool:
-    """True for failures that say more of this machine than of the job: they are tried again next time."""
-    return isinstance(result, Failure) and result.kind in {"Crash", "MemoryError", "OSError"}
+_REFUSALS = frozenset({"CompilationError", "OutOfResources", "UnsupportedLanguageConstruct", "MoEExtError"})
+"""Failures that say something of the job; any other may be this machine's, and is tried again next time."""
+
+
+def _is_worth_keeping(result: Resources | Failure) -> bool:
+    return isinstance(result, Resources) or result.kind in _REFUSALS
 
 
 def _on_workers(
@@ -80,9 +84,13 @@ def _on_workers(
         try:
             with _pool(source, 1 if alone else min(workers, len(batch)), triton_cache) as pool:
                 running = {pool.submit(_compile, source.module, job): job for job in batch}
-                for future in as_completed(running):
-                    yield running[future], future.result()
-                    waiting.remove(running[future])
+                try:
+                    for future in as_completed(running):
+                        yield running[future], future.result()
+                        waiting.remove(running[future])
+                except (KeyboardInterrupt, GeneratorExit):
+                    _abandon(pool)
+                    raise
             alone = False
         except BrokenProcessPool:
             if alone:
@@ -102,7 +110,16 @@ def _pool(source: KernelSource, workers: int, triton_cache: Path) -> ProcessPool
 
 def _start(triton_cache: str) -> None:
     os.environ["TRITON_CACHE_DIR"] = triton_cache
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    os.setsid()  # Ctrl-C is the parent's to handle, and must not reach the assembler that a compilation runs
+
+
+def _abandon(pool: ProcessPoolExecutor) -> None:
+    """End the workers and what they run, without waiting for the queue."""
+    workers = list(pool._processes)
+    pool.shutdown(wait=False, cancel_futures=True)
+    for worker in workers:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worker, signal.SIGKILL)
 
 
 def _compile(module: str, job: CompileJob) -> Resources | Failure:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from sglang_moe_ext.core import MoEShape, TableKey
+from sglang_moe_ext.core import EngineError, MoEShape
 from sglang_moe_ext.engines.sglang import naming, overlay
 from sglang_moe_ext.engines.sglang.installation import Installation
 from sglang_moe_ext.store import files, user_store
@@ -46,8 +46,14 @@ def chosen(install: Install, output_dir: Path | None, engine: Installation | Non
     """The place that a server will read, or None where the user's own store is the only one.
 
     Raises:
+        EngineError: no engine could read a folder named after that Triton.
         StoreError: an overlay is needed and cannot be made.
     """
+    if install != "none" and not naming.is_version_folder(naming.version_folder(triton)):
+        raise EngineError(
+            f"Triton {triton} is a build of its own: since 0.5.12 a folder of that name ends SGLang's lookup; "
+            "--install none keeps the tables in your own store"
+        )
     if output_dir is not None:
         root = output_dir.absolute()
         note = f"start the server with {overlay.VARIABLE}={root}, which replaces the engine's own tables"
@@ -81,8 +87,3 @@ def table_names(shape: MoEShape, device_name: str) -> dict[bool, str]:
 def store_folder(triton: str) -> Path:
     """Where the user's own copy for that Triton lies."""
     return user_store.tables_folder(ENGINE, naming.version_folder(triton))
-
-
-def key_of(shape: MoEShape, device_name: str) -> TableKey:
-    """The key under which the engine asks for the up table."""
-    return naming.table_key(shape, device_name)

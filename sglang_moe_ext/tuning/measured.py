@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -43,24 +44,31 @@ class Measured:
         return self.incumbent_us / self.us
 
 
-def choose(shape: MoEShape, tokens: int, shortlist: Sequence[TileConfig], incumbent: Pair, ask: Ask) -> Measured:
-    """The fastest right pair for that many tokens, or the incumbent where none beats it by more than the noise."""
+def choose(shape: MoEShape, tokens: int, shortlist: Sequence[TileConfig], incumbent: Pair, ask: Ask) -> Measured | None:
+    """The fastest right pair for that many tokens, or the incumbent where none beats it by more than the noise.
+
+    None where the incumbent stays but cannot run, or is wrong: nothing is known then that could be written down.
+    """
     times, failed = _screened(tokens, shortlist, ask)
     finalists = [pair for pair in _best_pairs(times) if pair != incumbent][:FINALISTS]
     first, *rivals, again = _raced(tokens, [incumbent, *finalists, incumbent], ask)
-    noise = abs(_median_ratio(first, again) - 1)
     incumbent_us = statistics.median([*first, *again])
+    noise = abs(_median_ratio(first, again) - 1) if math.isfinite(incumbent_us) else 0.0
     by_time = sorted(zip(finalists, rivals, strict=True), key=lambda entry: statistics.median(entry[1]))
     for pair, samples in by_time:
+        if not math.isfinite(statistics.median(samples)):
+            break
         if _median_ratio(first, samples) - 1 <= max(LEAST_GAIN, noise):
             break
         error = _error(tokens, pair, ask)
         if error <= TOLERATED_ERROR[shape.quantisation.scheme]:
             return Measured(pair, statistics.median(samples), incumbent_us, noise, error, len(shortlist), failed)
         log.warning("M=%d: %s is fast and WRONG (relative error %.3g): left out", tokens, pair, error)
-    return Measured(
-        incumbent, incumbent_us, incumbent_us, noise, _error(tokens, incumbent, ask), len(shortlist), failed
-    )
+    error = _error(tokens, incumbent, ask)
+    if not math.isfinite(incumbent_us) or error > TOLERATED_ERROR[shape.quantisation.scheme]:
+        log.warning("M=%d: left out: nothing that runs there gave a right result (%s)", tokens, incumbent)
+        return None
+    return Measured(incumbent, incumbent_us, incumbent_us, noise, error, len(shortlist), failed)
 
 
 def _median_ratio(of: Sequence[float], to: Sequence[float]) -> float:

@@ -32,11 +32,15 @@ def measure_all(
         worker = Worker(Setup(request.shape, request.seed, Path(triton_cache)))
         try:
             results: dict[int, Measured] = {}
-            for m in request.tokens:
-                progress("measuring", len(results), len(request.tokens))
+            for done, m in enumerate(request.tokens):
+                progress("measuring", done, len(request.tokens))
                 runnable = [config for config in lists[m] if _is_clean(request, config, m, compiled)]
-                results[m] = measured.choose(request.shape, m, runnable, incumbents[m], worker.ask)
-            progress("measuring", len(results), len(request.tokens))
+                choice = measured.choose(request.shape, m, runnable, incumbents[m], worker.ask)
+                if choice is not None:
+                    results[m] = choice
+            progress("measuring", len(request.tokens), len(request.tokens))
+            if not results:
+                raise MoEExtError(f"nothing ran right on {request.gpu.device_name} for any batch size: see -v for why")
             return results
         finally:
             worker.close()

@@ -41,7 +41,7 @@ def prove(written: Written, shape: MoEShape, gpu: Gpu, is_here: bool, environmen
     for file in (written.up_file, written.down_file):
         if file.resolve() not in {opened.resolve() for opened in answer.files}:
             read = ", ".join(map(str, answer.files)) or "no table at all"
-            raise EngineError(f"SGLang {answer.engine_version} did not read {file}: it read {read}")
+            raise EngineError(f"SGLang {answer.engine_version} did not read {file}, now written: it read {read}")
     for m in tokens:
         up = written.up[tables.nearest(written.up, m)]
         down = written.down[tables.nearest(written.down, m)]
@@ -57,5 +57,5 @@ def _without_tma(config: TileConfig | None) -> TileConfig | None:
 def _compare(tokens: int, projection: str, taken: TileConfig | None, expected: TileConfig) -> None:
     if taken != expected:
         raise EngineError(
-            f"SGLang takes {taken} for the {projection} projection at M={tokens}, where the table says {expected}"
+            f"SGLang takes {taken} for the {projection} projection at M={tokens}: the written table has {expected}"
         )

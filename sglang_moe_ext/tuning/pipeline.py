@@ -35,12 +35,29 @@ class Outcome:
     kernel: KernelSource
 
 
-def ask_incumbents(request: Request, engine: Installation | None, progress: Progress) -> lookup.Answer | None:
-    """What the engine takes today, or None where there is no engine to ask."""
+def destination_of(request: Request, engine: Installation | None) -> Destination | None:
+    """Where the tables will go for a server to read, or None where the user's own store is the only place.
+
+    Raises:
+        EngineError: there is no Triton, or one that no engine reads tables of.
+        StoreError: an overlay is needed and cannot be made.
+    """
+    triton = installation.running_triton()
+    if triton is None:
+        raise EngineError("no Triton is installed: `pip install triton` brings the compiler that tuning needs")
+    return destinations.chosen(request.install, request.output_dir, engine, triton)
+
+
+def ask_incumbents(
+    request: Request, engine: Installation | None, destination: Destination | None, progress: Progress
+) -> lookup.Answer | None:
+    """What the engine takes today from where the tables will lie, or None where there is no engine to ask."""
     if engine is None:
         return None
     progress("asking", 0, 1)
-    answer = pickup.ask(request.shape, list(request.tokens), request.gpu, request.gpu_is_here, {})
+    reads_it = destination is not None and destination.folder.parent.is_dir()
+    environment = destination.environment if destination is not None and reads_it else {}
+    answer = pickup.ask(request.shape, list(request.tokens), request.gpu, request.gpu_is_here, environment)
     progress("asking", 1, 1)
     return answer
 
@@ -56,24 +73,28 @@ def plan_of(request: Request, answer: lookup.Answer | None) -> Plan:
     return plan.made(request.shape, request.gpu, request.tokens, pairs, measures=request.measure)
 
 
-def run(request: Request, answer: lookup.Answer | None, made: Plan, progress: Progress) -> Outcome:
+def run(
+    request: Request,
+    answer: lookup.Answer | None,
+    made: Plan,
+    destination: Destination | None,
+    progress: Progress,
+) -> Outcome:
     """Do what the plan says.
 
     Raises:
-        MoEExtError: any of ours; nothing is half-written then.
+        MoEExtError: any of ours. Nothing is half-written then; what a failed proof is about stays, and it says so.
     """
     engine = installation.find()
     source = kernel_source(engine)
-    triton = installation.running_triton()
-    if triton is None:
-        raise EngineError("no Triton is installed: `pip install triton` brings the compiler that tuning needs")
-    destination = destinations.chosen(request.install, request.output_dir, engine, triton)
+    triton = installation.running_triton() or ""
     for place in itertools.chain.from_iterable(_places(request, destination, triton)):
         merge.read(place)  # what cannot be merged is better known before the work than after it
     if request.measure and answer is not None:
         results: Results = on_gpu.measure_all(request, pairs_of(answer), made, source, progress)
     else:
-        if answer is not None and request.output_dir is None:
+        is_new_folder = destination is not None and not destination.folder.parent.is_dir()
+        if answer is not None and not (request.output_dir is not None and is_new_folder):
             _refuse_to_shadow(answer)
         results = _predicted(request, made, source, progress)
     progress("writing", 0, 1)

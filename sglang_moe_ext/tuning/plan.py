@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sglang_moe_ext.core import PROJECTIONS, Gpu, GpuError, MoEShape, TileConfig
+from sglang_moe_ext.core import PROJECTIONS, Gpu, GpuError, ModelError, MoEShape, TileConfig
 from sglang_moe_ext.roofline import pair_floor_us
 from sglang_moe_ext.tuning import predict, space, wave_model
 from sglang_moe_ext.tuning.worker import Pair
@@ -69,6 +69,7 @@ def made(
 
     Raises:
         GpuError: the GPU cannot multiply the layer's operands at all.
+        ModelError: the layer is so small, or its scales so fine, that no candidate suits it.
     """
     if shape.quantisation.scheme == "fp8_w8a8" and gpu.sm < _FIRST_FP8_SM:
         raise GpuError(
@@ -76,6 +77,9 @@ def made(
             "engines run such weights through Marlin there, which reads no table"
         )
     sifted = space.sift(space.full_space(), shape, gpu)
+    if not sifted.kept:
+        dropped = ", ".join(f"{name} {count}" for name, count in sifted.dropped.items() if count)
+        raise ModelError(f"no candidate is left for {shape} on {gpu.device_name}: the rules dropped all ({dropped})")
     rows = tuple(_row(sifted.kept, shape, gpu, m, None if incumbents is None else incumbents[m]) for m in tokens)
     if measures:
         listed = {m: shortlist(sifted.kept, shape, gpu, m) for m in tokens}

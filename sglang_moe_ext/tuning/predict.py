@@ -25,6 +25,8 @@ from sglang_moe_ext.tuning.compile import Compiled
 CompileAll = Callable[[Sequence[CompileJob]], Compiled]
 FRONT = 4
 """How many of the best-ranked candidates of each M are compiled in a round."""
+_ENOUGH = 8
+"""Binaries that must fail alike before the kernel is blamed rather than the candidates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ def table(
                 for job in jobs_of(config, shape, m, gpu.sm).values()
             ]
         )
+        _refuse_if_hopeless(compiled)
         for m, front in fronts.items():
             clean = [
                 Predicted(config, wave_model.pair_us(config, shape, gpu, m, resources), resources)
@@ -96,6 +99,13 @@ def table(
             else:
                 ranked[m] = ranked[m][FRONT:]
     return chosen
+
+
+def _refuse_if_hopeless(compiled: Compiled) -> None:
+    """Raises EngineError where every binary so far failed for one and the same reason: the rest would too."""
+    messages = {result.message if isinstance(result, Failure) else None for result in compiled.values()}
+    if len(compiled) >= _ENOUGH and len(messages) == 1 and None not in messages:
+        raise EngineError(f"the kernel cannot do this layer: {messages.pop()}")
 
 
 @functools.lru_cache(maxsize=64)

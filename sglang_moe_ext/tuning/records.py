@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,9 +89,7 @@ def _of_prediction(result: Predicted) -> dict[str, float]:
 
 
 def _of_measurement(result: Measured) -> dict[str, float]:
-    return {
-        "us": round(result.us, 2),
-        "incumbent_us": round(result.incumbent_us, 2),
-        "noise": round(result.noise, 5),
-        "relative_error": round(result.error, 6),
-    }
+    figures = {"us": round(result.us, 2), "noise": round(result.noise, 5), "relative_error": round(result.error, 6)}
+    if math.isfinite(result.incumbent_us):  # else it could not run at all
+        figures["incumbent_us"] = round(result.incumbent_us, 2)
+    return figures

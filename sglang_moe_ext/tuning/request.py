@@ -21,6 +21,7 @@ class Request:
     """
 
     model: str
+    architecture: str
     shape: MoEShape
     vllm_shape: MoEShape | None
     gpu: Gpu

@@ -16,6 +16,9 @@ from sglang_moe_ext.core import PROJECTIONS, Failure, MoEExtError, MoEShape, Pro
 
 log = logging.getLogger(__name__)
 
+_FATAL = "CudaError"
+"""Kind of a failure after which the process can do nothing more on the GPU, and ends itself."""
+
 Pair = dict[Projection, TileConfig]
 """The configurations of the up and the down GEMM; they share one BLOCK_SIZE_M."""
 
@@ -143,11 +146,13 @@ def _serve(connection: Connection, setup: Setup) -> None:
                 answer = bench.answer(request)
                 torch.cuda.synchronize()
             except Exception as error:  # noqa: BLE001 - a candidate can fail in any way; the parent records which
-                connection.send(Failure(type(error).__name__, (str(error).splitlines() or [""])[0][:300]))
+                message = (str(error).splitlines() or [""])[0][:300]
+                if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.cuda.OutOfMemoryError):
+                    connection.send(Failure(_FATAL, message))
+                    return
+                connection.send(Failure(type(error).__name__, message))
                 if isinstance(error, torch.cuda.OutOfMemoryError):
                     torch.cuda.empty_cache()
-                elif isinstance(error, torch.AcceleratorError):
-                    return
             else:
                 connection.send(answer)
 
@@ -188,7 +193,7 @@ class Worker:
         except ConnectionError:
             return Failure("Crash", "the measuring process died")
         answer = self._received(self._timeout_s)
-        if isinstance(answer, Failure) and answer.kind in ("Timeout", "Crash"):
+        if isinstance(answer, Failure) and answer.kind in ("Timeout", "Crash", _FATAL):
             log.warning("%s: starting the measuring process again", answer.message)
             self.close()
         return answer

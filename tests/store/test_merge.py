@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_moe_ext.core import Origin, TableError
-from sglang_moe_ext.store import merge, tables
+from sglang_moe_ext.store import merge, provenance, tables
 from sglang_moe_ext.store.merge import Refused, Stored
 from sglang_moe_ext.store.provenance import Entry, Provenance
 from tests.store import generated
@@ -168,3 +168,14 @@ def test_of_a_pair_both_are_refused_or_none(tmp_path: Path) -> None:
     results = merge.put(dict.fromkeys((up, down), made("predicted", {64: 128})), [(up, down)])
     assert all(isinstance(result, Refused) for result in results.values())
     assert not down.exists()
+
+
+def test_a_key_that_the_down_table_lacks_gets_the_up_entry_that_ran_there(tmp_path: Path) -> None:
+    up, down = tmp_path / "E.json", tmp_path / "E_down.json"
+    merge.put({up: rows({1: 16, 64: 32, 4096: 128})})
+    merge.put({up: rows({64: 32}), down: rows({64: 32})}, [(up, down)])
+    before = tables.read(up)[4096]
+    assert tables.read(down)[4096] == before
+    known = provenance.read(down)
+    assert known is not None
+    assert sorted(known.entries) == [64]

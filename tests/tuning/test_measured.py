@@ -79,9 +79,13 @@ def test_where_all_that_is_fast_is_wrong_the_incumbent_stays() -> None:
 
 def test_a_config_whose_check_fails_is_not_chosen() -> None:
     gpu = TableGpu({INCUMBENT: 10, FASTEST: 1})
-    assert measured.choose(
-        SHAPE, 64, [FASTEST], pair(INCUMBENT), lambda request: FAILED if isinstance(request, Check) else gpu(request)
-    ).pair == pair(INCUMBENT)
+
+    def fails_for_the_fastest(request: Screen | Race | Check) -> object:
+        return FAILED if isinstance(request, Check) and request.pair == pair(FASTEST) else gpu(request)
+
+    chosen = measured.choose(SHAPE, 64, [FASTEST], pair(INCUMBENT), fails_for_the_fastest)
+    assert chosen is not None
+    assert chosen.pair == pair(INCUMBENT)
 
 
 @pytest.mark.parametrize("us", [10.0, 9.95, 12.0], ids=["as fast", "faster by less than 1 %", "slower"])
@@ -171,3 +175,10 @@ def test_an_incumbent_that_cannot_run_loses_to_one_that_can() -> None:
 def test_an_error_of_two_percent_is_right_for_eight_bits_alone(scheme: Scheme | None, winner: TileConfig) -> None:
     gpu = TableGpu({INCUMBENT: 10, FAST: 8}, errors={FAST: 1e-2})
     assert chosen(gpu, MoEShape(8, 64, 64, 2, Quantisation(scheme))).pair == pair(winner)
+
+
+def test_where_nothing_runs_nothing_is_chosen() -> None:
+    shape = MoEShape(8, 64, 64, 2)
+    config = TileConfig(16, 32, 64, 1, 4, 2)
+    pair: Pair = {"up": config, "down": config}
+    assert measured.choose(shape, 64, [config], pair, lambda request: Failure("OutOfMemoryError", "full")) is None

@@ -94,7 +94,13 @@ def ask(question: Question, environment: Mapping[str, str] | None = None) -> Ans
     if child.returncode != 0:
         reason = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
         raise EngineError(f"SGLang's own table lookup failed: {reason[-1]}")
-    said = json.loads(child.stdout.strip().splitlines()[-1])
+    try:
+        return _answer(json.loads(child.stdout.strip().splitlines()[-1]))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise EngineError(f"SGLang takes an entry that is no configuration: {type(error).__name__} {error}") from error
+
+
+def _answer(said: Mapping[str, Any]) -> Answer:
     return Answer(
         engine_version=said["engine_version"],
         triton=said["triton"],

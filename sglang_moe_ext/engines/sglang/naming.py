@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from sglang_moe_ext.core import MoEShape, TableKey
 
 INT4_WEIGHTS_PER_BYTE = 2
@@ -35,6 +37,11 @@ def file_name(key: TableKey) -> str:
             ".json",
         )
     )
+
+
+def is_version_folder(name: str) -> bool:
+    """True where SGLang can read the folder's name: since 0.5.12 another one makes every lookup that misses raise."""
+    return re.fullmatch(r"triton_\d+(_\d+)*", name) is not None
 
 
 def version_folder(triton_version: str) -> str:

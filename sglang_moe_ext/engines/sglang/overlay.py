@@ -6,14 +6,12 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 from sglang_moe_ext.core import StoreError
+from sglang_moe_ext.engines.sglang import naming
 
 VARIABLE = "SGLANG_MOE_CONFIG_DIR"
-# Since 0.5.12 a folder whose rest is no version makes every lookup that misses raise.
-_VERSION_FOLDER = re.compile(r"triton_\d+(_\d+)*")
 
 
 def build(overlay: Path, configs_root: Path) -> None:
@@ -25,7 +23,7 @@ def build(overlay: Path, configs_root: Path) -> None:
     try:
         (overlay / "configs").mkdir(parents=True, exist_ok=True)
         for folder in configs_root.iterdir():
-            if folder.is_dir() and _VERSION_FOLDER.fullmatch(folder.name):
+            if folder.is_dir() and naming.is_version_folder(folder.name):
                 _link_tables(folder, overlay / "configs" / folder.name)
     except OSError as error:
         raise StoreError(
