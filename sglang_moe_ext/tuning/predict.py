@@ -13,6 +13,7 @@ from sglang_moe_ext.core import (
     EngineError,
     Failure,
     Gpu,
+    MoEExtError,
     MoEShape,
     Projection,
     Resources,
@@ -25,8 +26,8 @@ from sglang_moe_ext.tuning.compile import Compiled
 CompileAll = Callable[[Sequence[CompileJob]], Compiled]
 FRONT = 4
 """How many of the best-ranked candidates of each M are compiled in a round."""
-_ENOUGH = 8
-"""Binaries that must fail alike before the kernel is blamed rather than the candidates."""
+REFUSED = MoEExtError.__name__
+"""Kind of a failure in which the kernel's own launcher says that it cannot do a layer, as ours does of int4."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +103,12 @@ def table(
 
 
 def _refuse_if_hopeless(compiled: Compiled) -> None:
-    """Raises EngineError where every binary so far failed for one and the same reason: the rest would too."""
-    messages = {result.message if isinstance(result, Failure) else None for result in compiled.values()}
-    if len(compiled) >= _ENOUGH and len(messages) == 1 and None not in messages:
-        raise EngineError(f"the kernel cannot do this layer: {messages.pop()}")
+    """Raises EngineError where the kernel itself, not the compiler, refused every binary: it cannot do the layer."""
+    refusals = [
+        result.message for result in compiled.values() if isinstance(result, Failure) and result.kind == REFUSED
+    ]
+    if refusals and len(refusals) == len(compiled):
+        raise EngineError(refusals[0])
 
 
 @functools.lru_cache(maxsize=64)
