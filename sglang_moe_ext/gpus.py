@@ -34,7 +34,8 @@ ARCHITECTURES = {
 _MEASURED = "measured on one H200: device-to-device copy and 8192^3 bf16 product, torch 2.11, 2026-10-28; fp8: assumed"
 
 # device name as torch.cuda reports it: (sm, multiprocessors, GB/s, bf16 TFLOP/s, fp8 TFLOP/s, L2 MiB, source).
-# Dense rates with float32 accumulation; "datasheet" is the vendor's public datasheet or architecture whitepaper.
+# Dense rates with float32 accumulation. "datasheet": the figures of the vendor's public sheets as we remember them, not
+# checked against them since; they rank predictions, and no limit of a kernel depends on them.
 _FACTS: dict[str, tuple[int, int, float, float, float | None, float, str]] = {
     "NVIDIA A100-SXM4-80GB": (80, 108, 2039, 312, None, 40, "datasheet"),
     "NVIDIA A100-SXM4-40GB": (80, 108, 1555, 312, None, 40, "datasheet"),
