@@ -214,15 +214,6 @@ class Resources:
 
 
 @dataclass(frozen=True, slots=True)
-class Timing:
-    """A measured time, with the spread of its samples (half the interquartile range)."""
-
-    median_us: float
-    spread_us: float
-    samples: int
-
-
-@dataclass(frozen=True, slots=True)
 class Failure:
     """Why a candidate is out: the class of the error and its message."""
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
-
-from sglang_moe_ext.core import Timing
 
 if TYPE_CHECKING:
     import torch
@@ -46,11 +43,3 @@ class Stopwatch:
         events = [[self._timed(launch, turn) for launch in launches] for turn in range(rounds)]
         torch.cuda.synchronize()
         return [[begin.elapsed_time(end) * 1e3 for begin, end in of_round] for of_round in events]
-
-
-def summary(samples: Sequence[float]) -> Timing:
-    """The median of some samples, and half of their interquartile range."""
-    if len(samples) < 2:
-        return Timing(samples[0], 0.0, len(samples))
-    quartiles = statistics.quantiles(samples, n=4)
-    return Timing(statistics.median(samples), (quartiles[2] - quartiles[0]) / 2, len(samples))

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_moe_ext.core import EngineError
-from sglang_moe_ext.engines.sglang.naming import version_folder
 
 _OLD_PACKAGE = "srt/layers/moe/fused_moe_triton"
 _NEW_PACKAGE = "srt/layers/moe/moe_runner/triton_utils"
@@ -59,19 +58,6 @@ class Installation:
     def configs_root(self) -> Path:
         """The folder that holds one folder of tables for each Triton."""
         return self._source(_CONFIG_MODULES).parent / "configs"
-
-    @property
-    def config_folder(self) -> Path:
-        """The folder of the tables for the Triton that runs here.
-
-        Raises:
-            EngineError: there is no Triton.
-        """
-        if self.triton is None:
-            raise EngineError(
-                "no Triton is installed beside SGLang: its tables lie in a folder named after Triton's version"
-            )
-        return self.configs_root / version_folder(self.triton)
 
     def _source(self, candidates: tuple[str, ...]) -> Path:
         for candidate in candidates:
