@@ -158,6 +158,12 @@ class CompileKey:
     num_stages: int
     use_tma: bool = False
 
+    def with_group(self, group_m: int) -> TileConfig:
+        """The configuration of this binary with that GROUP_SIZE_M."""
+        return TileConfig(
+            self.block_m, self.block_n, self.block_k, group_m, self.num_warps, self.num_stages, self.use_tma
+        )
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class TileConfig:
@@ -242,7 +248,9 @@ class TableKey:
 class CompileJob:
     """One binary to make: this GEMM of this layer, launched for `tokens` tokens with this key, for this architecture.
 
-    GROUP_SIZE_M is a constant of the engine's kernel: binaries that differ in it alone need the same, but are two.
+    GROUP_SIZE_M is a constant of the engine's kernel, which changes nothing that a binary needs: `group_m` None is the
+    binary that takes it as an argument. `sorted_rows`: the up GEMM writes its rows in the order of the experts, as a
+    down GEMM with TMA wants them.
     """
 
     shape: MoEShape
@@ -250,4 +258,5 @@ class CompileJob:
     tokens: int
     key: CompileKey
     sm: int
-    group_m: int = 1
+    group_m: int | None = None
+    sorted_rows: bool = False

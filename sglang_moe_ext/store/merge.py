@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sglang_moe_ext.core import StoreError, Table, TileConfig
-from sglang_moe_ext.store import files, provenance, tables
+from sglang_moe_ext.store import files, provenance, tables, user_store
 from sglang_moe_ext.store.provenance import Provenance
 
 
@@ -98,7 +98,7 @@ def _at(stored: Stored, tokens: int) -> TileConfig:
 
 
 def put(changes: dict[Path, Stored], pairs: Iterable[tuple[Path, Path]] = ()) -> dict[Path, Stored | Refused]:
-    """Merge each table into its place and write all of them, or none where the disk refuses.
+    """Merge each table into its place and write all of them, or none where the disk refuses. Processes take turns.
 
     `pairs`: which of the places are the up and the down table of one layer.
 
@@ -106,15 +106,16 @@ def put(changes: dict[Path, Stored], pairs: Iterable[tuple[Path, Path]] = ()) ->
         StoreError: the disk refuses.
         TableError: what lies at a place is no table.
     """
-    results = {path: merged(read(path), new) for path, new in changes.items()}
-    for up, down in pairs:
-        results[up], results[down] = paired(results[up], results[down])
-    contents: dict[Path, str] = {}
-    for path, result in results.items():
-        if isinstance(result, Stored):
-            if result.provenance is not None:
-                contents[provenance.sidecar(path)] = provenance.to_json(result.provenance)
-            contents[path] = tables.to_json(result.table)
-    if contents:
-        files.write_together(contents)
+    with user_store.locked({path.parent for path in changes}):
+        results = {path: merged(read(path), new) for path, new in changes.items()}
+        for up, down in pairs:
+            results[up], results[down] = paired(results[up], results[down])
+        contents: dict[Path, str] = {}
+        for path, result in results.items():
+            if isinstance(result, Stored):
+                if result.provenance is not None:
+                    contents[provenance.sidecar(path)] = provenance.to_json(result.provenance)
+                contents[path] = tables.to_json(result.table)
+        if contents:
+            files.write_together(contents)
     return results

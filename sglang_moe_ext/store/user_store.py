@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-_VARIABLE = "SGLANG_MOE_EXT_STORE"
+from sglang_moe_ext.store import locks
+
+log = logging.getLogger(__name__)
+
+VARIABLE = "SGLANG_MOE_EXT_STORE"
 
 
 def root() -> Path:
     """`$SGLANG_MOE_EXT_STORE`, or `sglang_moe_ext` in the user's data folder."""
-    if chosen := os.environ.get(_VARIABLE):
+    if chosen := os.environ.get(VARIABLE):
         return Path(chosen)
     data = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
     return Path(data) / "sglang_moe_ext"
@@ -29,3 +36,19 @@ def all_tables(engine: str) -> Iterator[Path]:
         for path in (root() / "tables" / engine).glob("triton_*/*.json")
         if not path.name.endswith(".provenance.json")
     )
+
+
+@contextlib.contextmanager
+def locked(folders: Iterable[Path]) -> Iterator[None]:
+    """Keep this user's other processes from writing tables there meanwhile; a store that holds no lock stops nobody."""
+    with contextlib.ExitStack() as held:
+        try:
+            place = root() / "locks"
+            place.mkdir(parents=True, exist_ok=True)
+            # All in one order, so that no two processes wait for each other.
+            for name in sorted({hashlib.sha256(os.fsencode(os.path.realpath(it))).hexdigest()[:16] for it in folders}):
+                if file := locks.hold(place / f"{name}.lock", wait=True):
+                    held.enter_context(file)
+        except (OSError, RuntimeError) as error:  # the latter where the user has no home
+            log.info("tables are written without a lock: %s", error)
+        yield

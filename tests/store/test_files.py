@@ -64,6 +64,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def user_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Locks go to a store of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGLANG_MOE_EXT_STORE", str(tmp_path_factory.mktemp("store")))
+        yield
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of its own, with room for one table and not for three."""

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +20,32 @@ from sglang_moe_ext.store.merge import Refused, Stored
 from sglang_moe_ext.store.provenance import Entry, Provenance
 from tests.store import generated
 
+REPO_ROOT = Path(__file__).resolve().parents[2]
+WRITERS = 8
+ENTRIES_EACH = 10
+
+WRITER = """
+import sys
+from pathlib import Path
+from sglang_moe_ext.store import merge
+from tests.store.test_merge import made
+
+print("ready", flush=True)
+sys.stdin.readline()
+for m in map(int, sys.argv[2:]):
+    merge.put({Path(path): made("measured", {m: 64}) for path in sys.argv[1].split(":")})
+"""
+
 small_tables = st.dictionaries(st.integers(1, 6), generated.configs, min_size=1, max_size=4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def user_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Locks go to a store of these tests."""
+    store = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGLANG_MOE_EXT_STORE", str(store))
+        yield store
 
 
 @st.composite
@@ -179,3 +209,82 @@ def test_a_key_that_the_down_table_lacks_gets_the_up_entry_that_ran_there(tmp_pa
     known = provenance.read(down)
     assert known is not None
     assert sorted(known.entries) == [64]
+
+
+def put_at_once(places: list[list[Path]]) -> None:
+    """One process for each list of places, which all begin together and each put other entries there."""
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, ":".join(map(str, paths)), *map(str, entries_of(writer))],
+            env={**os.environ, "PYTHONPATH": str(REPO_ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for writer, paths in enumerate(places)
+    ]
+    for writer in writers:
+        assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    assert [writer.communicate(timeout=60)[1] for writer in writers] == [""] * len(writers)
+
+
+def entries_of(writer: int) -> list[int]:
+    return [writer + 1 + WRITERS * turn for turn in range(ENTRIES_EACH)]
+
+
+def test_processes_that_write_one_table_at_once_lose_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    put_at_once([[path]] * WRITERS)
+    assert sorted(tables.read(path)) == list(range(1, WRITERS * ENTRIES_EACH + 1))
+
+
+def test_the_provenance_of_tables_written_at_once_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    put_at_once([[path]] * WRITERS)
+    known = provenance.read(path)
+    assert known is not None and sorted(known.entries) == list(range(1, WRITERS * ENTRIES_EACH + 1))
+
+
+def test_a_folder_under_two_names_has_one_lock(tmp_path: Path) -> None:
+    folder, link = tmp_path / "configs", tmp_path / "link"
+    folder.mkdir()
+    link.symlink_to(folder)
+    put_at_once([[(folder, link)[writer % 2] / "table.json"] for writer in range(WRITERS)])
+    assert sorted(tables.read(folder / "table.json")) == list(range(1, WRITERS * ENTRIES_EACH + 1))
+
+
+def test_processes_that_write_two_folders_in_either_order_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    places = [tmp_path / "one" / "table.json", tmp_path / "two" / "table.json"]
+    put_at_once([places[:: (-1) ** writer] for writer in range(WRITERS)])
+    assert [len(tables.read(path)) for path in places] == [WRITERS * ENTRIES_EACH] * 2
+
+
+def test_no_lock_file_lies_where_an_engine_reads(tmp_path: Path) -> None:
+    merge.put({tmp_path / "table.json": made("measured", {64: 32})})
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["table.json", "table.provenance.json"]
+
+
+def test_a_store_that_holds_no_lock_stops_no_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SGLANG_MOE_EXT_STORE", str(tmp_path / "file" / "store"))
+    with caplog.at_level(logging.INFO, logger="sglang_moe_ext"):
+        merge.put({tmp_path / "table.json": made("measured", {64: 32})})
+    assert (sorted(tables.read(tmp_path / "table.json")), "without a lock" in caplog.text) == ([64], True)
+
+
+def test_a_user_without_a_home_can_write_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("SGLANG_MOE_EXT_STORE")
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    merge.put({tmp_path / "table.json": made("measured", {64: 32})})
+    assert sorted(tables.read(tmp_path / "table.json")) == [64]

@@ -1,0 +1,192 @@
+"""One line of a journal: a question with its answer as JSON, and back; strictly, since files come from anywhere."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from sglang_moe_ext.core import CompileKey, Failure, StoreError, TileConfig
+from sglang_moe_ext.tuning.questions import Answer, Check, Checked, Pair, Question, Race, Raced, Screen, Screened
+
+_LARGEST = 2**31 - 1
+_LONGEST_MESSAGE = 1000
+# JSON has no such numbers.
+_NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+
+
+def identity(question: Question) -> Hashable:
+    """What makes two questions the same one: all of them but the limit of a Screen."""
+    match question:
+        case Screen():
+            return Screen, question.tokens, question.projection, question.key, question.groups, question.samples
+        case Race():
+            pairs = tuple((pair["up"], pair["down"]) for pair in question.pairs)
+            return Race, question.tokens, pairs, question.rounds, question.attempt
+        case Check():
+            return Check, question.tokens, question.pair["up"], question.pair["down"]
+
+
+def to_json(question: Question, answer: Answer) -> str:
+    """The line, without its end. Times are rounded to 0.01 us, errors to six digits, long messages cut."""
+    return json.dumps(_of_question(question) | _of_answer(answer), separators=(",", ":"), allow_nan=False)
+
+
+def _of_question(question: Question) -> dict[str, object]:
+    match question:
+        case Screen(tokens, projection, key, groups, samples):
+            numbers = [key.block_m, key.block_n, key.block_k, key.num_warps, key.num_stages, key.use_tma]
+            return {"s": [tokens, projection, numbers, groups, samples]}
+        case Race(tokens, pairs, rounds, attempt):
+            return {"r": [tokens, [_of_pair(pair) for pair in pairs], rounds, attempt]}
+        case Check(tokens, pair):
+            return {"c": [tokens, _of_pair(pair)]}
+
+
+def _of_pair(pair: Pair) -> list[list[int]]:
+    return [_of_config(pair["up"]), _of_config(pair["down"])]
+
+
+def _of_config(config: TileConfig) -> list[int]:
+    tile = [config.block_m, config.block_n, config.block_k]
+    return [*tile, config.group_m, config.num_warps, config.num_stages, config.use_tma]
+
+
+def _of_answer(answer: Answer) -> dict[str, object]:
+    match answer:
+        case Screened(us):
+            return {"us": _of_times(us)}
+        case Raced(us, routings, throttled, sm_clock_mhz):
+            return {"us": _of_times(us), "n": routings, "why": throttled, "mhz": sm_clock_mhz}
+        case Checked(error):
+            return {"e": float(f"{error:.6g}") if math.isfinite(error) else str(error)}
+        case Failure(kind, message):
+            return {"f": [kind, message[:_LONGEST_MESSAGE]]}
+
+
+def _of_times(rows: Sequence[Sequence[float]]) -> list[list[float | str]]:
+    return [[round(us, 2) if math.isfinite(us) else str(us) for us in row] for row in rows]
+
+
+def parse(document: object) -> tuple[Question, Answer]:
+    """The question and the answer that a line's JSON document means.
+
+    Raises:
+        StoreError: it means none.
+    """
+    match document:
+        case {"s": question, "us": us, **rest} if not rest:
+            screen = _screen(question)
+            return screen, Screened(_times(us, len(screen.groups), range(screen.samples + 1)))
+        case {"r": question, "us": us, "n": routings, "why": throttled, "mhz": sm_clock_mhz, **rest} if not rest:
+            race = _race(question)
+            times = _times(us, len(race.pairs), range(race.rounds, race.rounds + 1))
+            _whole(routings)
+            return race, Raced(times, routings, _text(throttled), _clock(sm_clock_mhz))
+        case {"c": question, "e": error, **rest} if not rest:
+            return _check(question), Checked(_figure(error))
+        case {"s": question, "f": failure, **rest} if not rest:
+            return _screen(question), _failure(failure)
+        case {"r": question, "f": failure, **rest} if not rest:
+            return _race(question), _failure(failure)
+        case {"c": question, "f": failure, **rest} if not rest:
+            return _check(question), _failure(failure)
+    raise StoreError(f"expected a question and its answer, found {_shown(document)}")
+
+
+def _screen(document: Any) -> Screen:
+    match document:
+        case [
+            tokens,
+            ("up" | "down") as projection,
+            [m, n, k, warps, stages, bool() as tma],
+            [_, *_] as groups,
+            samples,
+        ]:
+            _whole(tokens, m, n, k, warps, stages, samples, *groups)
+            return Screen(tokens, projection, CompileKey(m, n, k, warps, stages, tma), tuple(groups), samples)
+    raise StoreError(f"expected tokens, projection, key, groups and samples, found {_shown(document)}")
+
+
+def _race(document: Any) -> Race:
+    match document:
+        case [tokens, [_, *_] as pairs, rounds, attempt]:
+            _whole(tokens, rounds, *([] if attempt == 0 and not isinstance(attempt, bool) else [attempt]))
+            return Race(tokens, tuple(map(_pair, pairs)), rounds, attempt)
+    raise StoreError(f"expected tokens, pairs, rounds and attempt, found {_shown(document)}")
+
+
+def _check(document: Any) -> Check:
+    match document:
+        case [tokens, pair]:
+            _whole(tokens)
+            return Check(tokens, _pair(pair))
+    raise StoreError(f"expected tokens and a pair, found {_shown(document)}")
+
+
+def _pair(document: Any) -> Pair:
+    match document:
+        case [up, down]:
+            pair: Pair = {"up": _config(up), "down": _config(down)}
+            if pair["up"].block_m == pair["down"].block_m:
+                return pair
+    raise StoreError(f"expected an up and a down configuration of one BLOCK_SIZE_M, found {_shown(document)}")
+
+
+def _config(document: Any) -> TileConfig:
+    match document:
+        case [m, n, k, group, warps, stages, bool() as tma]:
+            _whole(m, n, k, group, warps, stages)
+            return TileConfig(m, n, k, group, warps, stages, tma)
+    raise StoreError(f"expected six numbers and true or false of a configuration, found {_shown(document)}")
+
+
+def _failure(document: Any) -> Failure:
+    match document:
+        case [str() as kind, str() as message]:
+            return Failure(kind, message)
+    raise StoreError(f"expected kind and message of a failure, found {_shown(document)}")
+
+
+def _times(rows: Any, count: int, of_each: range) -> tuple[tuple[float, ...], ...]:
+    """`count` rows of so many times; of a group that was given up, a screen has fewer or none."""
+    if not isinstance(rows, list) or len(rows) != count:
+        raise StoreError(f"expected {count} rows of times, found {_shown(rows)}")
+    for row in rows:
+        if not isinstance(row, list) or len(row) not in of_each:
+            raise StoreError(f"expected {of_each[0]} to {of_each[-1]} times in a row, found {_shown(row)}")
+    return tuple([tuple([_figure(us) for us in row]) for row in rows])
+
+
+def _figure(value: Any) -> float:
+    if type(value) is float and math.isfinite(value):
+        return value
+    if type(value) is int and abs(value) <= _LARGEST:
+        return float(value)
+    if isinstance(value, str) and value in _NOT_FINITE:
+        return _NOT_FINITE[value]
+    raise StoreError(f"expected a number, inf, -inf or nan, found {_shown(value)}")
+
+
+def _whole(*numbers: Any) -> None:
+    for number in numbers:
+        if type(number) is not int or not 1 <= number <= _LARGEST:  # True is an int as well
+            raise StoreError(f"expected a whole number from 1 to {_LARGEST}, found {_shown(number)}")
+
+
+def _text(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise StoreError(f"expected text or null, found {_shown(value)}")
+
+
+def _clock(value: Any) -> int | None:
+    if value is not None:
+        _whole(value)
+    return value  # type: ignore[no-any-return]
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -1,0 +1,81 @@
+"""What a measuring process is asked, and what it answers: the whole language between a strategy and a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sglang_moe_ext.core import CompileKey, Failure, Projection, TileConfig
+
+Pair = dict[Projection, TileConfig]
+"""The configurations of the up and the down GEMM; they share one BLOCK_SIZE_M."""
+
+
+@dataclass(frozen=True, slots=True)
+class Screen:
+    """Time one binary of one GEMM with each GROUP_SIZE_M. Answered by Screened.
+
+    A group whose first sample takes longer than `limit_us` gets no second one.
+    """
+
+    tokens: int
+    projection: Projection
+    key: CompileKey
+    groups: tuple[int, ...]
+    samples: int
+    limit_us: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Screened:
+    """Microseconds of each sample of each group, in the order of the groups."""
+
+    us: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Race:
+    """Time whole layers in turn, each with its pair: align, quantise, up, activation, down, sum. Answered by Raced.
+
+    `attempt` tells a race from a repetition of it.
+    """
+
+    tokens: int
+    pairs: tuple[Pair, ...]
+    rounds: int
+    attempt: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Raced:
+    """Microseconds of each pair in each round; round r takes routing r % `routings`.
+
+    `throttled`: why the GPU slowed down meanwhile, None where it did not; `sm_clock_mhz`: of its multiprocessors at
+    the end, None where nothing says.
+    """
+
+    us: tuple[tuple[float, ...], ...]
+    routings: int
+    throttled: str | None = None
+    sm_clock_mhz: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Compare the layer's result with the reference: fresh inputs, poisoned outputs. Answered by Checked."""
+
+    tokens: int
+    pair: Pair
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """Relative error of the layer against the float32 reference; infinite where a result is not finite."""
+
+    error: float
+
+
+Question = Screen | Race | Check
+Answer = Screened | Raced | Checked | Failure
+Ask = Callable[[Question], Answer]
+"""The GPU's side. A test passes a table, a resumed run its journal."""

@@ -1,0 +1,36 @@
+"""Child of the tests that kill: goes on with the newest unfinished run, or begins one, until the strategy is through.
+
+Arguments: file to which each question that reaches the GPU is added before it is answered; batch sizes. Says "ready"
+when it holds the run; its last line of stdout is the strategy's result.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from sglang_moe_ext.tuning import runs
+from sglang_moe_ext.tuning.questions import Answer, Question
+from tests.tuning.journal_strategies import answer_of, halving
+
+CIRCUMSTANCES = {"gpu": "table", "seed": 0}
+
+
+def main(asked: str, last: str) -> None:
+    descriptor = os.open(asked, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def gpu(question: Question) -> Answer:
+        os.write(descriptor, f"{question!r}\n".encode())
+        return answer_of(question)
+
+    path = runs.unfinished(CIRCUMSTANCES)
+    with runs.begin(CIRCUMSTANCES) if path is None else runs.resumed(CIRCUMSTANCES, path) as run:
+        print("ready", flush=True)
+        ask = run.journal.through(gpu)
+        results = [halving(ask, tokens) for tokens in range(1, int(last) + 1)]
+        run.finish()
+    print(results)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
