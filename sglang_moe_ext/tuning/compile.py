@@ -1,31 +1,26 @@
-"""The compile farm: make many binaries on all cores, know what each needs, and never make one twice."""
+"""The compile farm: makes binaries on all cores in the background, knows what each needs, and makes none twice."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import logging
-import multiprocessing
 import os
-import signal
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+import socket
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_moe_ext.core import CompileJob, Failure, Resources
 from sglang_moe_ext.tuning.compile_cache import CompileCache
+from sglang_moe_ext.tuning.farm import CLOSED, Crew
 
-log = logging.getLogger(__name__)
-
-TIMEOUT_S = 120
-"""One binary takes a second or so, a badly spilling one under twenty (measured, 2 cores, Triton 3.7.1, 2026-11-21)."""
+TIMEOUT_S = 60.0
+"""One binary takes half a second to four, a badly spilling one under twenty (2 cores, Triton 3.7.1, 2026-11-21)."""
 
 Compiled = dict[CompileJob, Resources | Failure]
 Progress = Callable[[int, int], None]
-"""Called with how many binaries are done, of how many."""
+"""Called with how many binaries are done, of how many wanted so far; from the farm's own thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +31,137 @@ class KernelSource:
     module: str
     fingerprint: str
     is_engines_own: bool
+
+
+class Farm:
+    """Compiles what is wanted while its callers do other things; any thread may ask. A context, to be closed.
+
+    A failure that `cache` knows is final; a binary that it knows is made again only where `triton_cache` is to have it.
+    """
+
+    def __init__(
+        self,
+        source: KernelSource,
+        *,
+        cache: CompileCache,
+        triton_cache: Path | None = None,
+        workers: int | None = None,
+        timeout_s: float = TIMEOUT_S,
+        progress: Progress = lambda done, of: None,
+    ) -> None:
+        """`triton_cache`: where Triton keeps the binaries, for processes that launch them; None: thrown away."""
+        self._source, self._cache, self._progress = source, cache, progress
+        self._makes_binaries = triton_cache is not None
+        self._crew = Crew(source.module, workers or _default_workers(), timeout_s, triton_cache)
+        # Of the background thread alone:
+        self._taken_in: set[CompileJob] = set()
+        self._queue: OrderedDict[CompileJob, None] = OrderedDict()
+        # Of every thread, under the condition:
+        self._changed = threading.Condition()
+        self._inbox: list[tuple[Sequence[CompileJob], bool]] = []
+        self._results: Compiled = {}
+        self._is_closing = False
+        self._over: Failure | None = None
+        self._bell, self._rope = socket.socketpair()
+        self._bell.setblocking(False)
+        self._rope.setblocking(False)
+        self._thread = threading.Thread(target=self._run, name="compile farm", daemon=True)
+        self._thread.start()
+
+    def want(self, jobs: Iterable[CompileJob], *, first: bool = False) -> None:
+        """Queue the jobs that are not known yet; `first`: before all that waits, as also what waits already."""
+        wanted = tuple(jobs)
+        with self._changed:
+            self._inbox.append((wanted, first))
+            self._ring()
+
+    def result(self, job: CompileJob) -> Resources | Failure:
+        """Wait for the job; it comes before all that waits in the queue and that nobody waits for."""
+        with self._changed:
+            if job not in self._results:
+                self.want([job], first=True)
+            self._changed.wait_for(lambda: job in self._results or self._over is not None)
+            return self._results.get(job, self._over or CLOSED)
+
+    def close(self) -> None:
+        """End the workers and what they run, at once; what was not compiled has failed."""
+        with self._changed:
+            self._is_closing = True
+            self._ring()
+        self._thread.join()
+
+    def __enter__(self) -> Farm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _ring(self) -> None:
+        if self._over is None:
+            with contextlib.suppress(BlockingIOError):  # rung often enough to be heard
+                self._rope.send(b"!")
+
+    def _run(self) -> None:
+        over = Failure("Crash", "the compile farm itself failed, with a traceback on stderr")
+        try:
+            self._take_in()
+            while not self._is_closing:
+                self._hand_out()
+                for job, result in self._crew.finished(self._bell):
+                    self._cache.put(self._source, job, result)
+                    self._answer({job: result})
+                self._take_in()
+            over = CLOSED
+        finally:
+            with self._changed:
+                self._over = over
+                self._changed.notify_all()
+            self._crew.close()
+            self._bell.close()
+            self._rope.close()
+
+    def _take_in(self) -> None:
+        """To the queue, or answered at once. The bell is hushed before anything is read that it rings for."""
+        with contextlib.suppress(BlockingIOError):
+            self._bell.recv(4096)
+        with self._changed:
+            inbox, self._inbox = self._inbox, []
+        before = len(self._taken_in)
+        known: Compiled = {}
+        for jobs, first in inbox:
+            for job in reversed(jobs) if first else jobs:
+                if job not in self._taken_in:
+                    self._taken_in.add(job)
+                    if (result := self._known(job)) is not None:
+                        known[job] = result
+                    else:
+                        self._queue[job] = None
+                if first and job in self._queue:
+                    self._queue.move_to_end(job, last=False)
+        if len(self._taken_in) > before:
+            self._answer(known)
+
+    def _known(self, job: CompileJob) -> Resources | Failure | None:
+        known = self._cache.get(self._source, job)
+        return None if isinstance(known, Resources) and self._makes_binaries else known
+
+    def _hand_out(self) -> None:
+        while self._queue and (worker := self._crew.free_worker()) is not None:
+            self._crew.hand_over(self._queue.popitem(last=False)[0], worker)
+        if self._queue and self._crew.unable is not None:
+            self._answer(dict.fromkeys(self._queue, self._crew.unable))
+            self._queue.clear()
+
+    def _answer(self, results: Compiled) -> None:
+        with self._changed:
+            self._results |= results
+            self._changed.notify_all()
+        self._progress(len(self._results), len(self._taken_in))
+
+
+def _default_workers() -> int:
+    cores = os.cpu_count() or 1
+    return cores - 1 if cores > 4 else cores  # one to launch kernels with, where it is not missed
 
 
 def compile_all(
@@ -51,83 +177,6 @@ def compile_all(
 
     `triton_cache`: where Triton keeps the binaries, for a process that will launch them; None: thrown away.
     """
-    unique = list(dict.fromkeys(jobs))
-    compiled: Compiled = {job: known for job in unique if (known := cache.get(source, job)) is not None}
-    missing = [job for job in unique if triton_cache is not None or job not in compiled]
-    done = len(unique) - len(missing)
-    progress(done, len(unique))
-    with tempfile.TemporaryDirectory(prefix="sglang_moe_ext-") as scratch:
-        for job, result in _on_workers(source, missing, workers or os.cpu_count() or 1, triton_cache or Path(scratch)):
-            compiled[job] = result
-            if _is_worth_keeping(result):
-                cache.put(source, job, result)
-            done += 1
-            progress(done, len(unique))
-    return compiled
-
-
-_REFUSALS = frozenset({"CompilationError", "OutOfResources", "UnsupportedLanguageConstruct", "MoEExtError"})
-"""Failures that say something of the job; any other may be this machine's, and is tried again next time."""
-
-
-def _is_worth_keeping(result: Resources | Failure) -> bool:
-    return isinstance(result, Resources) or result.kind in _REFUSALS
-
-
-def _on_workers(
-    source: KernelSource, jobs: Sequence[CompileJob], workers: int, triton_cache: Path
-) -> Iterator[tuple[CompileJob, Resources | Failure]]:
-    waiting = list(jobs)
-    alone = False  # after a crash, one at a time, so that the next one names its culprit
-    while waiting:
-        batch = waiting[:1] if alone else waiting
-        try:
-            with _pool(source, 1 if alone else min(workers, len(batch)), triton_cache) as pool:
-                running = {pool.submit(_compile, source.module, job): job for job in batch}
-                try:
-                    for future in as_completed(running):
-                        yield running[future], future.result()
-                        waiting.remove(running[future])
-                except (KeyboardInterrupt, GeneratorExit):
-                    _abandon(pool)
-                    raise
-            alone = False
-        except BrokenProcessPool:
-            if alone:
-                culprit = waiting.pop(0)
-                log.warning("the compiler crashed or hung on %s: left out", culprit.key)
-                yield culprit, Failure("Crash", f"the compiler died, or took longer than {TIMEOUT_S} s")
-            alone = not alone or bool(waiting)
-
-
-def _pool(source: KernelSource, workers: int, triton_cache: Path) -> ProcessPoolExecutor:
-    """Workers forked from a process that has imported the kernel once: an import costs more than ten compilations."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sglang_moe_ext.tuning.compile_worker"])
-    os.environ["SGLANG_MOE_EXT_PRELOAD"] = source.module
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(str(triton_cache),))
-
-
-def _start(triton_cache: str) -> None:
-    os.environ["TRITON_CACHE_DIR"] = triton_cache
-    os.setsid()  # Ctrl-C is the parent's to handle, and must not reach the assembler that a compilation runs
-
-
-def _abandon(pool: ProcessPoolExecutor) -> None:
-    """End the workers and what they run, without waiting for the queue."""
-    workers = list(pool._processes)
-    pool.shutdown(wait=False, cancel_futures=True)
-    for worker in workers:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(worker, signal.SIGKILL)
-
-
-def _compile(module: str, job: CompileJob) -> Resources | Failure:
-    signal.alarm(TIMEOUT_S)  # its default action ends this process, wherever in native code it hangs
-    try:
-        answer: Resources | Failure = importlib.import_module(module).compile_job(job)
-        return answer
-    except Exception as error:  # noqa: BLE001 - a compiler fails in any way; each costs this job alone
-        return Failure(type(error).__name__, (str(error).strip().splitlines() or ["no message"])[-1][:300])
-    finally:
-        signal.alarm(0)
+    with Farm(source, cache=cache, triton_cache=triton_cache, workers=workers, progress=progress) as farm:
+        farm.want(jobs)
+        return {job: farm.result(job) for job in jobs}
