@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, relu, silu
 
 from sglang_moe_ext.core import MoEExtError, Quantisation
-from sglang_moe_ext.kernels.scales import Scales, quantise_activations, real_rows, real_weights
+from sglang_moe_ext.kernels.scales import Scales, as_the_gemm_reads, real_rows, real_weights
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": silu, "gelu": gelu, "relu2": lambda x: relu(x).square()}
 
@@ -132,8 +132,8 @@ def _layer_gemm(
 ) -> Tensor:
     if quantisation is None or scale is None:
         return grouped_gemm(a, weights, topk_ids, top_k=top_k)
-    stored, a_scale = quantise_activations(a, quantisation)
-    return grouped_gemm(stored, weights, topk_ids, top_k=top_k, scales=Scales(quantisation, a_scale, scale))
+    rows, scales = as_the_gemm_reads(a, scale, quantisation)
+    return grouped_gemm(rows, weights, topk_ids, top_k=top_k, scales=scales)
 
 
 @contextmanager

@@ -43,8 +43,7 @@ def jobs_of(config: TileConfig, shape: MoEShape, tokens: int, sm: int) -> dict[P
     """The binaries that a configuration needs at that many tokens."""
     representative = representative_tokens(shape, tokens)
     return {
-        projection: CompileJob(shape, projection, representative, config.compile_key, sm, config.group_m)
-        for projection in PROJECTIONS
+        projection: CompileJob(shape, projection, representative, config.compile_key, sm) for projection in PROJECTIONS
     }
 
 

@@ -51,6 +51,11 @@ class Installation:
         return self.config_module.rpartition(".")[0] + ".moe_align_block_size"
 
     @property
+    def layer_module(self) -> str:
+        """The module of the whole layer: sort, up, activation, down, sum; it lies beside the lookup."""
+        return self.config_module.rpartition(".")[0] + ".fused_moe"
+
+    @property
     def kernel_file(self) -> Path:
         return self._source(_KERNEL_MODULES)
 

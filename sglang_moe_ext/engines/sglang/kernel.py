@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """The modules of the engine that a launch needs."""
+    """The modules of the engine that a launch needs: the GEMM kernels, the sort of the tokens, the whole layer."""
 
-    version: str
+    version: tuple[int, int, int]
     kernels: Any
     aligner: Any
+    layer: Any
 
     def align(
         self, topk_ids: torch.Tensor, block_m: int, experts: int
@@ -41,15 +43,17 @@ def load() -> Engine:
         raise EngineError("SGLang is not installed in this environment")
     kernels = bootstrap.import_engine(engine.kernel_module)
     aligner = bootstrap.import_engine(engine.align_module)
+    layer = bootstrap.import_engine(engine.layer_module)
     bootstrap.publish_server_args()
-    return Engine(engine.version_text, kernels, aligner)
+    return Engine(engine.version, kernels, aligner, layer)
 
 
 @dataclass(frozen=True, slots=True)
 class GemmTensors:
     """The tensors of one GEMM, all on one device.
 
-    Up: a [tokens, K], out [tokens * topk, columns]. Down: a [tokens * topk, N], out [tokens, topk, columns].
+    Up: a [tokens, K], out [tokens, topk, columns]. Down: a [tokens * topk, N], out [tokens, topk, columns]. In the
+    order of the experts, as TMA reads them, the rows of the up GEMM's out and of the down GEMM's a are `sorted_rows`.
     weights [experts, columns, reduction]; scales are None where the weights are not quantised.
     """
 
@@ -63,17 +67,40 @@ class GemmTensors:
     expert_ids: torch.Tensor
     num_tokens_post_padded: torch.Tensor
 
+    def routing_of(self, other: GemmTensors) -> dict[int, torch.Tensor]:
+        """By the id() of each tensor of ours that says where tokens go, that of the other."""
+        names = ("topk_weights", "topk_ids", "sorted_token_ids", "expert_ids", "num_tokens_post_padded")
+        return {id(getattr(self, name)): getattr(other, name) for name in names}
 
-def launch(engine: Engine, shape: MoEShape, projection: Projection, tensors: GemmTensors, config: TileConfig) -> None:
+
+def sorted_rows(shape: MoEShape, tokens: int, block_m: int) -> int:
+    """Rows of the buffers between the GEMMs where they lie in the order of the experts, padded to whole blocks."""
+    slots = tokens * shape.top_k
+    return slots + min(slots, shape.experts + 1) * (block_m - 1)
+
+
+def launch(
+    engine: Engine,
+    shape: MoEShape,
+    projection: Projection,
+    tensors: GemmTensors,
+    config: TileConfig,
+    *,
+    writes_sorted: bool = False,
+) -> None:
     """Run one GEMM through the engine's launcher. Writes `tensors.out`.
 
-    With TMA the up GEMM takes B by descriptor; the down GEMM takes A too, which is then sorted by expert.
+    With TMA the up GEMM takes B by descriptor; the down GEMM takes A too, which is then in the order of the experts:
+    for its sake the up GEMM before it `writes_sorted`.
     """
     import triton.language as tl
 
+    invoke = engine.kernels.invoke_fused_moe_kernel
+    # A constant of the kernel since 0.5.10, which the layer states for the down GEMM whether it is used or not.
+    has_router_topk = projection == "down" and "router_topk" in inspect.signature(invoke).parameters
     scheme = shape.quantisation.scheme
     block = shape.quantisation.block_shape
-    engine.kernels.invoke_fused_moe_kernel(
+    invoke(
         A=tensors.a,
         B=tensors.weights,
         bias=None,
@@ -99,6 +126,8 @@ def launch(engine: Engine, shape: MoEShape, projection: Projection, tensors: Gem
         filter_expert=shape.ep > 1,
         a_use_tma=config.use_tma and projection == "down",
         b_use_tma=config.use_tma,
+        c_sorted=writes_sorted,
+        **({"router_topk": shape.top_k} if has_router_topk else {}),
     )
 
 

@@ -73,31 +73,57 @@ def _request(question: Question) -> dict[str, Any]:
     }
 
 
+class Asked:
+    """A process that has the engine imported, or soon will, and has looked nothing up: a fresh engine, ready to ask.
+
+    The import takes ten seconds and more; started early, it costs nothing where there is other work to do meanwhile.
+    """
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        """`environment`: of the process (SGLANG_MOE_CONFIG_DIR, PYTHONPATH), by default our own."""
+        self._child = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "sglang_moe_ext.engines.sglang.lookup_child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=None if environment is None else dict(environment),
+        )
+
+    def answer(self, question: Question) -> Answer:
+        """What the engine takes, read from its tables now. A process answers once.
+
+        Raises:
+            EngineError: the engine could not be asked, or its lookup raised.
+        """
+        try:
+            said, complaints = self._child.communicate(json.dumps(_request(question)), timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            self.close()
+            raise EngineError(f"SGLang did not answer which table it takes within {TIMEOUT_S:.0f} s") from error
+        if self._child.returncode != 0:
+            reason = complaints.strip().splitlines() or [f"exit status {self._child.returncode}"]
+            raise EngineError(f"SGLang's own table lookup failed: {reason[-1]}")
+        try:
+            return _answer(json.loads(said.strip().splitlines()[-1]))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise EngineError(
+                f"SGLang takes an entry that is no configuration: {type(error).__name__} {error}"
+            ) from error
+
+    def close(self) -> None:
+        """End the process, asked or not."""
+        self._child.kill()
+        self._child.communicate()
+
+
 def ask(question: Question, environment: Mapping[str, str] | None = None) -> Answer:
-    """The engine's answer; `environment` is the child's (SGLANG_MOE_CONFIG_DIR, PYTHONPATH), by default our own.
+    """What the engine takes, asked in a process that is started for it.
 
     Raises:
         EngineError: the engine could not be asked, or its lookup raised.
     """
-    try:
-        child = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "sglang_moe_ext.engines.sglang.lookup_child"],
-            input=json.dumps(_request(question)),
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            env=None if environment is None else dict(environment),
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise EngineError(f"SGLang did not answer which table it takes within {TIMEOUT_S:.0f} s") from error
-    if child.returncode != 0:
-        reason = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
-        raise EngineError(f"SGLang's own table lookup failed: {reason[-1]}")
-    try:
-        return _answer(json.loads(child.stdout.strip().splitlines()[-1]))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise EngineError(f"SGLang takes an entry that is no configuration: {type(error).__name__} {error}") from error
+    return Asked(environment).answer(question)
 
 
 def _answer(said: Mapping[str, Any]) -> Answer:

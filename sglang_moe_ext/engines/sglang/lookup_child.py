@@ -9,6 +9,7 @@ from typing import Any
 
 from sglang_moe_ext.core import MoEExtError
 from sglang_moe_ext.engines.sglang import bootstrap, installation
+from sglang_moe_ext.engines.sglang.installation import Installation
 
 
 class _Remembers(logging.Handler):
@@ -36,12 +37,18 @@ def _pretend(config: Any, device_name: str, smem_bytes: int) -> None:
     config._get_cuda_shared_memory_per_block_optin = lambda: smem_bytes
 
 
-def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """`request` and answer are described by `lookup.Question` and `lookup.Answer`."""
+def imported() -> tuple[Installation, Any]:
+    """The engine, and its module of the table lookup; all that takes long is imported then."""
     engine = installation.find()
     if engine is None:
         raise MoEExtError("SGLang is not installed in this environment")
     config = bootstrap.import_engine(engine.config_module)
+    bootstrap.publish_server_args()
+    return engine, config
+
+
+def answer(engine: Installation, config: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """`request` and answer are described by `lookup.Question` and `lookup.Answer`."""
     bootstrap.publish_server_args(deterministic=request["deterministic"])
     if request["pretend_device"] is not None:
         _pretend(config, request["pretend_device"], request["pretend_smem"])
@@ -76,7 +83,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> int:
     try:
-        print(json.dumps(answer(json.load(sys.stdin))))
+        engine, config = imported()  # before the question comes, which may be a minute from now
+        print(json.dumps(answer(engine, config, json.load(sys.stdin))))
     except MoEExtError as error:
         print(error, file=sys.stderr)
         return 1

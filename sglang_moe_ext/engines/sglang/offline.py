@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from sglang_moe_ext.core import CompileJob, Failure, MoEShape, Projection, Resources, TileConfig
-from sglang_moe_ext.engines.sglang.kernel import Engine, GemmTensors, launch, load
+from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEShape, Projection, Resources
+from sglang_moe_ext.engines.sglang.any_group import any_group
+from sglang_moe_ext.engines.sglang.kernel import Engine, GemmTensors, launch, load, sorted_rows
 from sglang_moe_ext.kernels.compiled import TargetOnlyDriver, resources_of
+from sglang_moe_ext.kernels.scales import quantise_weights
 
 if TYPE_CHECKING:
     import torch
@@ -37,37 +40,39 @@ def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _weight_scale(shape: MoEShape, columns: int, reduction: int) -> torch.Tensor | None:
-    import torch
-
-    quantisation = shape.quantisation
-    if quantisation.scheme is None:
-        return None
-    if quantisation.block_shape is None:
-        return _meta((shape.experts, columns, 1) if quantisation.per_channel else (shape.experts,), torch.float32)
-    block_n, block_k = quantisation.block_shape
-    if not block_n:
-        return _meta((shape.experts, columns, -(-reduction // block_k)), getattr(torch, shape.dtype))
-    return _meta((shape.experts, -(-columns // block_n), -(-reduction // block_k)), torch.float32)
-
-
-def _tensors(engine: Engine, shape: MoEShape, projection: Projection, tokens: int, block_m: int) -> GemmTensors:
+@functools.lru_cache
+def _weights(shape: MoEShape, projection: Projection) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weights as the engine stores them, their scales)."""
     import torch
 
     columns, reduction = shape.gemm(projection)
-    slots = tokens * shape.top_k
+    dtype = getattr(torch, shape.dtype)
+    if shape.quantisation.scheme is None:
+        return _meta((shape.experts, columns, reduction), dtype), None
+    stored, scale = quantise_weights(_meta((1, columns, reduction), dtype), shape.quantisation)
+    return _meta((shape.experts, *stored.shape[1:]), stored.dtype), _meta(
+        (shape.experts, *scale.shape[1:]), scale.dtype
+    )
+
+
+def _tensors(engine: Engine, shape: MoEShape, projection: Projection, tokens: int, key: CompileKey) -> GemmTensors:
+    import torch
+
+    columns, reduction = shape.gemm(projection)
+    rows_in = tokens * shape.top_k
+    if projection == "up":
+        rows_in = tokens
+    elif key.use_tma:
+        rows_in = sorted_rows(shape, tokens, key.block_m)
     activations = getattr(torch, shape.dtype)
-    weight_types = {None: activations, "fp8_w8a8": torch.float8_e4m3fn, "int4_w4a16": torch.uint8}
-    packed = 2 if shape.quantisation.scheme == "int4_w4a16" else 1
+    weights, weight_scale = _weights(shape, projection)
     topk_ids = _meta((tokens, shape.top_k), torch.int32)
-    sorted_token_ids, expert_ids, num_tokens_post_padded = engine.align(topk_ids, block_m, shape.experts)
+    sorted_token_ids, expert_ids, num_tokens_post_padded = engine.align(topk_ids, key.block_m, shape.experts)
     return GemmTensors(
-        a=_meta((tokens if projection == "up" else slots, reduction), activations),
-        weights=_meta(
-            (shape.experts, columns, reduction // packed), weight_types.get(shape.quantisation.scheme, torch.int8)
-        ),
+        a=_meta((rows_in, reduction), activations),
+        weights=weights,
         out=_meta((tokens, shape.top_k, columns), activations),
-        weight_scale=_weight_scale(shape, columns, reduction),
+        weight_scale=weight_scale,
         topk_weights=_meta((tokens, shape.top_k), torch.float32),
         topk_ids=topk_ids,
         sorted_token_ids=sorted_token_ids,
@@ -126,12 +131,12 @@ def compile_job(job: CompileJob) -> Resources | Failure:
         self.device_caches.clear()  # Triton keeps the target of the first compilation for each device
         compiled.append(run(self, *arguments, grid=grid, warmup=True, **options))
 
-    key = job.key
-    config = TileConfig(key.block_m, key.block_n, key.block_k, job.group_m, key.num_warps, key.num_stages, key.use_tma)
-    tensors = _tensors(engine, job.shape, job.projection, job.tokens, key.block_m)
+    config = job.key.with_group(job.group_m or 1)
+    tensors = _tensors(engine, job.shape, job.projection, job.tokens, job.key)
     JITFunction.run = compile_only
     try:
-        launch(engine, job.shape, job.projection, tensors, config)
+        with any_group(engine.kernels) if job.group_m is None else nullcontext():
+            launch(engine, job.shape, job.projection, tensors, config, writes_sorted=job.sorted_rows)
     except Exception as error:  # noqa: BLE001 - the compiler fails in many ways; each costs this candidate alone
         return Failure(type(error).__name__, (str(error).strip().splitlines() or ["no message"])[-1][:300])
     finally:

@@ -1,0 +1,40 @@
+"""With which schemes USE_TMA leaves SGLang's fused-MoE layer right, as the layer of 0.5.8 to 0.5.23 is written."""
+
+from __future__ import annotations
+
+from sglang_moe_ext.core import Quantisation
+
+FIRST_WITH_UP_TMA = (0, 5, 18)
+"""Up to 0.5.17 a USE_TMA in the table of the up GEMM reaches the kernel as an argument that it does not have."""
+
+
+def down_tma_is_right(quantisation: Quantisation) -> bool:
+    """Whether a down GEMM with USE_TMA computes what it computes without.
+
+    It reads its rows by descriptor, so the layer keeps them in the order of the experts, padded to whole blocks whose
+    rows nobody wrote. fused_moe_kernel then reads
+
+    - rows of 16 bits (no scheme, int8_w8a16 per channel): right, no scale goes with a row. The kernel asserts
+      block-wise fp8 there, which a compiled kernel checks under TRITON_DEBUG alone;
+    - scales of blocks (fp8_w8a8, int8_w8a8): right, looked up in the order of the experts;
+    - scales of rows (fp8_w8a8 and int8_w8a8 per channel): WRONG, looked up in the order of the pairs;
+    - the scale of the tensor (fp8_w8a8): WRONG where it is dynamic, its maximum is taken over unwritten rows too. It is
+      right where the checkpoint states the scale, which a `Quantisation` does not tell.
+
+    Groups along K (int4_w4a16, int8_w8a16) run fused_moe_kernel_gptq_awq, which knows no TMA and keeps rows in the
+    order of the pairs: nothing to win, and WRONG once the activation, told that rows lie in the order of the experts,
+    leaves out rows: those of experts elsewhere, and since 0.5.23 all that pad a block.
+    """
+    if quantisation.scheme is None or quantisation.is_block_wise:
+        return True
+    return quantisation.scheme == "int8_w8a16" and quantisation.block_shape is None
+
+
+def up_tma_is_right(quantisation: Quantisation, version: tuple[int, int, int]) -> bool:
+    """Whether an up GEMM with USE_TMA runs in that SGLang and computes what it computes without.
+
+    Weights alone come by descriptor, and their scales belong to columns: right with every scheme. Groups along K run
+    fused_moe_kernel_gptq_awq, which ignores it; no candidate for them need ask.
+    """
+    in_groups = quantisation.block_shape is not None and not quantisation.is_block_wise
+    return version >= FIRST_WITH_UP_TMA and not in_groups
