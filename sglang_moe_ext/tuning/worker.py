@@ -1,4 +1,4 @@
-"""One GPU in a process of its own: what breaks there breaks a measurement, not the run."""
+"""A process of its own for one GPU: what breaks there costs one question, not the run."""
 
 from __future__ import annotations
 
@@ -6,174 +6,97 @@ import contextlib
 import logging
 import multiprocessing
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from sglang_moe_ext.core import PROJECTIONS, Failure, MoEExtError, MoEShape, Projection, TileConfig
+from sglang_moe_ext.core import Failure, MoEExtError
+from sglang_moe_ext.tuning.questions import Answer, Question
 
 log = logging.getLogger(__name__)
 
+START_TIMEOUT_S = 300.0
+TIMEOUT_S = 60.0
+"""A question takes seconds at most, the first one of a batch size included; a kernel that hangs takes for ever."""
 _FATAL = "CudaError"
 """Kind of a failure after which the process can do nothing more on the GPU, and ends itself."""
-
-Pair = dict[Projection, TileConfig]
-"""The configurations of the up and the down GEMM; they share one BLOCK_SIZE_M."""
-
-
-@dataclass(frozen=True, slots=True)
-class Screen:
-    """Time one configuration of one GEMM a few times. Answered by microseconds, or a Failure."""
-
-    tokens: int
-    projection: Projection
-    config: TileConfig
-    samples: int
+_STARTS = 3
+"""A process that dies before its first answer is started so often."""
 
 
-@dataclass(frozen=True, slots=True)
-class Race:
-    """Time pairs in turn. Answered by the microseconds of each pair, up and down together, in each round."""
+class Bench(Protocol):
+    """What answers in the process. `device_name`: the GPU that it answers for."""
 
-    tokens: int
-    pairs: tuple[Pair, ...]
-    rounds: int
+    device_name: str
 
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """Compare a pair's results with the reference: fresh inputs, poisoned outputs. Answered by the larger error."""
-
-    tokens: int
-    pair: Pair
+    def answer(self, question: Question) -> Answer:
+        """May raise anything: the question is answered by a Failure then."""
 
 
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """What the worker measures, and where Triton finds the binaries that are already made."""
-
-    shape: MoEShape
-    seed: int
-    triton_cache: Path
+def _failure(error: Exception) -> Failure:
+    return Failure(type(error).__name__, (str(error).strip().splitlines() or ["no message"])[0][:300])
 
 
-class _Bench:
-    """The worker's side: a layer, a stopwatch, and an answer to each kind of request."""
-
-    def __init__(self, setup: Setup) -> None:
-        from sglang_moe_ext.engines.sglang import kernel
-        from sglang_moe_ext.tuning.layer import Layer
-        from sglang_moe_ext.tuning.timing import Stopwatch
-
-        self.setup = setup
-        self.layer = Layer(kernel.load(), setup.shape, setup.seed)
-        self.stopwatch = Stopwatch()
-        self._batch = self.layer.batch(1, setup.seed)
-
-    def answer(self, request: Screen | Race | Check) -> object:
-        match request:
-            case Screen():
-                return self._screen(request)
-            case Race():
-                return self._race(request)
-            case Check():
-                return self._check(request)
-
-    def _batch_of(self, tokens: int) -> Any:
-        if self._batch.tokens != tokens:
-            self._batch = self.layer.batch(tokens, self.setup.seed)
-        return self._batch
-
-    def _launch(self, batch: Any, projection: Projection, config: TileConfig) -> Callable[[int], None]:
-        from sglang_moe_ext.engines.sglang import kernel
-        from sglang_moe_ext.tuning.layer import ROUTINGS
-
-        layer = self.layer
-        tensors = [layer.gemm(batch, projection, config.block_m, turn) for turn in range(ROUTINGS)]
-
-        def launch(turn: int) -> None:
-            kernel.launch(layer.engine, layer.shape, projection, tensors[turn % ROUTINGS], config)
-
-        return launch
-
-    def _screen(self, request: Screen) -> list[float]:
-        launch = self._launch(self._batch_of(request.tokens), request.projection, request.config)
-        launch(0)
-        return [us for (us,) in self.stopwatch.rounds([launch], request.samples)]
-
-    def _race(self, request: Race) -> list[list[float]]:
-        batch = self._batch_of(request.tokens)
-        launches = [
-            self._launch(batch, projection, pair[projection]) for pair in request.pairs for projection in PROJECTIONS
-        ]
-        for launch in launches:
-            launch(0)
-        times = self.stopwatch.rounds(launches, request.rounds)
-        return [
-            [of_round[2 * pair] + of_round[2 * pair + 1] for of_round in times] for pair in range(len(request.pairs))
-        ]
-
-    def _check(self, request: Check) -> float:
-        from sglang_moe_ext.kernels.reference import relative_error
-
-        batch = self.layer.batch(request.tokens, self.setup.seed + 1)
-        errors = []
-        for projection in PROJECTIONS:
-            batch.out[projection].fill_(float("nan"))
-            self._launch(batch, projection, request.pair[projection])(0)
-            errors.append(relative_error(batch.out[projection], self.layer.expected(batch, projection, 0)))
-        return max(errors)
-
-
-def _serve(connection: Connection, setup: Setup) -> None:
-    """Answer requests until the other side closes. What the GPU cannot forget ends the process."""
-    os.environ["TRITON_CACHE_DIR"] = str(setup.triton_cache)
-    logging.disable(logging.WARNING)
+def _is_fatal(error: Exception) -> bool:
+    """True where CUDA answers everything with that error from now on."""
     import torch
 
+    return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.cuda.OutOfMemoryError)
+
+
+def _serve(connection: Connection, make: Callable[[], Bench], environment: Mapping[str, str]) -> None:
+    """Answer questions until the other side closes. What the GPU cannot forget ends the process."""
+    os.environ.update(environment)
+    os.setsid()  # Ctrl-C is the parent's to handle
+    logging.disable(logging.WARNING)
     try:
-        bench = _Bench(setup)
+        bench = make()
     except Exception as error:  # noqa: BLE001 - the parent reports it in one line
-        connection.send(Failure(type(error).__name__, str(error)))
+        connection.send(_failure(error))
         return
-    connection.send(torch.cuda.get_device_name(0))
-    with contextlib.suppress(EOFError):
+    connection.send(bench.device_name)
+    with contextlib.suppress(EOFError, ConnectionError):
         while True:
-            request = connection.recv()
+            question = connection.recv()
             try:
-                answer = bench.answer(request)
-                torch.cuda.synchronize()
+                answer = bench.answer(question)
             except Exception as error:  # noqa: BLE001 - a candidate can fail in any way; the parent records which
-                message = (str(error).splitlines() or [""])[0][:300]
-                if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.cuda.OutOfMemoryError):
-                    connection.send(Failure(_FATAL, message))
+                if _is_fatal(error):
+                    connection.send(Failure(_FATAL, _failure(error).message))
                     return
-                connection.send(Failure(type(error).__name__, message))
-                if isinstance(error, torch.cuda.OutOfMemoryError):
-                    torch.cuda.empty_cache()
-            else:
-                connection.send(answer)
+                answer = _failure(error)
+            connection.send(answer)
 
 
 class Worker:
-    """The parent's side: ask, and get an answer or a Failure, whatever happens to the process."""
+    """The parent's side: ask, and get an answer or a Failure, whatever happens to the process.
 
-    def __init__(self, setup: Setup, *, start_timeout_s: float = 300.0, timeout_s: float = 120.0) -> None:
-        self._setup, self._start_timeout_s, self._timeout_s = setup, start_timeout_s, timeout_s
+    The process starts at once, and in the background; the first question waits for it.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Bench],
+        environment: Mapping[str, str] | None = None,
+        *,
+        start_timeout_s: float = START_TIMEOUT_S,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        """`make` is called in the process, under `environment` beside our own; both go there by pickle."""
+        self._make, self._environment = make, environment or {}
+        self._start_timeout_s, self._timeout_s = start_timeout_s, timeout_s
+        self._asking = threading.Lock()
+        self._device_name: str | None = None
         self._start()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._setup), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, self._make, self._environment), daemon=True)
         self._process.start()
         theirs.close()
-        answer = self._received(self._start_timeout_s)
-        if isinstance(answer, Failure):
-            self.close()
-            raise MoEExtError(f"the measuring process did not start: {answer.kind}: {answer.message}")
+        self._is_ready = False
 
     def _received(self, timeout_s: float) -> Any:
         try:
@@ -184,24 +107,62 @@ class Worker:
             self._process.join(5)
             return Failure("Crash", f"the measuring process died with exit code {self._process.exitcode}")
 
-    def ask(self, request: Screen | Race | Check) -> Any:
-        """The answer to the request; a Failure costs this request alone."""
-        if not self._process.is_alive():
+    def _get_ready(self) -> None:
+        """Raises MoEExtError where the process does not come up."""
+        for _ in range(_STARTS):
+            if self._is_ready and self._process.is_alive():
+                return
+            if self._is_ready:
+                self._end()
+                self._start()
+            said = self._received(self._start_timeout_s)
+            if not isinstance(said, Failure):
+                self._device_name, self._is_ready = said, True
+                return
+            self._end()
+            if said.kind != "Crash":
+                break
             self._start()
-        try:
-            self._connection.send(request)
-        except ConnectionError:
-            return Failure("Crash", "the measuring process died")
-        answer = self._received(self._timeout_s)
-        if isinstance(answer, Failure) and answer.kind in ("Timeout", "Crash", _FATAL):
-            log.warning("%s: starting the measuring process again", answer.message)
-            self.close()
-        return answer
+        raise MoEExtError(f"the measuring process did not start: {said.kind}: {said.message}")
 
-    def close(self) -> None:
-        """End the process."""
+    @property
+    def device_name(self) -> str:
+        """The GPU that it measures on; waits for the process.
+
+        Raises:
+            MoEExtError: the process does not start.
+        """
+        with self._asking:
+            self._get_ready()
+            return self._device_name or ""
+
+    def ask(self, question: Question) -> Answer:
+        """The answer to the question; a Failure costs this question alone.
+
+        Raises:
+            MoEExtError: the process does not start any more.
+        """
+        with self._asking:
+            self._get_ready()
+            try:
+                self._connection.send(question)
+            except ConnectionError:
+                return Failure("Crash", "the measuring process died")
+            answer: Answer = self._received(self._timeout_s)
+            if isinstance(answer, Failure) and answer.kind in ("Timeout", "Crash", _FATAL):
+                log.warning("%s: starting the measuring process again", answer.message)
+                self._end()
+                self._start()
+            return answer
+
+    def _end(self) -> None:
         self._connection.close()
-        self._process.join(1)
+        self._process.join(0.5)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        self._process.kill()
+        self._end()

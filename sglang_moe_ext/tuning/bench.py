@@ -1,0 +1,159 @@
+"""What runs in the measuring process: a layer on one GPU, and an answer to each question about it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sglang_moe_ext.core import MoEShape
+from sglang_moe_ext.tuning.questions import Answer, Check, Checked, Pair, Question, Race, Raced, Screen, Screened
+from sglang_moe_ext.tuning.routing import Source
+
+if TYPE_CHECKING:
+    import torch
+
+    from sglang_moe_ext.kernels.relaunch import Launch
+    from sglang_moe_ext.tuning.layer import Batch
+
+_KEPT_SCREENS = 2000
+"""After so many screens, what Triton keeps in memory of their binaries is dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What the process measures, and where Triton finds the binaries that are already made."""
+
+    shape: MoEShape
+    routing: Source
+    seed: int
+    triton_cache: Path
+
+    def __call__(self) -> GpuBench:
+        """Make it, in the process that is to measure."""
+        return GpuBench(self)
+
+
+class GpuBench:
+    """The measurements of one layer on the GPU that torch calls 0."""
+
+    def __init__(self, setup: Setup) -> None:
+        os.environ["TRITON_CACHE_DIR"] = str(setup.triton_cache)
+        import torch
+
+        from sglang_moe_ext.engines.sglang import kernel, whole_layer
+        from sglang_moe_ext.tuning.layer import Layer
+        from sglang_moe_ext.tuning.throttle import Watch
+        from sglang_moe_ext.tuning.timing import Stopwatch
+
+        self.device_name: str = torch.cuda.get_device_name(0)
+        self._seed = setup.seed
+        engine = kernel.load()
+        # Beside the screening, which does without: the first rematch would wait for it.
+        threading.Thread(target=whole_layer.warm_up, args=(engine, setup.shape), daemon=True).start()
+        self._layer = Layer(engine, setup.shape, setup.routing, setup.seed)
+        self._gemms, self._layers = Stopwatch(), Stopwatch()
+        self._clocks = Watch(0)
+        self._batch: Batch | None = None
+        self._screens = 0
+
+    def answer(self, question: Question) -> Answer:
+        """Raises whatever the candidate makes the engine, the compiler or the GPU raise."""
+        import torch
+
+        match question:
+            case Screen():
+                answer: Answer = self._screen(question)
+            case Race():
+                answer = self._race(question)
+            case Check():
+                answer = self._check(question)
+        torch.cuda.synchronize()
+        return answer
+
+    def _batch_of(self, tokens: int) -> Batch:
+        if self._batch is None or self._batch.tokens != tokens:
+            self._batch = None  # two of them may not fit
+            self._batch = self._layer.batch(tokens, self._seed)
+        return self._batch
+
+    def _screen(self, screen: Screen) -> Screened:
+        self._screens += 1
+        if self._screens % _KEPT_SCREENS == 0:
+            self._forget_binaries()
+        by_turn = self._relaunches(self._batch_of(screen.tokens), screen)
+        launches = {group: _in_turn(by_turn, group) for group in screen.groups}
+        limit_us = float("inf") if screen.limit_us is None else screen.limit_us
+        samples: dict[int, list[float]] = {}
+        for group, launch in launches.items():
+            [samples[group]] = self._gemms.rounds([launch], [0])
+            if samples[group][0] > limit_us:
+                break
+        rivals = [group for group, us in samples.items() if us[0] <= limit_us]
+        for of_turn in self._gemms.rounds([launches[group] for group in rivals], range(1, screen.samples)):
+            for group, us in zip(rivals, of_turn, strict=True):
+                samples[group].append(us)
+        return Screened(tuple(tuple(samples.get(group, ())) for group in screen.groups))
+
+    def _relaunches(self, batch: Batch, screen: Screen) -> list[Launch]:
+        """The launch of that GEMM with each routing: one through the engine's launcher, the others made from it."""
+        from sglang_moe_ext.engines.sglang import kernel
+        from sglang_moe_ext.engines.sglang.any_group import any_group
+        from sglang_moe_ext.kernels.relaunch import recorded
+        from sglang_moe_ext.tuning.layer import ROUTINGS
+
+        engine, shape = self._layer.engine, self._layer.shape
+        config = screen.key.with_group(screen.groups[0])
+        first, *others = (self._layer.gemm(batch, screen.projection, config, turn) for turn in range(ROUTINGS))
+        with any_group(engine.kernels), recorded() as launches:
+            kernel.launch(engine, shape, screen.projection, first, config)
+        launch = launches[-1]  # those before it quantise the activations
+        return [launch, *(launch.with_tensors(first.routing_of(other)) for other in others)]
+
+    def _forget_binaries(self) -> None:
+        from sglang_moe_ext.engines.sglang.any_group import forget_binaries
+
+        forget_binaries(self._layer.engine.kernels)
+
+    def _whole(self, batch: Batch, pair: Pair) -> Callable[[int], torch.Tensor]:
+        from sglang_moe_ext.engines.sglang import whole_layer
+
+        layer = self._layer
+        return lambda turn: whole_layer.run(
+            layer.engine, layer.shape, layer.whole(batch, turn), pair["up"], pair["down"]
+        )
+
+    def _race(self, race: Race) -> Raced:
+        from sglang_moe_ext.tuning.layer import ROUTINGS
+
+        batch = self._batch_of(race.tokens)
+        launches = [self._whole(batch, pair) for pair in race.pairs]
+        for launch in launches:
+            launch(0)
+        rounds = self._layers.rounds(launches, range(race.rounds))
+        clocks = self._clocks.read()
+        return Raced(
+            us=tuple(zip(*rounds, strict=True)),
+            routings=ROUTINGS,
+            throttled=None if clocks is None else clocks.spoiled,
+            sm_clock_mhz=None if clocks is None else clocks.sm_mhz,
+        )
+
+    def _check(self, check: Check) -> Checked:
+        from sglang_moe_ext.tuning.poison import Poisoned
+
+        self._batch = None
+        batch = self._layer.batch(check.tokens, self._seed + 1)
+        with Poisoned():
+            out = self._whole(batch, check.pair)(0)
+        return Checked(self._layer.error(batch, 0, out))
+
+
+def _in_turn(by_turn: list[Launch], group: int) -> Callable[[int], None]:
+    from sglang_moe_ext.engines.sglang.any_group import GROUP
+
+    launches = [launch.with_argument(GROUP, group) for launch in by_turn]
+    return lambda turn: launches[turn % len(launches)]()
