@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_moe_ext.core import CompileKey, Origin
+from sglang_moe_ext.core import CompileKey, Origin, TileConfig
 from sglang_moe_ext.engines.sglang import naming
 from sglang_moe_ext.engines.vllm import naming as vllm_naming
 from sglang_moe_ext.roofline import pair_floor_us
+from sglang_moe_ext.store import tables
 from sglang_moe_ext.terminal import Grid
-from sglang_moe_ext.tuning.measured import Measured
 from sglang_moe_ext.tuning.pipeline import Outcome
 from sglang_moe_ext.tuning.plan import Plan
 from sglang_moe_ext.tuning.predict import Predicted
+from sglang_moe_ext.tuning.questions import Pair
+from sglang_moe_ext.tuning.rematch import Measured
 from sglang_moe_ext.tuning.request import Request
 from sglang_moe_ext.tuning.space import RULES
 
@@ -58,40 +62,62 @@ def forecast(plan: Plan) -> Grid:
 
 def results(request: Request, outcome: Outcome) -> Grid:
     """What was chosen for each M."""
-    rows: list[list[str]] = []
-    columns: list[str] = []
-    for m, result in outcome.results.items():
-        floor = pair_floor_us(request.shape, request.gpu, m)
-        match result:
-            case Predicted():
-                columns = ["M", "configuration", "predicted us", "floor us", "shared memory", "registers"]
-                needs = result.resources.values()
-                smem, registers = max(need.smem_bytes for need in needs), max(need.registers for need in needs)
-                rows.append(
-                    [str(m), str(result.config), f"{result.us:.1f}", f"{floor:.1f}", f"{smem} B", str(registers)]
-                )
-            case Measured():
-                columns = ["M", "up", "down", "before us", "after us", "gain", "noise", "of floor", "error"]
-                rows.append(
-                    [
-                        str(m),
-                        str(result.pair["up"]),
-                        str(result.pair["down"]),
-                        f"{result.incumbent_us:.1f}",
-                        f"{result.us:.1f}",
-                        f"{result.gain:.3f}x",
-                        f"{result.noise:.1%}",
-                        f"{floor / result.us:.0%}",
-                        f"{result.error:.1e}",
-                    ]
-                )
+    floors = {m: pair_floor_us(request.shape, request.gpu, m) for m in outcome.results}
     title = f"{origin(outcome).upper()} for {request.gpu.device_name}, with {outcome.kernel.name}"
-    return Grid(title, columns, rows, frozenset({"configuration", "up", "down"}))
+    if origin(outcome) == "measured":
+        rows = [row for m, result in _measured(outcome).items() for row in _measured_rows(m, result, floors[m])]
+        title += "\nus: whole layer; roof: how much of the GEMM roofline that is; gain: with its 95 % interval"
+        columns = ["M", "", "configuration", "us", "gain", "roof", "error"]
+        return Grid(title, columns, rows, frozenset({"", "configuration", "gain"}))
+    predicted = {m: result for m, result in outcome.results.items() if isinstance(result, Predicted)}
+    columns = ["M", "configuration", "predicted us", "floor us", "shared memory", "registers"]
+    rows = [_predicted_row(m, result, floors[m]) for m, result in predicted.items()]
+    return Grid(title, columns, rows, frozenset({"configuration"}))
+
+
+def _predicted_row(tokens: int, result: Predicted, floor_us: float) -> list[str]:
+    needs = result.resources.values()
+    smem, registers = max(need.smem_bytes for need in needs), max(need.registers for need in needs)
+    return [str(tokens), str(result.config), f"{result.us:.1f}", f"{floor_us:.1f}", f"{smem} B", str(registers)]
+
+
+def _measured_rows(tokens: int, result: Measured, floor_us: float) -> list[list[str]]:
+    """The incumbent above the choice, so that a terminal of 100 columns has room for both; once where it stays."""
+    error = f"{result.error:.0e}"
+    if result.pair == result.incumbent:
+        return _rows(
+            [str(tokens), "stays"], result.pair, [f"{result.us:.1f}", "", f"{floor_us / result.us:.0%}", error]
+        )
+    gain, had_us = result.gain, result.incumbent_us
+    if math.isfinite(had_us):
+        before = [f"{had_us:.1f}", "", f"{floor_us / had_us:.0%}", ""]
+        interval = f"{gain.value:.2f}x [{gain.low:.2f}, {gain.high:.2f}]"
+    else:
+        before, interval = ["fails", "", "", ""], "now it runs"
+    after = [f"{result.us:.1f}", interval, f"{floor_us / result.us:.0%}", error]
+    return [
+        *_rows([str(tokens), "before"], result.incumbent, before),
+        *_rows(["", "after"], result.pair, after),
+    ]
+
+
+def _rows(left: list[str], pair: Pair, right: list[str]) -> list[list[str]]:
+    """One row where both GEMMs take one configuration, else one for each."""
+    if pair["up"] == pair["down"]:
+        return [[*left, f"both {pair['up']}", *right]]
+    return [
+        [*left, f"up   {pair['up']}", *right],
+        [*("" for _ in left), f"down {pair['down']}", *("" for _ in right)],
+    ]
+
+
+def _measured(outcome: Outcome) -> dict[int, Measured]:
+    return {m: result for m, result in outcome.results.items() if isinstance(result, Measured)}
 
 
 def origin(outcome: Outcome) -> Origin:
     """Whether the results were measured or predicted."""
-    return "measured" if any(isinstance(result, Measured) for result in outcome.results.values()) else "predicted"
+    return "measured" if _measured(outcome) else "predicted"
 
 
 def document(request: Request, outcome: Outcome) -> Mapping[str, Any]:
@@ -106,7 +132,32 @@ def document(request: Request, outcome: Outcome) -> Mapping[str, Any]:
         "environment": {} if outcome.destination is None else outcome.destination.environment,
         "picked_up": None if outcome.answer is None else True,
         "entries": len(outcome.results),
+        "measurements": [_measurement(m, result) for m, result in _measured(outcome).items()],
     }
+
+
+def _measurement(tokens: int, result: Measured) -> Mapping[str, Any]:
+    """One M for programs; null where the incumbent cannot run, since JSON knows no infinity."""
+    had_incumbent = math.isfinite(result.incumbent_us)
+    return {
+        "m": tokens,
+        **{projection: _in_engines_spelling(config) for projection, config in result.pair.items()},
+        "us": round(result.us, 2),
+        "incumbent_us": round(result.incumbent_us, 2) if had_incumbent else None,
+        "gain": round(result.gain.value, 4) if had_incumbent else None,
+        "low": round(result.gain.low, 4) if had_incumbent else None,
+        "high": round(result.gain.high, 4) if had_incumbent else None,
+        "noise": None if result.noise is None else round(result.noise, 5),
+        "error": result.error,
+        "tried": result.tried,
+        "failures": dict(result.failures),
+        "throttled": result.throttled,
+    }
+
+
+def _in_engines_spelling(config: TileConfig) -> Any:
+    (entry,) = json.loads(tables.to_json({1: config})).values()
+    return entry
 
 
 def plan_document(request: Request, plan: Plan) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ import importlib.metadata
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from sglang_moe_ext import __version__
@@ -16,10 +17,10 @@ from sglang_moe_ext.engines.sglang.installation import Installation
 from sglang_moe_ext.roofline import pair_floor_us
 from sglang_moe_ext.store.merge import Stored
 from sglang_moe_ext.store.provenance import Entry, Provenance, Run
-from sglang_moe_ext.tuning.measured import Measured
 from sglang_moe_ext.tuning.predict import Predicted
+from sglang_moe_ext.tuning.questions import Pair
+from sglang_moe_ext.tuning.rematch import Measured
 from sglang_moe_ext.tuning.request import Request
-from sglang_moe_ext.tuning.worker import Pair
 
 Results = Mapping[int, Predicted] | Mapping[int, Measured]
 
@@ -35,27 +36,37 @@ def circumstances(request: Request, engine: Installation | None, kernel: str) ->
         kernel=kernel,
         engine=None if engine is None else f"sglang {engine.version_text}",
         triton=installation.running_triton(),
-        torch=_version("torch"),
-        driver=_driver() if request.measure else None,
+        torch=version_of("torch"),
+        driver=None if request.measuring is None else driver_version(),
         seed=request.seed,
         sglang_moe_ext=__version__,
     )
 
 
-def _version(distribution: str) -> str | None:
+def version_of(distribution: str) -> str | None:
+    """The version of an installed distribution, None where there is none."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _driver() -> str | None:
+def driver_version() -> str | None:
+    """The version of the NVIDIA driver of this machine, None where there is none."""
     try:
         said = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
     except OSError:
         return None
     version = re.search(r"\d+(\.\d+)+", said)
     return None if version is None else version[0]
+
+
+def without_tma(stored: Stored) -> Stored:
+    """The table for engines that do not know USE_TMA there; nothing was measured of an entry that loses it."""
+    table = {m: replace(config, use_tma=False) for m, config in stored.table.items()}
+    known = {} if stored.provenance is None else stored.provenance.entries
+    entries = {m: replace(entry, figures={}) if stored.table[m].use_tma else entry for m, entry in known.items()}
+    return Stored(table, Provenance(entries))
 
 
 def tables(request: Request, results: Results, run: Run) -> dict[bool, Stored]:
@@ -89,7 +100,19 @@ def _of_prediction(result: Predicted) -> dict[str, float]:
 
 
 def _of_measurement(result: Measured) -> dict[str, float]:
-    figures = {"us": round(result.us, 2), "noise": round(result.noise, 5), "relative_error": round(result.error, 6)}
-    if math.isfinite(result.incumbent_us):  # else it could not run at all
-        figures["incumbent_us"] = round(result.incumbent_us, 2)
-    return figures
+    """What is known and finite: of an incumbent that cannot run, nothing is."""
+    figures = {
+        "us": (result.us, 2),
+        "incumbent_us": (result.incumbent_us, 2),
+        "gain": (result.gain.value, 4),
+        "gain_low": (result.gain.low, 4),
+        "gain_high": (result.gain.high, 4),
+        "noise": (result.noise, 5),
+        "relative_error": (result.error, 6),
+        "sm_clock_mhz": (result.sm_clock_mhz, 0),
+    }
+    return {
+        name: round(figure, digits)
+        for name, (figure, digits) in figures.items()
+        if figure is not None and math.isfinite(figure)
+    }
