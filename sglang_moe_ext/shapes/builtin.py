@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import cast
@@ -49,10 +49,14 @@ def builtin_models() -> dict[str, MoEModel]:
 
 
 def find_builtin(name: str) -> MoEModel | None:
+    """The model of that name; with `-FP8` behind it, as its makers publish it with block-wise fp8 weights."""
     wanted = name.strip().casefold()
     for record in builtin_records():
-        if wanted in (known.casefold() for known in record.names):
+        names = {known.casefold() for known in record.names}
+        if wanted in names:
             return record.model
+        if QUANTISATIONS["fp8_block"] in record.quantisations and wanted.removesuffix("-fp8") in names:
+            return replace(record.model, name=f"{record.model.name}-FP8", quantisation=QUANTISATIONS["fp8_block"])
     return None
 
 

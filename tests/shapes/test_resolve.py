@@ -273,6 +273,17 @@ def test_a_built_in_model_is_found_by_its_hub_id_without_the_organisation() -> N
     assert find_builtin("NVIDIA-Nemotron-3-Nano-30B-A3B-BF16") == find_builtin("Nemotron-3-Nano-30B-A3B")
 
 
+def test_the_fp8_checkpoint_of_a_model_is_found_by_its_published_name() -> None:
+    found = find_builtin("Qwen/Qwen3-30B-A3B-FP8")
+    assert found is not None
+    assert (found.name, found.quantisation) == ("Qwen3-30B-A3B-FP8", Quantisation("fp8_w8a8", (128, 128)))
+
+
+def test_a_model_that_nobody_published_in_fp8_is_not_found_so() -> None:
+    assert find_builtin("GLM-4.7-Flash") is not None
+    assert find_builtin("GLM-4.7-Flash-FP8") is None
+
+
 def test_no_two_built_in_models_share_a_name() -> None:
     names = [name for record in builtin_records() for name in {known.casefold() for known in record.names}]
 
