@@ -59,10 +59,9 @@ class Bar:
 
     def __init__(self) -> None:
         self._started = time.monotonic()
-        self._stage = ""
-        self._printed = 0.0
+        self._printed: dict[str, float] = {}
         self._live: Any = None
-        self._task: Any = None
+        self._tasks: dict[str, Any] = {}
         if _rich and sys.stderr.isatty():
             self._live = rich.progress.Progress(
                 rich.progress.TextColumn("{task.description:>10}"),
@@ -85,14 +84,13 @@ class Bar:
             self._live.stop()
 
     def __call__(self, stage: str, done: int, of: int) -> None:
-        """Show that so much of the stage is done."""
+        """Show that so much of the stage is done. Stages may go on at the same time, each from a thread of its own."""
         if self._live is not None:
-            if stage != self._stage:
-                self._task = self._live.add_task(stage, total=of)
-            self._live.update(self._task, completed=done, total=of)
-        else:
-            elapsed = time.monotonic() - self._started
-            if stage != self._stage or done == of or elapsed - self._printed > _SILENCE_S:
-                print(f"[{elapsed:6.1f} s] {stage} {done}/{of}", file=sys.stderr, flush=True)
-                self._printed = elapsed
-        self._stage = stage
+            if stage not in self._tasks:
+                self._tasks[stage] = self._live.add_task(stage, total=of)
+            self._live.update(self._tasks[stage], completed=done, total=of)
+            return
+        elapsed = time.monotonic() - self._started
+        if stage not in self._printed or done == of or elapsed - self._printed[stage] > _SILENCE_S:
+            print(f"[{elapsed:6.1f} s] {stage} {done}/{of}", file=sys.stderr, flush=True)
+            self._printed[stage] = elapsed

@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from sglang_moe_ext import layer_arguments, report, terminal
+from sglang_moe_ext import layer_arguments, measuring_arguments, report, terminal
 from sglang_moe_ext.core import MoEExtError
 from sglang_moe_ext.engines.sglang import backends, installation
 from sglang_moe_ext.tuning import destinations, pipeline
@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     how.add_argument("--seed", type=int, default=0, help="of the random weights, inputs and routings (default 0)")
     how.add_argument("-v", "--verbose", action="store_true", help="say why each candidate is left out")
+    measuring_arguments.add_to(flags)
     destinations.add_to(flags)
     return flags
 
@@ -50,6 +51,8 @@ def request_of(arguments: argparse.Namespace, command: str) -> Request:
     """
     layer = layer_arguments.stated(arguments)
     gpu, is_here = layer_arguments.gpu_of(arguments, layer)
+    engine = installation.find()
+    measures = not arguments.predict and (is_here or arguments.ray is not None)
     return Request(
         model=layer.name,
         architecture=layer.architecture,
@@ -58,7 +61,7 @@ def request_of(arguments: argparse.Namespace, command: str) -> Request:
         gpu=gpu,
         gpu_is_here=is_here,
         tokens=layer_arguments.tokens_of(arguments, DEFAULT_TOKENS),
-        measure=is_here and not arguments.predict and installation.find() is not None,
+        measuring=measuring_arguments.measuring(arguments, layer.shape, gpu, engine) if measures and engine else None,
         install=arguments.install,
         output_dir=arguments.output_dir,
         seed=arguments.seed,
@@ -112,18 +115,17 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     engine = installation.find()
     if request.gpu_is_here and engine is None and not arguments.predict:
         print("SGLang is not installed here, and only its own kernel is worth measuring: predicting instead")
-    with terminal.Bar() as bar:
-        destination = None if arguments.dry_run else pipeline.destination_of(request, engine)
-        answer = pipeline.ask_incumbents(request, engine, destination, bar)
-        plan = pipeline.plan_of(request, answer)
-        outcome = None if arguments.dry_run else pipeline.run(request, answer, plan, destination, bar)
     note = backends.why_no_table(backends.AUTO, request.shape, request.gpu, request.architecture)
     if note:
         print(f"note: {note}")
-    if outcome is None:
+    if arguments.dry_run:
+        with terminal.Bar() as bar:
+            plan = pipeline.plan_of(request, bar)
         _say_plan(request, plan)
         print(json.dumps(report.plan_document(request, plan)))
     else:
+        with terminal.Bar() as bar:
+            outcome = pipeline.run(request, bar)
         _say_outcome(request, outcome)
         print(json.dumps(report.document(request, outcome)))
 
@@ -139,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; tables are written whole or not at all, and last", file=sys.stderr)
+        print("stopped; tables are written whole or not at all, and last; --resume goes on from here", file=sys.stderr)
         return 1
     return 0
 

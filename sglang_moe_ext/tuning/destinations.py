@@ -31,11 +31,15 @@ def add_to(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """A folder of tables for one Triton, the variables that make a server read it, and a note for the user."""
+    """A folder of tables for one Triton, the variables that make a server read it, and a note for the user.
+
+    `is_of_this_engine`: no other release of the engine reads it.
+    """
 
     folder: Path
     environment: dict[str, str]
     note: str | None = None
+    is_of_this_engine: bool = False
 
 
 def _configs(root: Path, triton: str) -> Path:
@@ -67,7 +71,7 @@ def chosen(install: Install, output_dir: Path | None, engine: Installation | Non
     if install == "engine":
         folder = _configs(engine.configs_root.parent, triton)
         if files.is_writable(folder):
-            return Destination(folder, {})
+            return Destination(folder, {}, is_of_this_engine=True)
         return _overlay(engine, triton, f"{folder} is read-only: the tables go to an overlay; ")
     return _overlay(engine, triton, "")
 
@@ -76,7 +80,7 @@ def _overlay(engine: Installation, triton: str, why: str) -> Destination:
     root = user_store.root() / "overlay" / f"{ENGINE}-{engine.version_text}"
     overlay.build(root, engine.configs_root)
     note = f"{why}start the server with {overlay.VARIABLE}={root}"
-    return Destination(_configs(root, triton), {overlay.VARIABLE: str(root)}, note)
+    return Destination(_configs(root, triton), {overlay.VARIABLE: str(root)}, note, is_of_this_engine=True)
 
 
 def table_names(shape: MoEShape, device_name: str) -> dict[bool, str]:

@@ -1,75 +1,144 @@
-"""Measure every batch size on the GPU of this machine: compile the shortlists, start a worker, choose for each M."""
+"""Measure every batch size: screen all of them, largest first, then decide each in a rematch with the incumbent."""
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
-from sglang_moe_ext.core import MoEExtError, TileConfig
-from sglang_moe_ext.tuning import measured, plan, predict
-from sglang_moe_ext.tuning.compile import Compiled, KernelSource, compile_all
-from sglang_moe_ext.tuning.compile_cache import CompileCache, default_path
-from sglang_moe_ext.tuning.measured import TOLERATED_ERROR, Measured
-from sglang_moe_ext.tuning.plan import Plan
-from sglang_moe_ext.tuning.request import Progress, Request
-from sglang_moe_ext.tuning.worker import Pair, Setup, Worker
+from sglang_moe_ext.core import CompileKey, Failure, MoEExtError, Projection
+from sglang_moe_ext.tuning import candidates, fleet, rematch, search
+from sglang_moe_ext.tuning.budget import Budget
+from sglang_moe_ext.tuning.candidates import Candidates
+from sglang_moe_ext.tuning.journal import Journal
+from sglang_moe_ext.tuning.questions import Answer, Ask, Pair, Question, Screen
+from sglang_moe_ext.tuning.rematch import Measured
+from sglang_moe_ext.tuning.request import Measuring, Progress, Request
+from sglang_moe_ext.tuning.search import EFFORTS, Effort, Screening
+from sglang_moe_ext.tuning.station import Station
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One batch size: what is to be timed there."""
+
+    tokens: int
+    listed: Candidates
+
+
+def largest_first(listed: dict[int, Candidates]) -> list[Task]:
+    """The order of the work: what takes longest comes first, so that several GPUs end together."""
+    return [Task(m, listed[m]) for m in sorted(listed, reverse=True)]
 
 
 def measure_all(
-    request: Request, incumbents: dict[int, Pair], made: Plan, source: KernelSource, progress: Progress
+    request: Request,
+    measuring: Measuring,
+    tasks: Sequence[Task],
+    incumbents: Callable[[], dict[int, Pair]],
+    stations: Sequence[Station],
+    journal: Journal,
+    progress: Progress,
 ) -> dict[int, Measured]:
-    """What was chosen for each M.
+    """What was chosen for each M. `incumbents` are asked for when the screening is over: the engine may still think.
 
     Raises:
-        MoEExtError: the scheme cannot be measured yet, or the worker does not start.
+        MoEExtError: nothing ran right for any M, or no GPU answers any more.
     """
-    scheme = request.shape.quantisation.scheme
-    if scheme not in TOLERATED_ERROR:
-        raise MoEExtError(f"{scheme} weights cannot be measured yet: --predict makes a table from the model alone")
-    lists = {m: plan.shortlist(made.sifted.kept, request.shape, request.gpu, m) for m in request.tokens}
-    with tempfile.TemporaryDirectory(prefix="sglang_moe_ext-triton-") as triton_cache:
-        compiled = _compiled(request, lists, incumbents, source, Path(triton_cache), progress)
-        worker = Worker(Setup(request.shape, request.seed, Path(triton_cache)))
-        try:
-            results: dict[int, Measured] = {}
-            for done, m in enumerate(request.tokens):
-                progress("measuring", done, len(request.tokens))
-                runnable = [config for config in lists[m] if _is_clean(request, config, m, compiled)]
-                choice = measured.choose(request.shape, m, runnable, incumbents[m], worker.ask)
-                if choice is not None:
-                    results[m] = choice
-            progress("measuring", len(request.tokens), len(request.tokens))
-            if not results:
-                raise MoEExtError(f"nothing ran right on {request.gpu.device_name} for any batch size: see -v for why")
-            return results
-        finally:
-            worker.close()
-
-
-def _compiled(
-    request: Request,
-    lists: dict[int, list[TileConfig]],
-    incumbents: dict[int, Pair],
-    source: KernelSource,
-    triton_cache: Path,
-    progress: Progress,
-) -> Compiled:
-    """The binaries of all shortlists and incumbents, left where the worker's Triton finds them."""
-    jobs = [
-        job
-        for m, configs in lists.items()
-        for config in (*configs, *incumbents[m].values())
-        for job in predict.jobs_of(config, request.shape, m, request.gpu.sm).values()
-    ]
-    return compile_all(
-        source,
-        jobs,
-        cache=CompileCache(default_path()),
-        triton_cache=triton_cache,
-        progress=lambda done, of: progress("compiling", done, of),
+    counted = _Counted(progress, sum(len({c.compile_key for c in of}) for task in tasks for of in task.listed.values()))
+    effort = EFFORTS[measuring.effort]
+    budget = Budget(measuring.budget_s, len(tasks), len(stations))
+    screenings = fleet.on_all(
+        stations,
+        [partial(_screen, request, effort, task, journal, counted, budget) for task in tasks],
+        lambda done, of: None,
     )
+    pairs = incumbents()
+    for station in stations:
+        station.want(job for m in pairs for job in candidates.pair_jobs(pairs[m], request.shape, m, request.gpu.sm))
+    decided = fleet.on_all(
+        stations,
+        [
+            partial(_decide, request, effort, task.tokens, screening, pairs[task.tokens], journal)
+            for task, screening in zip(tasks, screenings, strict=True)
+        ],
+        lambda done, of: progress("proving", done, of),
+    )
+    results = {task.tokens: result for task, result in zip(tasks, decided, strict=True) if result is not None}
+    if not results:
+        raise MoEExtError(f"nothing ran right on {request.gpu.device_name} for any batch size: see -v for why")
+    return dict(sorted(results.items()))
 
 
-def _is_clean(request: Request, config: TileConfig, tokens: int, compiled: Compiled) -> bool:
-    jobs = predict.jobs_of(config, request.shape, tokens, request.gpu.sm)
-    return predict.clean_resources(jobs, compiled, request.gpu) is not None
+class _Counted:
+    """Counts first screens, from the threads of all stations."""
+
+    def __init__(self, progress: Progress, of: int) -> None:
+        self._progress, self._of, self._done = progress, of, 0
+        self._counting = threading.Lock()
+
+    def __call__(self, ask: Ask) -> Ask:
+        def counted(question: Question) -> Answer:
+            answer = ask(question)
+            if isinstance(question, Screen) and len(question.groups) == 1:
+                with self._counting:
+                    self._done += 1
+                    self._progress("screening", min(self._done, self._of), self._of)
+            return answer
+
+        return counted
+
+
+def _screen(
+    request: Request, effort: Effort, task: Task, journal: Journal, counted: _Counted, budget: Budget, station: Station
+) -> Screening:
+    shape, sm = request.shape, request.gpu.sm
+    station.want(candidates.screening_jobs(task.listed, shape, task.tokens, sm))
+
+    def clean(projection: Projection, key: CompileKey) -> Failure | None:
+        needs = station.binary(candidates.screening_job(shape, task.tokens, projection, key, sm))
+        if isinstance(needs, Failure):
+            return needs
+        if needs.smem_bytes > request.gpu.smem_per_block:
+            return Failure("OutOfResources", f"{needs.smem_bytes} B of shared memory")
+        return None
+
+    ask = counted(journal.through(station.ask))
+    screening = search.screened(task.tokens, task.listed, effort, ask, clean, budget.share())
+    for pair in search.finalists(screening, effort.finalists):
+        station.want(candidates.pair_jobs(pair, shape, task.tokens, sm))
+    return screening
+
+
+def _decide(
+    request: Request,
+    effort: Effort,
+    tokens: int,
+    screening: Screening,
+    incumbent: Pair,
+    journal: Journal,
+    station: Station,
+) -> Measured | None:
+    pairs = search.finalists(screening, effort.finalists)
+    runnable: list[Pair] = []
+    for pair in (incumbent, *pairs):  # waits for binaries, so that none is compiled while the race runs
+        needs = [station.binary(job) for job in candidates.pair_jobs(pair, request.shape, tokens, request.gpu.sm)]
+        failure = next((need for need in needs if isinstance(need, Failure)), None)
+        if failure is None and pair != incumbent:
+            runnable.append(pair)
+        elif failure is not None:
+            log.info("M=%d: %s left out: %s", tokens, pair, failure.message)
+    return rematch.rematch(
+        request.shape,
+        tokens,
+        runnable,
+        incumbent,
+        journal.through(station.ask),
+        rounds=effort.rounds,
+        tried=screening.tried,
+        failures=screening.failures,
+    )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sglang_moe_ext.core import EngineError, Gpu, MoEShape, Table, TileConfig
+from sglang_moe_ext.core import EngineError, Table, TileConfig
 from sglang_moe_ext.engines.sglang import lookup
 from sglang_moe_ext.store import tables
+from sglang_moe_ext.tuning.questions import Pair
+from sglang_moe_ext.tuning.request import Request
 
 BETWEEN_AND_BEYOND = (3, 20, 200, 5000, 100_000)
 """Batch sizes that are no keys: the engine must come to the nearest one."""
@@ -24,20 +27,29 @@ class Written:
     down_file: Path
 
 
-def ask(shape: MoEShape, tokens: list[int], gpu: Gpu, is_here: bool, environment: dict[str, str]) -> lookup.Answer:
-    """What the engine takes today, under those variables; where the GPU is not here, it is told to believe in it."""
-    question = lookup.Question(shape, tokens, None if is_here else gpu)
-    return lookup.ask(question, {**os.environ, **environment})
+def environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """Of a process of the engine: ours, and those variables."""
+    return {**os.environ, **variables}
 
 
-def prove(written: Written, shape: MoEShape, gpu: Gpu, is_here: bool, environment: dict[str, str]) -> lookup.Answer:
+def question(request: Request, tokens: Sequence[int] | None = None) -> lookup.Question:
+    """What the engine takes for the layer; where the GPU is not here, it is told to believe in it."""
+    return lookup.Question(request.shape, tokens or request.tokens, None if request.gpu_is_here else request.gpu)
+
+
+def pairs_of(answer: lookup.Answer) -> dict[int, Pair]:
+    """The configurations of both GEMMs; without a table for the down projection the engine runs the up projection's."""
+    return {m: {"up": up, "down": answer.down[m] or replace(up, use_tma=False)} for m, up in answer.up.items()}
+
+
+def prove(written: Written, request: Request, engine: lookup.Asked) -> lookup.Answer:
     """The engine's answer, when it is the one that the tables give.
 
     Raises:
         EngineError: it takes another entry for some M, or reads other files.
     """
     tokens = sorted({*written.up, *BETWEEN_AND_BEYOND})
-    answer = ask(shape, tokens, gpu, is_here, environment)
+    answer = engine.answer(question(request, tokens))
     for file in (written.up_file, written.down_file):
         if file.resolve() not in {opened.resolve() for opened in answer.files}:
             read = ", ".join(map(str, answer.files)) or "no table at all"
@@ -46,12 +58,8 @@ def prove(written: Written, shape: MoEShape, gpu: Gpu, is_here: bool, environmen
         up = written.up[tables.nearest(written.up, m)]
         down = written.down[tables.nearest(written.down, m)]
         _compare(m, "up", answer.up[m], up)
-        _compare(m, "down", _without_tma(answer.down[m]), replace(down, block_m=up.block_m, use_tma=False))
+        _compare(m, "down", answer.down[m], replace(down, block_m=up.block_m))
     return answer
-
-
-def _without_tma(config: TileConfig | None) -> TileConfig | None:
-    return None if config is None else replace(config, use_tma=False)
 
 
 def _compare(tokens: int, projection: str, taken: TileConfig | None, expected: TileConfig) -> None:

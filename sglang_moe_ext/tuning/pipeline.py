@@ -1,8 +1,9 @@
-"""The order of a run: ask what the engine takes today, plan, predict or measure, write, prove the pick-up."""
+"""The order of a run: ask what the engine takes today, predict or measure, write, prove the pick-up."""
 
 from __future__ import annotations
 
 import itertools
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from sglang_moe_ext.engines.sglang import installation, lookup
 from sglang_moe_ext.engines.sglang.installation import Installation
 from sglang_moe_ext.store import merge, provenance
 from sglang_moe_ext.store.merge import Refused, Stored
-from sglang_moe_ext.tuning import destinations, on_gpu, pickup, plan, predict, records
+from sglang_moe_ext.tuning import destinations, measured_run, pickup, plan, predict, records
 from sglang_moe_ext.tuning.compile import KernelSource, compile_all
 from sglang_moe_ext.tuning.compile_cache import CompileCache, default_path
 from sglang_moe_ext.tuning.destinations import Destination
@@ -20,7 +21,6 @@ from sglang_moe_ext.tuning.predict import Predicted
 from sglang_moe_ext.tuning.records import Results
 from sglang_moe_ext.tuning.request import Progress, Request
 from sglang_moe_ext.tuning.sources import kernel_source
-from sglang_moe_ext.tuning.worker import Pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,66 +48,71 @@ def destination_of(request: Request, engine: Installation | None) -> Destination
     return destinations.chosen(request.install, request.output_dir, engine, triton)
 
 
-def ask_incumbents(
-    request: Request, engine: Installation | None, destination: Destination | None, progress: Progress
-) -> lookup.Answer | None:
-    """What the engine takes today from where the tables will lie, or None where there is no engine to ask."""
-    if engine is None:
-        return None
+def plan_of(request: Request, progress: Progress) -> Plan:
+    """The plan of the run, against what the engine takes today; nothing is written anywhere.
+
+    Raises:
+        MoEExtError: any of ours.
+    """
+    if installation.find() is None:
+        return plan.made(request, None)
     progress("asking", 0, 1)
-    reads_it = destination is not None and destination.folder.parent.is_dir()
-    environment = destination.environment if destination is not None and reads_it else {}
-    answer = pickup.ask(request.shape, list(request.tokens), request.gpu, request.gpu_is_here, environment)
+    with closing(lookup.Asked(pickup.environment({}))) as today:
+        answer = today.answer(pickup.question(request))
     progress("asking", 1, 1)
-    return answer
+    return plan.made(request, pickup.pairs_of(answer))
 
 
-def pairs_of(answer: lookup.Answer) -> dict[int, Pair]:
-    """The configurations of both GEMMs; without a table for the down projection the engine runs the up projection's."""
-    return {m: {"up": up, "down": answer.down[m] or up} for m, up in answer.up.items()}
-
-
-def plan_of(request: Request, answer: lookup.Answer | None) -> Plan:
-    """The plan of the run, against what the engine takes today."""
-    pairs = None if answer is None else pairs_of(answer)
-    return plan.made(request.shape, request.gpu, request.tokens, pairs, measures=request.measure)
-
-
-def run(
-    request: Request,
-    answer: lookup.Answer | None,
-    made: Plan,
-    destination: Destination | None,
-    progress: Progress,
-) -> Outcome:
-    """Do what the plan says.
+def run(request: Request, progress: Progress) -> Outcome:
+    """Do what is asked for.
 
     Raises:
         MoEExtError: any of ours. Nothing is half-written then; what a failed proof is about stays, and it says so.
     """
     engine = installation.find()
+    destination = destination_of(request, engine)
     source = kernel_source(engine)
     triton = installation.running_triton() or ""
     for place in itertools.chain.from_iterable(_places(request, destination, triton)):
         merge.read(place)  # what cannot be merged is better known before the work than after it
-    if request.measure and answer is not None:
-        results: Results = on_gpu.measure_all(request, pairs_of(answer), made, source, progress)
-    else:
-        is_new_folder = destination is not None and not destination.folder.parent.is_dir()
-        if answer is not None and not (request.output_dir is not None and is_new_folder):
-            _refuse_to_shadow(answer)
-        results = _predicted(request, made, source, progress)
-    progress("writing", 0, 1)
-    stored = _put(request, results, records.circumstances(request, engine, source.name), destination, triton)
-    progress("writing", 1, 1)
+    with ExitStack() as processes:
+
+        def ask_later(environment: dict[str, str]) -> lookup.Asked:
+            return processes.enter_context(closing(lookup.Asked(pickup.environment(environment))))
+
+        today = None if engine is None else ask_later(_environment_today(destination))
+        proves = destination is not None and engine is not None
+        # A measuring run has cores to spare for an engine that gets ready meanwhile; a predicting one needs them all.
+        proof = ask_later(destination.environment) if proves and destination and request.measuring else None
+        if request.measuring is not None and today is not None:
+            folder = processes.enter_context(measured_run.opened(request, request.measuring, source))
+            kept = plan.sifted(request.shape, request.gpu).kept
+            results: Results = measured_run.results(request, request.measuring, folder, kept, today, source, progress)
+        else:
+            folder = None
+            results = _predicted(request, destination, today, source, progress)
+        progress("writing", 0, 1)
+        stored = _put(request, results, records.circumstances(request, engine, source.name), destination, triton)
+        progress("writing", 1, 1)
+        if folder is not None:
+            folder.finish()
+        if proof is None and proves and destination:
+            proof = ask_later(destination.environment)
+        answer = None if proof is None else _proven(request, stored, destination, proof, progress)
     return Outcome(
         results=results,
         written=tuple(path for path, result in stored.items() if isinstance(result, Stored)),
         refused={path: result.why for path, result in stored.items() if isinstance(result, Refused)},
         destination=destination,
-        answer=_proof(request, stored, destination, engine, progress),
+        answer=answer,
         kernel=source,
     )
+
+
+def _environment_today(destination: Destination | None) -> dict[str, str]:
+    """Under which the engine reads where the tables will lie, once something lies there."""
+    reads_it = destination is not None and destination.folder.parent.is_dir()
+    return destination.environment if destination is not None and reads_it else {}
 
 
 def _refuse_to_shadow(answer: lookup.Answer) -> None:
@@ -125,10 +130,24 @@ def _refuse_to_shadow(answer: lookup.Answer) -> None:
             )
 
 
-def _predicted(request: Request, made: Plan, source: KernelSource, progress: Progress) -> dict[int, Predicted]:
+def _predicted(
+    request: Request,
+    destination: Destination | None,
+    today: lookup.Asked | None,
+    source: KernelSource,
+    progress: Progress,
+) -> dict[int, Predicted]:
+    kept = plan.sifted(request.shape, request.gpu).kept
+    if today is not None:
+        progress("asking", 0, 1)
+        answer = today.answer(pickup.question(request))
+        progress("asking", 1, 1)
+        is_new_folder = destination is not None and not destination.folder.parent.is_dir()
+        if not (request.output_dir is not None and is_new_folder):
+            _refuse_to_shadow(answer)
     cache = CompileCache(default_path())
     return predict.table(
-        made.sifted.kept,
+        kept,
         request.shape,
         request.gpu,
         request.tokens,
@@ -140,8 +159,11 @@ def _put(
     request: Request, results: Results, run_of: provenance.Run, destination: Destination | None, triton: str
 ) -> dict[Path, Stored | Refused]:
     tables = records.tables(request, results, run_of)
-    places = _places(request, destination, triton)
-    changes = {path: tables[is_down] for up, down in places for is_down, path in ((False, up), (True, down))}
+    changes: dict[Path, Stored] = {}
+    for up, down in (places := _places(request, destination, triton)):
+        keeps_up_tma = destination is not None and up.parent == destination.folder and destination.is_of_this_engine
+        changes[up] = tables[False] if keeps_up_tma else records.without_tma(tables[False])
+        changes[down] = tables[True]
     return merge.put(changes, places)
 
 
@@ -152,21 +174,22 @@ def _places(request: Request, destination: Destination | None, triton: str) -> l
     return [(folder / names[False], folder / names[True]) for folder in (*folders, destinations.store_folder(triton))]
 
 
-def _proof(
+def _proven(
     request: Request,
     stored: dict[Path, Stored | Refused],
     destination: Destination | None,
-    engine: Installation | None,
+    proof: lookup.Asked,
     progress: Progress,
 ) -> lookup.Answer | None:
-    if destination is None or engine is None:
+    """The engine's own answer to what was written, None where nothing was."""
+    if destination is None:
         return None
     names = destinations.table_names(request.shape, request.gpu.device_name)
     up, down = (stored[destination.folder / names[which]] for which in (False, True))
     if not isinstance(up, Stored) or not isinstance(down, Stored):
         return None
-    progress("proving", 0, 1)
+    progress("pick-up", 0, 1)
     written = pickup.Written(up.table, down.table, destination.folder / names[False], destination.folder / names[True])
-    answer = pickup.prove(written, request.shape, request.gpu, request.gpu_is_here, destination.environment)
-    progress("proving", 1, 1)
+    answer = pickup.prove(written, request, proof)
+    progress("pick-up", 1, 1)
     return answer

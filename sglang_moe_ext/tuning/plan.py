@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sglang_moe_ext.core import PROJECTIONS, Gpu, GpuError, ModelError, MoEShape, TileConfig
+from sglang_moe_ext.core import CompileJob, Gpu, GpuError, ModelError, MoEShape, TileConfig
 from sglang_moe_ext.roofline import pair_floor_us
-from sglang_moe_ext.tuning import predict, space, wave_model
-from sglang_moe_ext.tuning.worker import Pair
+from sglang_moe_ext.tuning import candidates, predict, space, wave_model
+from sglang_moe_ext.tuning.questions import Pair
+from sglang_moe_ext.tuning.request import Request
 
 DEFAULT_TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 8192, 16384)
 """Upstream's 18 batch sizes, and the two that a chunked prefill asks for: the engine takes the nearest, however far."""
 
 _FIRST_FP8_SM = 89
-SHORTLIST_KEYS = 32
-SHORTLIST_GROUPED = 8
-# One binary on one core takes 0.25 to 0.45 s, an import of the engine 7 s (SGLang 0.5.23, Triton 3.7.1, 2026-11-21).
-_COMPILE_S, _START_S = 0.4, 10.0
-_SCREEN_S = 0.004
-_RACE_S = 1.0
+# H200 machine of 16 cores, SGLang 0.5.15, Triton 3.6.0, 2026-11-21: an import of the engine and a CUDA context; one
+# binary on one core; one screen; one rematch with its checks.
+_START_S, _COMPILE_S, _SCREEN_S, _REMATCH_S = 15.0, 0.35, 0.002, 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,25 +44,8 @@ class Plan:
     estimated_s: float
 
 
-def shortlist(candidates: tuple[TileConfig, ...], shape: MoEShape, gpu: Gpu, tokens: int) -> list[TileConfig]:
-    """The candidates to measure at that M: the best-ranked keys, and the very best with every GROUP_SIZE_M."""
-    ranked = predict.by_estimate(candidates, shape, gpu, tokens)
-    keys = list(dict.fromkeys(config.compile_key for config in ranked))
-    best, with_groups = set(keys[:SHORTLIST_KEYS]), set(keys[:SHORTLIST_GROUPED])
-    taken: list[TileConfig] = []
-    for config in ranked:
-        if config.compile_key in with_groups:
-            taken.append(config)
-        elif config.compile_key in best:
-            taken.append(config)
-            best.remove(config.compile_key)
-    return taken
-
-
-def made(
-    shape: MoEShape, gpu: Gpu, tokens: Sequence[int], incumbents: dict[int, Pair] | None, *, measures: bool
-) -> Plan:
-    """The plan of a run over those batch sizes.
+def sifted(shape: MoEShape, gpu: Gpu) -> space.Sifted:
+    """The candidates that no rule drops.
 
     Raises:
         GpuError: the GPU cannot multiply the layer's operands at all.
@@ -76,29 +56,45 @@ def made(
             f"{gpu.device_name} (sm_{gpu.sm}) has no fp8 matrix units: expected sm_{_FIRST_FP8_SM} or newer; "
             "engines run such weights through Marlin there, which reads no table"
         )
-    sifted = space.sift(space.full_space(), shape, gpu)
-    if not sifted.kept:
-        dropped = ", ".join(f"{name} {count}" for name, count in sifted.dropped.items() if count)
+    found = space.sift(space.full_space(), shape, gpu)
+    if not found.kept:
+        dropped = ", ".join(f"{name} {count}" for name, count in found.dropped.items() if count)
         raise ModelError(f"no candidate is left for {shape} on {gpu.device_name}: the rules dropped all ({dropped})")
-    rows = tuple(_row(sifted.kept, shape, gpu, m, None if incumbents is None else incumbents[m]) for m in tokens)
-    if measures:
-        listed = {m: shortlist(sifted.kept, shape, gpu, m) for m in tokens}
+    return found
+
+
+def made(request: Request, incumbents: dict[int, Pair] | None) -> Plan:
+    """The plan of a run.
+
+    Raises:
+        MoEExtError: as `sifted`.
+    """
+    shape, gpu = request.shape, request.gpu
+    found = sifted(shape, gpu)
+    rows = tuple(_row(found.kept, shape, gpu, m, None if incumbents is None else incumbents[m]) for m in request.tokens)
+    screens = 0
+    jobs: set[CompileJob] = set()
+    for m in request.tokens:
+        if request.measuring is None:
+            front = predict.best_of_each_key(found.kept, shape, gpu, m)[: predict.FRONT]
+            jobs.update(job for config in front for job in predict.jobs_of(config, shape, m, gpu.sm).values())
+        else:
+            of_m = candidates.screening_jobs(
+                candidates.of_request(request, request.measuring, found.kept, m), shape, m, gpu.sm
+            )
+            screens += len(of_m)
+            jobs.update(of_m)
+    compiling_s = len(jobs) * _COMPILE_S / (os.cpu_count() or 1)
+    if request.measuring is None:
+        seconds = 2 * _START_S + compiling_s
     else:
-        listed = {m: predict.best_of_each_key(sifted.kept, shape, gpu, m)[: predict.FRONT] for m in tokens}
-    jobs = {
-        job
-        for m, configs in listed.items()
-        for config in configs
-        for job in predict.jobs_of(config, shape, m, gpu.sm).values()
-    }
-    seconds = _START_S + len(jobs) * _COMPILE_S / (os.cpu_count() or 1)
-    if measures:
-        seconds += _START_S + sum(len(configs) * len(PROJECTIONS) * _SCREEN_S + _RACE_S for configs in listed.values())
-    return Plan(shape, gpu, measures, sifted, rows, len(jobs), seconds)
+        gpus = max(1, len(request.measuring.gpus))
+        seconds = _START_S + max(compiling_s, screens * _SCREEN_S / gpus) + len(rows) * _REMATCH_S / gpus
+    return Plan(shape, gpu, request.measuring is not None, found, rows, len(jobs), seconds)
 
 
-def _row(candidates: tuple[TileConfig, ...], shape: MoEShape, gpu: Gpu, tokens: int, incumbent: Pair | None) -> Row:
-    best = predict.by_estimate(candidates, shape, gpu, tokens)[0]
+def _row(kept: tuple[TileConfig, ...], shape: MoEShape, gpu: Gpu, tokens: int, incumbent: Pair | None) -> Row:
+    best = predict.by_estimate(kept, shape, gpu, tokens)[0]
     return Row(
         tokens=tokens,
         floor_us=pair_floor_us(shape, gpu, tokens),

@@ -6,16 +6,36 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sglang_moe_ext.core import Gpu, MoEShape
+from sglang_moe_ext.core import Gpu, MoEShape, Projection
 from sglang_moe_ext.tuning.destinations import Install
+from sglang_moe_ext.tuning.routing import Source
+from sglang_moe_ext.tuning.search import EffortName
 
 Progress = Callable[[str, int, int], None]
-"""Called with the name of the stage, how much of it is done, and how much there is."""
+"""Called with the name of the stage, how much of it is done, and how much there is; from any thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measuring:
+    """How to measure.
+
+    `with_tma`: the GEMMs that are timed with TMA too. `gpus`: what CUDA_VISIBLE_DEVICES is to say in each measuring
+    process, one for each GPU; `ray`: the address of a cluster to measure on instead, "" for the one that Ray finds by
+    itself. `resume`: go on with the newest unfinished run of this layer, or with the one in that folder.
+    """
+
+    effort: EffortName
+    with_tma: tuple[Projection, ...]
+    budget_s: float | None
+    routing: Source
+    gpus: tuple[str, ...]
+    ray: str | None = None
+    resume: bool | Path = False
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One layer on one GPU. `gpu_is_here`: this machine has that GPU; `measure`: time on it, rather than predict.
+    """One layer on one GPU. `gpu_is_here`: this machine has that GPU; `measuring` None: predict.
 
     `vllm_shape` is the layer as vLLM would launch it, None where that is unknown or impossible.
     """
@@ -27,7 +47,7 @@ class Request:
     gpu: Gpu
     gpu_is_here: bool
     tokens: tuple[int, ...]
-    measure: bool
+    measuring: Measuring | None
     install: Install
     output_dir: Path | None
     seed: int

@@ -1,0 +1,109 @@
+"""Which configurations of each GEMM are timed at one M, best guess first, and the binaries that they need."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Collection, Iterable
+
+from sglang_moe_ext.core import PROJECTIONS, CompileJob, CompileKey, Gpu, MoEShape, Projection, TileConfig
+from sglang_moe_ext.engines.sglang.specialisation import representative_tokens
+from sglang_moe_ext.tuning import predict, wave_model
+from sglang_moe_ext.tuning.questions import Pair
+from sglang_moe_ext.tuning.request import Measuring, Request
+from sglang_moe_ext.tuning.search import EFFORTS
+
+Candidates = dict[Projection, list[TileConfig]]
+
+
+def of_request(request: Request, measuring: Measuring, kept: tuple[TileConfig, ...], tokens: int) -> Candidates:
+    """What a run times at that M."""
+    keys = EFFORTS[measuring.effort].keys
+    return listed(kept, request.shape, request.gpu, tokens, keys=keys, with_tma=measuring.with_tma)
+
+
+def listed(
+    kept: tuple[TileConfig, ...],
+    shape: MoEShape,
+    gpu: Gpu,
+    tokens: int,
+    *,
+    keys: int | None,
+    with_tma: Collection[Projection],
+) -> Candidates:
+    """The candidates of each GEMM, grouped by binary: the first `keys` binaries by the wave model, None for all.
+
+    Half of them are the best for both GEMMs together, so that each GEMM has candidates of the other's BLOCK_SIZE_M.
+    `with_tma`: the GEMMs that are timed with TMA too.
+    """
+    for_both = [config.compile_key for config in predict.by_estimate(kept, shape, gpu, tokens)]
+    found: Candidates = {}
+    for projection in PROJECTIONS:
+        ranked = _ranked(kept, shape, gpu, tokens, projection)
+        groups = _groups_by_key(ranked)
+        shared = list(dict.fromkeys(for_both))[: None if keys is None else keys // 2]
+        wanted = set(itertools.islice(dict.fromkeys((*shared, *groups)), keys))
+        found[projection] = [
+            twin.with_group(group)
+            for key, of_key in groups.items()
+            if key in wanted
+            for twin in (_twins(key) if projection in with_tma else (key,))
+            for group in of_key
+        ]
+    return found
+
+
+def _twins(key: CompileKey) -> tuple[CompileKey, CompileKey]:
+    """The same tile without TMA and with it."""
+    return key, CompileKey(key.block_m, key.block_n, key.block_k, key.num_warps, key.num_stages, use_tma=True)
+
+
+@functools.lru_cache(maxsize=256)
+def _ranked(
+    kept: tuple[TileConfig, ...], shape: MoEShape, gpu: Gpu, tokens: int, projection: Projection
+) -> list[TileConfig]:
+    def estimate(config: TileConfig) -> tuple[float, TileConfig]:
+        needs = wave_model.estimated(config, shape, gpu)
+        return wave_model.gemm(config, shape, gpu, tokens, projection, needs).us, config
+
+    return [config for _, config in sorted(map(estimate, kept))]
+
+
+def _groups_by_key(configs: Iterable[TileConfig]) -> dict[CompileKey, list[int]]:
+    groups: dict[CompileKey, list[int]] = {}
+    for config in configs:
+        groups.setdefault(config.compile_key, []).append(config.group_m)
+    return groups
+
+
+def screening_job(shape: MoEShape, tokens: int, projection: Projection, key: CompileKey, sm: int) -> CompileJob:
+    """The binary that a screening launches: for any GROUP_SIZE_M."""
+    return CompileJob(shape, projection, representative_tokens(shape, tokens), key, sm)
+
+
+def screening_jobs(candidates: Candidates, shape: MoEShape, tokens: int, sm: int) -> list[CompileJob]:
+    """The binaries of all candidates at one M, each once."""
+    return list(
+        dict.fromkeys(
+            screening_job(shape, tokens, projection, config.compile_key, sm)
+            for projection, configs in candidates.items()
+            for config in configs
+        )
+    )
+
+
+def pair_jobs(pair: Pair, shape: MoEShape, tokens: int, sm: int) -> list[CompileJob]:
+    """The binaries that the engine launches for a pair: groups are constants, and TMA decides the up GEMM's order."""
+    representative = representative_tokens(shape, tokens)
+    return [
+        CompileJob(
+            shape,
+            projection,
+            representative,
+            config.compile_key,
+            sm,
+            config.group_m,
+            sorted_rows=projection == "up" and pair["down"].use_tma,
+        )
+        for projection, config in pair.items()
+    ]
