@@ -1,8 +1,9 @@
 """Time many configurations of a few layers on the GPU of this machine: the data that the wave model is held against.
 
-usage: python benchmarks/collect_trials.py OUT [--per-batch 120] [--seconds 200]
+usage, from the repository root: python -m benchmarks.collect_trials OUT [--per-batch 120] [--seconds 200]
 
-Writes OUT/<layer>.jsonl, a line a trial: tokens, projection, configuration, microseconds (cold L2, best of 3).
+Writes OUT/<layer>.jsonl, a line a trial: tokens, projection, configuration, microseconds (cold L2, uniform routing,
+best of 3).
 """
 
 from __future__ import annotations
@@ -11,18 +12,22 @@ import argparse
 import dataclasses
 import json
 import random
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from sglang_moe_ext import gpus
-from sglang_moe_ext.core import PROJECTIONS, Failure, Gpu, MoEShape, Quantisation, TileConfig
+from benchmarks.racing import here
+from sglang_moe_ext.core import PROJECTIONS, Gpu, MoEExtError, MoEShape, Quantisation, TileConfig
 from sglang_moe_ext.engines.sglang import installation
-from sglang_moe_ext.tuning import predict, space
+from sglang_moe_ext.tuning import candidates, predict, routing, space
+from sglang_moe_ext.tuning.bench import Setup
 from sglang_moe_ext.tuning.compile import compile_all
 from sglang_moe_ext.tuning.compile_cache import CompileCache
+from sglang_moe_ext.tuning.questions import Ask, Check, Pair, Screen, Screened
 from sglang_moe_ext.tuning.sources import kernel_source
-from sglang_moe_ext.tuning.worker import Check, Screen, Setup, Worker
+from sglang_moe_ext.tuning.worker import Worker
 
 LAYERS = {
     "glm_4_7_flash_bf16": MoEShape(65, 1536, 2048, 5, fused_shared=1),
@@ -30,16 +35,79 @@ LAYERS = {
     "deepseek_v3_tp8_fp8_block": MoEShape(257, 256, 7168, 9, Quantisation("fp8_w8a8", (128, 128)), fused_shared=1),
 }
 TOKENS = (1, 8, 32, 128, 512, 1024, 4096, 16384)
+CHECKED = (1, 17, 4096)
+SAMPLES = 3
+
+Record = dict[str, object]
+"""One trial, as its line says it."""
 
 
 def sample(shape: MoEShape, gpu: Gpu, tokens: int, size: int) -> list[TileConfig]:
     """The wave model's favourites, and as many at random: it is tested where it is sure and where it is not."""
     chance = random.Random(tokens)
-    candidates = list(space.sift(space.full_space(), shape, gpu).kept)
-    chance.shuffle(candidates)
-    one_per_key = tuple({config.compile_key: config for config in candidates}.values())
+    kept = list(space.sift(space.full_space(), shape, gpu).kept)
+    chance.shuffle(kept)
+    one_per_key = tuple({config.compile_key: config for config in kept}.values())
     ranked = predict.by_estimate(one_per_key, shape, gpu, tokens)
-    return ranked[: size // 2] + chance.sample(ranked[size // 2 :], size - size // 2)
+    favourites, others = ranked[: size // 2], ranked[size // 2 :]
+    return favourites + chance.sample(others, min(size - size // 2, len(others)))
+
+
+def compiled(chosen: dict[int, list[TileConfig]], shape: MoEShape, gpu: Gpu, triton_cache: Path) -> int:
+    """Make the binaries of all trials; how many they are."""
+    jobs = {
+        job: None
+        for tokens, configs in chosen.items()
+        for job in candidates.screening_jobs(dict.fromkeys(PROJECTIONS, configs), shape, tokens, gpu.sm)
+    }
+    source = kernel_source(installation.find())
+    return len(compile_all(source, list(jobs), cache=CompileCache(None), triton_cache=triton_cache))
+
+
+def trials(chosen: dict[int, list[TileConfig]], ask: Ask, seconds: float) -> Iterator[Record]:
+    """A record of each trial; no new batch size is begun after so many seconds."""
+    until = time.monotonic() + seconds
+    for tokens, configs in chosen.items():
+        if time.monotonic() > until:
+            return
+        for config in configs:
+            for projection in PROJECTIONS:
+                answer = ask(Screen(tokens, projection, config.compile_key, (config.group_m,), SAMPLES))
+                record: Record = {
+                    "tokens": tokens,
+                    "projection": projection,
+                    "config": dataclasses.astuple(config),
+                }
+                if isinstance(answer, Screened):
+                    yield record | {"us": round(min(answer.us[0]), 2)}
+                else:
+                    yield record | {"failure": getattr(answer, "kind", type(answer).__name__)}
+
+
+def collect(name: str, gpu: Gpu, per_batch: int, seconds: float, out: Path) -> None:
+    """Write the file of one layer, and say whether what was timed is right."""
+    shape = LAYERS[name]
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = {tokens: sample(shape, gpu, tokens, per_batch) for tokens in TOKENS}
+        binaries = compiled(chosen, shape, gpu, Path(folder))
+        print(f"{name}: {binaries} binaries in {time.monotonic() - begun:.1f} s", flush=True)
+        worker = Worker(Setup(shape, routing.UNIFORM, 0, Path(folder)))
+        try:
+            begun = time.monotonic()
+            count = failures = 0
+            with (out / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+                for record in trials(chosen, worker.ask, seconds):
+                    file.write(json.dumps(record) + "\n")
+                    count += 1
+                    failures += "failure" in record
+            print(f"{name}: {count} trials, {failures} failed, {time.monotonic() - begun:.1f} s", flush=True)
+            config = chosen[1024][0]
+            pair: Pair = {"up": config, "down": config}
+            for tokens in CHECKED:
+                print(f"{name} {tokens} relative error {worker.ask(Check(tokens, pair))}", flush=True)
+        finally:
+            worker.close()
 
 
 def main() -> None:
@@ -49,57 +117,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=200.0, help="stop a layer after this many seconds")
     parser.add_argument("--layers", default=",".join(LAYERS))
     arguments = parser.parse_args()
+    gpu, _ = here()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    gpu = gpus.detect()
-    assert gpu is not None, "no GPU here"
-    source = kernel_source(installation.find())
     for name in arguments.layers.split(","):
-        shape = LAYERS[name]
-        start = time.monotonic()
-        with tempfile.TemporaryDirectory() as triton_cache:
-            chosen = {tokens: sample(shape, gpu, tokens, arguments.per_batch) for tokens in TOKENS}
-            jobs = [
-                job
-                for tokens, configs in chosen.items()
-                for config in configs
-                for job in predict.jobs_of(config, shape, tokens, gpu.sm).values()
-            ]
-            compiled = compile_all(source, jobs, cache=CompileCache(None), triton_cache=Path(triton_cache))
-            print(f"{name}: {len(compiled)} binaries in {time.monotonic() - start:.1f} s", flush=True)
-            worker = Worker(Setup(shape, 0, Path(triton_cache)))
-            begun = time.monotonic()
-            count = failures = 0
-            with (arguments.out / f"{name}.jsonl").open("w") as file:
-                for tokens, configs in chosen.items():
-                    for config in configs:
-                        for projection in PROJECTIONS:
-                            answer = worker.ask(Screen(tokens, projection, config, 3))
-                            record: dict[str, object] = {
-                                "tokens": tokens,
-                                "projection": projection,
-                                "config": dataclasses.astuple(config),
-                            }
-                            if isinstance(answer, Failure):
-                                failures += 1
-                                record["failure"] = answer.kind
-                            else:
-                                record["us"] = round(min(answer), 2)
-                            file.write(json.dumps(record) + "\n")
-                            count += 1
-                    if time.monotonic() - begun > arguments.seconds:
-                        break
-            print(f"{name}: {count} trials, {failures} failed, {time.monotonic() - begun:.1f} s", flush=True)
-            for tokens in (1, 17, 4096):
-                config = chosen[1024][0]
-                print(
-                    name,
-                    tokens,
-                    "relative error",
-                    worker.ask(Check(tokens, {"up": config, "down": config})),
-                    flush=True,
-                )
-            worker.close()
+        collect(name, gpu, arguments.per_batch, arguments.seconds, arguments.out)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except MoEExtError as error:
+        sys.exit(f"error: {error}")

@@ -1,6 +1,6 @@
 """Compile the grid of binaries for some architectures: the truth that the rules of tuning/space.py are held against.
 
-usage: python benchmarks/compile_grid.py OUT [SM ...]    (SGLang on PYTHONPATH; 3 minutes an architecture on 2 cores)
+usage, from the repository root: python -m benchmarks.compile_grid OUT [SM ...]    (3 minutes an SM on 2 cores)
 
 Writes OUT/sm_<SM>_<scheme>.jsonl, a line a binary: block sizes, warps, stages, and what it needs. Left out is only what
 cannot run whatever the compiler does: more shared memory in one pipeline stage fewer than a block may have.
@@ -8,8 +8,8 @@ cannot run whatever the compiler does: more shared memory in one pipeline stage 
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from dataclasses import astuple
 from pathlib import Path
 
@@ -27,6 +27,7 @@ LAYERS = {
     "fp8_block": MoEShape(128, 768, 2048, 8, Quantisation("fp8_w8a8", (128, 128))),
 }
 TOKENS = 1024
+ARCHITECTURES_IN_DOUBT = (80, 86, 89, 90, 100, 120)
 TENSOR_MEMORY = (100, 103)
 MOST_REGISTERS = 256
 
@@ -45,12 +46,13 @@ def keys(shape: MoEShape, sm: int) -> list[CompileKey]:
 
 
 def main() -> None:
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    out = Path(sys.argv[1])
-    out.mkdir(parents=True, exist_ok=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("sm", type=int, nargs="*", metavar="SM")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     source = kernel_source(installation.find())
-    for sm in map(int, sys.argv[2:] or ["80", "86", "89", "90", "100", "120"]):
+    for sm in arguments.sm or ARCHITECTURES_IN_DOUBT:
         for name, shape in LAYERS.items():
             jobs = {key: CompileJob(shape, "up", TOKENS, key, sm) for key in keys(shape, sm)}
             with Bar() as bar:
@@ -60,7 +62,7 @@ def main() -> None:
                     cache=CompileCache(None),
                     progress=lambda done, of, stage=f"sm_{sm} {name}": bar(stage, done, of),  # type: ignore[misc]
                 )
-            with (out / f"sm_{sm}_{name}.jsonl").open("w", encoding="utf-8") as file:
+            with (arguments.out / f"sm_{sm}_{name}.jsonl").open("w", encoding="utf-8") as file:
                 for key, job in jobs.items():
                     result = compiled[job]
                     record: dict[str, object] = {"key": astuple(key)[:5]}

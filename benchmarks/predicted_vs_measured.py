@@ -1,82 +1,110 @@
 """Race, on this machine's GPU, three tables of one layer: the engine's choice today, ours predicted, ours measured.
 
-usage: python benchmarks/predicted_vs_measured.py [MODEL] [M ...]     (installs nothing; prints a table in markdown)
+usage, from the repository root: python -m benchmarks.predicted_vs_measured [MODEL] [M ...]
+
+Installs nothing; prints a table in markdown.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
 import sys
-import tempfile
 import time
-from pathlib import Path
 
+from benchmarks.racing import Outcome, geomean, here, raced, track_of
 from sglang_moe_ext import tune
-from sglang_moe_ext.core import EngineError
+from sglang_moe_ext.core import MoEExtError
 from sglang_moe_ext.engines.sglang import installation
 from sglang_moe_ext.roofline import pair_floor_us
 from sglang_moe_ext.terminal import Bar
-from sglang_moe_ext.tuning import on_gpu, pipeline, predict
+from sglang_moe_ext.tuning import pipeline, plan, predict
 from sglang_moe_ext.tuning.compile import compile_all
 from sglang_moe_ext.tuning.compile_cache import CompileCache
+from sglang_moe_ext.tuning.questions import Pair
+from sglang_moe_ext.tuning.rematch import Measured
+from sglang_moe_ext.tuning.request import Request
 from sglang_moe_ext.tuning.sources import kernel_source
-from sglang_moe_ext.tuning.worker import Pair, Race, Setup, Worker
 
-ROUNDS = 30
+COLUMNS = (
+    "M",
+    "today us",
+    "predicted us",
+    "measured us",
+    "gain",
+    "predicted loses",
+    "of floor",
+    "predicted",
+    "measured",
+)
+
+
+def predicted(request: Request) -> dict[int, Pair]:
+    """What a table without a GPU has for each M."""
+    source = kernel_source(installation.find())
+    table = predict.table(
+        plan.sifted(request.shape, request.gpu).kept,
+        request.shape,
+        request.gpu,
+        request.tokens,
+        lambda jobs: compile_all(source, jobs, cache=CompileCache(None)),
+    )
+    return {m: {"up": choice.config, "down": choice.config} for m, choice in table.items()}
+
+
+def row(request: Request, tokens: int, outcome: Outcome) -> str:
+    """A line of the table."""
+    us = {name: outcome.us(name) for name in outcome.by_name}
+    gain, loss = outcome.gain("today", "measured"), outcome.gain("predicted", "measured")
+    floor = pair_floor_us(request.shape, request.gpu, tokens)
+    best = us["measured"]
+    guess, found = (outcome.by_name[name].pair for name in ("predicted", "measured"))
+    cells = (
+        str(tokens),
+        *("fails" if of is None else f"{of:.1f}" for of in us.values()),
+        "-" if gain is None else f"{gain.value:.2f}x",
+        "-" if loss is None else f"{loss.value - 1:+.1%}",
+        "-" if best is None else f"{floor / best:.0%}",
+        str(guess["up"]),
+        f"{found['up']} / {found['down']}",
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("model", nargs="?", default="GLM-4.7-Flash")
-    arguments.add_argument("tokens", nargs="*")
-    asked = arguments.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="GLM-4.7-Flash")
+    parser.add_argument("tokens", nargs="*", metavar="M")
+    asked = parser.parse_args()
+    here()
     flags = ["--model", asked.model, "--install", "none"]
     if asked.tokens:
         flags += ["--batch-size", *asked.tokens]
-    request = tune.request_of(tune.parser().parse_args(flags), "benchmarks/predicted_vs_measured.py")
-    engine = installation.find()
-    started = time.monotonic()
-    with Bar() as bar, tempfile.TemporaryDirectory() as triton_cache:
-        answer = pipeline.ask_incumbents(request, engine, None, bar)
-        if answer is None or not request.measure:
-            raise EngineError("this needs a GPU, and SGLang beside it")
-        today = pipeline.pairs_of(answer)
-        plan = pipeline.plan_of(request, answer)
-        source = kernel_source(engine)
-        measured = on_gpu.measure_all(request, today, plan, source, bar)
-        took = time.monotonic() - started
-
-        def compiled(jobs):  # type: ignore[no-untyped-def]
-            return compile_all(source, jobs, cache=CompileCache(None), triton_cache=Path(triton_cache))
-
-        predicted = predict.table(plan.sifted.kept, request.shape, request.gpu, request.tokens, compiled)
-        worker = Worker(Setup(request.shape, request.seed + 1, Path(triton_cache)))
-        rows, regrets, gains = [], [], []
-        for m in request.tokens:
-            guess: Pair = {"up": predicted[m].config, "down": predicted[m].config}
-            times = worker.ask(Race(m, (today[m], guess, measured[m].pair), ROUNDS))
-            before, ours, best = map(statistics.median, times)
-            floor = pair_floor_us(request.shape, request.gpu, m)
-            regrets.append(ours / best)
-            gains.append(before / best)
-            rows.append(
-                f"| {m} | {before:.1f} | {ours:.1f} | {best:.1f} | {before / best:.2f}x | {ours / best - 1:+.1%} "
-                f"| {floor / best:.0%} | {guess['up']} | {measured[m].pair['up']} / {measured[m].pair['down']} |"
-            )
-        worker.close()
-    print(f"{request.model} {request.shape} on {request.gpu.device_name}, {source.name}; measured in {took:.0f} s")
-    times = ("today us", "predicted us", "measured us")
-    columns = ("M", *times, "gain", "predicted loses", "of floor", "predicted", "measured")
-    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    print("\n".join(rows))
-    gain, regret = (math.exp(statistics.fmean(map(math.log, values))) for values in (gains, regrets))
+    request = tune.request_of(tune.parser().parse_args(flags), "benchmarks.predicted_vs_measured")
+    track = track_of(request)
+    begun = time.monotonic()
+    with Bar() as bar:
+        run = pipeline.run(request, bar)
+    took_s = time.monotonic() - begun
+    measured = {m: result for m, result in run.results.items() if isinstance(result, Measured)}
+    guesses = predicted(request)
+    choices: dict[str, dict[int, Pair]] = {
+        "today": {m: result.incumbent for m, result in measured.items()},
+        "predicted": {m: guesses[m] for m in measured},
+        "measured": {m: result.pair for m, result in measured.items()},
+    }
+    outcomes = raced(track, choices)
+    print(
+        f"{request.model} {request.shape} on {request.gpu.device_name}, {run.kernel.name}; measured in {took_s:.0f} s"
+    )
+    print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
+    for m, outcome in outcomes.items():
+        print(row(request, m, outcome))
+    gain, regret = geomean(outcomes, "today", "measured"), geomean(outcomes, "predicted", "measured")
     print(f"geometric means: gain {gain:.3f}x, the predicted table is slower than the measured by {regret - 1:.1%}")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except EngineError as error:
+    except MoEExtError as error:
         sys.exit(f"error: {error}")

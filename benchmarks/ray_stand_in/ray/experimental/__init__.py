@@ -1,0 +1,1 @@
+"""Holds `tqdm_ray`, under the name that the real package gives it."""
