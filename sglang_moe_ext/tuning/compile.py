@@ -52,7 +52,7 @@ class Farm:
         """`triton_cache`: where Triton keeps the binaries, for processes that launch them; None: thrown away."""
         self._source, self._cache, self._progress = source, cache, progress
         self._makes_binaries = triton_cache is not None
-        self._crew = Crew(source.module, workers or _default_workers(), timeout_s, triton_cache)
+        self._crew = Crew(source.module, workers or default_workers(), timeout_s, triton_cache)
         # Of the background thread alone:
         self._taken_in: set[CompileJob] = set()
         self._queue: OrderedDict[CompileJob, None] = OrderedDict()
@@ -159,8 +159,9 @@ class Farm:
         self._progress(len(self._results), len(self._taken_in))
 
 
-def _default_workers() -> int:
-    cores = os.cpu_count() or 1
+def default_workers() -> int:
+    """How many binaries are made at once: of the cores that this process may use, which a container's may be few."""
+    cores = len(os.sched_getaffinity(0))
     return cores - 1 if cores > 4 else cores  # one to launch kernels with, where it is not missed
 
 

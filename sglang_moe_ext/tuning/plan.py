@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from sglang_moe_ext.core import CompileJob, Gpu, GpuError, ModelError, MoEShape, TileConfig
 from sglang_moe_ext.roofline import pair_floor_us
 from sglang_moe_ext.tuning import candidates, predict, space, wave_model
+from sglang_moe_ext.tuning.compile import default_workers
 from sglang_moe_ext.tuning.questions import Pair
 from sglang_moe_ext.tuning.request import Request
 
@@ -15,9 +15,9 @@ DEFAULT_TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 1536,
 """Upstream's 18 batch sizes, and the two that a chunked prefill asks for: the engine takes the nearest, however far."""
 
 _FIRST_FP8_SM = 89
-# H200 machine of 16 cores, SGLang 0.5.15, Triton 3.6.0, 2026-11-21: an import of the engine and a CUDA context; one
-# binary on one core; one screen; one rematch with its checks.
-_START_S, _COMPILE_S, _SCREEN_S, _REMATCH_S = 15.0, 0.35, 0.002, 0.6
+# Machine of 16 cores and one H200, SGLang 0.5.15, Triton 3.6.0, 2026-11-21: an import of the engine; one binary on one
+# core, one screen, one rematch with its checks.
+_START_S, _COMPILE_S, _SCREEN_S, _REMATCH_S = 14.0, 0.16, 0.004, 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def made(request: Request, incumbents: dict[int, Pair] | None) -> Plan:
             )
             screens += len(of_m)
             jobs.update(of_m)
-    compiling_s = len(jobs) * _COMPILE_S / (os.cpu_count() or 1)
+    compiling_s = len(jobs) * _COMPILE_S / default_workers()
     if request.measuring is None:
         seconds = 2 * _START_S + compiling_s
     else:

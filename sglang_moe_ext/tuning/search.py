@@ -23,7 +23,8 @@ class Effort:
     """How much is timed at each M.
 
     `keys`: the binaries of each GEMM that come first by the wave model, None for all; `grouped`: how many of the
-    fastest are timed with every GROUP_SIZE_M; `finalists`: pairs in the rematch, of `rounds` rounds.
+    fastest of each path, with TMA and without, are timed with every GROUP_SIZE_M; `finalists`: pairs of each path in
+    the rematch, of `rounds` rounds.
     """
 
     keys: int | None
@@ -33,13 +34,13 @@ class Effort:
 
 
 EFFORTS: dict[EffortName, Effort] = {
-    "quick": Effort(keys=24, grouped=4, finalists=4, rounds=16),
-    "full": Effort(keys=96, grouped=12, finalists=6, rounds=24),
-    "exhaustive": Effort(keys=None, grouped=96, finalists=10, rounds=32),
+    "quick": Effort(keys=24, grouped=4, finalists=2, rounds=16),
+    "full": Effort(keys=96, grouped=12, finalists=4, rounds=24),
+    "exhaustive": Effort(keys=None, grouped=96, finalists=6, rounds=32),
 }
 
 _HOPELESS = 1.5
-"""Times the best one so far: a first sample above that is the last one."""
+"""Times the best one so far of the same path: a first sample above that is the last one."""
 _SAMPLES = 2
 _GROUPED_SAMPLES = 4
 _PER_BLOCK_M = 3
@@ -76,27 +77,24 @@ def screened(
     failures: Counter[str] = Counter()
     tried = 0
     for projection, configs in candidates.items():
-        groups = _groups_by_key(configs)
+        of_gemm, groups = times[projection], _groups_by_key(configs)
         for key, of_key in groups.items():
-            if is_over() and times[projection]:
+            if is_over() and of_gemm:
                 break
             tried += 1
             trouble = clean(projection, key)
             if trouble is None:
-                answer = ask(Screen(tokens, projection, key, of_key[:1], _SAMPLES, _limit_us(times[projection])))
-                trouble = _noted(times[projection], key, of_key[:1], answer)
+                limit_us = _limit_us(of_gemm, key.use_tma)
+                answer = ask(Screen(tokens, projection, key, of_key[:1], _SAMPLES, limit_us))
+                trouble = _noted(of_gemm, key, of_key[:1], answer)
             if trouble is not None:
                 failures[trouble.kind] += 1
                 log.info("M=%d: %s cannot run the %s GEMM: %s", tokens, key, projection, trouble.message)
-        fastest = sorted(times[projection], key=times[projection].__getitem__)[: effort.grouped]
-        for config in fastest:
+        for key in _fastest_keys(of_gemm, effort.grouped):
             if is_over():
                 break
-            of_key = groups[config.compile_key]
-            screen = Screen(
-                tokens, projection, config.compile_key, of_key, _GROUPED_SAMPLES, _limit_us(times[projection])
-            )
-            _noted(times[projection], config.compile_key, of_key, ask(screen))
+            screen = Screen(tokens, projection, key, groups[key], _GROUPED_SAMPLES, _limit_us(of_gemm, key.use_tma))
+            _noted(of_gemm, key, groups[key], ask(screen))
     return Screening(times, tried, dict(failures))
 
 
@@ -108,8 +106,20 @@ def _groups_by_key(configs: Iterable[TileConfig]) -> dict[CompileKey, tuple[int,
     return groups
 
 
-def _limit_us(times: dict[TileConfig, float]) -> float | None:
-    return _HOPELESS * min(times.values()) if times else None
+def _limit_us(times: Mapping[TileConfig, float], use_tma: bool) -> float | None:
+    """Of one path: what TMA saves a GEMM, the layer may pay for before and after it."""
+    of_path = [us for config, us in times.items() if config.use_tma == use_tma]
+    return _HOPELESS * min(of_path) if of_path else None
+
+
+def _fastest_keys(times: Mapping[TileConfig, float], count: int) -> list[CompileKey]:
+    """The binaries of the fastest configurations, so many of each path."""
+    ranked = sorted(times, key=times.__getitem__)
+    return [
+        config.compile_key
+        for use_tma in (False, True)
+        for config in [config for config in ranked if config.use_tma == use_tma][:count]
+    ]
 
 
 def _noted(times: dict[TileConfig, float], key: CompileKey, groups: Sequence[int], answer: object) -> Failure | None:
@@ -124,26 +134,23 @@ def _noted(times: dict[TileConfig, float], key: CompileKey, groups: Sequence[int
 
 
 def finalists(screening: Screening, count: int) -> list[Pair]:
-    """The fastest pairs, best sum first. Both GEMMs share the sort of the tokens, and so one BLOCK_SIZE_M.
+    """The fastest pairs whose down GEMM goes without TMA, and those with it, so many each, best sum first.
 
-    Where TMA and none both ran for the down GEMM, both come to the rematch: the screening times one GEMM alone, and
-    what TMA costs or saves the up GEMM and the activation shows in the whole layer only.
+    Both GEMMs share the sort of the tokens, and so one BLOCK_SIZE_M. Sums of one path say nothing of the other: a GEMM
+    with TMA is faster alone, but has the activation and the quantisation work on the rows that pad the blocks as well.
     """
     ranked = _pairs(screening.times)
-    best = [pair for _, pair in ranked[:count]]
-    for use_tma in (False, True):
-        other = next((pair for _, pair in ranked if pair["down"].use_tma == use_tma), None)
-        if other is not None and other not in best:
-            best[-1:] = [other]
-    return best
+    return [
+        pair
+        for use_tma in (False, True)
+        for pair in [pair for _, pair in ranked if pair["down"].use_tma == use_tma][:count]
+    ]
 
 
 def _pairs(times: Times) -> list[tuple[float, Pair]]:
     pairs: list[tuple[float, Pair]] = []
     for block_m in sorted({config.block_m for config in times["up"]}):
-        best: dict[Projection, list[tuple[float, TileConfig]]] = {
-            projection: _fastest(times[projection], block_m) for projection in PROJECTIONS
-        }
+        best = {projection: _fastest(times[projection], block_m) for projection in PROJECTIONS}
         for (up_us, up), (down_us, down) in itertools.product(best["up"], best["down"]):
             pairs.append((up_us + down_us, {"up": up, "down": down}))
     return sorted(pairs, key=lambda scored: (scored[0], scored[1]["up"], scored[1]["down"]))

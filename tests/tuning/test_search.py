@@ -126,14 +126,30 @@ def test_the_best_sum_comes_first() -> None:
     assert found[0] == {"up": LARGE, "down": LARGE}
 
 
-@pytest.mark.parametrize("tma_is_faster", [True, False])
-def test_with_tma_and_without_it_come_to_the_rematch(tma_is_faster: bool) -> None:
-    with_tma = replace(SMALL, use_tma=True)
-    down = {SMALL: 2.0, with_tma: 1.0 if tma_is_faster else 3.0}
-    found = search.finalists(
-        times({SMALL: 1, replace(SMALL, group_m=16): 1.5, replace(SMALL, group_m=32): 1.7}, down), 2
-    )
-    assert {pair["down"].use_tma for pair in found} == {True, False}
+WITH_TMA = replace(SMALL, use_tma=True)
+
+
+@pytest.mark.parametrize("tma_us", [0.1, 3.0], ids=["faster", "slower"])
+def test_with_tma_and_without_it_come_to_the_rematch(tma_us: float) -> None:
+    up = {SMALL: 1.0, replace(SMALL, group_m=16): 1.5, replace(SMALL, group_m=32): 1.7}
+    found = search.finalists(times(up, {SMALL: 2.0, WITH_TMA: tma_us}), 1)
+    assert [pair["down"].use_tma for pair in found] == [False, True]
+
+
+def test_what_is_hopeless_is_judged_by_its_own_path() -> None:
+    """A GEMM with TMA that is twice as fast alone must not end the screening of those without."""
+    keys = [KEYS[0], replace(KEYS[0], use_tma=True), KEYS[1]]
+    gpu = TableGpu({keys[0].with_group(1): 10, keys[1].with_group(1): 1})
+    screened(gpu, keys)
+    assert [one.limit_us for one in gpu.asked[:3]] == [None, None, 15]
+
+
+def test_the_fastest_of_each_path_are_timed_with_every_group() -> None:
+    keys = [replace(key, use_tma=use_tma) for key in KEYS for use_tma in (False, True)]
+    gpu = TableGpu({key.with_group(1): 1.0 if key.use_tma else 2.0 for key in keys})
+    screened(gpu, keys)
+    grouped = [one.key for one in gpu.asked if one.groups == GROUPS and one.projection == "down"]
+    assert [key.use_tma for key in grouped] == [False, False, True, True]
 
 
 def test_where_nothing_ran_there_is_no_finalist() -> None:
@@ -158,7 +174,7 @@ def test_finalists_are_pairs_of_what_ran_and_each_comes_once(
     up: dict[TileConfig, float], down: dict[TileConfig, float], count: int
 ) -> None:
     found = search.finalists(times(up, down), count)
-    assert len(found) <= count
+    assert all(sum(pair["down"].use_tma == use_tma for pair in found) <= count for use_tma in (False, True))
     assert all(pair["up"] in up and pair["down"] in down for pair in found)
     assert all(pair["up"].block_m == pair["down"].block_m for pair in found)
     assert all(pair not in found[:place] for place, pair in enumerate(found))
