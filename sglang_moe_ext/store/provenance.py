@@ -32,7 +32,10 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """How one M's configuration came to be. Times are of the up and down GEMM together, in microseconds."""
+    """How one M's configuration came to be.
+
+    Times in microseconds: measured ones of the whole layer, predicted ones of the up and down GEMM together.
+    """
 
     origin: Origin
     run: Run
