@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 
 _KEPT_FOR_THE_REMATCH = 0.25
-"""Of the budget: no choice is made without a rematch, so screening has to end before the budget does."""
+"""Of the budget: no choice is made without a rematch, so screening has to end before the budget does. A rematch is not
+cut short: a budget too small for one of each batch size is overrun by what they take."""
 
 
 class Budget:
@@ -19,6 +20,10 @@ class Budget:
         self._clock, self._stations, self._shares = clock, stations, shares
         self._end = None if seconds is None else clock() + seconds * (1 - _KEPT_FOR_THE_REMATCH)
         self._taking = threading.Lock()
+
+    def is_spent(self) -> bool:
+        """True once nothing is left for screening, and what is kept for the rematch runs."""
+        return self._end is not None and self._clock() >= self._end
 
     def share(self) -> Callable[[], bool]:
         """Begin one of the shares: what comes back says whether it is used up."""

@@ -33,7 +33,8 @@ def listed(
 ) -> Candidates:
     """The candidates of each GEMM, grouped by binary: the first `keys` binaries by the wave model, None for all.
 
-    Half of them are the best for both GEMMs together, so that each GEMM has candidates of the other's BLOCK_SIZE_M.
+    Half of them are the best for both GEMMs together, so that each GEMM has candidates of the other's BLOCK_SIZE_M, and
+    the very best of those comes first in both: a search that ends early has a pair.
     `with_tma`: the GEMMs that are timed with TMA too.
     """
     for_both = [config.compile_key for config in predict.by_estimate(kept, shape, gpu, tokens)]
@@ -45,7 +46,7 @@ def listed(
         wanted = set(itertools.islice(dict.fromkeys((*shared, *groups)), keys))
         found[projection] = [
             twin.with_group(group)
-            for key, of_key in groups.items()
+            for key, of_key in sorted(groups.items(), key=lambda item: item[0] != shared[0])
             if key in wanted
             for twin in (_twins(key) if projection in with_tma else (key,))
             for group in of_key

@@ -65,6 +65,9 @@ class _Watched:
     stop: threading.Event
     end: MoEExtError | None = None
 
+    def get_ready(self) -> None:
+        self._noting(self.station.get_ready)
+
     def want(self, jobs: Iterable[CompileJob]) -> None:
         self._noting(lambda: self.station.want(jobs))
 

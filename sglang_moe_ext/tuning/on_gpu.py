@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from sglang_moe_ext.core import CompileKey, Failure, MoEExtError, Projection
+from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEExtError, Projection, Resources
 from sglang_moe_ext.tuning import candidates, fleet, rematch, search
 from sglang_moe_ext.tuning.budget import Budget
 from sglang_moe_ext.tuning.candidates import Candidates
+from sglang_moe_ext.tuning.crew import UNABLE
 from sglang_moe_ext.tuning.journal import Journal
 from sglang_moe_ext.tuning.questions import Answer, Ask, Pair, Question, Screen
 from sglang_moe_ext.tuning.rematch import Measured
@@ -50,28 +53,40 @@ def measure_all(
         MoEExtError: nothing ran right for any M, or no GPU answers any more.
     """
     counted = _Counted(progress, sum(len({c.compile_key for c in of}) for task in tasks for of in task.listed.values()))
-    effort = EFFORTS[measuring.effort]
+    _get_ready(stations, request, tasks, measuring)
     budget = Budget(measuring.budget_s, len(tasks), len(stations))
+    search_of = _Search(request, EFFORTS[measuring.effort], journal, budget, counted)
     screenings = fleet.on_all(
         stations,
-        [partial(_screen, request, effort, task, journal, counted, budget) for task in tasks],
+        [partial(_screen, search_of, task) for task in tasks],
         lambda done, of: None,
     )
     pairs = incumbents()
-    for station in stations:
-        station.want(job for m in pairs for job in candidates.pair_jobs(pairs[m], request.shape, m, request.gpu.sm))
     decided = fleet.on_all(
         stations,
         [
-            partial(_decide, request, effort, task.tokens, screening, pairs[task.tokens], journal)
+            partial(_decide, search_of, task.tokens, screening, pairs[task.tokens])
             for task, screening in zip(tasks, screenings, strict=True)
         ],
-        lambda done, of: progress("proving", done, of),
+        lambda done, of: progress("rematch", done, of),
     )
     results = {task.tokens: result for task, result in zip(tasks, decided, strict=True) if result is not None}
     if not results:
-        raise MoEExtError(f"nothing ran right on {request.gpu.device_name} for any batch size: see -v for why")
+        failures = sum((Counter(screening.failures) for screening in screenings), Counter[str]())
+        why = ", ".join(f"{kind} {count} times" for kind, count in failures.most_common(3)) or "no candidate was timed"
+        raise MoEExtError(f"nothing ran right on {request.gpu.device_name} for any batch size ({why}): -v says more")
     return dict(sorted(results.items()))
+
+
+def _get_ready(stations: Sequence[Station], request: Request, tasks: Sequence[Task], measuring: Measuring) -> None:
+    """Where a budget runs, wait until there is something to spend it on: engines take long to import."""
+    if measuring.budget_s is None:
+        return
+    first = candidates.screening_jobs(tasks[0].listed, request.shape, tasks[0].tokens, request.gpu.sm)[0]
+    for station in stations:
+        with suppress(MoEExtError):  # the tasks will meet it, and have others to turn to
+            station.binary(first)
+            station.get_ready()
 
 
 class _Counted:
@@ -93,52 +108,71 @@ class _Counted:
         return counted
 
 
-def _screen(
-    request: Request, effort: Effort, task: Task, journal: Journal, counted: _Counted, budget: Budget, station: Station
-) -> Screening:
-    shape, sm = request.shape, request.gpu.sm
-    station.want(candidates.screening_jobs(task.listed, shape, task.tokens, sm))
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """What all tasks of a run have in common."""
+
+    request: Request
+    effort: Effort
+    journal: Journal
+    budget: Budget
+    counted: _Counted
+
+
+def _binary(station: Station, job: CompileJob) -> Resources | Failure:
+    """What the binary needs.
+
+    Raises:
+        MoEExtError: nothing can be compiled any more, which says nothing of this binary.
+    """
+    needs = station.binary(job)
+    if isinstance(needs, Failure) and needs.kind == UNABLE:
+        raise MoEExtError(f"nothing can be compiled: {needs.message}")
+    return needs
+
+
+def _screen(of: _Search, task: Task, station: Station) -> Screening:
+    shape, gpu = of.request.shape, of.request.gpu
+    station.want(candidates.screening_jobs(task.listed, shape, task.tokens, gpu.sm))
 
     def clean(projection: Projection, key: CompileKey) -> Failure | None:
-        needs = station.binary(candidates.screening_job(shape, task.tokens, projection, key, sm))
+        needs = _binary(station, candidates.screening_job(shape, task.tokens, projection, key, gpu.sm))
         if isinstance(needs, Failure):
             return needs
-        if needs.smem_bytes > request.gpu.smem_per_block:
+        if needs.smem_bytes > gpu.smem_per_block:
             return Failure("OutOfResources", f"{needs.smem_bytes} B of shared memory")
         return None
 
-    ask = counted(journal.through(station.ask))
-    screening = search.screened(task.tokens, task.listed, effort, ask, clean, budget.share())
-    for pair in search.finalists(screening, effort.finalists):
-        station.want(candidates.pair_jobs(pair, shape, task.tokens, sm))
+    ask = of.counted(of.journal.through(station.ask))
+    screening = search.screened(task.tokens, task.listed, of.effort, ask, clean, of.budget.share())
+    for pair in search.finalists(screening, of.effort.finalists):
+        station.want(candidates.pair_jobs(pair, shape, task.tokens, gpu.sm))
     return screening
 
 
-def _decide(
-    request: Request,
-    effort: Effort,
-    tokens: int,
-    screening: Screening,
-    incumbent: Pair,
-    journal: Journal,
-    station: Station,
-) -> Measured | None:
-    pairs = search.finalists(screening, effort.finalists)
+def _decide(of: _Search, tokens: int, screening: Screening, incumbent: Pair, station: Station) -> Measured | None:
+    pairs = search.finalists(screening, 1 if of.budget.is_spent() else of.effort.finalists)
+    if not pairs:
+        log.warning("M=%d: left out: no candidate ran (%s)", tokens, ", ".join(screening.failures) or "none was timed")
+        return None
+    shape, sm = of.request.shape, of.request.gpu.sm
+    jobs = [candidates.pair_jobs(pair, shape, tokens, sm) for pair in (incumbent, *pairs)]
+    station.want(job for of_pair in jobs for job in of_pair)  # another station may have screened
     runnable: list[Pair] = []
-    for pair in (incumbent, *pairs):  # waits for binaries, so that none is compiled while the race runs
-        needs = [station.binary(job) for job in candidates.pair_jobs(pair, request.shape, tokens, request.gpu.sm)]
-        failure = next((need for need in needs if isinstance(need, Failure)), None)
+    for pair, of_pair in zip((incumbent, *pairs), jobs, strict=True):
+        # Waits for binaries, so that none is compiled while the race runs.
+        failure = next((need for job in of_pair if isinstance(need := _binary(station, job), Failure)), None)
         if failure is None and pair != incumbent:
             runnable.append(pair)
         elif failure is not None:
-            log.info("M=%d: %s left out: %s", tokens, pair, failure.message)
+            log.info("M=%d: up %s, down %s left out: %s", tokens, pair["up"], pair["down"], failure.message)
     return rematch.rematch(
-        request.shape,
+        shape,
         tokens,
         runnable,
         incumbent,
-        journal.through(station.ask),
-        rounds=effort.rounds,
+        of.journal.through(station.ask),
+        rounds=of.effort.rounds,
         tried=screening.tried,
         failures=screening.failures,
     )

@@ -7,13 +7,14 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from sglang_moe_ext.core import EngineError
+from sglang_moe_ext.core import EngineError, TileConfig
 from sglang_moe_ext.engines.sglang import installation, lookup
 from sglang_moe_ext.engines.sglang.installation import Installation
 from sglang_moe_ext.store import merge, provenance
 from sglang_moe_ext.store.merge import Refused, Stored
 from sglang_moe_ext.tuning import destinations, measured_run, pickup, plan, predict, records
-from sglang_moe_ext.tuning.compile import KernelSource, compile_all
+from sglang_moe_ext.tuning.binaries import KernelSource
+from sglang_moe_ext.tuning.compile import compile_all
 from sglang_moe_ext.tuning.compile_cache import CompileCache, default_path
 from sglang_moe_ext.tuning.destinations import Destination
 from sglang_moe_ext.tuning.plan import Plan
@@ -73,6 +74,7 @@ def run(request: Request, progress: Progress) -> Outcome:
     destination = destination_of(request, engine)
     source = kernel_source(engine)
     triton = installation.running_triton() or ""
+    kept = plan.sifted(request.shape, request.gpu).kept
     for place in itertools.chain.from_iterable(_places(request, destination, triton)):
         merge.read(place)  # what cannot be merged is better known before the work than after it
     with ExitStack() as processes:
@@ -86,11 +88,10 @@ def run(request: Request, progress: Progress) -> Outcome:
         proof = ask_later(destination.environment) if proves and destination and request.measuring else None
         if request.measuring is not None and today is not None:
             folder = processes.enter_context(measured_run.opened(request, request.measuring, source))
-            kept = plan.sifted(request.shape, request.gpu).kept
             results: Results = measured_run.results(request, request.measuring, folder, kept, today, source, progress)
         else:
             folder = None
-            results = _predicted(request, destination, today, source, progress)
+            results = _predicted(request, kept, destination, today, source, progress)
         progress("writing", 0, 1)
         stored = _put(request, results, records.circumstances(request, engine, source.name), destination, triton)
         progress("writing", 1, 1)
@@ -132,12 +133,12 @@ def _refuse_to_shadow(answer: lookup.Answer) -> None:
 
 def _predicted(
     request: Request,
+    kept: tuple[TileConfig, ...],
     destination: Destination | None,
     today: lookup.Asked | None,
     source: KernelSource,
     progress: Progress,
 ) -> dict[int, Predicted]:
-    kept = plan.sifted(request.shape, request.gpu).kept
     if today is not None:
         progress("asking", 0, 1)
         answer = today.answer(pickup.question(request))
@@ -158,13 +159,15 @@ def _predicted(
 def _put(
     request: Request, results: Results, run_of: provenance.Run, destination: Destination | None, triton: str
 ) -> dict[Path, Stored | Refused]:
-    tables = records.tables(request, results, run_of)
+    ours = records.tables(request, results, run_of)
+    others = records.tables(request, records.for_any_engine(results), run_of)
     changes: dict[Path, Stored] = {}
     for up, down in (places := _places(request, destination, triton)):
-        keeps_up_tma = destination is not None and up.parent == destination.folder and destination.is_of_this_engine
-        changes[up] = tables[False] if keeps_up_tma else records.without_tma(tables[False])
-        changes[down] = tables[True]
-    return merge.put(changes, places)
+        is_ours = destination is not None and up.parent == destination.folder and destination.is_of_this_engine
+        tables = ours if is_ours else others
+        if tables[False].table:
+            changes |= {up: tables[False], down: tables[True]}
+    return merge.put(changes, [pair for pair in places if pair[0] in changes])
 
 
 def _places(request: Request, destination: Destination | None, triton: str) -> list[tuple[Path, Path]]:
@@ -185,7 +188,7 @@ def _proven(
     if destination is None:
         return None
     names = destinations.table_names(request.shape, request.gpu.device_name)
-    up, down = (stored[destination.folder / names[which]] for which in (False, True))
+    up, down = (stored.get(destination.folder / names[which]) for which in (False, True))
     if not isinstance(up, Stored) or not isinstance(down, Stored):
         return None
     progress("pick-up", 0, 1)

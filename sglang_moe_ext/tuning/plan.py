@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sglang_moe_ext.core import CompileJob, Gpu, GpuError, ModelError, MoEShape, TileConfig
 from sglang_moe_ext.roofline import pair_floor_us
 from sglang_moe_ext.tuning import candidates, predict, space, wave_model
-from sglang_moe_ext.tuning.compile import default_workers
+from sglang_moe_ext.tuning.farm import default_workers
 from sglang_moe_ext.tuning.questions import Pair
 from sglang_moe_ext.tuning.request import Request
 

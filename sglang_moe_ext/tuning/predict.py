@@ -21,7 +21,7 @@ from sglang_moe_ext.core import (
 )
 from sglang_moe_ext.engines.sglang.specialisation import representative_tokens
 from sglang_moe_ext.tuning import wave_model
-from sglang_moe_ext.tuning.compile import Compiled
+from sglang_moe_ext.tuning.binaries import Compiled
 
 CompileAll = Callable[[Sequence[CompileJob]], Compiled]
 FRONT = 4

@@ -15,7 +15,7 @@ Pair = dict[Projection, TileConfig]
 class Screen:
     """Time one binary of one GEMM with each GROUP_SIZE_M. Answered by Screened.
 
-    A group whose first sample takes longer than `limit_us` gets no second one.
+    A group whose first sample takes longer than `limit_us` gets no second one; the first group's ends the screen.
     """
 
     tokens: int
@@ -37,13 +37,14 @@ class Screened:
 class Race:
     """Time whole layers in turn, each with its pair: align, quantise, up, activation, down, sum. Answered by Raced.
 
-    `attempt` tells a race from a repetition of it.
+    `attempt` tells a race from a repetition of it; `data` is which inputs and routings it runs on.
     """
 
     tokens: int
     pairs: tuple[Pair, ...]
     rounds: int
     attempt: int = 0
+    data: int = 0
 
 
 @dataclass(frozen=True, slots=True)

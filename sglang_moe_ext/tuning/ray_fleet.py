@@ -61,6 +61,9 @@ class RayStation:
     actor: Any
     cores: int
 
+    def get_ready(self) -> None:
+        """It said what GPU it has before it became a station."""
+
     def want(self, jobs: Iterable[CompileJob]) -> None:
         _got(self.name, self.actor.want.remote(list(jobs)))
 

@@ -7,7 +7,6 @@ import importlib.metadata
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from sglang_moe_ext import __version__
@@ -61,12 +60,15 @@ def driver_version() -> str | None:
     return None if version is None else version[0]
 
 
-def without_tma(stored: Stored) -> Stored:
-    """The table for engines that do not know USE_TMA there; nothing was measured of an entry that loses it."""
-    table = {m: replace(config, use_tma=False) for m, config in stored.table.items()}
-    known = {} if stored.provenance is None else stored.provenance.entries
-    entries = {m: replace(entry, figures={}) if stored.table[m].use_tma else entry for m, entry in known.items()}
-    return Stored(table, Provenance(entries))
+def for_any_engine(results: Results) -> Results:
+    """The results that any release may read: SGLang up to 0.5.17 dies of a USE_TMA in the table of the up GEMM.
+
+    An M is left out rather than written without: nothing was measured of that pair.
+    """
+    if not any(isinstance(result, Measured) for result in results.values()):
+        return results
+    measured = {m: result for m, result in results.items() if isinstance(result, Measured)}
+    return {m: result for m, result in measured.items() if not result.pair["up"].use_tma}
 
 
 def tables(request: Request, results: Results, run: Run) -> dict[bool, Stored]:

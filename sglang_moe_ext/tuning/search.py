@@ -71,31 +71,63 @@ def screened(
 ) -> Screening:
     """Time each candidate of each GEMM, and the fastest with every GROUP_SIZE_M that the candidates have.
 
-    Candidates come best guess first; `is_over` ends the screening early, but not before something was timed.
+    Candidates come best guess first, and the GEMMs take turns; `is_over` ends the screening early, but not before
+    something was timed of each.
     """
-    times: Times = {projection: {} for projection in PROJECTIONS}
+    gemms = {projection: _Gemm(tokens, projection, ask) for projection in PROJECTIONS}
+    groups = {projection: _groups_by_key(configs) for projection, configs in candidates.items()}
     failures: Counter[str] = Counter()
     tried = 0
-    for projection, configs in candidates.items():
-        of_gemm, groups = times[projection], _groups_by_key(configs)
-        for key, of_key in groups.items():
-            if is_over() and of_gemm:
-                break
-            tried += 1
-            trouble = clean(projection, key)
-            if trouble is None:
-                limit_us = _limit_us(of_gemm, key.use_tma)
-                answer = ask(Screen(tokens, projection, key, of_key[:1], _SAMPLES, limit_us))
-                trouble = _noted(of_gemm, key, of_key[:1], answer)
-            if trouble is not None:
-                failures[trouble.kind] += 1
-                log.info("M=%d: %s cannot run the %s GEMM: %s", tokens, key, projection, trouble.message)
-        for key in _fastest_keys(of_gemm, effort.grouped):
+
+    def note(trouble: Failure | None, projection: Projection, key: CompileKey) -> None:
+        if trouble is not None:
+            failures[trouble.kind] += 1
+            log.info("M=%d: %s cannot run the %s GEMM: %s", tokens, key, projection, trouble.message)
+
+    for projection, key in _in_turn(groups):
+        gemm = gemms[projection]
+        if is_over() and gemm.times:
+            continue
+        tried += 1
+        note(clean(projection, key) or gemm.timed(key, groups[projection][key][:1], _SAMPLES), projection, key)
+    for projection, gemm in gemms.items():
+        for key in _fastest_keys(gemm.times, effort.grouped):
             if is_over():
                 break
-            screen = Screen(tokens, projection, key, groups[key], _GROUPED_SAMPLES, _limit_us(of_gemm, key.use_tma))
-            _noted(of_gemm, key, groups[key], ask(screen))
-    return Screening(times, tried, dict(failures))
+            note(gemm.timed(key, groups[projection][key], _GROUPED_SAMPLES), projection, key)
+    return Screening({projection: gemm.times for projection, gemm in gemms.items()}, tried, dict(failures))
+
+
+class _Gemm:
+    """What is known of one GEMM at one M."""
+
+    def __init__(self, tokens: int, projection: Projection, ask: Ask) -> None:
+        self.times: dict[TileConfig, float] = {}
+        self._tokens, self._projection, self._ask = tokens, projection, ask
+        self._first_us: dict[bool, float] = {}
+        """The fastest first sample of each path. First samples share a routing, so they compare with each other alone;
+        of one path, since what TMA saves a GEMM, the layer may pay for before and after it."""
+
+    def timed(self, key: CompileKey, groups: tuple[int, ...], samples: int) -> Failure | None:
+        """Time that binary with those groups; why it cannot be. A configuration timed before keeps the later time."""
+        best_us = self._first_us.get(key.use_tma)
+        limit_us = None if best_us is None else _HOPELESS * best_us
+        answer = self._ask(Screen(self._tokens, self._projection, key, groups, samples, limit_us))
+        if isinstance(answer, Failure):
+            return answer
+        if not isinstance(answer, Screened):
+            raise TypeError(f"a Screen was answered by {answer}")
+        for group, us in zip(groups, answer.us, strict=True):
+            if us:
+                self.times[key.with_group(group)] = statistics.median(us)
+                self._first_us[key.use_tma] = min(us[0], self._first_us.get(key.use_tma, us[0]))
+        return None
+
+
+def _in_turn(groups: Mapping[Projection, Iterable[CompileKey]]) -> list[tuple[Projection, CompileKey]]:
+    """The first binary of each GEMM, the second of each, and so on."""
+    by_gemm = [[(projection, key) for key in keys] for projection, keys in groups.items()]
+    return [one for of_place in itertools.zip_longest(*by_gemm) for one in of_place if one is not None]
 
 
 def _groups_by_key(configs: Iterable[TileConfig]) -> dict[CompileKey, tuple[int, ...]]:
@@ -104,12 +136,6 @@ def _groups_by_key(configs: Iterable[TileConfig]) -> dict[CompileKey, tuple[int,
     for config in configs:
         groups[config.compile_key] = (*groups.get(config.compile_key, ()), config.group_m)
     return groups
-
-
-def _limit_us(times: Mapping[TileConfig, float], use_tma: bool) -> float | None:
-    """Of one path: what TMA saves a GEMM, the layer may pay for before and after it."""
-    of_path = [us for config, us in times.items() if config.use_tma == use_tma]
-    return _HOPELESS * min(of_path) if of_path else None
 
 
 def _fastest_keys(times: Mapping[TileConfig, float], count: int) -> list[CompileKey]:
@@ -122,29 +148,26 @@ def _fastest_keys(times: Mapping[TileConfig, float], count: int) -> list[Compile
     ]
 
 
-def _noted(times: dict[TileConfig, float], key: CompileKey, groups: Sequence[int], answer: object) -> Failure | None:
-    """Take the times of an answer in; a configuration that was timed before keeps the later time."""
-    if isinstance(answer, Failure):
-        return answer
-    if isinstance(answer, Screened):
-        for group, samples in zip(groups, answer.us, strict=True):
-            if samples:
-                times[key.with_group(group)] = statistics.median(samples)
-    return None
-
-
 def finalists(screening: Screening, count: int) -> list[Pair]:
     """The fastest pairs whose down GEMM goes without TMA, and those with it, so many each, best sum first.
 
     Both GEMMs share the sort of the tokens, and so one BLOCK_SIZE_M. Sums of one path say nothing of the other: a GEMM
     with TMA is faster alone, but has the activation and the quantisation work on the rows that pad the blocks as well.
     """
-    ranked = _pairs(screening.times)
-    return [
-        pair
-        for use_tma in (False, True)
-        for pair in [pair for _, pair in ranked if pair["down"].use_tma == use_tma][:count]
-    ]
+    found: list[Pair] = []
+    for use_tma in (False, True):
+        of_path = [pair for _, pair in _pairs(screening.times) if pair["down"].use_tma == use_tma]
+        best = of_path[:count]
+        # Were a binary of the first one wrong, or broken in the layer, all that share it would be.
+        unlike = next((pair for pair in of_path if not _share_a_binary(pair, of_path[0])), None)
+        if count > 1 and unlike is not None and unlike not in best:
+            best[-1] = unlike
+        found += best
+    return found
+
+
+def _share_a_binary(one: Pair, other: Pair) -> bool:
+    return any(one[projection].compile_key == other[projection].compile_key for projection in PROJECTIONS)
 
 
 def _pairs(times: Times) -> list[tuple[float, Pair]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import sglang_moe_ext.kernels
 from sglang_moe_ext.core import EngineError
 from sglang_moe_ext.engines.sglang.installation import Installation
-from sglang_moe_ext.tuning.compile import KernelSource
+from sglang_moe_ext.tuning.binaries import KernelSource
 
 
 def kernel_source(engine: Installation | None) -> KernelSource:

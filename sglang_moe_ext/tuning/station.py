@@ -17,6 +17,13 @@ class Station(Protocol):
     def name(self) -> str:
         """As a message calls it: `GPU 1`, `10.0.0.3 GPU 1`."""
 
+    def get_ready(self) -> None:
+        """Wait until it can be asked.
+
+        Raises:
+            MoEExtError: it never will be.
+        """
+
     def want(self, jobs: Iterable[CompileJob]) -> None:
         """Begin to compile these, and come back at once."""
 
@@ -62,6 +69,9 @@ class LocalStation:
     name: str
     farm: FarmLike
     worker: WorkerLike
+
+    def get_ready(self) -> None:
+        self.worker.device_name  # noqa: B018 - it waits for the process
 
     def want(self, jobs: Iterable[CompileJob]) -> None:
         self.farm.want(jobs)

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from sglang_moe_ext.core import TileConfig
 from sglang_moe_ext.store import provenance
-from sglang_moe_ext.store.merge import Stored
 from sglang_moe_ext.tuning import records
 from sglang_moe_ext.tuning.rematch import Measured
 from sglang_moe_ext.tuning.statistics import Interval
@@ -71,17 +70,12 @@ def test_the_figures_survive_the_disk() -> None:
     assert provenance.parse(json.loads(provenance.to_json(known))) == known
 
 
-def with_up_tma() -> Stored:
-    """Tables of two M, of which the first has TMA in its up GEMM."""
-    results = {M: replace(FASTER, pair={**FASTER.pair, "up": replace(NEW, use_tma=True)}), 2 * M: FASTER}
-    return records.tables(REQUEST, results, generated.A_RUN)[False]
+def test_tables_for_any_engine_lack_what_older_ones_die_of() -> None:
+    """And have no entry in its place, of which nothing would have been measured."""
+    with_up_tma = replace(FASTER, pair={**FASTER.pair, "up": replace(NEW, use_tma=True)})
+    assert records.for_any_engine({M: with_up_tma, 2 * M: FASTER}) == {2 * M: FASTER}
 
 
-def test_an_older_engine_gets_no_tma_in_its_up_table() -> None:
-    assert records.without_tma(with_up_tma()).table == {M: NEW, 2 * M: NEW}
-
-
-def test_what_was_measured_with_tma_is_not_said_of_the_entry_without() -> None:
-    known = records.without_tma(with_up_tma()).provenance
-    assert known is not None
-    assert known.entries[M].figures == {} and known.entries[2 * M].figures["us"] == 19_391.24
+def test_tma_of_the_down_gemm_is_for_any_engine() -> None:
+    with_down_tma = replace(FASTER, pair={**FASTER.pair, "down": replace(LONG, use_tma=True)})
+    assert records.for_any_engine({M: with_down_tma}) == {M: with_down_tma}

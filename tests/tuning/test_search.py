@@ -60,7 +60,18 @@ def test_every_binary_of_each_gemm_is_timed() -> None:
 def test_the_first_screen_of_a_binary_is_with_the_group_that_is_the_best_guess() -> None:
     gpu = TableGpu()
     screened(gpu)
-    assert {one.groups for one in gpu.asked[: len(KEYS)]} == {GROUPS[:1]}
+    assert {one.groups for one in gpu.asked[: 2 * len(KEYS)]} == {GROUPS[:1]}
+
+
+def test_the_gemms_take_turns_so_that_an_early_end_finds_both_timed() -> None:
+    gpu = TableGpu()
+    screened(gpu)
+    assert [(one.projection, one.key) for one in gpu.asked[:4]] == [
+        ("up", KEYS[0]),
+        ("down", KEYS[0]),
+        ("up", KEYS[1]),
+        ("down", KEYS[1]),
+    ]
 
 
 def test_the_fastest_binaries_are_timed_with_every_group() -> None:
@@ -77,7 +88,7 @@ def test_a_group_that_only_the_second_screen_tries_can_be_the_fastest() -> None:
 def test_what_is_hopeless_is_said_to_the_gpu_before_it_is_timed() -> None:
     gpu = TableGpu({KEYS[0].with_group(1): 10})
     screened(gpu)
-    assert [one.limit_us for one in gpu.asked[:3]] == [None, 15, 15]
+    assert [one.limit_us for one in gpu.asked if one.projection == "up"][:3] == [None, 15, 15]
 
 
 def test_a_binary_with_something_against_it_never_runs() -> None:
@@ -126,6 +137,14 @@ def test_the_best_sum_comes_first() -> None:
     assert found[0] == {"up": LARGE, "down": LARGE}
 
 
+def test_one_finalist_shares_no_binary_with_the_first() -> None:
+    """Else a binary that is fast because it is wrong would leave nothing that is right."""
+    fast = {KEYS[0].with_group(group): 1.0 + group / 100 for group in GROUPS}
+    other = KEYS[1].with_group(1)
+    found = search.finalists(times({**fast, other: 9.0}, {**fast, other: 9.0}), 4)
+    assert {"up": other, "down": other} in found and found[0]["up"].compile_key == KEYS[0]
+
+
 WITH_TMA = replace(SMALL, use_tma=True)
 
 
@@ -141,7 +160,7 @@ def test_what_is_hopeless_is_judged_by_its_own_path() -> None:
     keys = [KEYS[0], replace(KEYS[0], use_tma=True), KEYS[1]]
     gpu = TableGpu({keys[0].with_group(1): 10, keys[1].with_group(1): 1})
     screened(gpu, keys)
-    assert [one.limit_us for one in gpu.asked[:3]] == [None, None, 15]
+    assert [one.limit_us for one in gpu.asked if one.projection == "down"][:3] == [None, None, 15]
 
 
 def test_the_fastest_of_each_path_are_timed_with_every_group() -> None:

@@ -1,0 +1,153 @@
+"""Runs of real layers without a GPU: from complete recordings of an H200 in tests/data/journals, or from a formula."""
+
+from __future__ import annotations
+
+import functools
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sglang_moe_ext import gpus
+from sglang_moe_ext.core import CompileJob, Failure, MoEShape, Projection, Quantisation, Resources, TileConfig
+from sglang_moe_ext.tuning import candidates, journal, on_gpu, plan, recording
+from sglang_moe_ext.tuning.journal import Journal
+from sglang_moe_ext.tuning.on_gpu import Task
+from sglang_moe_ext.tuning.questions import Answer, Ask, Check, Checked, Pair, Question, Race, Raced, Screen, Screened
+from sglang_moe_ext.tuning.recording import Recording
+from sglang_moe_ext.tuning.rematch import Measured
+from sglang_moe_ext.tuning.request import Measuring, Request
+from sglang_moe_ext.tuning.routing import MIXED
+from sglang_moe_ext.tuning.station import Station
+
+JOURNALS = Path(__file__).resolve().parents[1] / "data" / "journals"
+LAYERS = {
+    "glm_4_7_flash_bf16": MoEShape(65, 1536, 2048, 5, fused_shared=1),
+    "qwen3_30b_a3b_fp8_block": MoEShape(128, 768, 2048, 8, Quantisation("fp8_w8a8", (128, 128))),
+}
+GPU = gpus.find("H200")
+FITS = Resources(smem_bytes=65536, registers=128, spill_bytes=0)
+MEASURING = Measuring(effort="full", with_tma=("down",), budget_s=None, routing=MIXED, gpus=("0",))
+
+
+def path_of(layer: str) -> Path:
+    return JOURNALS / f"{layer}.jsonl.gz"
+
+
+@functools.cache
+def recorded(layer: str) -> Recording:
+    return recording.read(path_of(layer))
+
+
+def request_of(layer: str, tokens: Sequence[int] = plan.DEFAULT_TOKENS, measuring: Measuring = MEASURING) -> Request:
+    """As the command would make it."""
+    return Request(
+        model=layer,
+        architecture="",
+        shape=LAYERS[layer],
+        vllm_shape=None,
+        gpu=GPU,
+        gpu_is_here=True,
+        tokens=tuple(tokens),
+        measuring=measuring,
+        install="none",
+        output_dir=None,
+        seed=0,
+        command="",
+    )
+
+
+def tasks_of(layer: str, tokens: Sequence[int] = plan.DEFAULT_TOKENS, measuring: Measuring = MEASURING) -> list[Task]:
+    request = request_of(layer, tokens, measuring)
+    kept = plan.sifted(request.shape, GPU).kept
+    return on_gpu.largest_first({m: candidates.of_request(request, measuring, kept, m) for m in tokens})
+
+
+@functools.cache
+def incumbents_of(layer: str) -> dict[int, Pair]:
+    """The pair that begins and ends the race of all finalists, by M."""
+    races = (question for question, _ in recorded(layer).answers.values() if isinstance(question, Race))
+    return {race.tokens: race.pairs[0] for race in races if len(race.pairs) > 1 and race.pairs[0] == race.pairs[-1]}
+
+
+@functools.cache
+def replayed(layer: str) -> Ask:
+    return journal.replay([path_of(layer)])
+
+
+TODAY: Pair = {"up": TileConfig(64, 64, 32, 8, 4, 3), "down": TileConfig(64, 64, 32, 8, 4, 3)}
+"""What the engine runs where no table says otherwise."""
+
+
+def formula_us(tokens: int, projection: Projection, config: TileConfig) -> float:
+    """Of one GEMM; each configuration differs from the next, always in the same way."""
+    slowness = 2.0 if config == TODAY[projection] else random.Random(f"{tokens} {projection} {config}").uniform(1, 2)
+    return (10 + tokens / 10) * slowness
+
+
+def formula(question: Question) -> Answer:
+    """A GPU whose answers follow from the question alone; one binary in ten fails."""
+    match question:
+        case Screen(tokens, projection, key, groups, samples):
+            if random.Random(str(key)).random() < 0.1:
+                return Failure("OutOfResources", "shared memory")
+            return Screened(tuple((formula_us(tokens, projection, key.with_group(g)),) * samples for g in groups))
+        case Race(tokens, pairs, rounds):
+            sums = [sum(formula_us(tokens, of, config) for of, config in pair.items()) for pair in pairs]
+            return Raced(tuple((us,) * rounds for us in sums), routings=1)
+        case Check():
+            return Checked(1e-3)
+
+
+@dataclass
+class ReplayingStation:
+    """A GPU that remembers what it was asked; every binary fits where `needs` does not say otherwise."""
+
+    answers: Ask
+    name: str = "GPU 0"
+    seconds: float = 0.0
+    needs: Callable[[CompileJob], Resources | Failure] = lambda job: FITS
+    asked: list[Question] = field(default_factory=list)
+    wanted: set[CompileJob] = field(default_factory=set)
+
+    def get_ready(self) -> None:
+        """At once."""
+
+    def want(self, jobs: Iterable[CompileJob]) -> None:
+        self.wanted.update(jobs)
+
+    def binary(self, job: CompileJob) -> Resources | Failure:
+        return self.needs(job)
+
+    def ask(self, question: Question) -> Answer:
+        time.sleep(self.seconds)
+        self.asked.append(question)
+        return self.answers(question)
+
+    def close(self) -> None:
+        pass
+
+
+def unseen(stage: str, done: int, of: int) -> None:
+    pass
+
+
+def measured(
+    layer: str,
+    run: Journal,
+    stations: Sequence[Station],
+    tokens: Sequence[int] = plan.DEFAULT_TOKENS,
+    measuring: Measuring = MEASURING,
+    today: dict[int, Pair] | None = None,
+) -> dict[int, Measured]:
+    """What a run over these stations chooses, by M; in place of the recorded incumbents those of `today`."""
+    return on_gpu.measure_all(
+        request_of(layer, tokens, measuring),
+        measuring,
+        tasks_of(layer, tokens, measuring),
+        lambda: incumbents_of(layer) if today is None else today,
+        stations,
+        run,
+        unseen,
+    )
