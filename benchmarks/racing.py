@@ -12,11 +12,11 @@ from sglang_moe_ext import gpus
 from sglang_moe_ext.core import EngineError, Failure, Gpu, GpuError, MoEShape
 from sglang_moe_ext.engines.sglang import installation
 from sglang_moe_ext.engines.sglang.installation import Installation
-from sglang_moe_ext.tuning import candidates, statistics
+from sglang_moe_ext.tuning import candidates, races, statistics
 from sglang_moe_ext.tuning.bench import Setup
 from sglang_moe_ext.tuning.compile import compile_all
 from sglang_moe_ext.tuning.compile_cache import CompileCache
-from sglang_moe_ext.tuning.questions import Ask, Check, Checked, Pair, Race, Raced
+from sglang_moe_ext.tuning.questions import Ask, Check, Checked, Pair
 from sglang_moe_ext.tuning.request import Request
 from sglang_moe_ext.tuning.routing import Source
 from sglang_moe_ext.tuning.sources import kernel_source
@@ -149,25 +149,18 @@ def _by_tokens(choices: Mapping[str, Mapping[int, Pair]]) -> dict[int, dict[str,
 
 
 def compare(tokens: int, choices: Mapping[str, Pair], ask: Ask, rounds: int) -> Outcome:
-    """Race those that run against each other, then check each. One that cannot run is a Failure, and stops no other."""
-    # One round of each by itself first: what cannot run would fail the race of all.
-    alone = {name: ask(Race(tokens, (pair,), 1)) for name, pair in choices.items()}
-    failures = {name: answer for name, answer in alone.items() if isinstance(answer, Failure)}
-    entered = {name: pair for name, pair in choices.items() if name not in failures}
-    answer = ask(Race(tokens, tuple(entered.values()), rounds)) if entered else Raced((), 1)
-    match answer:
-        case Raced():
-            us = dict(zip(entered, answer.us, strict=True))
-            errors = {name: _error(tokens, pair, ask) for name, pair in entered.items()}
-            runners = {
-                name: Runner(pair, us[name], errors[name]) if name in us else Runner(pair, failures[name])
-                for name, pair in choices.items()
-            }
-            return Outcome(runners, answer.routings, answer.throttled)
-        case Failure():
-            return Outcome({name: Runner(pair, failures.get(name, answer)) for name, pair in choices.items()})
-        case _:
-            raise TypeError(f"a Race was answered by {answer}")
+    """Race those that run, the first choice first and last; check each. A Failure is told, and stops no other."""
+    first, *rivals = choices.values()
+    heat = races.heat(tokens, first, rivals, ask, rounds=rounds)
+    runners: dict[str, Runner] = {}
+    for (name, pair), result in zip(choices.items(), (heat.incumbent, *heat.rivals), strict=True):
+        match result:
+            case races.Entrant(samples):
+                runners[name] = Runner(pair, samples, _error(tokens, pair, ask))
+            case Failure():
+                runners[name] = Runner(pair, result)
+    raced = heat.raced
+    return Outcome(runners) if raced is None else Outcome(runners, raced.routings, raced.throttled)
 
 
 def _error(tokens: int, pair: Pair, ask: Ask) -> float | None:

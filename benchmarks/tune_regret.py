@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import shlex
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from sglang_moe_ext import tune
 from sglang_moe_ext.core import MoEExtError
 from sglang_moe_ext.engines.sglang import installation
 from sglang_moe_ext.roofline import pair_floor_us
+from sglang_moe_ext.store import user_store
 from sglang_moe_ext.terminal import Bar
 from sglang_moe_ext.tuning import pipeline
 from sglang_moe_ext.tuning.questions import Pair
@@ -98,17 +101,20 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", choices=list(LAYERS), default=list(LAYERS), metavar="NAME")
     parser.add_argument("--effort", default="full", choices=["quick", "full"])
     parser.add_argument("--batch-size", nargs="+", default=[], metavar="M")
-    parser.add_argument("--out", type=Path, help="write all times there, a JSON file a layer")
+    parser.add_argument("--out", type=Path, help="write all times there, a JSON file a layer, and the runs' journals")
     asked = parser.parse_args()
-    _, engine = here()
+    gpu, engine = here()
     today = datetime.datetime.now(datetime.timezone.utc).date()
     kernel = f"SGLang {engine.version_text}, Triton {installation.running_triton()}"
-    print(f"`{shlex.join(['python', '-m', 'benchmarks.tune_regret', *sys.argv[1:]])}`, {today}, {kernel}")
-    for name in asked.layers:
-        document = compared(name, asked.effort, asked.batch_size)
-        if asked.out is not None:
-            asked.out.mkdir(parents=True, exist_ok=True)
-            (asked.out / f"regret_{name.replace(' ', '_').lower()}.json").write_text(json.dumps(document))
+    command = shlex.join(["python", "-m", "benchmarks.tune_regret", *sys.argv[1:]])
+    print(f"`{command}`, {today}, {gpu.device_name}, {kernel}", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = asked.out or Path(scratch)
+        out.mkdir(parents=True, exist_ok=True)
+        os.environ[user_store.VARIABLE] = str(out / "store")
+        for name in asked.layers:
+            document = compared(name, asked.effort, asked.batch_size)
+            (out / f"regret_{name.replace(' ', '_').lower()}.json").write_text(json.dumps(document))
 
 
 if __name__ == "__main__":

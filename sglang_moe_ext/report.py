@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_moe_ext.core import CompileKey, Origin, TileConfig
+from sglang_moe_ext import report_entries
+from sglang_moe_ext.core import CompileKey, Origin
 from sglang_moe_ext.engines.sglang import naming
 from sglang_moe_ext.engines.vllm import naming as vllm_naming
 from sglang_moe_ext.roofline import pair_floor_us
-from sglang_moe_ext.store import tables
 from sglang_moe_ext.terminal import Grid
+from sglang_moe_ext.tuning.comparison import Compared
 from sglang_moe_ext.tuning.pipeline import Outcome
 from sglang_moe_ext.tuning.plan import Plan
 from sglang_moe_ext.tuning.predict import Predicted
-from sglang_moe_ext.tuning.questions import Pair
 from sglang_moe_ext.tuning.rematch import Measured
 from sglang_moe_ext.tuning.request import Request
 from sglang_moe_ext.tuning.space import RULES
@@ -65,50 +63,18 @@ def results(request: Request, outcome: Outcome) -> Grid:
     floors = {m: pair_floor_us(request.shape, request.gpu, m) for m in outcome.results}
     title = f"{origin(outcome).upper()} for {request.gpu.device_name}, with {outcome.kernel.name}"
     if origin(outcome) == "measured":
-        rows = [row for m, result in _measured(outcome).items() for row in _measured_rows(m, result, floors[m])]
+        rows = [
+            row
+            for m, result in _measured(outcome).items()
+            for row in report_entries.measured_rows(m, result, floors[m])
+        ]
         title += "\nus: whole layer; roof: how much of the GEMM roofline that is; gain: with its 95 % interval"
         columns = ["M", "", "configuration", "us", "gain", "roof", "error"]
         return Grid(title, columns, rows, frozenset({"", "configuration", "gain"}))
     predicted = {m: result for m, result in outcome.results.items() if isinstance(result, Predicted)}
     columns = ["M", "configuration", "predicted us", "floor us", "shared memory", "registers"]
-    rows = [_predicted_row(m, result, floors[m]) for m, result in predicted.items()]
+    rows = [report_entries.predicted_row(m, result, floors[m]) for m, result in predicted.items()]
     return Grid(title, columns, rows, frozenset({"configuration"}))
-
-
-def _predicted_row(tokens: int, result: Predicted, floor_us: float) -> list[str]:
-    needs = result.resources.values()
-    smem, registers = max(need.smem_bytes for need in needs), max(need.registers for need in needs)
-    return [str(tokens), str(result.config), f"{result.us:.1f}", f"{floor_us:.1f}", f"{smem} B", str(registers)]
-
-
-def _measured_rows(tokens: int, result: Measured, floor_us: float) -> list[list[str]]:
-    """The incumbent above the choice, so that a terminal of 100 columns has room for both; once where it stays."""
-    error = f"{result.error:.0e}"
-    if result.pair == result.incumbent:
-        return _rows(
-            [str(tokens), "stays"], result.pair, [f"{result.us:.1f}", "", f"{floor_us / result.us:.0%}", error]
-        )
-    gain, had_us = result.gain, result.incumbent_us
-    if math.isfinite(had_us):
-        before = [f"{had_us:.1f}", "", f"{floor_us / had_us:.0%}", ""]
-        interval = f"{gain.value:.2f}x [{gain.low:.2f}, {gain.high:.2f}]"
-    else:
-        before, interval = ["fails", "", "", ""], "now it runs"
-    after = [f"{result.us:.1f}", interval, f"{floor_us / result.us:.0%}", error]
-    return [
-        *_rows([str(tokens), "before"], result.incumbent, before),
-        *_rows(["", "after"], result.pair, after),
-    ]
-
-
-def _rows(left: list[str], pair: Pair, right: list[str]) -> list[list[str]]:
-    """One row where both GEMMs take one configuration, else one for each."""
-    if pair["up"] == pair["down"]:
-        return [[*left, f"both {pair['up']}", *right]]
-    return [
-        [*left, f"up   {pair['up']}", *right],
-        [*("" for _ in left), f"down {pair['down']}", *("" for _ in right)],
-    ]
 
 
 def _measured(outcome: Outcome) -> dict[int, Measured]:
@@ -132,32 +98,54 @@ def document(request: Request, outcome: Outcome) -> Mapping[str, Any]:
         "environment": {} if outcome.destination is None else outcome.destination.environment,
         "picked_up": None if outcome.answer is None else True,
         "entries": len(outcome.results),
-        "measurements": [_measurement(m, result) for m, result in _measured(outcome).items()],
+        "measurements": [report_entries.measurement(m, result) for m, result in _measured(outcome).items()],
     }
 
 
-def _measurement(tokens: int, result: Measured) -> Mapping[str, Any]:
-    """One M for programs; null where the incumbent cannot run, since JSON knows no infinity."""
-    had_incumbent = math.isfinite(result.incumbent_us)
+def comparison(request: Request, found: Mapping[int, Compared]) -> Grid:
+    """Each choice at each M: what the engine takes today, and what was given."""
+    names = list(next(iter(found.values())).pairs)
+    short = {name: name if place == 0 else f"given {place}" for place, name in enumerate(names)}
+    legend = "".join(f"\n{short[name]}: {name}" for name in names[1:])
+    title = f"MEASURED for {request.gpu.device_name}{legend}"
+    title += "\nus: whole layer; gain: over today, with its 95 % interval; error: relative, against float32"
+    rows = [
+        row
+        for m, of_m in found.items()
+        for place, (name, pair) in enumerate(of_m.pairs.items())
+        for row in report_entries.pair_rows(
+            [str(m) if place == 0 else "", short[name]],
+            pair,
+            report_entries.compared_cells(request.shape, name, of_m.results[name]),
+        )
+    ]
+    columns = ["M", "choice", "configuration", "us", "gain", "error"]
+    return Grid(title, columns, rows, frozenset({"choice", "configuration", "gain", "error"}))
+
+
+def comparison_document(request: Request, found: Mapping[int, Compared]) -> Mapping[str, Any]:
+    """The comparison for programs."""
     return {
-        "m": tokens,
-        **{projection: _in_engines_spelling(config) for projection, config in result.pair.items()},
-        "us": round(result.us, 2),
-        "incumbent_us": round(result.incumbent_us, 2) if had_incumbent else None,
-        "gain": round(result.gain.value, 4) if had_incumbent else None,
-        "low": round(result.gain.low, 4) if had_incumbent else None,
-        "high": round(result.gain.high, 4) if had_incumbent else None,
-        "noise": None if result.noise is None else round(result.noise, 5),
-        "error": result.error,
-        "tried": result.tried,
-        "failures": dict(result.failures),
-        "throttled": result.throttled,
+        "origin": "measured",
+        "model": request.model,
+        "gpu": request.gpu.device_name,
+        "comparisons": [
+            {
+                "m": m,
+                "noise": None if of_m.noise is None else round(of_m.noise, 5),
+                "throttled": of_m.throttled is not None,
+                "choices": [
+                    {
+                        "choice": name,
+                        **report_entries.pair_entry(pair),
+                        **report_entries.compared_entry(request.shape, of_m.results[name]),
+                    }
+                    for name, pair in of_m.pairs.items()
+                ],
+            }
+            for m, of_m in found.items()
+        ],
     }
-
-
-def _in_engines_spelling(config: TileConfig) -> Any:
-    (entry,) = json.loads(tables.to_json({1: config})).values()
-    return entry
 
 
 def plan_document(request: Request, plan: Plan) -> Mapping[str, Any]:

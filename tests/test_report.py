@@ -13,7 +13,7 @@ import pytest
 from sglang_moe_ext import gpus, report, terminal
 from sglang_moe_ext.core import MoEShape, TileConfig
 from sglang_moe_ext.store import tables
-from sglang_moe_ext.tuning.compile import KernelSource
+from sglang_moe_ext.tuning.binaries import KernelSource
 from sglang_moe_ext.tuning.pipeline import Outcome
 from sglang_moe_ext.tuning.rematch import Measured
 from sglang_moe_ext.tuning.request import Request

@@ -202,8 +202,8 @@ def test_the_race_is_of_upstreams_one_configuration_and_of_our_pair(
 ) -> None:
     assert compared() == 0
     raced = next(question for question in worker.asked if isinstance(question, Race) and len(question.pairs) > 1)
-    todays, of_theirs, of_ours = raced.pairs
-    assert todays == {"up": TODAYS, "down": TODAYS}
+    todays, of_theirs, of_ours, again = raced.pairs
+    assert todays == again == {"up": TODAYS, "down": TODAYS}
     assert of_theirs["up"] == of_theirs["down"]
     assert of_theirs["up"].block_n == THEIRS.block_n
     assert of_ours == {"up": OURS, "down": DOWN}
@@ -357,7 +357,8 @@ def test_a_race_that_fails_though_each_alone_runs_is_told_of_each() -> None:
         return FakeWorker().ask(question)
 
     found = racing.compare(8, {"today": pair(TODAYS), "ours": pair(OURS)}, ask, 8)
-    assert {runner.us for runner in found.by_name.values()} == {Failure("Timeout", "no answer")}
+    told = {runner.us for runner in found.by_name.values()}
+    assert told == {Failure("Timeout", "runs alone, but not in a race with the others: no answer")}
 
 
 def test_a_batch_size_that_one_search_left_out_is_raced_by_the_others(worker: FakeWorker) -> None:

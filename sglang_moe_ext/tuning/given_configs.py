@@ -15,6 +15,8 @@ from sglang_moe_ext.tuning.questions import Pair
 
 NUMBERS = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_warps", "num_stages")
 """What the numbers of --configs are, in their order."""
+Choices = dict[str, dict[int, Pair]]
+"""What each thing that was given, by its name, has for each number of tokens."""
 _DOWN = "_down"
 _ANY_TOKENS = "1"
 
@@ -29,6 +31,21 @@ class GivenTables:
     name: str
     up: Table
     down: Table | None
+
+
+def choices(numbers: Sequence[int] | None, files: Iterable[Path], tokens: Sequence[int]) -> Choices:
+    """All that is given: the numbers of --configs, and the files of --cmp-configs in their order.
+
+    Raises:
+        TableError: as `parse_configs` and `parse_tables`.
+    """
+    found: Choices = {}
+    if numbers is not None:
+        config = parse_configs(numbers)
+        found[f"--configs {' '.join(map(str, numbers))}"] = {m: {"up": config, "down": config} for m in tokens}
+    for given in parse_tables(files):
+        found[given.name] = pairs_of_tables(given.up, given.down, tokens)
+    return found
 
 
 def parse_configs(values: Sequence[int]) -> TileConfig:

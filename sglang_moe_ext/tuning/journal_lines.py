@@ -23,7 +23,7 @@ def identity(question: Question) -> Hashable:
             return Screen, question.tokens, question.projection, question.key, question.groups, question.samples
         case Race():
             pairs = tuple((pair["up"], pair["down"]) for pair in question.pairs)
-            return Race, question.tokens, pairs, question.rounds, question.attempt
+            return Race, question.tokens, pairs, question.rounds, question.attempt, question.data
         case Check():
             return Check, question.tokens, question.pair["up"], question.pair["down"]
 
@@ -38,8 +38,8 @@ def _of_question(question: Question) -> dict[str, object]:
         case Screen(tokens, projection, key, groups, samples):
             numbers = [key.block_m, key.block_n, key.block_k, key.num_warps, key.num_stages, key.use_tma]
             return {"s": [tokens, projection, numbers, groups, samples]}
-        case Race(tokens, pairs, rounds, attempt):
-            return {"r": [tokens, [_of_pair(pair) for pair in pairs], rounds, attempt]}
+        case Race(tokens, pairs, rounds, attempt, data):
+            return {"r": [tokens, [_of_pair(pair) for pair in pairs], rounds, attempt, data]}
         case Check(tokens, pair):
             return {"c": [tokens, _of_pair(pair)]}
 
@@ -58,7 +58,8 @@ def _of_answer(answer: Answer) -> dict[str, object]:
         case Screened(us):
             return {"us": _of_times(us)}
         case Raced(us, routings, throttled, sm_clock_mhz):
-            return {"us": _of_times(us), "n": routings, "why": throttled, "mhz": sm_clock_mhz}
+            # NVML may tell 0 MHz, which is no clock.
+            return {"us": _of_times(us), "n": routings, "why": throttled, "mhz": sm_clock_mhz or None}
         case Checked(error):
             return {"e": float(f"{error:.6g}") if math.isfinite(error) else str(error)}
         case Failure(kind, message):
@@ -111,10 +112,11 @@ def _screen(document: Any) -> Screen:
 
 def _race(document: Any) -> Race:
     match document:
-        case [tokens, [_, *_] as pairs, rounds, attempt]:
-            _whole(tokens, rounds, *([] if attempt == 0 and not isinstance(attempt, bool) else [attempt]))
-            return Race(tokens, tuple(map(_pair, pairs)), rounds, attempt)
-    raise StoreError(f"expected tokens, pairs, rounds and attempt, found {_shown(document)}")
+        case [tokens, [_, *_] as pairs, rounds, attempt, data]:
+            _whole(tokens, rounds)
+            _whole(attempt, data, least=0)
+            return Race(tokens, tuple(map(_pair, pairs)), rounds, attempt, data)
+    raise StoreError(f"expected tokens, pairs, rounds, attempt and data, found {_shown(document)}")
 
 
 def _check(document: Any) -> Check:
@@ -169,10 +171,10 @@ def _figure(value: Any) -> float:
     raise StoreError(f"expected a number, inf, -inf or nan, found {_shown(value)}")
 
 
-def _whole(*numbers: Any) -> None:
+def _whole(*numbers: Any, least: int = 1) -> None:
     for number in numbers:
-        if type(number) is not int or not 1 <= number <= _LARGEST:  # True is an int as well
-            raise StoreError(f"expected a whole number from 1 to {_LARGEST}, found {_shown(number)}")
+        if type(number) is not int or not least <= number <= _LARGEST:  # True is an int as well
+            raise StoreError(f"expected a whole number from {least} to {_LARGEST}, found {_shown(number)}")
 
 
 def _text(value: Any) -> str | None:

@@ -36,7 +36,7 @@ def screens(draw: st.DrawFn) -> tuple[Question, Answer]:
 @st.composite
 def races(draw: st.DrawFn) -> tuple[Question, Answer]:
     racers, rounds = draw(st.lists(pairs(), min_size=1, max_size=3)), draw(st.integers(1, 4))
-    race = Race(draw(whole), tuple(racers), rounds, draw(st.integers(0, 9)))
+    race = Race(draw(whole), tuple(racers), rounds, draw(st.integers(0, 9)), draw(st.integers(0, 9)))
     us = tuple(tuple(draw(times) for _ in range(rounds)) for _ in racers)
     return race, Raced(us, draw(whole), draw(st.none() | st.text(max_size=9)), draw(st.none() | whole))
 

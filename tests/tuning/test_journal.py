@@ -92,6 +92,17 @@ def test_a_repeated_race_is_another_question(tmp_path: Path) -> None:
     assert journal.answer(replace(RACE, attempt=1)) is None
 
 
+def test_a_race_on_other_data_is_another_question(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path / "journal.jsonl", {})
+    journal.record(RACE, answer_of(RACE))
+    assert journal.answer(replace(RACE, data=1)) is None
+
+
+def test_a_clock_of_0_mhz_is_none(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path / "journal.jsonl", {})
+    assert journal.record(RACE, Raced(((1.0, 2.0),), 1, None, 0)) == Raced(((1.0, 2.0),), 1, None, None)
+
+
 def test_the_limit_of_a_screen_changes_nothing(tmp_path: Path) -> None:
     journal = Journal.open(made(tmp_path / "journal.jsonl", 1))
     assert journal.answer(replace(question(1), limit_us=7.0)) == journal.answer(question(1))
@@ -131,8 +142,9 @@ def test_a_failure_of_a_candidate_is_not_met_again(tmp_path: Path) -> None:
     assert Journal.open(path).answer(RACE) == hang
 
 
-def test_a_failure_of_the_machine_is_asked_again(tmp_path: Path) -> None:
-    path, interrupted = tmp_path / "journal.jsonl", Failure("Interrupted", "Ctrl-C")
+@pytest.mark.parametrize("kind", ["Interrupted", "OutOfMemoryError", "Closed", "FarmUnable"])
+def test_a_failure_of_the_machine_is_asked_again(kind: str, tmp_path: Path) -> None:
+    path, interrupted = tmp_path / "journal.jsonl", Failure(kind, "no fault of the candidate")
     assert Journal.create(path, {}).through(lambda _: interrupted)(RACE) == interrupted
     assert Journal.open(path).answer(RACE) is None
 
@@ -256,23 +268,32 @@ BAD_LINES = {
     "an object for a pair": {"c": [1, {"up": 1, "down": 1}], "e": 1.0},
     "no error": {"c": [1, [[16, 1, 1, 1, 1, 1, False]] * 2], "e": None},
     "a round too few": {
-        "r": [1, [[[1, 1, 1, 1, 1, 1, False]] * 2], 2, 0],
+        "r": [1, [[[1, 1, 1, 1, 1, 1, False]] * 2], 2, 0, 0],
         "us": [[1.0]],
         "n": 1,
         "why": None,
         "mhz": 1,
     },
-    "true for an attempt": {"r": [1, [[[1, 1, 1, 1, 1, 1, False]] * 2], 1, True], "f": ["a", "b"]},
-    "false for an attempt": {"r": [1, [[[1, 1, 1, 1, 1, 1, False]] * 2], 1, False], "f": ["a", "b"]},
-    "no pairs": {"r": [1, [], 1, 0], "us": [], "n": 1, "why": None, "mhz": None},
+    "true for an attempt": {"r": [1, [[[1, 1, 1, 1, 1, 1, False]] * 2], 1, True, 0], "f": ["a", "b"]},
+    "false for an attempt": {"r": [1, [[[1, 1, 1, 1, 1, 1, False]] * 2], 1, False, 0], "f": ["a", "b"]},
+    "data before the first": {"r": [1, [[[1, 1, 1, 1, 1, 1, False]] * 2], 1, 0, -1], "f": ["a", "b"]},
+    "false for data": {"r": [1, [[[1, 1, 1, 1, 1, 1, False]] * 2], 1, 0, False], "f": ["a", "b"]},
+    "no data": {"r": [1, [[[1, 1, 1, 1, 1, 1, False]] * 2], 1, 0], "f": ["a", "b"]},
+    "no pairs": {"r": [1, [], 1, 0, 0], "us": [], "n": 1, "why": None, "mhz": None},
     "a number for a reason": {
-        "r": [1, [[[1, 1, 1, 1, 1, 1, False]] * 2], 1, 0],
+        "r": [1, [[[1, 1, 1, 1, 1, 1, False]] * 2], 1, 0, 0],
         "us": [[1]],
         "n": 1,
         "why": 1,
         "mhz": 1,
     },
-    "text for a clock": {"r": [1, [[[1, 1, 1, 1, 1, 1, False]] * 2], 1, 0], "us": [[1]], "n": 1, "why": "", "mhz": "1"},
+    "text for a clock": {
+        "r": [1, [[[1, 1, 1, 1, 1, 1, False]] * 2], 1, 0, 0],
+        "us": [[1]],
+        "n": 1,
+        "why": "",
+        "mhz": "1",
+    },
     "a failure without message": {"c": [1, [[1, 1, 1, 1, 1, 1, False]] * 2], "f": ["a"]},
     "a failure of numbers": {"c": [1, [[1, 1, 1, 1, 1, 1, False]] * 2], "f": [1, 2]},
 }
