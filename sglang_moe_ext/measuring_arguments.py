@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import get_args
 
 from sglang_moe_ext.core import PROJECTIONS, Gpu, MoEExtError, MoEShape, Projection
 from sglang_moe_ext.engines.sglang import tma
 from sglang_moe_ext.engines.sglang.installation import Installation
-from sglang_moe_ext.tuning import captured, fleet, ray_fleet, routing
+from sglang_moe_ext.tuning import captured, fleet, given_configs, ray_fleet, routing
 from sglang_moe_ext.tuning.request import Measuring
 from sglang_moe_ext.tuning.search import EffortName
 
+_EFFORT: EffortName = "full"
 _FIRST_TMA_SM = 90
+_LARGEST_SEED = 2**32 - 1
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:
@@ -22,8 +25,8 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--effort",
         choices=get_args(EffortName),
-        default="full",
-        help="quick: half a minute; full: a minute or two; exhaustive: all 1,920 candidates (default full)",
+        default=_EFFORT,
+        help="quick: half a minute; full: a minute or two; exhaustive: all that the rules keep (default full)",
     )
     how.add_argument("--budget", type=float, metavar="SECONDS", help="search no longer than that, start-up apart")
     how.add_argument(
@@ -46,18 +49,93 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--topk-ids-dir", type=Path, metavar="FOLDER", help="measure with the topk_ids that a server dumped there"
     )
+    how.add_argument("--seed", type=int, default=0, help="of the random weights, inputs and routings (default 0)")
+    how.add_argument(
+        "--tune", action="store_true", help=argparse.SUPPRESS
+    )  # upstream's scripts want it; we tune anyway
+    given = parser.add_argument_group("instead of tuning, race what is given beside what SGLang takes today")
+    given.add_argument(
+        "--configs",
+        type=int,
+        nargs="+",
+        metavar="NUMBER",
+        help=f"one configuration, for both GEMMs: {' '.join(given_configs.NUMBERS)}",
+    )
+    given.add_argument(
+        "--cmp-configs",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="tables as SGLang reads them; a FILE_down.json beside one goes with it",
+    )
+
+
+def compares(arguments: argparse.Namespace) -> bool:
+    """True where the flags ask to race what is given, instead of tuning."""
+    return arguments.configs is not None or bool(arguments.cmp_configs)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse what makes no sense whatever the layer and the GPU are.
+
+    Raises:
+        MoEExtError: the message names the flag.
+    """
+    budget, seed = arguments.budget, arguments.seed
+    if budget is not None and not 0 < budget < math.inf:
+        raise MoEExtError(f"--budget {budget:g}: expected a positive number of seconds")
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise MoEExtError(f"--seed {seed}: expected a number from 0 to {_LARGEST_SEED}")
+    if arguments.ray is not None and arguments.gpus is not None:
+        raise MoEExtError("--gpus and --ray: choose one; Ray decides itself which of its GPUs are free")
+    if arguments.topk_ids_dir is not None and arguments.routing != routing.MIXED.name:
+        raise MoEExtError("--routing and --topk-ids-dir: choose one; both say how tokens choose experts")
+    if arguments.predict:
+        refuse_without_measuring(arguments, "--predict measures nothing: leave one of them out")
+    if compares(arguments):
+        _check_comparison(arguments)
+
+
+def _check_comparison(arguments: argparse.Namespace) -> None:
+    flag = _comparing_flag(arguments)
+    for word in ("dry_run", "resume", "budget", "output_dir"):
+        if getattr(arguments, word) not in (None, False):
+            other = f"--{word.replace('_', '-')}"
+            raise MoEExtError(f"{other} is about tuning, and {flag} only measures what is given: leave one of them out")
+
+
+def refuse_without_measuring(arguments: argparse.Namespace, why: str) -> None:
+    """Refuse the flags that nothing heeds in a run that does not measure; `why` says why not, and what to do.
+
+    Raises:
+        MoEExtError: one of them is given.
+    """
+    given = {
+        _comparing_flag(arguments): compares(arguments),
+        "--resume": arguments.resume is not False,
+        "--gpus": arguments.gpus is not None,
+        "--ray": arguments.ray is not None,
+        "--budget": arguments.budget is not None,
+        "--effort": arguments.effort != _EFFORT,
+        "--topk-ids-dir": arguments.topk_ids_dir is not None,
+        "--routing": arguments.routing != routing.MIXED.name,
+    }
+    useless = next((flag for flag, is_given in given.items() if is_given), None)
+    if useless:
+        raise MoEExtError(f"{useless} is about measuring, and {why}")
+
+
+def _comparing_flag(arguments: argparse.Namespace) -> str:
+    return "--cmp-configs" if arguments.configs is None else "--configs"
 
 
 def measuring(arguments: argparse.Namespace, shape: MoEShape, gpu: Gpu, engine: Installation) -> Measuring:
     """How the flags want it measured.
 
     Raises:
-        MoEExtError: they make no sense together, or name what is not there.
+        MoEExtError: they name what is not there.
     """
-    if arguments.budget is not None and arguments.budget <= 0:
-        raise MoEExtError(f"--budget {arguments.budget:g}: expected a positive number of seconds")
-    if arguments.ray is not None and arguments.gpus is not None:
-        raise MoEExtError("--gpus and --ray: choose one; Ray decides itself which of its GPUs are free")
     return Measuring(
         effort=arguments.effort,
         with_tma=_with_tma(shape, gpu, engine),

@@ -9,17 +9,18 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from sglang_moe_ext import layer_arguments, measuring_arguments, report, terminal
-from sglang_moe_ext.core import MoEExtError
+from sglang_moe_ext import gpus, layer_arguments, measuring_arguments, report, terminal
+from sglang_moe_ext.core import Gpu, MoEExtError
 from sglang_moe_ext.engines.sglang import backends, installation
-from sglang_moe_ext.tuning import destinations, pipeline
+from sglang_moe_ext.tuning import comparison_run, destinations, given_configs, pipeline
 from sglang_moe_ext.tuning.plan import DEFAULT_TOKENS, Plan
-from sglang_moe_ext.tuning.request import Request
+from sglang_moe_ext.tuning.request import Measuring, Request
 
 _EXAMPLES = """examples:
   python -m sglang_moe_ext.tune --model GLM-4.7-Flash                       measure on the GPU of this machine
   python -m sglang_moe_ext.tune --model GLM-4.7-Flash --gpu RTX_4090        predict for a GPU that is not here
   python -m sglang_moe_ext.tune --model /models/mine --tp 4 --dry-run       only say what would be done
+  python -m sglang_moe_ext.tune --model GLM-4.7-Flash --configs 64 128 64 16 4 3   only time that one beside today's
   python -m sglang_moe_ext.tune --from-log "... Config file not found at .../E=65,N=1536,device_name=...json"
 """
 
@@ -36,7 +37,6 @@ def parser() -> argparse.ArgumentParser:
     how = flags.add_argument_group("how")
     how.add_argument("--predict", action="store_true", help="do not measure, even where the GPU is here")
     how.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    how.add_argument("--seed", type=int, default=0, help="of the random weights, inputs and routings (default 0)")
     how.add_argument("-v", "--verbose", action="store_true", help="say why each candidate is left out")
     measuring_arguments.add_to(flags)
     destinations.add_to(flags)
@@ -49,10 +49,15 @@ def request_of(arguments: argparse.Namespace, command: str) -> Request:
     Raises:
         MoEExtError: they make no sense together, or name nothing known.
     """
+    measuring_arguments.check(arguments)
     layer = layer_arguments.stated(arguments)
+    if measuring_arguments.compares(arguments) and arguments.ray is None and gpus.detect() is None:
+        measuring_arguments.refuse_without_measuring(arguments, "this machine has no GPU: run it where the GPU is")
     gpu, is_here = layer_arguments.gpu_of(arguments, layer)
     engine = installation.find()
-    measures = not arguments.predict and (is_here or arguments.ray is not None)
+    measures = not arguments.predict and (is_here or arguments.ray is not None) and engine is not None
+    if not measures:
+        measuring_arguments.refuse_without_measuring(arguments, _why_not_measured(gpu, is_here))
     return Request(
         model=layer.name,
         architecture=layer.architecture,
@@ -67,6 +72,12 @@ def request_of(arguments: argparse.Namespace, command: str) -> Request:
         seed=arguments.seed,
         command=command,
     )
+
+
+def _why_not_measured(gpu: Gpu, is_here: bool) -> str:
+    if not is_here:
+        return f"{gpu.device_name} is not here: run it where that GPU is, or leave it out to predict"
+    return "SGLang, whose own kernel is to be measured, is not installed here: install it, or leave it out to predict"
 
 
 def _say_plan(request: Request, plan: Plan) -> None:
@@ -88,6 +99,9 @@ def _say_outcome(request: Request, outcome: pipeline.Outcome) -> None:
         print("no SGLang is installed here: compiled from this package's own kernel, which has the same tiles")
     if report.origin(outcome) == "predicted":
         print("PREDICTED: compiled for this GPU, fits and does not spill; ranked by a model, not timed")
+    left_out = [str(m) for m in request.tokens if m not in outcome.results]
+    if left_out:
+        print(f"left out: M={', '.join(left_out)}: nothing that ran there was right, as said above")
     for path in outcome.written:
         print(f"wrote {path}")
     for path, why in outcome.refused.items():
@@ -105,6 +119,15 @@ def _say_outcome(request: Request, outcome: pipeline.Outcome) -> None:
             print(f"  {line}")
 
 
+def _compare(arguments: argparse.Namespace, request: Request, measuring: Measuring) -> None:
+    given = given_configs.choices(arguments.configs, arguments.cmp_configs, request.tokens)
+    with terminal.Bar() as bar:
+        found = comparison_run.run(request, measuring, given, bar)
+    terminal.show(report.comparison(request, found))
+    print("nothing was written")
+    print(json.dumps(report.comparison_document(request, found)))
+
+
 def run(arguments: argparse.Namespace, command: str) -> None:
     """Do what the flags say; the last line printed is JSON.
 
@@ -118,7 +141,9 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     note = backends.why_no_table(backends.AUTO, request.shape, request.gpu, request.architecture)
     if note:
         print(f"note: {note}")
-    if arguments.dry_run:
+    if measuring_arguments.compares(arguments) and request.measuring is not None:
+        _compare(arguments, request, request.measuring)
+    elif arguments.dry_run:
         with terminal.Bar() as bar:
             plan = pipeline.plan_of(request, bar)
         _say_plan(request, plan)
@@ -128,6 +153,12 @@ def run(arguments: argparse.Namespace, command: str) -> None:
             outcome = pipeline.run(request, bar)
         _say_outcome(request, outcome)
         print(json.dumps(report.document(request, outcome)))
+
+
+def _of_interrupt(arguments: argparse.Namespace) -> str:
+    if measuring_arguments.compares(arguments):
+        return "stopped; nothing was written"
+    return "stopped; tables are written whole or not at all, and last; a measuring run goes on from here with --resume"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; tables are written whole or not at all, and last; --resume goes on from here", file=sys.stderr)
+        print(_of_interrupt(arguments), file=sys.stderr)
         return 1
     return 0
 

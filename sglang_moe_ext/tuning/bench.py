@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from sglang_moe_ext.kernels.relaunch import Launch
     from sglang_moe_ext.tuning.layer import Batch
+    from sglang_moe_ext.tuning.throttle import Clocks
 
 _KEPT_SCREENS = 2000
 """After so many screens, what Triton keeps in memory of their binaries is dropped."""
@@ -47,7 +49,7 @@ class GpuBench:
         from sglang_moe_ext.engines.sglang import kernel, whole_layer
         from sglang_moe_ext.tuning.layer import Layer
         from sglang_moe_ext.tuning.throttle import Watch
-        from sglang_moe_ext.tuning.timing import Stopwatch
+        from sglang_moe_ext.tuning.timing import Stopwatch, cuda_queue
 
         self.device_name: str = torch.cuda.get_device_name(0)
         self._seed = setup.seed
@@ -55,13 +57,34 @@ class GpuBench:
         # Beside the screening, which does without: the first rematch would wait for it.
         threading.Thread(target=whole_layer.warm_up, args=(engine, setup.shape), daemon=True).start()
         self._layer = Layer(engine, setup.shape, setup.routing, setup.seed)
-        self._gemms, self._layers = Stopwatch(), Stopwatch()
+        queue = cuda_queue()
+        self._gemms, self._layers = Stopwatch(queue), Stopwatch(queue)
         self._clocks = Watch(0)
         self._batch: Batch | None = None
         self._screens = 0
 
     def answer(self, question: Question) -> Answer:
         """Raises whatever the candidate makes the engine, the compiler or the GPU raise."""
+        import torch
+
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            return self._answer(question)
+        # Out here, where no traceback holds the tensors of the first attempt.
+        self._batch = None
+        torch.cuda.empty_cache()
+        return self._answer(question)
+
+    def is_well(self) -> bool:
+        """False where CUDA answers everything with an error from now on."""
+        import torch
+
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+        return True
+
+    def _answer(self, question: Question) -> Answer:
         import torch
 
         match question:
@@ -74,10 +97,11 @@ class GpuBench:
         torch.cuda.synchronize()
         return answer
 
-    def _batch_of(self, tokens: int) -> Batch:
-        if self._batch is None or self._batch.tokens != tokens:
+    def _batch_of(self, tokens: int, data: int = 0) -> Batch:
+        seed = self._seed + data
+        if self._batch is None or (self._batch.tokens, self._batch.seed) != (tokens, seed):
             self._batch = None  # two of them may not fit
-            self._batch = self._layer.batch(tokens, self._seed)
+            self._batch = self._layer.batch(tokens, seed)
         return self._batch
 
     def _screen(self, screen: Screen) -> Screened:
@@ -90,7 +114,7 @@ class GpuBench:
         samples: dict[int, list[float]] = {}
         for group, launch in launches.items():
             [samples[group]] = self._gemms.rounds([launch], [0])
-            if samples[group][0] > limit_us:
+            if group == screen.groups[0] and samples[group][0] > limit_us:
                 break
         rivals = [group for group, us in samples.items() if us[0] <= limit_us]
         for of_turn in self._gemms.rounds([launches[group] for group in rivals], range(1, screen.samples)):
@@ -129,12 +153,14 @@ class GpuBench:
     def _race(self, race: Race) -> Raced:
         from sglang_moe_ext.tuning.layer import ROUTINGS
 
-        batch = self._batch_of(race.tokens)
+        batch = self._batch_of(race.tokens, race.data)
+        batch.drop_gemms()
         launches = [self._whole(batch, pair) for pair in race.pairs]
         for launch in launches:
             launch(0)
-        rounds = self._layers.rounds(launches, range(race.rounds))
-        clocks = self._clocks.read()
+        read: list[Clocks | None] = []
+        rounds = self._layers.rounds(launches, range(race.rounds), lambda: read.append(self._clocks.read()))
+        [clocks] = read
         return Raced(
             us=tuple(zip(*rounds, strict=True)),
             routings=ROUTINGS,
@@ -143,13 +169,19 @@ class GpuBench:
         )
 
     def _check(self, check: Check) -> Checked:
+        """With one routing of each kind; the largest error of them."""
+        from sglang_moe_ext.tuning.layer import ROUTINGS
         from sglang_moe_ext.tuning.poison import Poisoned
 
         self._batch = None
         batch = self._layer.batch(check.tokens, self._seed + 1)
-        with Poisoned():
-            out = self._whole(batch, check.pair)(0)
-        return Checked(self._layer.error(batch, 0, out))
+        run = self._whole(batch, check.pair)
+        errors = []
+        for turn in range(min(len(self._layer.source.makers), ROUTINGS)):
+            with Poisoned():
+                out = run(turn)
+            errors.append(self._layer.error(batch, turn, out))
+        return Checked(max(errors))
 
 
 def _in_turn(by_turn: list[Launch], group: int) -> Callable[[int], None]:

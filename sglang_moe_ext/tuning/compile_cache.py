@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from sglang_moe_ext.core import CompileJob, Failure, Resources
 
 if TYPE_CHECKING:
-    from sglang_moe_ext.tuning.compile import KernelSource
+    from sglang_moe_ext.tuning.binaries import KernelSource
 
 log = logging.getLogger(__name__)
 

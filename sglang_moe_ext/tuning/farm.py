@@ -1,153 +1,163 @@
-"""The workers of the compile farm: how many there are, what each does, and what became of it."""
+"""The compile farm: makes binaries on all cores in the background, knows what each needs, and makes none twice."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import signal
 import socket
-import tempfile
-import time
-from multiprocessing.connection import wait
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sglang_moe_ext.core import CompileJob, Failure, Resources
-from sglang_moe_ext.tuning.compile_worker import Nursery, Worker, ended
+from sglang_moe_ext.tuning.binaries import Compiled, KernelSource, Progress
+from sglang_moe_ext.tuning.compile_cache import CompileCache
+from sglang_moe_ext.tuning.crew import UNABLE, Crew
 
-log = logging.getLogger(__name__)
-
-START_TIMEOUT_S = 300.0
-"""An engine is imported in 7 to 15 s once its files are in memory, and in minutes from a slow disk."""
-BINARIES_A_WORKER = 100
-"""After 100 a worker has grown from 360 MB of its own to 550, after 280 to 640; a fresh one starts at 360 again, and
-its first binary takes up to a second more than the next (SGLang 0.5.23, sm_90, Triton 3.7.1, 2026-11-21)."""
-
-CLOSED = Failure("Closed", "the compile farm was closed before this was compiled")
-Finished = list[tuple[CompileJob, Resources | Failure]]
+TIMEOUT_S = 60.0
+"""One binary takes half a second to four, a badly spilling one under twenty (2 cores, Triton 3.7.1, 2026-11-21)."""
+_CLOSED = Failure("Closed", "the compile farm was closed before this was compiled")
 
 
-class Crew:
-    """The workers, with one job each at a time: what a job does to its worker costs that job alone. For one thread."""
+class Farm:
+    """Compiles what is wanted while its callers do other things; any thread may ask. A context, to be closed.
 
-    def __init__(self, module: str, size: int, timeout_s: float, triton_cache: Path | None) -> None:
-        self.unable: Failure | None = None
-        """Why there are no workers, and will be none."""
-        self._module, self._size, self._timeout_s = module, size, timeout_s
-        self._scratch = tempfile.TemporaryDirectory(prefix="sglang_moe_ext-", ignore_cleanup_errors=True)
-        self._environment = {
-            "TRITON_CACHE_DIR": str(triton_cache or Path(self._scratch.name, "triton")),
-            "TMPDIR": self._scratch.name,  # what a killed compiler leaves there goes with the farm
-        }
-        self._nursery: Nursery | None = None
-        self._has_imported = False
-        self._import_deadline = 0.0
-        self._workers: list[Worker] = []
+    A failure that `cache` knows is final; a binary that it knows is made again only where `triton_cache` is to have it.
+    """
 
-    def free_worker(self) -> Worker | None:
-        """One without a job, forked if there may be one more; the first call starts the nursery."""
-        if self.unable is not None:
-            return None
-        try:
-            if self._nursery is None:
-                self._import_deadline = time.monotonic() + START_TIMEOUT_S
-                self._nursery = Nursery(self._module, {**os.environ, **self._environment}, self._timeout_s)
-            free = next((worker for worker in self._workers if worker.job is None), None)
-            if free is None and self._has_imported and len(self._workers) < self._size:
-                free = self._nursery.fork()
-                self._workers.append(free)
-            return free
-        except (ConnectionError, TimeoutError):
-            return None  # the nursery is lost: `finished` sees it too
-        except OSError as error:
-            self._size = len(self._workers)
-            log.warning("no more than %d processes can compile: %s", self._size, error)
-            if not self._size:
-                self._give_up(Failure(type(error).__name__, f"no process can be started to compile in: {error}"))
-            return None
+    def __init__(
+        self,
+        source: KernelSource,
+        *,
+        cache: CompileCache,
+        triton_cache: Path | None = None,
+        workers: int | None = None,
+        timeout_s: float = TIMEOUT_S,
+        progress: Progress = lambda done, of: None,
+    ) -> None:
+        """`triton_cache`: where Triton keeps the binaries, for processes that launch them; None: thrown away."""
+        self._source, self._cache, self._progress = source, cache, progress
+        self._makes_binaries = triton_cache is not None
+        self._crew = Crew(source.module, workers or default_workers(), timeout_s, triton_cache)
+        # Of the background thread alone:
+        self._taken_in: set[CompileJob] = set()
+        self._queue: OrderedDict[CompileJob, None] = OrderedDict()
+        # Of every thread, under the condition:
+        self._changed = threading.Condition()
+        self._inbox: list[tuple[Sequence[CompileJob], bool]] = []
+        self._results: Compiled = {}
+        self._is_closing = False
+        self._over: Failure | None = None
+        self._bell, self._rope = socket.socketpair()
+        self._bell.setblocking(False)
+        self._rope.setblocking(False)
+        self._thread = threading.Thread(target=self._run, name="compile farm", daemon=True)
+        self._thread.start()
 
-    def hand_over(self, job: CompileJob, worker: Worker) -> None:
-        worker.job, worker.deadline = job, time.monotonic() + self._timeout_s
-        with contextlib.suppress(ConnectionError):  # it has just died: `finished` sees it too
-            worker.connection.send(job)
+    def want(self, jobs: Iterable[CompileJob], *, first: bool = False) -> None:
+        """Queue the jobs that are not known yet; `first`: before all that waits, as also what waits already."""
+        wanted = tuple(jobs)
+        with self._changed:
+            self._inbox.append((wanted, first))
+            self._ring()
 
-    def finished(self, bell: socket.socket) -> Finished:
-        """Wait until a job has ended or the bell rings: the jobs that have ended."""
-        deadlines = [worker.deadline for worker in self._workers if worker.job is not None]
-        controls = [] if self._nursery is None else [self._nursery.control]
-        is_importing = self._nursery is not None and not self._has_imported
-        if is_importing:
-            deadlines.append(self._import_deadline)
-        patience_s = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
-        heard = wait([bell, *controls, *(worker.connection for worker in self._workers)], patience_s)
-        now = time.monotonic()
-        finished: Finished = []
-        for worker in list(self._workers):
-            if worker.connection in heard:
-                finished += self._answered(worker)
-            elif worker.job is not None and worker.deadline <= now:
-                self._bury(worker)
-                finished += _failed(worker, "Timeout", f"not compiled within {self._timeout_s:g} s")
-        if any(control in heard for control in controls):
-            finished += self._hear_of_nursery()
-        elif is_importing and self._import_deadline <= now:
-            finished += self._give_up(
-                Failure("Timeout", f"{self._module} was not imported within {START_TIMEOUT_S:g} s")
-            )
-        return finished
+    def result(self, job: CompileJob) -> Resources | Failure:
+        """Wait for the job; it comes before all that waits in the queue and that nobody waits for."""
+        with self._changed:
+            if job not in self._results:
+                self.want([job], first=True)
+            self._changed.wait_for(lambda: job in self._results or self._over is not None)
+            return self._results.get(job, self._over or _CLOSED)
 
-    def _answered(self, worker: Worker) -> Finished:
-        try:
-            result = worker.connection.recv()
-        except (EOFError, OSError):
-            return _failed(worker, "Crash", f"the compiler {ended(self._bury(worker))}")
-        assert worker.job is not None
-        finished: Finished = [(worker.job, result)]
-        worker.job = None
-        worker.compiled += 1
-        if worker.compiled >= BINARIES_A_WORKER:
-            self._bury(worker)
-        return finished
-
-    def _hear_of_nursery(self) -> Finished:
-        assert self._nursery is not None
-        try:
-            failure = self._nursery.import_failure()
-        except (ConnectionError, TimeoutError):
-            how = ended(self._nursery.kill())
-            return self._give_up(Failure("Crash", f"the process that imports {self._module} to compile with {how}"))
-        self._has_imported = True
-        return [] if failure is None else self._give_up(failure)
-
-    def _bury(self, worker: Worker) -> int:
-        """End the worker, if it has not ended, with all that it runs: its exit code."""
-        self._workers.remove(worker)
-        worker.kill()
-        try:
-            return self._nursery.reap(worker) if self._nursery is not None else -signal.SIGKILL
-        except OSError:
-            return -signal.SIGKILL  # the nursery is lost: `finished` sees it too
-
-    def _give_up(self, why: Failure) -> Finished:
-        """End every process at once; what was being compiled fails for that reason."""
-        self.unable = why
-        for worker in self._workers:
-            worker.kill()
-        jobs = [worker.job for worker in self._workers if worker.job is not None]
-        for worker in list(self._workers):
-            self._bury(worker)
-        if self._nursery is not None:
-            self._nursery.kill()
-        self._nursery = None
-        return [(job, why) for job in jobs]
+    @property
+    def unable(self) -> Failure | None:
+        """Why it compiles nothing any more, which is no job's fault; None while it can, and where it was closed."""
+        return self._crew.unable or (None if self._over is _CLOSED else self._over)
 
     def close(self) -> None:
-        self._give_up(CLOSED)
-        self._scratch.cleanup()
+        """End the workers and what they run, at once; what was not compiled has failed."""
+        with self._changed:
+            self._is_closing = True
+            self._ring()
+        self._thread.join()
+
+    def __enter__(self) -> Farm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _ring(self) -> None:
+        if self._over is None:
+            with contextlib.suppress(BlockingIOError):  # rung often enough to be heard
+                self._rope.send(b"!")
+
+    def _run(self) -> None:
+        over = Failure(UNABLE, "the compile farm itself failed, with a traceback on stderr")
+        try:
+            self._take_in()
+            while not self._is_closing:
+                self._hand_out()
+                for job, result in self._crew.finished(self._bell):
+                    self._cache.put(self._source, job, result)
+                    self._answer({job: result})
+                self._queue_again(self._crew.given_back())
+                self._take_in()
+            over = _CLOSED
+        finally:
+            with self._changed:
+                self._over = over
+                self._changed.notify_all()
+            self._crew.close()
+            self._bell.close()
+            self._rope.close()
+
+    def _take_in(self) -> None:
+        """To the queue, or answered at once. The bell is hushed before anything is read that it rings for."""
+        with contextlib.suppress(BlockingIOError):
+            self._bell.recv(4096)
+        with self._changed:
+            inbox, self._inbox = self._inbox, []
+        before = len(self._taken_in)
+        known: Compiled = {}
+        for jobs, first in inbox:
+            for job in reversed(jobs) if first else jobs:
+                if job not in self._taken_in:
+                    self._taken_in.add(job)
+                    if (result := self._known(job)) is not None:
+                        known[job] = result
+                    else:
+                        self._queue[job] = None
+                if first and job in self._queue:
+                    self._queue.move_to_end(job, last=False)
+        if len(self._taken_in) > before:
+            self._answer(known)
+
+    def _known(self, job: CompileJob) -> Resources | Failure | None:
+        known = self._cache.get(self._source, job)
+        return None if isinstance(known, Resources) and self._makes_binaries else known
+
+    def _hand_out(self) -> None:
+        while self._queue and (worker := self._crew.free_worker()) is not None:
+            self._crew.hand_over(self._queue.popitem(last=False)[0], worker)
+        if self._queue and self._crew.unable is not None:
+            self._answer(dict.fromkeys(self._queue, self._crew.unable))
+            self._queue.clear()
+
+    def _queue_again(self, jobs: Sequence[CompileJob]) -> None:
+        for job in jobs:
+            self._queue[job] = None
+            self._queue.move_to_end(job, last=False)
+
+    def _answer(self, results: Compiled) -> None:
+        with self._changed:
+            self._results |= results
+            self._changed.notify_all()
+        self._progress(len(self._results), len(self._taken_in))
 
 
-def _failed(worker: Worker, kind: str, message: str) -> Finished:
-    if worker.job is None:
-        return []
-    log.warning("%s: %s: left out", worker.job.key, message)
-    return [(worker.job, Failure(kind, message))]
+def default_workers() -> int:
+    """How many binaries are made at once: of the cores that this process may use, which a container's may be few."""
+    cores = len(os.sched_getaffinity(0))
+    return cores - 1 if cores > 4 else cores  # one to launch kernels with, where it is not missed

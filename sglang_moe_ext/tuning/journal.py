@@ -14,8 +14,9 @@ from sglang_moe_ext.tuning import journal_lines, recording
 from sglang_moe_ext.tuning.questions import Answer, Ask, Question
 from sglang_moe_ext.tuning.recording import Circumstances, Recording
 
-NOT_RECORDED = frozenset({"Interrupted"})
-"""Kinds of failures that say something of the machine and nothing of the candidate: the question is asked again."""
+NOT_RECORDED = frozenset({"Interrupted", "OutOfMemoryError", "Closed", "FarmUnable"})
+"""Kinds of failures that say something of the machine, whose memory others may fill, and nothing of the candidate: the
+question is asked again."""
 
 
 class UnknownQuestionError(MoEExtError, LookupError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 ROUTINGS = 4
 """Routings that the samples of one batch size take turns with, so that no expert's weights stay in a cache."""
 _CHECKED_TOKENS = 2048
-"""The reference is held against the first so many tokens, since it takes float32 copies of all that it reads; against
-all where one scale, and so each token, depends on all of them."""
+"""The reference is held against so many tokens, since it takes float32 copies of all that it reads; against all where
+one scale, and so each token, depends on all of them."""
+_LARGEST_BLOCK_M = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,22 +30,29 @@ class Weights:
     """One projection's weights [experts, columns, reduction] as the engine stores them, and their scales."""
 
     stored: torch.Tensor
-    scale: torch.Tensor | None
+    scale: torch.Tensor | None = None
 
 
 @dataclass(slots=True)
 class Batch:
     """Inputs of one batch size: hidden [tokens, hidden], routings, and their sorted forms by BLOCK_SIZE_M.
 
-    `inner` and `out` serve GEMMs alone: what the down GEMM reads, with rows enough for any order, and what each writes.
+    `inner` and `out` serve GEMMs alone, and are made for the first of them: what the down GEMM reads, with rows enough
+    for any order, and what each writes.
     """
 
     tokens: int
+    seed: int
     hidden: torch.Tensor
-    inner: torch.Tensor
-    out: dict[Projection, torch.Tensor]
     routings: list[Routing]
+    inner: torch.Tensor | None = None
+    out: dict[Projection, torch.Tensor] = field(default_factory=dict)
     aligned: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def drop_gemms(self) -> None:
+        """Make room for the whole layer, which allocates its own."""
+        self.inner = None
+        self.out.clear()
 
 
 class Layer:
@@ -56,41 +65,57 @@ class Layer:
 
         self.engine, self.shape, self.source, self.seed, self.device = engine, shape, source, seed, device
         self._dtype: torch.dtype = getattr(torch, shape.dtype)
-        self._generator = torch.Generator(device=device).manual_seed(seed)
-        self.weights = {projection: self._weights(*shape.gemm(projection)) for projection in PROJECTIONS}
+        generator = self._generator(seed, "weights")
+        self.weights = {projection: self._weights(generator, *shape.gemm(projection)) for projection in PROJECTIONS}
 
-    def _random(self, *size: int) -> torch.Tensor:
+    def _generator(self, seed: int, what: str) -> torch.Generator:
+        """One for each purpose: the same numbers as inputs and as weights would make a layer like no other."""
         import torch
 
-        return torch.randn(*size, generator=self._generator, device=self.device, dtype=self._dtype)
+        return torch.Generator(device=self.device).manual_seed(random.Random(f"{seed} {what}").getrandbits(62))
 
-    def _weights(self, columns: int, reduction: int) -> Weights:
+    def _random(self, generator: torch.Generator, *size: int) -> torch.Tensor:
         import torch
 
-        weights = torch.empty(self.shape.experts, columns, reduction, device=self.device, dtype=self._dtype)
-        for expert in weights:
-            expert.copy_(self._random(columns, reduction) / reduction**0.5)
-        if self.shape.quantisation.scheme is None:
-            return Weights(weights, None)
-        return Weights(*quantise_weights(weights, self.shape.quantisation))
+        return torch.randn(*size, generator=generator, device=self.device, dtype=self._dtype)
 
-    def batch(self, tokens: int, seed: int, largest_block_m: int = 256) -> Batch:
-        """Fresh inputs for that many tokens."""
-        import torch
+    def _weights(self, generator: torch.Generator, columns: int, reduction: int) -> Weights:
+        """Expert by expert: all of them in 16 bits, beside what becomes of them, may not fit."""
+        whole: list[torch.Tensor] = []
+        for expert in range(self.shape.experts):
+            parts = self._expert(generator, columns, reduction)
+            if not whole:
+                whole = [part.new_empty(self.shape.experts, *part.shape[1:]) for part in parts]
+            for every, part in zip(whole, parts, strict=True):
+                every[expert] = part[0]
+        return Weights(*whole)
 
-        shape = self.shape
+    def _expert(self, generator: torch.Generator, columns: int, reduction: int) -> tuple[torch.Tensor, ...]:
+        """The weights of one expert, [1, columns, reduction], and its scales where they are quantised."""
+        weights = self._random(generator, 1, columns, reduction).div_(reduction**0.5)
+        quantisation = self.shape.quantisation
+        return (weights,) if quantisation.scheme is None else quantise_weights(weights, quantisation)
+
+    def batch(self, tokens: int, seed: int) -> Batch:
+        """Inputs for that many tokens; each seed has its own."""
         return Batch(
             tokens=tokens,
-            hidden=self._random(tokens, shape.hidden_size),
-            inner=self._random(sorted_rows(shape, tokens, largest_block_m), shape.intermediate_size),
-            out={
-                projection: torch.empty(
-                    tokens, shape.top_k, shape.gemm(projection)[0], device=self.device, dtype=self._dtype
-                )
-                for projection in PROJECTIONS
-            },
-            routings=routing.routings(self.source, shape, tokens, ROUTINGS, seed, self.device),
+            seed=seed,
+            hidden=self._random(self._generator(seed, "hidden"), tokens, self.shape.hidden_size),
+            routings=routing.routings(self.source, self.shape, tokens, ROUTINGS, seed, self.device),
         )
+
+    def _inner(self, batch: Batch) -> torch.Tensor:
+        if batch.inner is None:
+            rows = sorted_rows(self.shape, batch.tokens, _LARGEST_BLOCK_M)
+            batch.inner = self._random(self._generator(batch.seed, "inner"), rows, self.shape.intermediate_size)
+        return batch.inner
+
+    def _out(self, batch: Batch, projection: Projection) -> torch.Tensor:
+        if projection not in batch.out:
+            size = (batch.tokens, self.shape.top_k, self.shape.gemm(projection)[0])
+            batch.out[projection] = batch.hidden.new_empty(size)
+        return batch.out[projection]
 
     def gemm(self, batch: Batch, projection: Projection, config: TileConfig, turn: int) -> GemmTensors:
         """The tensors of the `turn`th launch of one GEMM alone: routings take turns."""
@@ -104,9 +129,9 @@ class Layer:
         if config.use_tma:
             rows = sorted_rows(self.shape, batch.tokens, config.block_m)
         return GemmTensors(
-            a=batch.hidden if projection == "up" else batch.inner[:rows],
+            a=batch.hidden if projection == "up" else self._inner(batch)[:rows],
             weights=self.weights[projection].stored,
-            out=batch.out[projection],
+            out=self._out(batch, projection),
             weight_scale=self.weights[projection].scale,
             topk_weights=chosen.topk_weights,
             topk_ids=chosen.topk_ids,
@@ -135,17 +160,25 @@ class Layer:
             return float("inf")
         quantisation = self.shape.quantisation
         has_one_scale = quantisation.activation_bits == 8 and not (quantisation.block_shape or quantisation.per_channel)
-        tokens = batch.tokens if has_one_scale else min(batch.tokens, _CHECKED_TOKENS)
+        rows = checked_rows(batch.tokens, batch.tokens if has_one_scale else _CHECKED_TOKENS).to(self.device)
         expected = reference.moe_layer(
-            tensors.hidden[:tokens],
+            tensors.hidden[rows],
             tensors.w1,
             tensors.w2,
-            tensors.topk_weights[:tokens],
-            tensors.topk_ids[:tokens],
+            tensors.topk_weights[rows],
+            tensors.topk_ids[rows],
             quantisation=quantisation,
             w1_scale=tensors.w1_scale,
             w2_scale=tensors.w2_scale,
             activation="silu" if self.shape.gated else "relu2",
             gated=self.shape.gated,
         )
-        return reference.relative_error(out[:tokens], expected)
+        return reference.relative_error(out[rows], expected)
+
+
+def checked_rows(tokens: int, most: int) -> torch.Tensor:
+    """Up to so many of the batch's rows, spread evenly from the first to the last."""
+    import torch
+
+    count = min(tokens, most)
+    return torch.arange(count) * (tokens - 1) // max(count - 1, 1)

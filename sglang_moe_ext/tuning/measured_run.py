@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_moe_ext import __version__
-from sglang_moe_ext.core import TileConfig
+from sglang_moe_ext.core import CompileJob, TileConfig
 from sglang_moe_ext.engines.sglang import lookup
 from sglang_moe_ext.tuning import candidates, fleet, on_gpu, pickup, ray_fleet, runs
 from sglang_moe_ext.tuning.bench import Setup
-from sglang_moe_ext.tuning.compile import Farm, KernelSource
+from sglang_moe_ext.tuning.binaries import KernelSource
 from sglang_moe_ext.tuning.compile_cache import CompileCache, default_path
-from sglang_moe_ext.tuning.on_gpu import Task
+from sglang_moe_ext.tuning.farm import Farm
 from sglang_moe_ext.tuning.recording import Circumstances
 from sglang_moe_ext.tuning.records import driver_version, version_of
 from sglang_moe_ext.tuning.rematch import Measured
@@ -22,6 +23,8 @@ from sglang_moe_ext.tuning.request import Measuring, Progress, Request
 from sglang_moe_ext.tuning.runs import Run
 from sglang_moe_ext.tuning.station import FarmLike, LocalStation, Station, WorkerLike
 from sglang_moe_ext.tuning.worker import Worker
+
+log = logging.getLogger(__name__)
 
 
 def opened(request: Request, measuring: Measuring, source: KernelSource) -> Run:
@@ -45,6 +48,9 @@ def opened(request: Request, measuring: Measuring, source: KernelSource) -> Run:
     }
     if measuring.resume:
         return runs.resumed(circumstances, measuring.resume if isinstance(measuring.resume, Path) else None)
+    interrupted = runs.unfinished(circumstances)
+    if interrupted is not None:
+        log.warning("an interrupted run of this layer lies in %s: --resume would go on with it", interrupted)
     return runs.begin(circumstances)
 
 
@@ -63,14 +69,10 @@ def results(
         MoEExtError: nothing ran right, or no GPU answers.
     """
     tasks = on_gpu.largest_first({m: candidates.of_request(request, measuring, kept, m) for m in request.tokens})
+    shape, sm = request.shape, request.gpu.sm
+    jobs = [job for task in tasks for job in candidates.screening_jobs(task.listed, shape, task.tokens, sm)]
     with ExitStack() as ends:
-        if measuring.ray is None:
-            stations = _local(request, measuring, run, tasks, source, ends, progress)
-        else:
-            stations = ray_fleet.stations(
-                measuring.ray or None, request.gpu.device_name, _OnNode(source, request, measuring)
-            )
-        ends.callback(fleet.close_all, stations)
+        stations = hired(request, measuring, source, run.triton_cache, jobs, ends, progress)
         return on_gpu.measure_all(
             request,
             measuring,
@@ -82,28 +84,38 @@ def results(
         )
 
 
-def _local(
+def hired(
     request: Request,
     measuring: Measuring,
-    run: Run,
-    tasks: Sequence[Task],
     source: KernelSource,
+    triton_cache: Path,
+    jobs: Sequence[CompileJob],
     ends: ExitStack,
     progress: Progress,
 ) -> list[Station]:
-    """The GPUs of this machine; all that they will want is queued at once, in the order of the tasks."""
-    farm = ends.enter_context(
-        Farm(
-            source,
-            cache=CompileCache(default_path()),
-            triton_cache=run.triton_cache,
-            progress=lambda done, of: progress("compiling", done, of),
+    """The GPUs that the flags want, until `ends` is closed. Here, `jobs` begin to compile before the GPUs are ready.
+
+    Raises:
+        MoEExtError: there is no such GPU, or no such cluster.
+    """
+    if measuring.ray is not None:
+        on_node = _OnNode(source, request, measuring)
+        stations = ray_fleet.stations(measuring.ray or None, request.gpu.device_name, on_node)
+    else:
+        farm = ends.enter_context(
+            Farm(
+                source,
+                cache=CompileCache(default_path()),
+                triton_cache=triton_cache,
+                progress=lambda done, of: progress("compiling", done, of),
+            )
         )
-    )
-    for task in tasks:
-        farm.want(candidates.screening_jobs(task.listed, request.shape, task.tokens, request.gpu.sm))
-    setup = Setup(request.shape, measuring.routing, request.seed, run.triton_cache)
-    return [LocalStation(f"GPU {gpu}", farm, Worker(setup, {"CUDA_VISIBLE_DEVICES": gpu})) for gpu in measuring.gpus]
+        farm.want(jobs)
+        setup = Setup(request.shape, measuring.routing, request.seed, triton_cache)
+        workers = {gpu: Worker(setup, {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in measuring.gpus}
+        stations = [LocalStation(f"GPU {gpu}", farm, worker) for gpu, worker in workers.items()]
+    ends.callback(fleet.close_all, stations)
+    return stations
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,53 +3,114 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 Launch = Callable[[int], object]
 """Queues one launch; its argument is the number of the turn, by which inputs take turns."""
 
 _FLUSHES = 2.2  # times the L2 that is written before each launch
 _LEAST_BUSY_CYCLES = 100_000  # about 50 us
-_MOST_BUSY_CYCLES = 50_000_000  # about 30 ms: no launcher takes that long, so something else is wrong
+_MOST_BUSY_CYCLES = _LEAST_BUSY_CYCLES << 9  # about 30 ms: no launcher takes that long, so something else is wrong
+
+
+class Event(Protocol):
+    """A point in the GPU's queue, as torch.cuda.Event has it."""
+
+    def record(self) -> None:
+        """Queue it."""
+
+    def query(self) -> bool:
+        """True where the GPU has come to it."""
+
+    def elapsed_time(self, end_event: Any) -> float:
+        """Milliseconds from here to there, once the GPU has passed both."""
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """What a stopwatch asks of a GPU. `sleep` takes clock cycles; `flush` makes the L2 cold; a test passes a fake."""
+
+    event: Callable[[], Event]
+    sleep: Callable[[int], object]
+    flush: Callable[[], object]
+    synchronize: Callable[[], object]
+
+
+def cuda_queue(device: str = "cuda") -> Queue:
+    """The current stream of that GPU. Holds twice its L2 in memory."""
+    import torch
+
+    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    written = torch.empty(int(l2_bytes * _FLUSHES), dtype=torch.int8, device=device)
+    return Queue(
+        event=partial(torch.cuda.Event, enable_timing=True),
+        sleep=torch.cuda._sleep,
+        flush=written.zero_,
+        synchronize=torch.cuda.synchronize,
+    )
 
 
 class Stopwatch:
     """Samples of device time, in microseconds.
 
-    The GPU is kept busy until a launch is queued; a launch that came too late for that is timed again behind a longer
-    wait, which later launches keep: one stopwatch for each kind of launcher.
+    The GPU is kept busy until a launch is queued. All samples of a call stand behind the same wait, since the wait is
+    felt in them: the L2 writes back meanwhile what the flush has left in it. Where a launch comes too late twice, the
+    call begins anew behind a longer wait, which later calls keep: one stopwatch for each kind of launcher.
     """
 
-    def __init__(self, device: str = "cuda") -> None:
-        import torch
-
-        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-        self._flush = torch.empty(int(l2_bytes * _FLUSHES), dtype=torch.int8, device=device)
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
         self._busy_cycles = 0
 
-    def _timed(self, launch: Launch, turn: int) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        import torch
+    def rounds(
+        self, launches: Sequence[Launch], turns: Sequence[int], meanwhile: Callable[[], None] | None = None
+    ) -> list[list[float]]:
+        """Microseconds of each launch in each turn, round-robin, so that a drift of the clocks meets all alike.
 
-        while True:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            self._flush.zero_()
-            if self._busy_cycles:
-                torch.cuda._sleep(self._busy_cycles)  # type: ignore[no-untyped-call]
-            begin.record()
-            launch(turn)
-            end.record()
-            was_late = begin.query()  # type: ignore[no-untyped-call]  # the GPU got there first, and has waited for the launch
-            if not was_late or self._busy_cycles >= _MOST_BUSY_CYCLES:
-                return begin, end
-            self._busy_cycles = max(_LEAST_BUSY_CYCLES, 2 * self._busy_cycles)
+        `meanwhile` is called when all is queued and the GPU still at it.
 
-    def rounds(self, launches: Sequence[Launch], turns: Sequence[int]) -> list[list[float]]:
-        """Microseconds of each launch in each turn, round-robin, so that a drift of the clocks meets all alike."""
-        import torch
-
-        events = [[self._timed(launch, turn) for launch in launches] for turn in turns]
-        torch.cuda.synchronize()
+        Raises:
+            RuntimeError: a launch came too late behind the longest wait.
+        """
+        while (events := self._queued(launches, turns)) is None:
+            self._wait_longer()
+        if meanwhile is not None:
+            meanwhile()
+        self._queue.synchronize()
         return [[begin.elapsed_time(end) * 1e3 for begin, end in of_turn] for of_turn in events]
+
+    def _queued(self, launches: Sequence[Launch], turns: Sequence[int]) -> list[list[tuple[Event, Event]]] | None:
+        """Events around each launch in each turn; None where one came too late."""
+        events: list[list[tuple[Event, Event]]] = []
+        for turn in turns:
+            events.append([])
+            for launch in launches:
+                # Late once may be the host's doing: it took the CPU away.
+                around = self._around(launch, turn) or self._around(launch, turn)
+                if around is None:
+                    return None
+                events[-1].append(around)
+        return events
+
+    def _around(self, launch: Launch, turn: int) -> tuple[Event, Event] | None:
+        """Events around one launch; None where the GPU got there first, and has waited for the launch."""
+        queue = self._queue
+        begin, end = queue.event(), queue.event()
+        queue.flush()
+        if self._busy_cycles:
+            queue.sleep(self._busy_cycles)
+        begin.record()
+        launch(turn)
+        end.record()
+        return None if begin.query() else (begin, end)
+
+    def _wait_longer(self) -> None:
+        if self._busy_cycles >= _MOST_BUSY_CYCLES:
+            self._busy_cycles = 0  # the next launches are not to pay for this one
+            raise RuntimeError(
+                f"the launch took longer than {_MOST_BUSY_CYCLES:,} cycles of the GPU, about 30 ms: "
+                "the machine is too busy to time on"
+            )
+        self._busy_cycles = max(_LEAST_BUSY_CYCLES, 2 * self._busy_cycles)

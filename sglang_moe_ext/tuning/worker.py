@@ -12,21 +12,26 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from sglang_moe_ext.core import Failure, MoEExtError
-from sglang_moe_ext.tuning.questions import Answer, Question
+from sglang_moe_ext.tuning.questions import Answer, Check, Question, Race, Screen
 
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 300.0
-TIMEOUT_S = 60.0
-"""A question takes seconds at most, the first one of a batch size included; a kernel that hangs takes for ever."""
+TIMEOUTS_S: Mapping[type[Question], float] = {Screen: 60.0, Race: 300.0, Check: 300.0}
+"""Seconds are enough, but for whole layers of many tokens on a slow GPU; a kernel that hangs takes for ever."""
 _FATAL = "CudaError"
 """Kind of a failure after which the process can do nothing more on the GPU, and ends itself."""
 _STARTS = 3
 """A process that dies before its first answer is started so often."""
+_CLOSED = Failure("Interrupted", "the measuring process was closed")
+_UNSEEN = Failure("Crash", "the measuring process died before it saw the question")
 
 
 class Bench(Protocol):
-    """What answers in the process. `device_name`: the GPU that it answers for."""
+    """What answers in the process. `device_name`: the GPU that it answers for.
+
+    It may have `is_well() -> bool`, False where everything fails from now on: asked after each question that raised.
+    """
 
     device_name: str
 
@@ -38,18 +43,21 @@ def _failure(error: Exception) -> Failure:
     return Failure(type(error).__name__, (str(error).strip().splitlines() or ["no message"])[0][:300])
 
 
-def _is_fatal(error: Exception) -> bool:
-    """True where CUDA answers everything with that error from now on."""
+def _is_fatal(error: Exception, bench: Bench) -> bool:
+    """True where CUDA answers everything with that error from now on; not every library says so by its class."""
     import torch
 
-    return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.cuda.OutOfMemoryError)
+    if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.cuda.OutOfMemoryError):
+        return True
+    return not getattr(bench, "is_well", lambda: True)()
 
 
 def _serve(connection: Connection, make: Callable[[], Bench], environment: Mapping[str, str]) -> None:
     """Answer questions until the other side closes. What the GPU cannot forget ends the process."""
     os.environ.update(environment)
     os.setsid()  # Ctrl-C is the parent's to handle
-    logging.disable(logging.WARNING)
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")  # of the engine and its libraries
+    logging.getLogger("sglang_moe_ext").setLevel(logging.WARNING)
     try:
         bench = make()
     except Exception as error:  # noqa: BLE001 - the parent reports it in one line
@@ -62,7 +70,7 @@ def _serve(connection: Connection, make: Callable[[], Bench], environment: Mappi
             try:
                 answer = bench.answer(question)
             except Exception as error:  # noqa: BLE001 - a candidate can fail in any way; the parent records which
-                if _is_fatal(error):
+                if _is_fatal(error, bench):
                     connection.send(Failure(_FATAL, _failure(error).message))
                     return
                 answer = _failure(error)
@@ -81,39 +89,50 @@ class Worker:
         environment: Mapping[str, str] | None = None,
         *,
         start_timeout_s: float = START_TIMEOUT_S,
-        timeout_s: float = TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> None:
-        """`make` is called in the process, under `environment` beside our own; both go there by pickle."""
+        """`make` is called in the process, under `environment` beside our own; both go there by pickle.
+
+        `timeout_s` None: TIMEOUTS_S.
+        """
         self._make, self._environment = make, environment or {}
         self._start_timeout_s, self._timeout_s = start_timeout_s, timeout_s
         self._asking = threading.Lock()
+        self._starting_or_closing = threading.Lock()
+        self._is_closed = False
         self._device_name: str | None = None
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._make, self._environment), daemon=True)
-        self._process.start()
-        theirs.close()
-        self._is_ready = False
+        with self._starting_or_closing:
+            if self._is_closed:  # nobody would end the process
+                raise MoEExtError(_CLOSED.message)
+            context = multiprocessing.get_context("spawn")
+            self._connection, theirs = context.Pipe()
+            self._process = context.Process(target=_serve, args=(theirs, self._make, self._environment), daemon=True)
+            self._process.start()
+            theirs.close()
+            self._is_ready = False
 
     def _received(self, timeout_s: float) -> Any:
         try:
             if self._connection.poll(timeout_s):
                 return self._connection.recv()
             return Failure("Timeout", f"no answer within {timeout_s:.0f} s")
-        except (EOFError, ConnectionError):
+        except ConnectionError:  # the kernel's word for a process that left unread what it was sent
+            return _UNSEEN
+        except EOFError:
             self._process.join(5)
             return Failure("Crash", f"the measuring process died with exit code {self._process.exitcode}")
 
     def _get_ready(self) -> None:
         """Raises MoEExtError where the process does not come up."""
+        if self._is_ready and self._process.is_alive():
+            return
+        if self._is_ready:
+            self._end()
         for _ in range(_STARTS):
-            if self._is_ready and self._process.is_alive():
-                return
-            if self._is_ready:
-                self._end()
+            if self._connection.closed:
                 self._start()
             said = self._received(self._start_timeout_s)
             if not isinstance(said, Failure):
@@ -122,7 +141,6 @@ class Worker:
             self._end()
             if said.kind != "Crash":
                 break
-            self._start()
         raise MoEExtError(f"the measuring process did not start: {said.kind}: {said.message}")
 
     @property
@@ -137,23 +155,34 @@ class Worker:
             return self._device_name or ""
 
     def ask(self, question: Question) -> Answer:
-        """The answer to the question; a Failure costs this question alone.
+        """The answer to the question; a Failure costs this question alone. Interrupted where another thread closes.
 
         Raises:
             MoEExtError: the process does not start any more.
         """
         with self._asking:
-            self._get_ready()
             try:
-                self._connection.send(question)
-            except ConnectionError:
-                return Failure("Crash", "the measuring process died")
-            answer: Answer = self._received(self._timeout_s)
-            if isinstance(answer, Failure) and answer.kind in ("Timeout", "Crash", _FATAL):
-                log.warning("%s: starting the measuring process again", answer.message)
-                self._end()
-                self._start()
-            return answer
+                answer = self._asked(question)
+                if answer is _UNSEEN:  # whatever ended the process, this candidate did not
+                    answer = self._asked(question)
+            except MoEExtError:
+                if not self._is_closed:
+                    raise
+                return _CLOSED
+            return _CLOSED if self._is_closed and isinstance(answer, Failure) else answer
+
+    def _asked(self, question: Question) -> Answer:
+        self._get_ready()
+        try:
+            self._connection.send(question)
+            answer: Answer = self._received(self._timeout_s or TIMEOUTS_S[type(question)])
+        except ConnectionError:
+            answer = _UNSEEN
+        if isinstance(answer, Failure) and answer.kind in ("Timeout", "Crash", _FATAL):
+            self._end()
+            self._start()
+            log.warning("%s: starting the measuring process again", answer.message)
+        return answer
 
     def _end(self) -> None:
         self._connection.close()
@@ -163,6 +192,9 @@ class Worker:
             self._process.join()
 
     def close(self) -> None:
-        """End the process, whatever it does."""
-        self._process.kill()
-        self._end()
+        """End the process, whatever it does; any thread may."""
+        with self._starting_or_closing:
+            self._is_closed = True
+            self._process.kill()
+        with self._asking:  # who asks has just heard that the process died
+            self._end()

@@ -5,6 +5,7 @@ It stands for a GPU, which is not here: what hangs, dies or ends CUDA there does
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -15,7 +16,7 @@ import torch
 
 from sglang_moe_ext.tuning.questions import Answer, Check, Checked, Question, Race, Raced, Screen, Screened
 
-FINE, RAISES, HANGS, EXITS, SEGFAULTS, STICKY, OUT_OF_MEMORY = range(1, 8)
+FINE, RAISES, HANGS, EXITS, SEGFAULTS, STICKY, OUT_OF_MEMORY, POISONS, WARNS = range(1, 10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,14 @@ class MakeBench:
 
 class FakeBench:
     device_name = "NVIDIA H200"
+    _is_poisoned = False
+
+    def is_well(self) -> bool:
+        return not self._is_poisoned
 
     def answer(self, question: Question) -> Answer:
+        if self._is_poisoned:
+            raise torch.AcceleratorError("an earlier kernel's illegal memory access")
         match question.tokens:
             case 2:
                 raise ValueError("refused\nwith a second line")
@@ -53,6 +60,13 @@ class FakeBench:
                 raise torch.AcceleratorError("an illegal memory access was encountered")
             case 7:
                 raise torch.cuda.OutOfMemoryError("no memory")
+            case 8:
+                self._is_poisoned = True
+                raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+            case 9:
+                for name in ("sglang_moe_ext.tuning", "an_engine"):
+                    logging.getLogger(name).warning("%s warns", name)
+                    logging.getLogger(name).info("%s chats", name)
         match question:
             case Screen():
                 return Screened(tuple((float(group),) * question.samples for group in question.groups))

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEShape, Resources
-from sglang_moe_ext.tuning.compile import Compiled, KernelSource, compile_all
+from sglang_moe_ext.tuning.binaries import Compiled, KernelSource
+from sglang_moe_ext.tuning.compile import compile_all
 from sglang_moe_ext.tuning.compile_cache import CompileCache
 from tests.tuning import fake_kernel
 from tests.tuning.fake_kernel import EXITS, FINE, OUT_OF_MEMORY, RAISES, REFUSED, SEGFAULTS

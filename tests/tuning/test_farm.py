@@ -5,13 +5,14 @@ The kernel of these tests is `fake_kernel`; every process that a farm starts is 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sglang_moe_ext.core import Failure, Resources
-from sglang_moe_ext.tuning import farm as crew
-from sglang_moe_ext.tuning.compile import Farm, KernelSource
+from sglang_moe_ext.tuning import crew
+from sglang_moe_ext.tuning.binaries import KernelSource
 from sglang_moe_ext.tuning.compile_cache import CompileCache
 from sglang_moe_ext.tuning.compile_worker import Nursery, Worker
+from sglang_moe_ext.tuning.farm import Farm
 from tests.tuning import fake_kernel
 from tests.tuning.fake_kernel import (
     EXITS,
@@ -280,7 +282,22 @@ def test_a_kernel_module_that_is_not_there_is_named() -> None:
 def test_a_kernel_that_could_not_be_imported_fails_later_jobs_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(fake_kernel.ON_IMPORT, "raises")
     with farm() as unable:
-        assert unable.result(job(1)) == unable.result(job(2))
+        assert unable.result(job(1)) == unable.result(job(2)) == unable.unable
+
+
+def test_a_farm_that_was_closed_was_not_unable() -> None:
+    with farm() as closed:
+        closed.result(job(1))
+    assert closed.unable is None
+
+
+@pytest.mark.parametrize("does", UNABLE)
+def test_that_nothing_can_be_compiled_is_told_from_what_a_job_does(does: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(fake_kernel.ON_IMPORT, does)
+    monkeypatch.setattr(crew, "START_TIMEOUT_S", 1.0 if does == "hangs" else PATIENCE_S)
+    with farm() as unable:
+        found = unable.result(job(1))
+    assert isinstance(found, Failure) and found.kind == "FarmUnable"
 
 
 def test_that_a_kernel_could_not_be_imported_is_no_knowledge_of_its_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,12 +310,28 @@ def test_that_a_kernel_could_not_be_imported_is_no_knowledge_of_its_jobs(monkeyp
         assert able.result(job(1)) == Resources(1, 64, 0)
 
 
-def test_a_nursery_that_is_killed_leaves_no_question_open(log: Path) -> None:
-    with farm() as orphaned:
-        orphaned.want([job(1, WAITS)])
-        assert until(lambda: begun(log) == [1])
-        os.kill(nursery(log), signal.SIGKILL)
-        assert isinstance(orphaned.result(job(1, WAITS)), Failure) and isinstance(orphaned.result(job(2)), Failure)
+@contextlib.contextmanager
+def orphaned(log: Path, times: int) -> Iterator[Farm]:
+    """A farm whose nursery was killed so many times while it compiled job 1, which waits."""
+    with farm() as busy:
+        busy.want([job(1, WAITS)])
+        for time_ in range(1, times + 1):
+            assert until(lambda: begun(log) == [1] * time_)  # noqa: B023 - asked at once
+            os.kill(nursery(log), signal.SIGKILL)
+        yield busy
+
+
+def test_a_nursery_that_is_killed_is_started_once_more_and_costs_no_job(log: Path) -> None:
+    with orphaned(log, 1) as able:
+        release(log)
+        found = [able.result(job(1, WAITS)), able.result(job(2))]
+        assert (found, able.unable) == ([Resources(1, 64, 0), Resources(2, 64, 0)], None)
+
+
+def test_a_nursery_that_is_killed_twice_leaves_no_question_open(log: Path) -> None:
+    with orphaned(log, 2) as unable:
+        found = [unable.result(job(1, WAITS)), unable.result(job(2))]
+        assert [each.kind for each in found if isinstance(each, Failure)] == ["FarmUnable"] * 2
 
 
 def test_a_farm_that_is_closed_leaves_no_process(log: Path) -> None:
@@ -362,7 +395,7 @@ def test_a_failure_of_the_farm_itself_leaves_no_question_open() -> None:
         raise ValueError("no terminal")
 
     with farm(progress=progress) as broken:
-        assert isinstance(broken.result(job(2)), Failure)
+        assert broken.result(job(2)) == broken.unable
 
 
 OWNER = """

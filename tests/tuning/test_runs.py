@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from sglang_moe_ext.core import StoreError
-from sglang_moe_ext.tuning import runs
+from sglang_moe_ext.tuning import old_runs, run_folders, runs
 from sglang_moe_ext.tuning.journal import Journal
 from tests.tuning.journal_strategies import answer_of, halving, question
 
@@ -182,7 +182,9 @@ def test_where_every_unfinished_run_is_held_that_is_said() -> None:
 
 def test_a_run_under_other_circumstances_is_not_the_newest() -> None:
     interrupted()
-    with pytest.raises(StoreError, match=r"no unfinished run under these circumstances .*begin"):
+    with pytest.raises(
+        StoreError, match=r"no unfinished run under these circumstances .*: leave --resume out to begin a new one$"
+    ):
         runs.resumed({**CIRCUMSTANCES, "seed": 1}, None)
 
 
@@ -192,7 +194,7 @@ def test_a_named_run_under_other_circumstances_is_refused_with_both_values() -> 
         runs.resumed({**CIRCUMSTANCES, "seed": 1}, folder)
 
 
-@pytest.mark.parametrize("named", [".", runs.JOURNAL], ids=["its folder", "its journal"])
+@pytest.mark.parametrize("named", [".", run_folders.JOURNAL], ids=["its folder", "its journal"])
 def test_a_run_is_named_by(named: str) -> None:
     folder = interrupted()
     with runs.resumed(CIRCUMSTANCES, folder / named) as run:
@@ -241,12 +243,12 @@ def test_no_hint_where_the_only_run_is_going_on() -> None:
 
 @pytest.mark.parametrize("text", ["", '{"format":1,', "garbage\n"], ids=["empty", "cut short", "garbage"])
 def test_a_run_whose_journal_never_began_is_not_resumed(text: str) -> None:
-    (interrupted() / runs.JOURNAL).write_text(text)
+    (interrupted() / run_folders.JOURNAL).write_text(text)
     assert runs.unfinished(CIRCUMSTANCES) is None
 
 
 def test_a_run_that_was_refused_for_its_journal_is_free_for_the_next() -> None:
-    journal = interrupted() / runs.JOURNAL
+    journal = interrupted() / run_folders.JOURNAL
     whole = journal.read_bytes()
     journal.write_bytes(whole.replace(b'{"s"', b'{"x"'))
     with pytest.raises(StoreError, match=":2: expected") as refused:
@@ -257,9 +259,9 @@ def test_a_run_that_was_refused_for_its_journal_is_free_for_the_next() -> None:
 
 
 def test_the_newest_finished_runs_are_kept(store: Path) -> None:
-    made = [finished() for _ in range(runs.FINISHED_KEPT + 3)]
+    made = [finished() for _ in range(old_runs.FINISHED_KEPT + 3)]
     with runs.begin(CIRCUMSTANCES) as run:
-        assert set(store.iterdir()) == {*made[-runs.FINISHED_KEPT :], run.folder}
+        assert set(store.iterdir()) == {*made[-old_runs.FINISHED_KEPT :], run.folder}
 
 
 @pytest.mark.parametrize(("days", "stays"), [(29, True), (31, False)])
@@ -268,6 +270,33 @@ def test_an_unfinished_run_is_removed_when_it_was_left_for_a_month(days: int, st
     aged(folder, days)
     runs.begin(CIRCUMSTANCES).close()
     assert folder.exists() == stays
+
+
+def with_binaries(folder: Path) -> Path:
+    """One more binary in that run."""
+    (folder / "triton" / "kernel.cubin").touch()
+    return folder / "triton" / "kernel.cubin"
+
+
+def test_of_unfinished_runs_the_newest_alone_keeps_its_binaries() -> None:
+    older, newest = with_binaries(interrupted()), with_binaries(interrupted())
+    runs.begin(CIRCUMSTANCES).close()
+    assert (older.exists(), newest.exists()) == (False, True)
+
+
+def test_a_run_without_its_binaries_is_gone_on_with() -> None:
+    older = interrupted()
+    interrupted()
+    runs.begin(CIRCUMSTANCES).close()
+    with runs.resumed(CIRCUMSTANCES, older) as run:
+        assert run.triton_cache.is_dir() and run.journal.answer(question(1)) is not None
+
+
+def test_a_run_that_is_held_keeps_its_binaries_beside_the_newest_that_is_not() -> None:
+    with runs.begin(CIRCUMSTANCES) as run:
+        held, newest = with_binaries(run.folder), with_binaries(interrupted())
+        runs.begin(CIRCUMSTANCES).close()
+        assert (held.exists(), newest.exists()) == (True, True)
 
 
 def test_a_run_that_is_held_is_never_removed() -> None:

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sglang_moe_ext.core import CompileKey, Failure, MoEExtError, TileConfig
-from sglang_moe_ext.tuning.questions import Check, Checked, Race, Raced, Screen, Screened
-from sglang_moe_ext.tuning.worker import Worker
-from tests.tuning.fake_bench import EXITS, FINE, HANGS, OUT_OF_MEMORY, RAISES, SEGFAULTS, STICKY, MakeBench
+from sglang_moe_ext.tuning.questions import Check, Checked, Question, Race, Raced, Screen, Screened
+from sglang_moe_ext.tuning.worker import TIMEOUTS_S, Worker
+from tests.tuning.fake_bench import (
+    EXITS,
+    FINE,
+    HANGS,
+    OUT_OF_MEMORY,
+    POISONS,
+    RAISES,
+    SEGFAULTS,
+    STICKY,
+    WARNS,
+    MakeBench,
+)
 
 KEY = CompileKey(16, 64, 64, 4, 3)
 PAIR = {"up": TileConfig(16, 64, 64, 1, 4, 3), "down": TileConfig(16, 64, 64, 1, 4, 3)}
@@ -51,6 +66,11 @@ MISHAPS = {
     "exit": (EXITS, "Crash", "the measuring process died with exit code 7"),
     "segfault": (SEGFAULTS, "Crash", "the measuring process died with exit code -11"),
     "sticky CUDA error": (STICKY, "CudaError", "an illegal memory access was encountered"),
+    "sticky error of Triton's": (
+        POISONS,
+        "CudaError",
+        "Triton Error [CUDA]: an illegal memory access was encountered",
+    ),
     "out of memory": (OUT_OF_MEMORY, "OutOfMemoryError", "no memory"),
 }
 
@@ -75,7 +95,7 @@ def test_a_kernel_that_hangs_costs_its_time_limit_and_one_question(starts: Path)
         worker.close()
 
 
-@pytest.mark.parametrize(("does", "begun"), [(RAISES, 1), (OUT_OF_MEMORY, 1), (STICKY, 2)])
+@pytest.mark.parametrize(("does", "begun"), [(RAISES, 1), (OUT_OF_MEMORY, 1), (STICKY, 2), (POISONS, 2)])
 def test_the_process_begins_anew_only_where_the_gpu_cannot_forget(
     worker: Worker, starts: Path, does: int, begun: int
 ) -> None:
@@ -97,6 +117,45 @@ def test_a_process_that_never_starts_is_an_error(starts: Path) -> None:
     with pytest.raises(MoEExtError, match="the measuring process did not start: Crash"):
         worker.ask(screen())
     worker.close()
+
+
+def test_a_process_that_never_starts_is_not_started_again_when_it_is_given_up(starts: Path) -> None:
+    worker = Worker(MakeBench(starts, failing_starts=100))
+    with pytest.raises(MoEExtError):
+        worker.ask(screen())
+    assert (starts.stat().st_size, multiprocessing.active_children()) == (3, [])
+    worker.close()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [screen(), Race(FINE, (PAIR,), 3), Check(FINE, PAIR)],  # type: ignore[arg-type]
+    ids=["screen", "race", "check"],
+)
+def test_each_kind_of_question_has_its_time(asked: Question, starts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hanging = replace(asked, tokens=HANGS)
+    monkeypatch.setitem(TIMEOUTS_S, type(asked), 1.0)
+    worker = Worker(MakeBench(starts))
+    try:
+        assert worker.ask(hanging) == Failure("Timeout", "no answer within 1 s")
+    finally:
+        worker.close()
+
+
+def test_a_process_that_dies_before_it_sees_the_question_costs_nothing(worker: Worker) -> None:
+    assert worker.device_name and worker._process.pid is not None
+    os.kill(worker._process.pid, signal.SIGSTOP)
+    threading.Timer(0.5, os.kill, [worker._process.pid, signal.SIGKILL]).start()
+    assert worker.ask(screen()) == SCREENED
+
+
+def test_our_own_warnings_are_heard_and_no_others(capfd: pytest.CaptureFixture[str], starts: Path) -> None:
+    worker = Worker(MakeBench(starts))
+    try:
+        worker.ask(screen(WARNS))
+    finally:
+        worker.close()
+    assert capfd.readouterr().err == "sglang_moe_ext.tuning warns\n"
 
 
 def test_an_engine_that_cannot_be_imported_is_an_error_in_its_own_words(starts: Path) -> None:
@@ -131,3 +190,42 @@ def test_close_does_not_wait_for_what_the_process_does(starts: Path) -> None:
     begun = time.monotonic()
     worker.close()
     assert time.monotonic() - begun < 5 and not worker._process.is_alive()
+
+
+@pytest.fixture(params=["while it starts", "while it answers"])
+def waiting(request: pytest.FixtureRequest, worker: Worker) -> tuple[threading.Thread, list[object]]:
+    """A thread that asks what is never answered, and what it got."""
+    if request.param == "while it answers":
+        assert worker.device_name
+    got: list[object] = []
+    thread = threading.Thread(target=lambda: got.append(worker.ask(screen(HANGS))), daemon=True)
+    thread.start()
+    time.sleep(0.2)
+    return thread, got
+
+
+def test_who_asks_while_it_is_closed_is_interrupted(
+    worker: Worker, waiting: tuple[threading.Thread, list[object]]
+) -> None:
+    thread, got = waiting
+    worker.close()
+    thread.join(5)
+    assert got == [Failure("Interrupted", "the measuring process was closed")]
+
+
+@pytest.mark.usefixtures("waiting")
+def test_no_process_is_started_once_it_is_closed(worker: Worker) -> None:
+    worker.close()
+    worker.ask(screen())
+    assert multiprocessing.active_children() == []
+
+
+def test_who_wants_the_name_of_a_closed_one_is_told(worker: Worker) -> None:
+    worker.close()
+    with pytest.raises(MoEExtError, match="was closed"):
+        worker.device_name  # noqa: B018 - it waits for the process
+
+
+def test_it_can_be_closed_again(worker: Worker) -> None:
+    worker.close()
+    worker.close()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sglang_moe_ext.core import EngineError, Gpu, MoEShape, TileConfig
 
@@ -81,11 +82,13 @@ class Asked:
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         """`environment`: of the process (SGLANG_MOE_CONFIG_DIR, PYTHONPATH), by default our own."""
+        # Files, not pipes, which an engine that says much while it is imported would fill before anybody reads them.
+        self._said, self._complaints = (tempfile.TemporaryFile("w+", errors="replace") for _ in range(2))  # noqa: SIM115 - close() does
         self._child = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "sglang_moe_ext.engines.sglang.lookup_child"],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=self._said,
+            stderr=self._complaints,
             text=True,
             env=None if environment is None else dict(environment),
         )
@@ -97,10 +100,12 @@ class Asked:
             EngineError: the engine could not be asked, or its lookup raised.
         """
         try:
-            said, complaints = self._child.communicate(json.dumps(_request(question)), timeout=TIMEOUT_S)
+            self._child.communicate(json.dumps(_request(question)), timeout=TIMEOUT_S)
+            said, complaints = _read(self._said), _read(self._complaints)
         except subprocess.TimeoutExpired as error:
-            self.close()
             raise EngineError(f"SGLang did not answer which table it takes within {TIMEOUT_S:.0f} s") from error
+        finally:
+            self.close()
         if self._child.returncode != 0:
             reason = complaints.strip().splitlines() or [f"exit status {self._child.returncode}"]
             raise EngineError(f"SGLang's own table lookup failed: {reason[-1]}")
@@ -115,6 +120,13 @@ class Asked:
         """End the process, asked or not."""
         self._child.kill()
         self._child.communicate()
+        self._said.close()
+        self._complaints.close()
+
+
+def _read(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
 
 
 def ask(question: Question, environment: Mapping[str, str] | None = None) -> Answer:
