@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_moe_ext import __version__
-from sglang_moe_ext.core import CompileJob, TileConfig
-from sglang_moe_ext.engines.sglang import lookup
+from sglang_moe_ext.core import CompileJob, EngineError, TileConfig
+from sglang_moe_ext.engines.sglang import installation, lookup
 from sglang_moe_ext.tuning import candidates, fleet, on_gpu, pickup, ray_fleet, runs
 from sglang_moe_ext.tuning.bench import Setup
 from sglang_moe_ext.tuning.binaries import KernelSource
@@ -21,6 +21,7 @@ from sglang_moe_ext.tuning.records import driver_version, version_of
 from sglang_moe_ext.tuning.rematch import Measured
 from sglang_moe_ext.tuning.request import Measuring, Progress, Request
 from sglang_moe_ext.tuning.runs import Run
+from sglang_moe_ext.tuning.sources import kernel_source
 from sglang_moe_ext.tuning.station import FarmLike, LocalStation, Station, WorkerLike
 from sglang_moe_ext.tuning.worker import Worker
 
@@ -127,6 +128,10 @@ class _OnNode:
     measuring: Measuring
 
     def __call__(self, cores: int, scratch: Path) -> tuple[FarmLike, WorkerLike]:
+        """Raises EngineError where the node has another kernel: its times would say nothing of ours."""
+        there = kernel_source(installation.find())
+        if there.fingerprint != self.source.fingerprint:
+            raise EngineError(f"it has {there.name}: expected the very {self.source.name} that is here")
         setup = Setup(self.request.shape, self.measuring.routing, self.request.seed, scratch)
         farm = Farm(self.source, cache=CompileCache(default_path()), triton_cache=scratch, workers=cores)
         return farm, Worker(setup)

@@ -21,7 +21,7 @@ from sglang_moe_ext.engines.sglang.lookup import Question
 from tests.engines.installed import ENGINE_VERSIONS, run_in_engine
 
 CHILD = Path(__file__).parent / "children" / "engine_contract.py"
-FUNCTIONS = ("invoke_fused_moe_kernel", "moe_align_block_size", "try_get_optimal_moe_config")
+FUNCTIONS = ("invoke_fused_moe_kernel", "moe_align_block_size", "try_get_optimal_moe_config", "fused_experts_impl")
 DEVICES = ("NVIDIA H200", "NVIDIA RTX PRO 6000 Blackwell Server Edition")
 QUANTISATIONS = (
     Quantisation(),

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from sglang_moe_ext.core import MoEExtError, StoreError
-from sglang_moe_ext.engines.sglang import lookup
+from sglang_moe_ext.core import EngineError, MoEExtError, StoreError
+from sglang_moe_ext.engines.sglang import installation, lookup
 from sglang_moe_ext.tuning import measured_run, pickup, plan
 from sglang_moe_ext.tuning.binaries import KernelSource
 from sglang_moe_ext.tuning.journal import Journal
@@ -242,3 +242,11 @@ def test_the_measuring_processes_end_when_the_engine_gives_no_incumbents(monkeyp
     with opened() as run, pytest.raises(MoEExtError, match="does not answer"):
         results(run)
     assert [worker._process.is_alive() for worker in made] == [False]
+
+
+def test_a_node_with_another_kernel_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installation, "find", lambda: None)
+    other = KernelSource("SGLang 0.5.15's own kernel", "sglang_moe_ext.kernels.offline", "another", True)
+    make = measured_run._OnNode(other, REQUEST, MEASURING)
+    with pytest.raises(EngineError, match=r"it has our own kernel.*: expected the very SGLang 0\.5\.15's own kernel"):
+        make(2, tmp_path)

@@ -14,7 +14,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from sglang_moe_ext.core import MoEShape, TileConfig
-from sglang_moe_ext.engines.sglang import bootstrap, installation, kernel, lookup_child
+from sglang_moe_ext.engines.sglang import bootstrap, installation, kernel, lookup_child, whole_layer
+from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.engines.sglang.whole_layer import LayerTensors
 
 CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
@@ -39,18 +41,22 @@ def misfit(function: Callable[..., Any], name: str) -> str | None:
     return None
 
 
-def record_our_calls(config: Any, lookup: dict[str, Any]) -> None:
+def record_our_calls(engine: Installation, config: Any, lookup: dict[str, Any]) -> None:
+    layer = SimpleNamespace(fused_experts_impl=recorded("fused_experts_impl", None), moe_sum_reduce=None)
     recorder = kernel.Engine(
-        "recorded",
+        engine.version,
         kernels=SimpleNamespace(invoke_fused_moe_kernel=recorded("invoke_fused_moe_kernel", None)),
         aligner=SimpleNamespace(moe_align_block_size=recorded("moe_align_block_size", (None, None, None))),
+        layer=layer,
     )
     recorder.align(None, 16, 8)  # type: ignore[arg-type]
     tensors = kernel.GemmTensors(*[None] * 9)  # type: ignore[arg-type]
-    kernel.launch(recorder, MoEShape(8, 64, 64, 2), "up", tensors, TileConfig(16, 32, 64, 1, 4, 2))
+    shape, tile = MoEShape(8, 64, 64, 2), TileConfig(16, 32, 64, 1, 4, 2)
+    kernel.launch(recorder, shape, "up", tensors, tile)
+    whole_layer.run(recorder, shape, LayerTensors(*[None] * 7), tile, tile)  # type: ignore[arg-type]
     real = config.try_get_optimal_moe_config
     config.try_get_optimal_moe_config = recorded("try_get_optimal_moe_config", ({}, (None, None)))
-    lookup_child.answer(lookup)
+    lookup_child.answer(engine, config, lookup)
     config.try_get_optimal_moe_config = real
 
 
@@ -75,12 +81,13 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         "invoke_fused_moe_kernel": bootstrap.import_engine(engine.kernel_module).invoke_fused_moe_kernel,
         "moe_align_block_size": bootstrap.import_engine(engine.align_module).moe_align_block_size,
         "try_get_optimal_moe_config": config.try_get_optimal_moe_config,
+        "fused_experts_impl": bootstrap.import_engine(engine.layer_module).fused_experts_impl,
     }
-    record_our_calls(config, next(iter(request["lookups"].values())))
+    record_our_calls(engine, config, next(iter(request["lookups"].values())))
     lookups = {}
     for name, lookup in request["lookups"].items():
         config.get_moe_configs.cache_clear()
-        lookups[name] = lookup_child.answer(lookup)
+        lookups[name] = lookup_child.answer(engine, config, lookup)
     return {
         "names": [file_name(config, case) for case in request["names"]],
         "misfits": {name: misfit(function, name) for name, function in functions.items()},
