@@ -134,7 +134,7 @@ def raced(track: Track, choices: Mapping[str, Mapping[int, Pair]], rounds: int =
             for job in candidates.pair_jobs(pair, track.shape, m, track.gpu.sm)
         ]
         source = kernel_source(installation.find())
-        compile_all(source, list(dict.fromkeys(jobs)), cache=CompileCache(None), triton_cache=Path(triton_cache))
+        compile_all(source, jobs, cache=CompileCache(None), triton_cache=Path(triton_cache))
         worker = Worker(Setup(track.shape, track.routing, track.seed, Path(triton_cache)))
         try:
             return {m: compare(m, of_m, worker.ask, rounds) for m, of_m in by_tokens.items()}

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import get_args
 
-from sglang_moe_ext.core import PROJECTIONS, Gpu, MoEExtError, MoEShape, Projection
+from sglang_moe_ext.core import Gpu, MoEExtError, MoEShape
 from sglang_moe_ext.engines.sglang import tma
 from sglang_moe_ext.engines.sglang.installation import Installation
 from sglang_moe_ext.tuning import captured, fleet, given_configs, ray_fleet, routing
@@ -15,7 +15,6 @@ from sglang_moe_ext.tuning.request import Measuring
 from sglang_moe_ext.tuning.search import EffortName
 
 _EFFORT: EffortName = "full"
-_FIRST_TMA_SM = 90
 _LARGEST_SEED = 2**32 - 1
 
 
@@ -139,23 +138,13 @@ def measuring(arguments: argparse.Namespace, shape: MoEShape, gpu: Gpu, engine: 
     """
     return Measuring(
         effort=arguments.effort,
-        with_tma=_with_tma(shape, gpu, engine),
+        with_tma=tma.gemms_with_tma(shape.quantisation, engine.version, gpu.sm),
         budget_s=arguments.budget,
         routing=_routing(arguments, shape),
         gpus=() if arguments.ray is not None else _gpus(arguments.gpus, gpu),
         ray=arguments.ray,
         resume=arguments.resume,
     )
-
-
-def _with_tma(shape: MoEShape, gpu: Gpu, engine: Installation) -> tuple[Projection, ...]:
-    if gpu.sm < _FIRST_TMA_SM:
-        return ()
-    is_right: dict[Projection, bool] = {
-        "up": tma.up_tma_is_right(shape.quantisation, engine.version),
-        "down": tma.down_tma_is_right(shape.quantisation),
-    }
-    return tuple(projection for projection in PROJECTIONS if is_right[projection])
 
 
 def _gpus(wanted: str | None, gpu: Gpu) -> tuple[str, ...]:

@@ -9,10 +9,10 @@ from typing import Any
 
 from sglang_moe_ext.core import Failure, MoEShape, TileConfig
 from sglang_moe_ext.store import tables
-from sglang_moe_ext.tuning.comparison import TODAY, Timed, is_right
+from sglang_moe_ext.tuning.comparison import TODAY, Timed
 from sglang_moe_ext.tuning.predict import Predicted
 from sglang_moe_ext.tuning.questions import Pair
-from sglang_moe_ext.tuning.rematch import Measured
+from sglang_moe_ext.tuning.rematch import Measured, is_right
 from sglang_moe_ext.tuning.statistics import Interval
 
 _LONGEST_REASON = 160

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.vs_upstream.timed_run import Run, timed
 from sglang_moe_ext import layer_arguments
 from sglang_moe_ext.core import EngineError, Gpu, MoEShape
 from sglang_moe_ext.engines.sglang import lookup
-from sglang_moe_ext.tuning import destinations
+from sglang_moe_ext.tuning import destinations, pickup
 from sglang_moe_ext.tuning.given_configs import pairs_of_tables, parse_tables
 from sglang_moe_ext.tuning.questions import Pair
 
@@ -67,6 +66,4 @@ def choice(output_dir: Path, shape: MoEShape, gpu: Gpu, tokens: int) -> Pair:
 
 def engines_choice(shape: MoEShape, tokens: int) -> Pair:
     """Raises EngineError where the engine cannot be asked."""
-    answer = lookup.ask(lookup.Question(shape, [tokens]))
-    up = answer.up[tokens]
-    return {"up": up, "down": answer.down[tokens] or replace(up, use_tma=False)}
+    return pickup.pairs_of(lookup.ask(lookup.Question(shape, [tokens])))[tokens]

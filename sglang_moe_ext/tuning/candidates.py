@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
-from sglang_moe_ext.core import PROJECTIONS, CompileJob, CompileKey, Gpu, MoEShape, Projection, TileConfig
+from sglang_moe_ext.core import (
+    PROJECTIONS,
+    CompileJob,
+    CompileKey,
+    Failure,
+    Gpu,
+    MoEShape,
+    Projection,
+    Resources,
+    TileConfig,
+)
 from sglang_moe_ext.engines.sglang.specialisation import representative_tokens
 from sglang_moe_ext.tuning import predict, wave_model
 from sglang_moe_ext.tuning.questions import Pair
 from sglang_moe_ext.tuning.request import Measuring, Request
-from sglang_moe_ext.tuning.search import EFFORTS
+from sglang_moe_ext.tuning.search import EFFORTS, groups_by_key
 
 Candidates = dict[Projection, list[TileConfig]]
 
@@ -37,12 +47,11 @@ def listed(
     the very best of those comes first in both: a search that ends early has a pair.
     `with_tma`: the GEMMs that are timed with TMA too.
     """
-    for_both = [config.compile_key for config in predict.by_estimate(kept, shape, gpu, tokens)]
+    for_both = groups_by_key(predict.by_estimate(kept, shape, gpu, tokens))
+    shared = list(for_both)[: None if keys is None else keys // 2]
     found: Candidates = {}
     for projection in PROJECTIONS:
-        ranked = _ranked(kept, shape, gpu, tokens, projection)
-        groups = _groups_by_key(ranked)
-        shared = list(dict.fromkeys(for_both))[: None if keys is None else keys // 2]
+        groups = groups_by_key(_ranked(kept, shape, gpu, tokens, projection))
         wanted = set(itertools.islice(dict.fromkeys((*shared, *groups)), keys))
         found[projection] = [
             twin.with_group(group)
@@ -70,13 +79,6 @@ def _ranked(
     return [config for _, config in sorted(map(estimate, kept))]
 
 
-def _groups_by_key(configs: Iterable[TileConfig]) -> dict[CompileKey, list[int]]:
-    groups: dict[CompileKey, list[int]] = {}
-    for config in configs:
-        groups.setdefault(config.compile_key, []).append(config.group_m)
-    return groups
-
-
 def screening_job(shape: MoEShape, tokens: int, projection: Projection, key: CompileKey, sm: int) -> CompileJob:
     """The binary that a screening launches: for any GROUP_SIZE_M."""
     return CompileJob(shape, projection, representative_tokens(shape, tokens), key, sm)
@@ -91,6 +93,16 @@ def screening_jobs(candidates: Candidates, shape: MoEShape, tokens: int, sm: int
             for config in configs
         )
     )
+
+
+def misfit(job: CompileJob, needs: Resources | Failure, gpu: Gpu) -> Failure | None:
+    """What stands against launching that binary on that GPU, None where nothing does."""
+    if isinstance(needs, Failure):
+        return needs
+    if needs.smem_bytes > gpu.smem_per_block:
+        why = f"{needs.smem_bytes} B of shared memory for the {job.projection} GEMM"
+        return Failure("OutOfResources", f"{why}, and a block has {gpu.smem_per_block} B")
+    return None
 
 
 def pair_jobs(pair: Pair, shape: MoEShape, tokens: int, sm: int) -> list[CompileJob]:

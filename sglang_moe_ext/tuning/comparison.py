@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from sglang_moe_ext.core import Failure, MoEShape, TileConfig
+from sglang_moe_ext.core import Failure, TileConfig
 from sglang_moe_ext.tuning import races
 from sglang_moe_ext.tuning.questions import Ask, Check, Checked, Pair
-from sglang_moe_ext.tuning.rematch import TOLERATED_ERROR
 from sglang_moe_ext.tuning.statistics import Interval
 
 TODAY = "today"
@@ -41,11 +40,6 @@ class Compared:
     results: Mapping[str, Timed | Failure]
     noise: float | None
     throttled: str | None
-
-
-def is_right(shape: MoEShape, error: float | Failure) -> bool:
-    """True where a layer with that relative error may serve."""
-    return not isinstance(error, Failure) and error <= TOLERATED_ERROR[shape.quantisation.scheme]
 
 
 def compared(

@@ -55,12 +55,5 @@ def _jobs(request: Request, tokens: int, pair: Pair) -> list[CompileJob]:
 
 
 def _trouble(request: Request, tokens: int, station: Station, pair: Pair) -> Failure | None:
-    limit = request.gpu.smem_per_block
-    for job in _jobs(request, tokens, pair):
-        needs = station.binary(job)
-        if isinstance(needs, Failure):
-            return needs
-        if needs.smem_bytes > limit:
-            why = f"{needs.smem_bytes} B of shared memory for the {job.projection} GEMM, and a block has {limit} B"
-            return Failure("OutOfResources", why)
-    return None
+    misfits = (candidates.misfit(job, station.binary(job), request.gpu) for job in _jobs(request, tokens, pair))
+    return next((misfit for misfit in misfits if misfit is not None), None)

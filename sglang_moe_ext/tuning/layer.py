@@ -63,7 +63,7 @@ class Layer:
     ) -> None:
         import torch
 
-        self.engine, self.shape, self.source, self.seed, self.device = engine, shape, source, seed, device
+        self.engine, self.shape, self.source, self.device = engine, shape, source, device
         self._dtype: torch.dtype = getattr(torch, shape.dtype)
         generator = self._generator(seed, "weights")
         self.weights = {projection: self._weights(generator, *shape.gemm(projection)) for projection in PROJECTIONS}

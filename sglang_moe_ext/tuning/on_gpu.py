@@ -136,12 +136,8 @@ def _screen(of: _Search, task: Task, station: Station) -> Screening:
     station.want(candidates.screening_jobs(task.listed, shape, task.tokens, gpu.sm))
 
     def clean(projection: Projection, key: CompileKey) -> Failure | None:
-        needs = _binary(station, candidates.screening_job(shape, task.tokens, projection, key, gpu.sm))
-        if isinstance(needs, Failure):
-            return needs
-        if needs.smem_bytes > gpu.smem_per_block:
-            return Failure("OutOfResources", f"{needs.smem_bytes} B of shared memory")
-        return None
+        job = candidates.screening_job(shape, task.tokens, projection, key, gpu.sm)
+        return candidates.misfit(job, _binary(station, job), gpu)
 
     ask = of.counted(of.journal.through(station.ask))
     screening = search.screened(task.tokens, task.listed, of.effort, ask, clean, of.budget.share())

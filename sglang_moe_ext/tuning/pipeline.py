@@ -83,9 +83,9 @@ def run(request: Request, progress: Progress) -> Outcome:
             return processes.enter_context(closing(lookup.Asked(pickup.environment(environment))))
 
         today = None if engine is None else ask_later(_environment_today(destination))
-        proves = destination is not None and engine is not None
+        read_by_engine = None if engine is None else destination
         # A measuring run has cores to spare for an engine that gets ready meanwhile; a predicting one needs them all.
-        proof = ask_later(destination.environment) if proves and destination and request.measuring else None
+        proof = ask_later(read_by_engine.environment) if read_by_engine and request.measuring else None
         if request.measuring is not None and today is not None:
             folder = processes.enter_context(measured_run.opened(request, request.measuring, source))
             results: Results = measured_run.results(request, request.measuring, folder, kept, today, source, progress)
@@ -97,9 +97,10 @@ def run(request: Request, progress: Progress) -> Outcome:
         progress("writing", 1, 1)
         if folder is not None:
             folder.finish()
-        if proof is None and proves and destination:
-            proof = ask_later(destination.environment)
-        answer = None if proof is None else _proven(request, stored, destination, proof, progress)
+        answer = None
+        if read_by_engine is not None:
+            proof = proof or ask_later(read_by_engine.environment)
+            answer = _proven(request, stored, read_by_engine, proof, progress)
     return Outcome(
         results=results,
         written=tuple(path for path, result in stored.items() if isinstance(result, Stored)),
@@ -180,13 +181,11 @@ def _places(request: Request, destination: Destination | None, triton: str) -> l
 def _proven(
     request: Request,
     stored: dict[Path, Stored | Refused],
-    destination: Destination | None,
+    destination: Destination,
     proof: lookup.Asked,
     progress: Progress,
 ) -> lookup.Answer | None:
     """The engine's own answer to what was written, None where nothing was."""
-    if destination is None:
-        return None
     names = destinations.table_names(request.shape, request.gpu.device_name)
     up, down = (stored.get(destination.folder / names[which]) for which in (False, True))
     if not isinstance(up, Stored) or not isinstance(down, Stored):

@@ -75,7 +75,7 @@ def screened(
     something was timed of each.
     """
     gemms = {projection: _Gemm(tokens, projection, ask) for projection in PROJECTIONS}
-    groups = {projection: _groups_by_key(configs) for projection, configs in candidates.items()}
+    groups = {projection: groups_by_key(configs) for projection, configs in candidates.items()}
     failures: Counter[str] = Counter()
     tried = 0
 
@@ -130,7 +130,7 @@ def _in_turn(groups: Mapping[Projection, Iterable[CompileKey]]) -> list[tuple[Pr
     return [one for of_place in itertools.zip_longest(*by_gemm) for one in of_place if one is not None]
 
 
-def _groups_by_key(configs: Iterable[TileConfig]) -> dict[CompileKey, tuple[int, ...]]:
+def groups_by_key(configs: Iterable[TileConfig]) -> dict[CompileKey, tuple[int, ...]]:
     """Each binary once, in the order of the candidates, with its groups, best guess first."""
     groups: dict[CompileKey, tuple[int, ...]] = {}
     for config in configs:
@@ -154,9 +154,10 @@ def finalists(screening: Screening, count: int) -> list[Pair]:
     Both GEMMs share the sort of the tokens, and so one BLOCK_SIZE_M. Sums of one path say nothing of the other: a GEMM
     with TMA is faster alone, but has the activation and the quantisation work on the rows that pad the blocks as well.
     """
+    ranked = _pairs(screening.times)
     found: list[Pair] = []
     for use_tma in (False, True):
-        of_path = [pair for _, pair in _pairs(screening.times) if pair["down"].use_tma == use_tma]
+        of_path = [pair for pair in ranked if pair["down"].use_tma == use_tma]
         best = of_path[:count]
         # Were a binary of the first one wrong, or broken in the layer, all that share it would be.
         unlike = next((pair for pair in of_path if not _share_a_binary(pair, of_path[0])), None)
@@ -170,13 +171,14 @@ def _share_a_binary(one: Pair, other: Pair) -> bool:
     return any(one[projection].compile_key == other[projection].compile_key for projection in PROJECTIONS)
 
 
-def _pairs(times: Times) -> list[tuple[float, Pair]]:
+def _pairs(times: Times) -> list[Pair]:
+    """The fastest of each BLOCK_SIZE_M with each other, best sum first."""
     pairs: list[tuple[float, Pair]] = []
     for block_m in sorted({config.block_m for config in times["up"]}):
         best = {projection: _fastest(times[projection], block_m) for projection in PROJECTIONS}
         for (up_us, up), (down_us, down) in itertools.product(best["up"], best["down"]):
             pairs.append((up_us + down_us, {"up": up, "down": down}))
-    return sorted(pairs, key=lambda scored: (scored[0], scored[1]["up"], scored[1]["down"]))
+    return [pair for _, pair in sorted(pairs, key=lambda scored: (scored[0], scored[1]["up"], scored[1]["down"]))]
 
 
 def _fastest(times: dict[TileConfig, float], block_m: int) -> list[tuple[float, TileConfig]]:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from sglang_moe_ext.core import Failure, MoEShape, Quantisation, TileConfig
-from sglang_moe_ext.tuning.comparison import TODAY, Compared, Timed, compared, is_right
+from sglang_moe_ext.tuning.comparison import TODAY, Compared, Timed, compared
 from sglang_moe_ext.tuning.questions import Answer, Check, Checked, Pair, Question, Race, Raced
+from sglang_moe_ext.tuning.rematch import is_right
 from sglang_moe_ext.tuning.statistics import Interval
 
 ROUNDS, ROUTINGS = 16, 4

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from sglang_moe_ext.core import Quantisation
+from sglang_moe_ext.core import PROJECTIONS, Projection, Quantisation
 
+_FIRST_SM = 90
 FIRST_WITH_UP_TMA = (0, 5, 18)
 """Up to 0.5.17 a USE_TMA in the table of the up GEMM reaches the kernel as an argument that it does not have."""
+
+
+def gemms_with_tma(quantisation: Quantisation, version: tuple[int, int, int], sm: int) -> tuple[Projection, ...]:
+    """The GEMMs that run right with USE_TMA in that SGLang, on a GPU of that architecture."""
+    is_right: dict[Projection, bool] = {
+        "up": up_tma_is_right(quantisation, version),
+        "down": down_tma_is_right(quantisation),
+    }
+    return tuple(projection for projection in PROJECTIONS if sm >= _FIRST_SM and is_right[projection])
 
 
 def down_tma_is_right(quantisation: Quantisation) -> bool:
