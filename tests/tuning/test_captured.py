@@ -327,6 +327,13 @@ def test_damage_never_raises_anything_else_than_our_error(
         captured.source(folder, SHAPE)
 
 
+def test_a_dump_that_ends_within_a_number_is_refused_by_name(tmp_path: Path) -> None:
+    """torch's own unpickler raises struct.error then."""
+    (tmp_path / "topk_ids_layer0_idx0.pt").write_bytes(b"G")
+    with pytest.raises(MoEExtError, match=r"topk_ids_layer0_idx0\.pt is no tensor that torch\.save wrote"):
+        captured.source(tmp_path, SHAPE)
+
+
 def test_a_file_too_large_for_ids_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "forward_0.safetensors").open("wb") as file:
         file.truncate(2**40)
