@@ -14,7 +14,7 @@ download() {
 }
 download sglang==0.5.15 transformers==5.12.1 tokenizers==0.22.2 apache-tvm-ffi==0.1.11 flashinfer_python==0.6.12 \
   openai==2.6.1 kernels==0.14.1 outlines==0.1.11 outlines-core==0.1.26 sglang-kernel==0.4.4
-for package in airportsdata annotated-types asttokens blobfile cffi compressed-tensors cuda-python datasets decorator dill \
+for package in airportsdata annotated-types asttokens blobfile cffi compressed-tensors cuda-python cuda-tile datasets decorator dill \
   diskcache distro docstring-parser easydict executing fastapi gguf interegular ipython ipython-pygments-lexers jedi jiter \
   jsonschema jsonschema-specifications lark loguru matplotlib-inline msgspec multiprocess nest-asyncio openai-harmony \
   opentelemetry-api opentelemetry-sdk opentelemetry-semantic-conventions orjson parso partial-json-parser pexpect \
