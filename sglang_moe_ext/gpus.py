@@ -128,6 +128,21 @@ def find(name: str) -> Gpu:
     return _gpu(full)
 
 
+_VARIANT = re.compile(r"( NVL|-3e| D| MIG .*)$")
+
+
+def aliases(gpu: Gpu) -> list[str]:
+    """Known parts that run the same kernels as well: of the same base name, limits, multiprocessors and architecture."""
+    base = _VARIANT.sub("", gpu.device_name)
+    return [
+        other.device_name
+        for other in known().values()
+        if other.device_name != gpu.device_name
+        and _VARIANT.sub("", other.device_name) == base
+        and (other.sm, other.multiprocessors, other.smem_per_block) == (gpu.sm, gpu.multiprocessors, gpu.smem_per_block)
+    ]
+
+
 def detect() -> Gpu | None:
     """The first GPU of this machine, or None where torch is missing or sees none. Initialises CUDA."""
     try:
@@ -139,10 +154,10 @@ def detect() -> Gpu | None:
     device_name = torch.cuda.get_device_name(0)
     if device_name in _FACTS:
         return _gpu(device_name)
-    return _described(device_name, torch.cuda.get_device_properties(0))
+    return described(device_name, torch.cuda.get_device_properties(0))
 
 
-def _described(device_name: str, properties: object) -> Gpu:
+def described(device_name: str, properties: object) -> Gpu:
     """A GPU that the table lacks: limits as the driver states them, rates scaled from a part of its family.
 
     Raises:

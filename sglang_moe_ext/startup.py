@@ -1,56 +1,39 @@
-"""What each Python runs at its start, from a .pth file: waits for upstream's benchmark scripts, patches what they load.
+"""What each Python runs at its start, from a .pth file: waits for SGLang's MoE layer, and for upstream's scripts.
 
-Nothing is imported before they do, not even `__future__`: all processes of the environment pay for what stands here.
+Nothing is imported before they are, not even `__future__`: all processes of the environment pay for what stands here.
 """
 
 import os
-import sys
+
+from sglang_moe_ext import SWITCH, arrivals
 
 TYPE_CHECKING = False  # typing's own would load typing
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-SWITCH = "SGLANG_MOE_EXT_DISABLE"
+LAYER_MODULES = (
+    "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe",
+    "sglang.srt.layers.moe.fused_moe_triton.fused_moe",
+)
+"""As in engines/sglang/targets.py, which is too much to load here."""
+
 MODULE = "common_utils"
 FOLDER = "fused_moe_triton"
 FUNCTION = "get_model_config"
 
 
-class ScriptFinder:
-    """Finds the module where the path has it, if it is upstream's, and then patches it as soon as it has been run."""
+def _attach(layer: "ModuleType") -> None:
+    try:
+        from sglang_moe_ext.serving.plugin import attach
 
-    def find_spec(
-        self, fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
-    ) -> "ModuleSpec | None":
-        if fullname != MODULE:
-            return None
-        try:
-            return _spec(path, target)
-        except Exception:  # an import that would work without us must work with us
-            return None
-
-
-def _spec(path: "Sequence[str] | None", target: "ModuleType | None") -> "ModuleSpec | None":
-    from importlib.machinery import PathFinder
-
-    spec = PathFinder.find_spec(MODULE, path, target)
-    if spec is None or spec.origin is None or spec.loader is None:
-        return None
-    if not spec.origin.endswith(os.sep + os.path.join(FOLDER, f"{MODULE}.py")):
-        return None
-    run = spec.loader.exec_module
-
-    def exec_module(module: "ModuleType") -> None:
-        run(module)
-        _patch(module)
-
-    vars(spec.loader)["exec_module"] = exec_module  # the loader is this spec's alone
-    return spec
+        attach(layer, "the startup file")
+    except Exception as error:  # the engine runs as if we were not installed
+        _say(f"cannot hook {layer.__name__}: {error!r}")
 
 
 def _patch(module: "ModuleType") -> None:
+    if not (module.__file__ or "").endswith(os.sep + os.path.join(FOLDER, f"{MODULE}.py")):
+        return  # somebody else's module of that name
     try:
         from sglang_moe_ext.engines.sglang.benchmark_scripts import patched
 
@@ -58,14 +41,19 @@ def _patch(module: "ModuleType") -> None:
         if callable(names.get(FUNCTION)):
             names[FUNCTION] = patched(names[FUNCTION])
     except Exception as error:  # the script runs as if we were not installed
-        import logging
+        _say(f"cannot patch {module.__file__}: {error!r}")
 
-        logging.getLogger(__name__).warning("sglang-moe-ext cannot patch %s: %r", module.__file__, error)
+
+def _say(text: str) -> None:
+    import logging
+
+    logging.getLogger(__name__).warning("sglang-moe-ext %s", text)
 
 
 def install() -> None:
-    """Put the finder first, once; SGLANG_MOE_EXT_DISABLE=1 keeps it out."""
+    """Wait from now on; SGLANG_MOE_EXT_DISABLE=1 keeps us out."""
     if os.environ.get(SWITCH, "0") not in ("", "0"):
         return
-    if not any(isinstance(finder, ScriptFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, ScriptFinder())
+    arrivals.expect(MODULE, _patch)
+    for name in LAYER_MODULES:
+        arrivals.expect(name, _attach)

@@ -80,16 +80,16 @@ def described(**properties: int) -> object:
 
 
 def test_an_unlisted_gpu_takes_its_limits_from_the_driver() -> None:
-    gpu = gpus._described("NVIDIA H100 New", described(shared_memory_per_block_optin=200_000))
+    gpu = gpus.described("NVIDIA H100 New", described(shared_memory_per_block_optin=200_000))
     assert gpu.smem_per_block == 200_000
 
 
 def test_an_unlisted_gpu_takes_its_rates_from_its_family_by_multiprocessors() -> None:
     relative = gpus.find("H100")
-    gpu = gpus._described("NVIDIA H100 New", described(multi_processor_count=relative.multiprocessors // 2))
+    gpu = gpus.described("NVIDIA H100 New", described(multi_processor_count=relative.multiprocessors // 2))
     assert gpu.bf16_tflops == relative.bf16_tflops / 2
 
 
 def test_an_unlisted_gpu_of_an_unknown_family_is_refused() -> None:
     with pytest.raises(GpuError, match="compute capability 75"):
-        gpus._described("Tesla T4", described(major=7, minor=5))
+        gpus.described("Tesla T4", described(major=7, minor=5))

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Make .venv (torch, Triton, transformers, the tools of ./check) and .engines (the real SGLang, seven releases, unpacked).
+# Make .venv (torch, Triton, transformers, the tools of ./check) and .engines (the real SGLang, eight releases, unpacked).
 # Does nothing where both are there and their requirements have not changed. About 2.5 minutes and 3 GB the first time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-$(command -v python3.11 || command -v python3)}
-versions="0.5.8 0.5.10 0.5.12 0.5.15 0.5.18 0.5.20 0.5.23"
+versions="0.5.5 0.5.8 0.5.10 0.5.12 0.5.15 0.5.18 0.5.20 0.5.23"
 stamp=$(cat requirements/*.txt tools/environment.sh tools/patch_torchvision.py | sha256sum | cut -d' ' -f1)
 [ "$(cat .venv/.stamp 2>/dev/null)" = "$stamp" ] && [ -d .engines/sglang/0.5.23 ] && exit 0
 

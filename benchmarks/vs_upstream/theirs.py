@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.vs_upstream.timed_run import Run, timed
+from sglang_moe_ext import SWITCH
 from sglang_moe_ext.core import EngineError, MoEShape, Table
-from sglang_moe_ext.startup import SWITCH
 from sglang_moe_ext.store import tables
 
 SCRIPT = "tuning_fused_moe_triton.py"

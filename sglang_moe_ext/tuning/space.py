@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from sglang_moe_ext.core import PROJECTIONS, Gpu, MoEShape, TileConfig
-
-_WGMMA_ROWS = 64
-"""Rows of one wgmma or tcgen05 tile: from this BLOCK_SIZE_M on, operands stay in shared memory a stage longer."""
+from sglang_moe_ext.shared_memory import smem_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,24 +35,6 @@ def full_space() -> tuple[TileConfig, ...]:
             (16, 32, 64, 128, 256), (32, 64, 128, 256), (64, 128, 256), (1, 16, 32, 64), (4, 8), (2, 3, 4, 5)
         )
     )
-
-
-def operand_bytes(shape: MoEShape) -> float:
-    """Bytes of one element as it lies in shared memory; of the wider operand where they differ."""
-    return shape.quantisation.activation_bits / 8
-
-
-def smem_bytes(config: TileConfig, shape: MoEShape, sm: int) -> int:
-    """Shared memory that the engine's kernel asks for, bytes a block; a lower bound where weights alone are quantised.
-
-    Held against the compiler on the grid in tests/data/compiled.
-    """
-    quantisation = shape.quantisation
-    swapped = quantisation.scheme == "fp8_w8a8" and sm == 90 and config.block_m < _WGMMA_ROWS <= config.block_n
-    wgmma = sm in (90, 100, 103) and (config.block_m >= _WGMMA_ROWS or swapped)
-    weight_bytes = quantisation.weight_bits / 8
-    stage = config.block_k * (config.block_m * operand_bytes(shape) + config.block_n * weight_bytes)
-    return int(stage * (config.num_stages if wgmma else config.num_stages - 1))
 
 
 def accumulator_registers(config: TileConfig) -> float:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from sglang_moe_ext.core import PROJECTIONS, Gpu, MoEShape, Projection, Resources, TileConfig
 from sglang_moe_ext.roofline import Load, expected_blocks, load
-from sglang_moe_ext.tuning.space import accumulator_registers, smem_bytes
+from sglang_moe_ext.shared_memory import smem_bytes
+from sglang_moe_ext.tuning.space import accumulator_registers
 
 _REGISTERS = 65536
 _RESERVED_SMEM = 1024

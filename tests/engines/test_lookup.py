@@ -12,6 +12,7 @@ import triton
 from sglang_moe_ext import gpus
 from sglang_moe_ext.core import EngineError, MoEShape, Quantisation, Table, TileConfig
 from sglang_moe_ext.engines.sglang import lookup, naming
+from sglang_moe_ext.engines.sglang.entries import tile_of
 from sglang_moe_ext.engines.sglang.lookup import Answer, Question
 from sglang_moe_ext.store import files, tables
 from tests.engines.installed import ENGINE_VERSIONS, REPO_ROOT, engine_environment
@@ -105,4 +106,4 @@ def test_an_engine_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPa
 
 def test_a_configuration_without_warps_and_stages_is_the_one_that_triton_makes_of_it() -> None:
     entry = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32, "GROUP_SIZE_M": 8}
-    assert lookup.config_from_engine(entry) == TileConfig(64, 64, 32, 8, num_warps=4, num_stages=3)
+    assert tile_of(entry) == TileConfig(64, 64, 32, 8, num_warps=4, num_stages=3)

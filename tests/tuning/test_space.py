@@ -18,6 +18,7 @@ import pytest
 
 from sglang_moe_ext import gpus
 from sglang_moe_ext.core import CompileJob, Gpu, MoEShape, Quantisation, TileConfig
+from sglang_moe_ext.shared_memory import smem_bytes
 from sglang_moe_ext.tuning import space
 from tests.engines.installed import run_in_engine
 
@@ -90,12 +91,12 @@ def test_no_candidate_that_is_dropped_would_have_run_without_spilling(sm: int, d
 @every_grid
 def test_the_shared_memory_is_never_less_than_predicted(sm: int, dtype: str) -> None:
     shape = SHAPES[dtype]
-    below = [c for c, record in grid(sm, dtype).items() if record["smem"] < space.smem_bytes(c, shape, sm)]
+    below = [c for c, record in grid(sm, dtype).items() if record["smem"] < smem_bytes(c, shape, sm)]
     assert below == []
 
 
 def most_smem_bytes(config: TileConfig, sm: int, dtype: str) -> int:
-    stages = space.smem_bytes(config, SHAPES[dtype], sm) + MOST_ABOVE_BYTES[dtype][sm]
+    stages = smem_bytes(config, SHAPES[dtype], sm) + MOST_ABOVE_BYTES[dtype][sm]
     return max(stages, config.block_m * config.block_n * RESULT_BYTES) if sm < 90 else stages
 
 

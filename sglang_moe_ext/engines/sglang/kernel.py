@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_moe_ext.core import EngineError, MoEShape, Projection, TileConfig
 from sglang_moe_ext.engines.sglang import bootstrap, installation
+from sglang_moe_ext.engines.sglang.entries import launched
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +116,7 @@ def launch(
         num_tokens_post_padded=tensors.num_tokens_post_padded,
         mul_routed_weight=projection == "down",
         top_k=shape.top_k if projection == "up" else 1,
-        config=config_for_engine(config),
+        config=launched(config),
         compute_type=tl.bfloat16 if shape.dtype == "bfloat16" else tl.float16,
         use_fp8_w8a8=scheme == "fp8_w8a8",
         use_int8_w8a8=scheme == "int8_w8a8",
@@ -129,15 +130,3 @@ def launch(
         c_sorted=writes_sorted,
         **({"router_topk": shape.top_k} if has_router_topk else {}),
     )
-
-
-def config_for_engine(config: TileConfig) -> dict[str, int]:
-    """The dict that the engine passes on to its kernel; TMA is an argument of the launcher, not of the kernel."""
-    return {
-        "BLOCK_SIZE_M": config.block_m,
-        "BLOCK_SIZE_N": config.block_n,
-        "BLOCK_SIZE_K": config.block_k,
-        "GROUP_SIZE_M": config.group_m,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from sglang_moe_ext.core import EngineError, Gpu, MoEShape, TileConfig
+from sglang_moe_ext.engines.sglang.entries import tile_of
 
 TIMEOUT_S = 300.0
-# What Triton takes where a configuration names no warps or stages, as the engine's bf16 default does not.
-_TRITON_WARPS, _TRITON_STAGES = 4, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +38,6 @@ class Answer:
     down: dict[int, TileConfig | None]
     files: tuple[Path, ...]
     log: tuple[str, ...]
-
-
-def config_from_engine(entry: Mapping[str, Any]) -> TileConfig:
-    """The configuration that a dict of the engine means."""
-    return TileConfig(
-        block_m=entry["BLOCK_SIZE_M"],
-        block_n=entry["BLOCK_SIZE_N"],
-        block_k=entry["BLOCK_SIZE_K"],
-        group_m=entry["GROUP_SIZE_M"],
-        num_warps=entry.get("num_warps", _TRITON_WARPS),
-        num_stages=entry.get("num_stages", _TRITON_STAGES),
-        use_tma=bool(entry.get("USE_TMA", False)),
-    )
 
 
 def _request(question: Question) -> dict[str, Any]:
@@ -143,11 +129,8 @@ def _answer(said: Mapping[str, Any]) -> Answer:
         engine_version=said["engine_version"],
         triton=said["triton"],
         device_name=said["device_name"],
-        up={int(m): config_from_engine(taken["up"]) for m, taken in said["taken"].items()},
-        down={
-            int(m): None if taken["down"] is None else config_from_engine(taken["down"])
-            for m, taken in said["taken"].items()
-        },
+        up={int(m): tile_of(taken["up"]) for m, taken in said["taken"].items()},
+        down={int(m): None if taken["down"] is None else tile_of(taken["down"]) for m, taken in said["taken"].items()},
         files=tuple(Path(file) for file in said["files"]),
         log=tuple(said["log"]),
     )

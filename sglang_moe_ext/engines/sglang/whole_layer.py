@@ -11,7 +11,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from sglang_moe_ext.core import MoEShape, TileConfig
-from sglang_moe_ext.engines.sglang.kernel import Engine, config_for_engine
+from sglang_moe_ext.engines.sglang.entries import entry_of
+from sglang_moe_ext.engines.sglang.kernel import Engine
 
 if TYPE_CHECKING:
     import torch
@@ -28,11 +29,6 @@ class LayerTensors:
     w2_scale: torch.Tensor | None
     topk_weights: torch.Tensor
     topk_ids: torch.Tensor
-
-
-def _with_tma(config: TileConfig) -> dict[str, Any]:
-    """As a table has it: the engine takes USE_TMA out of it, so the dict must be a fresh one each time."""
-    return {**config_for_engine(config), **({"USE_TMA": True} if config.use_tma else {})}
 
 
 def warm_up(engine: Engine, shape: MoEShape) -> None:
@@ -57,7 +53,7 @@ def _alone(layer: Any) -> None:
 def run(engine: Engine, shape: MoEShape, tensors: LayerTensors, up: TileConfig, down: TileConfig) -> torch.Tensor:
     """[tokens, hidden], by the engine's `fused_experts_impl`."""
     scheme, block = shape.quantisation.scheme, shape.quantisation.block_shape
-    engine.layer.try_get_optimal_moe_config = lambda *_, **__: (_with_tma(up), (_with_tma(down), up.block_m))
+    engine.layer.try_get_optimal_moe_config = lambda *_, **__: (entry_of(up), (entry_of(down), up.block_m))
     _alone(engine.layer)
     out: torch.Tensor = engine.layer.fused_experts_impl(
         tensors.hidden,

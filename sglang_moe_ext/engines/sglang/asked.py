@@ -1,0 +1,54 @@
+"""What a call of SGLang's lookup says of the layer that asks: its arguments as one of our shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast, get_args
+
+from sglang_moe_ext.core import MoEShape, Quantisation, Scheme
+from sglang_moe_ext.engines.sglang.naming import INT4_WEIGHTS_PER_BYTE
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The layer of one call. w1_shape [experts, rows, hidden], w2_shape [experts, hidden, intermediate], int4 packed."""
+
+    w1_shape: tuple[int, ...]
+    w2_shape: tuple[int, ...]
+    top_k: int
+    dtype: str | None
+    block_shape: tuple[int, int] | None
+    per_channel: bool
+
+    def shape(self) -> MoEShape | None:
+        """The layer as our tables know it, or None where it is of a kind that we have no tables for.
+
+        The call does not tell bf16 from fp16, nor which experts are fused shared ones; neither is in a table's name.
+        """
+        if self.dtype is not None and self.dtype not in get_args(Scheme):
+            return None
+        scheme = cast("Scheme | None", self.dtype)
+        experts, hidden_size, columns = self.w2_shape
+        intermediate_size = columns * (INT4_WEIGHTS_PER_BYTE if scheme == "int4_w4a16" else 1)
+        return MoEShape(
+            experts=experts,
+            intermediate_size=intermediate_size,
+            hidden_size=hidden_size,
+            top_k=self.top_k,
+            quantisation=Quantisation(scheme, self.block_shape, self.per_channel),
+            gated=self.w1_shape[1] > intermediate_size,
+        )
+
+
+def layer_of(
+    w1_shape: Sequence[int],
+    w2_shape: Sequence[int],
+    top_k: int,
+    dtype: str | None,
+    block_shape: Sequence[int] | None,
+    per_channel: bool,
+) -> Layer:
+    """The layer that a call of `try_get_optimal_moe_config` is about."""
+    block = None if not block_shape else (int(block_shape[0]), int(block_shape[1]))
+    return Layer(tuple(w1_shape), tuple(w2_shape), top_k, dtype, block, bool(per_channel))

@@ -1,0 +1,157 @@
+"""What of a running SGLang our hooks replace: two functions, found, checked and replaced wherever they are bound."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from sglang_moe_ext import gpus
+from sglang_moe_ext.core import EngineError, Gpu, GpuError
+from sglang_moe_ext.engines.sglang import installation
+from sglang_moe_ext.engines.sglang.installation import Installation
+
+LAYER_MODULES = (
+    "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe",
+    "sglang.srt.layers.moe.fused_moe_triton.fused_moe",
+)
+"""Where the layer lies since 0.5.11, and up to 0.5.10: once it has been executed, all that we replace is there."""
+
+LOOKUP, LAUNCH = "try_get_optimal_moe_config", "invoke_fused_moe_kernel"
+# By position, as the engine's own callers give them; what follows goes by name.
+_LOOKUP_PARAMETERS = ("w1_shape", "w2_shape", "top_k", "dtype", "M", "is_marlin", "block_shape")
+_LOOKUP_NAMED = "return_down_config"
+_DEFAULT_PARAMETERS = ("M", "E", "N", "K", "topk", "dtype", "is_marlin", "block_shape")
+CONFIG_POSITION = 14
+"""Of the launcher's `config`, in all releases from 0.5.5 to 0.5.23."""
+
+AnyFunction = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """The modules of one running engine; `lookup` and `launch` are its own functions, whatever stands there now.
+
+    `package.get_config()` is the configuration of the engine's `override_config`, None where none is in force.
+    """
+
+    engine: Installation
+    package: ModuleType
+    config: ModuleType
+    lookup: AnyFunction
+    launch: AnyFunction
+
+    def is_deterministic(self) -> bool:
+        """Whether the server promises the same result whatever the batch: then the engine reads no table.
+
+        Raises:
+            EngineError: this release says it in a way that is not known.
+        """
+        if exec_of := getattr(self.config, "get_exec", None):  # since 0.5.17
+            return bool(exec_of().deterministic.enable_deterministic_inference)
+        for name in ("get_server_args", "get_global_server_args"):
+            if server_args := getattr(self.config, name, None):
+                return bool(server_args().enable_deterministic_inference)
+        raise EngineError(f"SGLang {self.engine.version_text} says nowhere whether inference is deterministic")
+
+    def device_name(self) -> str | None:
+        """The GPU's name as the engine puts it into the names of tables; None where it knows none."""
+        name: str | None = self.config.get_device_name()
+        return name
+
+    def default_entry(self, tokens: int, shapes: tuple[Any, Any], rest: tuple[Any, ...]) -> dict[str, Any]:
+        """What the engine runs where it has no table. `shapes` of w1 and w2; `rest`: top_k, dtype, is_marlin, block."""
+        (_, _, hidden_size), (experts, _, columns) = shapes
+        entry: dict[str, Any] = self.config.get_default_config(tokens, experts, columns, hidden_size, *rest)
+        return entry
+
+
+def found(layer: ModuleType) -> Targets:
+    """What is to be replaced in the engine whose layer module this is.
+
+    Raises:
+        EngineError: something is not where it was in the releases that are known, or takes other arguments.
+    """
+    engine = installation.find()
+    if engine is None:
+        raise EngineError("SGLang has no metadata of its release")
+    package = sys.modules[layer.__name__.rpartition(".")[0]]
+    config = _module(f"{package.__name__}.fused_moe_triton_config")
+    kernels = _module(engine.kernel_module)
+    targets = Targets(engine, package, config, _function(config, LOOKUP), _function(kernels, LAUNCH))
+    _check(targets, layer)
+    return targets
+
+
+def _module(name: str) -> ModuleType:
+    if name not in sys.modules:
+        raise EngineError(f"{name} was not imported with the layer")
+    return sys.modules[name]
+
+
+def _function(module: ModuleType, name: str) -> AnyFunction:
+    function = getattr(module, name, None)
+    if not inspect.isfunction(function):
+        raise EngineError(f"{module.__name__} has no function {name}")
+    return function
+
+
+def _check(targets: Targets, layer: ModuleType) -> None:
+    asked = list(inspect.signature(targets.lookup).parameters)
+    if tuple(asked[: len(_LOOKUP_PARAMETERS)]) != _LOOKUP_PARAMETERS or _LOOKUP_NAMED not in asked:
+        raise EngineError(f"{LOOKUP} takes other arguments: {', '.join(asked)}")
+    launched = list(inspect.signature(targets.launch).parameters)
+    if launched[CONFIG_POSITION : CONFIG_POSITION + 1] != ["config"]:
+        raise EngineError(f"{LAUNCH} takes its config elsewhere: {', '.join(launched)}")
+    default = tuple(inspect.signature(_function(targets.config, "get_default_config")).parameters)
+    if default != _DEFAULT_PARAMETERS:
+        raise EngineError(f"get_default_config takes other arguments: {', '.join(default)}")
+    _function(targets.config, "get_device_name")
+    # The package defines it below the import of the layer, which may be what called us.
+    if "\ndef get_config(" not in Path(str(targets.package.__file__)).read_text(encoding="utf-8"):
+        raise EngineError(f"{targets.package.__name__} has no function get_config")
+    for name, function in ((LOOKUP, targets.lookup), (LAUNCH, targets.launch)):
+        if getattr(layer, name, None) is not function:
+            raise EngineError(f"{layer.__name__} does not use {name}")
+
+
+def replace(original: AnyFunction, ours: AnyFunction) -> None:
+    """Put ours wherever a module of the engine has bound the original; modules to come find ours."""
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] != "sglang" or module is None:
+            continue
+        for bound, value in list(vars(module).items()):
+            if value is original:
+                setattr(module, bound, ours)
+
+
+def gpu(device_name: str) -> Gpu | None:
+    """The GPU that kernels are launched on, with the shared memory that Triton will hold them against.
+
+    None where nothing is known of it. Where torch sees no GPU, what is known of one of that name.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return gpus.known().get(device_name)
+    from triton.runtime import driver
+
+    device = torch.cuda.current_device()
+    try:
+        here = gpus.described(torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device))
+    except GpuError:
+        return None
+    limit = driver.active.utils.get_device_properties(device)["max_shared_mem"]
+    return dataclasses.replace(here, smem_per_block=int(limit))
+
+
+def is_out_of_resources(error: BaseException) -> bool:
+    """Whether Triton refused to load a kernel that asks for more than the GPU has."""
+    from triton.runtime.errors import OutOfResources
+
+    return isinstance(error, OutOfResources)

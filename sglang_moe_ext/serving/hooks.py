@@ -1,0 +1,77 @@
+"""Put our functions into the place of the engine's: all of them or none, once a process, and never with an error."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+from types import ModuleType
+
+from sglang_moe_ext import SWITCH, __version__
+from sglang_moe_ext.engines.sglang import targets
+from sglang_moe_ext.engines.sglang.targets import Targets
+from sglang_moe_ext.serving import launch, lookup
+from sglang_moe_ext.serving.places import places
+
+log = logging.getLogger(__name__)
+
+_PLUGINS = "SGLANG_PLUGINS"
+_OUR_NAME = "sglang_moe_ext"
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What became of a process: the way that our functions came in, or why they did not, and how long that took."""
+
+    is_active: bool
+    why: str
+    ms: float = 0.0
+
+
+_state = State(False, "the engine's layer has not been imported")
+
+
+def state() -> State:
+    """Of this process."""
+    return _state
+
+
+def why_off() -> str | None:
+    """The variable that keeps us out of this process, if one does."""
+    if os.environ.get(SWITCH, "0") not in ("", "0"):
+        return f"{SWITCH} is set"
+    wanted = os.environ.get(_PLUGINS)
+    if wanted and _OUR_NAME not in (name.strip() for name in wanted.split(",")):
+        return f"{_PLUGINS}={wanted} does not name {_OUR_NAME}"
+    return None
+
+
+def attach(layer: ModuleType, way: str) -> State:
+    """Hook the engine whose layer module has been executed; `way` is how we came to know of it."""
+    global _state  # noqa: PLW0603 - a process is hooked or it is not
+    if not _state.is_active:
+        _state = _attached(layer, way)
+    return _state
+
+
+def _attached(layer: ModuleType, way: str) -> State:
+    started = time.perf_counter()
+    if why := why_off():
+        return State(False, why)
+    try:
+        engine = targets.found(layer)
+        resolver = lookup.Resolver(engine, lambda: places(engine.engine), lambda: _first_call(engine, way))
+        replaced = ((engine.lookup, lookup.replacement(engine, resolver)), (engine.launch, launch.replacement(engine)))
+        for original, ours in replaced:
+            targets.replace(original, ours)
+    except Exception as error:  # the engine runs as if we were not installed
+        why = f"{type(error).__name__}: {error}"
+        log.warning("sglang-moe-ext %s is off, the engine runs as it is: %s", __version__, why)
+        return State(False, why)
+    return State(True, way, 1000 * (time.perf_counter() - started))
+
+
+def _first_call(engine: Targets, way: str) -> None:
+    """A layer runs: the server's log is open, and all of the engine has been imported."""
+    log.info("sglang-moe-ext %s is active in SGLang %s, by %s", __version__, engine.engine.version_text, way)

@@ -1,0 +1,177 @@
+"""The function that stands in the place of SGLang's `try_get_optimal_moe_config`: it answers for every layer and M."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_moe_ext.engines.sglang import asked, entries, targets
+from sglang_moe_ext.engines.sglang.asked import Layer
+from sglang_moe_ext.engines.sglang.entries import Entry
+from sglang_moe_ext.engines.sglang.targets import Targets
+from sglang_moe_ext.serving import overlay
+from sglang_moe_ext.serving.guard import Guard, warn_once
+from sglang_moe_ext.serving.overlay import Choice, Default, Engines, Ours, Place, Shelf
+
+log = logging.getLogger(__name__)
+
+_MOST_ANSWERS = 65536
+"""Of a process: every layer for every M up to 16384, a few times over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the engine's lookup returns, in parts; both entries are copied before they leave."""
+
+    up: Entry
+    down: Entry | None
+    most_block_m: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of the lookup. `wants_down`: it asks for the entry of the down projection too."""
+
+    layer: Layer
+    tokens: int
+    is_marlin: bool
+    wants_down: bool
+
+
+class Resolver:
+    """Finds answers: reads the tables of a layer when it first asks, and says in a line what it found."""
+
+    def __init__(
+        self, engine: Targets, places: Callable[[], Sequence[Place]], at_first_call: Callable[[], None]
+    ) -> None:
+        self._engine, self._places = engine, places
+        self._at_first_call: Callable[[], None] | None = at_first_call
+        self._shelves: dict[Layer, Shelf | None] = {}
+        self._guards: dict[str, Guard] = {}
+        self._said: set[tuple[Layer, str]] = set()
+
+    def __call__(self, call: Call, original: Callable[[], Any]) -> Answer:
+        """`original` is the engine's own lookup, called as this was called."""
+        if (at_first_call := self._at_first_call) is not None:
+            self._at_first_call = None
+            at_first_call()
+        choice = self._choice(call)
+        self._say(call.layer, choice)
+        match choice:
+            case Ours(up, down, most_block_m):
+                answer = Answer(
+                    entries.entry_of(up),
+                    entries.entry_of(down) if down is not None else None,
+                    most_block_m if down is not None else None,
+                )
+            case Default():
+                shapes, rest = (call.layer.w1_shape, call.layer.w2_shape), self._rest(call)
+                answer = Answer(self._engine.default_entry(call.tokens, shapes, rest), None, None)
+            case Engines():
+                answer = of_engine(original(), call.wants_down)
+        return self._safe(answer, call.layer)
+
+    @staticmethod
+    def _rest(call: Call) -> tuple[Any, ...]:
+        block = call.layer.block_shape
+        return call.layer.top_k, call.layer.dtype, call.is_marlin, None if block is None else list(block)
+
+    def _choice(self, call: Call) -> Choice:
+        if self._engine.is_deterministic():
+            return Engines("deterministic inference reads no table")
+        if call.layer not in self._shelves:
+            self._shelves[call.layer] = self._shelf(call.layer)
+        shelf = self._shelves[call.layer]
+        if shelf is None:
+            return Engines("no tables are known for this kind of layer or GPU")
+        return overlay.chosen(shelf, call.tokens)
+
+    def _shelf(self, layer: Layer) -> Shelf | None:
+        shape, device_name, triton = layer.shape(), self._engine.device_name(), self._engine.engine.triton
+        if shape is None or device_name is None or triton is None:
+            return None
+        return overlay.gathered(shape, device_name, targets.gpu(device_name), triton, self._places())
+
+    def _safe(self, answer: Answer, layer: Layer) -> Answer:
+        shape, device_name = layer.shape(), self._engine.device_name()
+        if shape is None or device_name is None:
+            return answer
+        if device_name not in self._guards:
+            self._guards[device_name] = Guard(self._engine.engine.version, targets.gpu(device_name))
+        guard = self._guards[device_name]
+        down = None if answer.down is None else guard.safe(answer.down, shape, "down")
+        return Answer(guard.safe(answer.up, shape, "up"), down, answer.most_block_m)
+
+    def _say(self, layer: Layer, choice: Choice) -> None:
+        if (layer, choice.why) in self._said:
+            return
+        self._said.add((layer, choice.why))
+        match choice:
+            case Ours():
+                what = choice.why
+            case Default():
+                what = f"the engine's default, {choice.why}"
+            case Engines():
+                what = f"the engine's own choice, {choice.why}"
+        log.info("sglang-moe-ext: %s: %s", layer.shape() or layer, what)
+
+
+def of_engine(returned: Any, wants_down: bool) -> Answer:
+    """What the engine's own lookup returned, in parts."""
+    if not wants_down:
+        return Answer(returned, None, None)
+    up, (down, most_block_m) = returned
+    return Answer(up, down, most_block_m)
+
+
+def replacement(engine: Targets, resolve: Callable[[Call, Callable[[], Any]], Answer]) -> Callable[..., Any]:
+    """A function to stand where `engine.lookup` stood. It never raises where that would not have."""
+    answers: dict[Any, Answer] = {}
+    original, package = engine.lookup, engine.package
+
+    def resolved(call: Call, own: Callable[[], Any]) -> Answer:
+        try:
+            return resolve(call, own)
+        except Exception as error:  # whatever is broken here, the engine's own lookup runs
+            warn_once(f"the engine's own lookup runs, ours failed: {type(error).__name__}: {error}")
+            return of_engine(own(), call.wants_down)
+
+    @functools.wraps(original)
+    def try_get_optimal_moe_config(
+        w1_shape: Any,
+        w2_shape: Any,
+        top_k: int,
+        dtype: str | None,
+        M: int,  # noqa: N803 - the engine's name
+        is_marlin: bool = False,
+        block_shape: Any = None,
+        *rest: Any,
+        **named: Any,
+    ) -> Any:
+        per_channel, wants_down = named.get("per_channel_quant", False), named.get("return_down_config", False)
+        block = tuple(block_shape) if block_shape else None
+        try:
+            key = (M, w1_shape, w2_shape, top_k, dtype, block, per_channel, wants_down, is_marlin)
+            answer = answers.get(key)
+        except TypeError:  # a shape that is a list
+            return original(w1_shape, w2_shape, top_k, dtype, M, is_marlin, block_shape, *rest, **named)
+        if rest or package.get_config():
+            return original(w1_shape, w2_shape, top_k, dtype, M, is_marlin, block_shape, *rest, **named)
+        if answer is None:
+            layer = asked.layer_of(w1_shape, w2_shape, top_k, dtype, block_shape, per_channel)
+            answer = resolved(
+                Call(layer, M, is_marlin, wants_down),
+                lambda: original(w1_shape, w2_shape, top_k, dtype, M, is_marlin, block_shape, **named),
+            )
+            if len(answers) >= _MOST_ANSWERS:
+                answers.clear()
+            answers[key] = answer
+        if wants_down:
+            down = answer.down
+            return answer.up.copy(), (None if down is None else down.copy(), answer.most_block_m)
+        return answer.up.copy()
+
+    return try_get_optimal_moe_config

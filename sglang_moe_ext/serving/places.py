@@ -1,0 +1,34 @@
+"""Where tables lie for a server: the user's own store, what we ship, and the folder that the engine reads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sglang_moe_ext import shipped
+from sglang_moe_ext.engines.sglang import overlay as directory
+from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.serving.overlay import Place
+from sglang_moe_ext.store import user_store
+
+ENGINE = "sglang"
+
+
+def places(engine: Installation) -> list[Place]:
+    """In order. A folder that the user names to the engine takes the place of the engine's own."""
+    named = os.environ.get(directory.VARIABLE)
+    tuned = shipped.folder("tuned_configs")
+    return [
+        Place("your", user_store.root() / "tables" / ENGINE),
+        *([] if tuned is None else [Place("the shipped", tuned / "configs")]),
+        Place(
+            "the engine's",
+            Path(named) / "configs" if named else engine.configs_root,
+            is_engines=True,
+            is_asked_for=bool(named) and not _is_our_overlay(Path(named or "")),
+        ),
+    ]
+
+
+def _is_our_overlay(root: Path) -> bool:
+    return (user_store.root() / "overlay") in root.parents
