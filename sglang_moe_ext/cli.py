@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from sglang_moe_ext import __version__, doctor, install, tune
+from sglang_moe_ext import __version__, doctor, install, overlay, patch, tune
 from sglang_moe_ext.core import MoEExtError
 
 
@@ -20,7 +20,14 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_to(examined)
     restored = commands.add_parser("install", help="put the tables of your own store into SGLang, as after an upgrade")
     install.add_to(restored)
+    overlaid = commands.add_parser("overlay", help="make a folder of tables for processes that no hook reaches")
+    overlay.add_to(overlaid)
+    patched = commands.add_parser("patch", help="insert our line into the engine, where no hook reaches it")
+    patch.add_to(patched)
     return parser
+
+
+_RUN = {"doctor": doctor.run, "install": install.run, "overlay": overlay.run, "patch": patch.run}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,9 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return tune.main(given[1:])
     arguments = _parser().parse_args(given)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    run = {"doctor": doctor.run, "install": install.run}[arguments.command]
     try:
-        run(arguments)
+        _RUN[arguments.command](arguments)
     except MoEExtError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

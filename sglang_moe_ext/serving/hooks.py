@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 from sglang_moe_ext import SWITCH, __version__
 from sglang_moe_ext.engines.sglang import targets
+from sglang_moe_ext.engines.sglang.asked import Layer
 from sglang_moe_ext.engines.sglang.targets import Targets
 from sglang_moe_ext.serving import launch, lookup
+from sglang_moe_ext.serving.guard import warn_once
+from sglang_moe_ext.serving.overlay import Engines
 from sglang_moe_ext.serving.places import places
 
 log = logging.getLogger(__name__)
@@ -29,12 +33,21 @@ class State:
     ms: float = 0.0
 
 
+_resolver: lookup.Resolver | None = None
 _state = State(False, "the engine's layer has not been imported")
 
 
 def state() -> State:
     """Of this process."""
     return _state
+
+
+def whys(layer: Layer, tokens: Sequence[int]) -> dict[int, str]:
+    """By M why this process does not take the engine's own choice; without those where it does."""
+    if _resolver is None:
+        return {}
+    choices = {m: _resolver.choice(layer, m) for m in tokens}
+    return {m: lookup.said(choice) for m, choice in choices.items() if not isinstance(choice, Engines)}
 
 
 def why_off() -> str | None:
@@ -56,6 +69,7 @@ def attach(layer: ModuleType, way: str) -> State:
 
 
 def _attached(layer: ModuleType, way: str) -> State:
+    global _resolver  # noqa: PLW0603
     started = time.perf_counter()
     if why := why_off():
         return State(False, why)
@@ -65,9 +79,10 @@ def _attached(layer: ModuleType, way: str) -> State:
         replaced = ((engine.lookup, lookup.replacement(engine, resolver)), (engine.launch, launch.replacement(engine)))
         for original, ours in replaced:
             targets.replace(original, ours)
+        _resolver = resolver
     except Exception as error:  # the engine runs as if we were not installed
         why = f"{type(error).__name__}: {error}"
-        log.warning("sglang-moe-ext %s is off, the engine runs as it is: %s", __version__, why)
+        warn_once(f"{__version__} is off, the engine runs as it is: {why}")  # two ways in may meet the same
         return State(False, why)
     return State(True, way, 1000 * (time.perf_counter() - started))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sglang_moe_ext.engines.sglang import asked, entries, targets
@@ -58,7 +58,7 @@ class Resolver:
         if (at_first_call := self._at_first_call) is not None:
             self._at_first_call = None
             at_first_call()
-        choice = self._choice(call)
+        choice = self.choice(call.layer, call.tokens)
         self._say(call.layer, choice)
         match choice:
             case Ours(up, down, most_block_m):
@@ -68,26 +68,37 @@ class Resolver:
                     most_block_m if down is not None else None,
                 )
             case Default():
-                shapes, rest = (call.layer.w1_shape, call.layer.w2_shape), self._rest(call)
-                answer = Answer(self._engine.default_entry(call.tokens, shapes, rest), None, None)
+                answer = self._default(call)
             case Engines():
-                answer = of_engine(original(), call.wants_down)
+                answer = self._of_engine(call, original)
+        if not call.wants_down:  # whoever asks so hands the entry to the kernel as it is, and that knows no USE_TMA
+            answer = replace(answer, up=entries.without_tma(answer.up))
         return self._safe(answer, call.layer)
 
-    @staticmethod
-    def _rest(call: Call) -> tuple[Any, ...]:
-        block = call.layer.block_shape
-        return call.layer.top_k, call.layer.dtype, call.is_marlin, None if block is None else list(block)
+    def _default(self, call: Call) -> Answer:
+        layer, block = call.layer, call.layer.block_shape
+        rest = layer.top_k, layer.dtype, call.is_marlin, None if block is None else list(block)
+        return Answer(self._engine.default_entry(call.tokens, (layer.w1_shape, layer.w2_shape), rest), None, None)
 
-    def _choice(self, call: Call) -> Choice:
+    def _of_engine(self, call: Call, original: Callable[[], Any]) -> Answer:
+        """A table of the engine's own that it cannot read ends a server: its default, if it has one, does not."""
+        try:
+            return of_engine(original(), call.wants_down)
+        except Exception as error:
+            answer = self._default(call)
+            warn_once(f"the engine's default runs, its own lookup failed: {type(error).__name__}: {error}")
+            return answer
+
+    def choice(self, layer: Layer, tokens: int) -> Choice:
+        """Which configuration runs, before the guard looks at it."""
         if self._engine.is_deterministic():
             return Engines("deterministic inference reads no table")
-        if call.layer not in self._shelves:
-            self._shelves[call.layer] = self._shelf(call.layer)
-        shelf = self._shelves[call.layer]
+        if layer not in self._shelves:
+            self._shelves[layer] = self._shelf(layer)
+        shelf = self._shelves[layer]
         if shelf is None:
             return Engines("no tables are known for this kind of layer or GPU")
-        return overlay.chosen(shelf, call.tokens)
+        return overlay.chosen(shelf, tokens)
 
     def _shelf(self, layer: Layer) -> Shelf | None:
         shape, device_name, triton = layer.shape(), self._engine.device_name(), self._engine.engine.triton
@@ -109,14 +120,18 @@ class Resolver:
         if (layer, choice.why) in self._said:
             return
         self._said.add((layer, choice.why))
-        match choice:
-            case Ours():
-                what = choice.why
-            case Default():
-                what = f"the engine's default, {choice.why}"
-            case Engines():
-                what = f"the engine's own choice, {choice.why}"
-        log.info("sglang-moe-ext: %s: %s", layer.shape() or layer, what)
+        log.info("sglang-moe-ext: %s: %s", layer.shape() or layer, said(choice))
+
+
+def said(choice: Choice) -> str:
+    """What a log says of a choice."""
+    match choice:
+        case Ours():
+            return choice.why
+        case Default():
+            return f"the engine's default, {choice.why}"
+        case Engines():
+            return f"the engine's own choice, {choice.why}"
 
 
 def of_engine(returned: Any, wants_down: bool) -> Answer:

@@ -77,7 +77,7 @@ def chosen(install: Install, output_dir: Path | None, engine: Installation | Non
 
 
 def _overlay(engine: Installation, triton: str, why: str) -> Destination:
-    root = user_store.root() / "overlay" / f"{ENGINE}-{engine.version_text}"
+    root = overlay.place(engine)
     overlay.build(root, engine.configs_root)
     note = f"{why}start the server with {overlay.VARIABLE}={root}"
     return Destination(_configs(root, triton), {overlay.VARIABLE: str(root)}, note, is_of_this_engine=True)

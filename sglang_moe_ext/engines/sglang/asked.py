@@ -12,7 +12,7 @@ from sglang_moe_ext.engines.sglang.naming import INT4_WEIGHTS_PER_BYTE
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """The layer of one call. w1_shape [experts, rows, hidden], w2_shape [experts, hidden, intermediate], int4 packed."""
+    """The layer of one call: w1 [experts, rows, hidden], w2 [experts, hidden, intermediate], int4 packed."""
 
     w1_shape: tuple[int, ...]
     w2_shape: tuple[int, ...]

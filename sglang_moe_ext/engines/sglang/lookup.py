@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from sglang_moe_ext import SWITCH
 from sglang_moe_ext.core import EngineError, Gpu, MoEShape, TileConfig
 from sglang_moe_ext.engines.sglang.entries import tile_of
 
@@ -29,7 +31,10 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the engine takes for each M, the files it opened for that, and what it said."""
+    """What the engine takes for each M, the files it opened for that, and what it said.
+
+    Of an engine that was asked AS_SERVED, `plugin` says what became of our hooks, and `whys` at which M they decided.
+    """
 
     engine_version: str
     triton: str
@@ -38,6 +43,12 @@ class Answer:
     down: dict[int, TileConfig | None]
     files: tuple[Path, ...]
     log: tuple[str, ...]
+    plugin: str | None = None
+    whys: Mapping[int, str] = field(default_factory=dict)
+
+
+ALONE, AS_SERVED = "sglang_moe_ext.engines.sglang.lookup_child", "sglang_moe_ext.serving.lookup_child"
+"""Who asks the engine: it alone, or with our hooks as a server has them."""
 
 
 def _request(question: Question) -> dict[str, Any]:
@@ -66,17 +77,18 @@ class Asked:
     The import takes ten seconds and more; started early, it costs nothing where there is other work to do meanwhile.
     """
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
-        """`environment`: of the process (SGLANG_MOE_CONFIG_DIR, PYTHONPATH), by default our own."""
+    def __init__(self, environment: Mapping[str, str] | None = None, who: str = ALONE) -> None:
+        """`environment`: of the process (SGLANG_MOE_CONFIG_DIR, PYTHONPATH), by default our own; `who` asks there."""
+        theirs = dict(os.environ if environment is None else environment)
         # Files, not pipes, which an engine that says much while it is imported would fill before anybody reads them.
         self._said, self._complaints = (tempfile.TemporaryFile("w+", errors="replace") for _ in range(2))  # noqa: SIM115 - close() does
         self._child = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "sglang_moe_ext.engines.sglang.lookup_child"],
+            [sys.executable, "-W", "ignore", "-m", who],
             stdin=subprocess.PIPE,
             stdout=self._said,
             stderr=self._complaints,
             text=True,
-            env=None if environment is None else dict(environment),
+            env=theirs | {SWITCH: "1"} if who == ALONE else theirs,
         )
 
     def answer(self, question: Question) -> Answer:
@@ -115,13 +127,13 @@ def _read(file: IO[str]) -> str:
     return file.read()
 
 
-def ask(question: Question, environment: Mapping[str, str] | None = None) -> Answer:
+def ask(question: Question, environment: Mapping[str, str] | None = None, who: str = ALONE) -> Answer:
     """What the engine takes, asked in a process that is started for it.
 
     Raises:
         EngineError: the engine could not be asked, or its lookup raised.
     """
-    return Asked(environment).answer(question)
+    return Asked(environment, who).answer(question)
 
 
 def _answer(said: Mapping[str, Any]) -> Answer:
@@ -133,4 +145,6 @@ def _answer(said: Mapping[str, Any]) -> Answer:
         down={int(m): None if taken["down"] is None else tile_of(taken["down"]) for m, taken in said["taken"].items()},
         files=tuple(Path(file) for file in said["files"]),
         log=tuple(said["log"]),
+        plugin=said.get("plugin"),
+        whys={int(m): str(why) for m, why in said.get("whys", {}).items()},
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import sys
 from typing import Any
 
 from sglang_moe_ext.core import MoEExtError
-from sglang_moe_ext.engines.sglang import bootstrap, installation
+from sglang_moe_ext.engines.sglang import asked, bootstrap, installation
+from sglang_moe_ext.engines.sglang.asked import Layer
 from sglang_moe_ext.engines.sglang.installation import Installation
 
 
@@ -47,6 +49,17 @@ def imported() -> tuple[Installation, Any]:
     return engine, config
 
 
+def layer_of(request: dict[str, Any]) -> Layer:
+    """The layer that a request is about."""
+    experts, hidden_size = request["experts"], request["hidden_size"]
+    w1_shape, w2_shape = (
+        (experts, request["up_rows"], hidden_size),
+        (experts, hidden_size, request["intermediate_size"]),
+    )
+    scales = request["block_shape"], request["per_channel"]
+    return asked.layer_of(w1_shape, w2_shape, request["top_k"], request["scheme"], *scales)
+
+
 def answer(engine: Installation, config: Any, request: dict[str, Any]) -> dict[str, Any]:
     """`request` and answer are described by `lookup.Question` and `lookup.Answer`."""
     bootstrap.publish_server_args(deterministic=request["deterministic"])
@@ -57,18 +70,21 @@ def answer(engine: Installation, config: Any, request: dict[str, Any]) -> dict[s
     config.logger.addHandler(log)
     opened: list[str] = []
     _watch_opened_tables(opened)
-    experts, n, k = request["experts"], request["intermediate_size"], request["hidden_size"]
+    layer = layer_of(request)
+    # 0.5.5 looks up every table as if scales were not per channel.
+    asks_for_channels = "per_channel_quant" in inspect.signature(config.try_get_optimal_moe_config).parameters
+    per_channel = {"per_channel_quant": layer.per_channel} if asks_for_channels else {}
     taken: dict[int, Any] = {}
     for tokens in request["tokens"]:
         up, (down, _) = config.try_get_optimal_moe_config(
-            (experts, request["up_rows"], k),
-            (experts, k, n),
-            request["top_k"],
-            request["scheme"],
+            layer.w1_shape,
+            layer.w2_shape,
+            layer.top_k,
+            layer.dtype,
             tokens,
             block_shape=request["block_shape"],
-            per_channel_quant=request["per_channel"],
             return_down_config=True,
+            **per_channel,
         )
         taken[tokens] = {"up": dict(up), "down": None if down is None else dict(down)}
     return {

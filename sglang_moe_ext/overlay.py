@@ -1,0 +1,74 @@
+"""`sglang-moe-ext overlay`: tables alone, by an environment variable, for processes of SGLang that no hook reaches."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+from pathlib import Path
+
+from sglang_moe_ext import shipped
+from sglang_moe_ext.core import EngineError, MoEExtError
+from sglang_moe_ext.engines.sglang import installation, overlay, overlay_tables
+from sglang_moe_ext.engines.sglang.overlay_tables import Outcome, Sources
+from sglang_moe_ext.tuning import destinations
+
+
+def add_to(parser: argparse.ArgumentParser) -> None:
+    """The command takes no flags; its help says how to use what it prints."""
+    parser.epilog = (
+        f'In a shell: eval "$(sglang-moe-ext overlay | grep ^export)". A server started there reads the folder that '
+        f"{overlay.VARIABLE} then names: the engine's own tables, and ours where they are better. Run it again after "
+        "an upgrade of SGLang or Triton."
+    )
+
+
+def _sources(configs_root: Path, triton: str) -> Sources:
+    tuned = shipped.folder("tuned_configs")
+    users = destinations.store_folder(triton).parent
+    return Sources([users] if tuned is None else [users, tuned / "configs"], configs_root)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Build the overlay of the engine and the Triton that run here; the last line printed is JSON.
+
+    Raises:
+        MoEExtError: there is no engine, the variable is set to another folder, or the overlay cannot be written.
+    """
+    engine, triton = installation.find(), installation.running_triton()
+    if engine is None or triton is None:
+        raise EngineError("SGLang and Triton are not both installed here: run overlay where the server runs")
+    root = overlay.place(engine).absolute()
+    set_by_user = os.environ.get(overlay.VARIABLE)
+    if set_by_user and Path(set_by_user).absolute() != root:
+        raise EngineError(
+            f"{overlay.VARIABLE} is {set_by_user}, and a server reads no other folder: unset it, or put your tables "
+            "there with `sglang-moe-ext install`"
+        )
+    destination = destinations.chosen("overlay", root, engine, triton)
+    assert destination is not None  # its place is given
+    overlay.build(root, engine.configs_root)
+    sources = _sources(engine.configs_root, triton)
+    outcome: Outcome = {}
+    for name in overlay_tables.layers(sources):
+        outcome |= _put(name, sources, destination.folder, engine.version)
+    _say(outcome, root)
+
+
+def _put(name: str, sources: Sources, folder: Path, version: tuple[int, int, int]) -> Outcome:
+    try:
+        return overlay_tables.put(name, sources, folder, version)
+    except MoEExtError as error:
+        return {folder / name: str(error)}
+
+
+def _say(outcome: Outcome, root: Path) -> None:
+    written = [str(path) for path, why in outcome.items() if why is None]
+    kept = {str(path): why for path, why in outcome.items() if why is not None}
+    for name in written:
+        print(f"wrote {name}")
+    for name, why in kept.items():
+        print(f"kept  {name}: {why}")
+    print(f"export {overlay.VARIABLE}={shlex.quote(str(root))}")
+    print(json.dumps({"written": written, "kept": kept, "environment": {overlay.VARIABLE: str(root)}}))
