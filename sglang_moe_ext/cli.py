@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from sglang_moe_ext import __version__, doctor, install, overlay, patch, tune
+from sglang_moe_ext import __version__, capture, doctor, install, overlay, patch, tune
 from sglang_moe_ext.core import MoEExtError
 
 
@@ -20,6 +20,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_to(examined)
     restored = commands.add_parser("install", help="put the tables of your own store into SGLang, as after an upgrade")
     install.add_to(restored)
+    captured = commands.add_parser("capture", help="ask a running server how its tokens choose experts, for tune")
+    capture.add_to(captured)
     overlaid = commands.add_parser("overlay", help="make a folder of tables for processes that no hook reaches")
     overlay.add_to(overlaid)
     patched = commands.add_parser("patch", help="insert our line into the engine, where no hook reaches it")
@@ -27,7 +29,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_RUN = {"doctor": doctor.run, "install": install.run, "overlay": overlay.run, "patch": patch.run}
+_RUN = {
+    "capture": capture.run,
+    "doctor": doctor.run,
+    "install": install.run,
+    "overlay": overlay.run,
+    "patch": patch.run,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -132,7 +132,7 @@ _VARIANT = re.compile(r"( NVL|-3e| D| MIG .*)$")
 
 
 def aliases(gpu: Gpu) -> list[str]:
-    """Known parts that run the same kernels as well: of the same base name, limits, multiprocessors and architecture."""
+    """Known parts on which the same kernels are fast: same base name, limits, multiprocessors and architecture."""
     base = _VARIANT.sub("", gpu.device_name)
     return [
         other.device_name

@@ -10,8 +10,8 @@ from sglang_moe_ext import gpus
 from sglang_moe_ext.engines import names
 from sglang_moe_ext.engines.sglang import naming, warning_line
 from sglang_moe_ext.shapes import parse_shape
-from sglang_moe_ext.store import provenance, tables
 from sglang_moe_ext.shared_memory import smem_bytes
+from sglang_moe_ext.store import provenance, tables
 
 CONFIGS = Path(__file__).resolve().parents[1] / "tuned_configs" / "configs"
 TABLES = sorted(path for path in CONFIGS.glob("triton_*/*.json") if not path.name.endswith(".provenance.json"))

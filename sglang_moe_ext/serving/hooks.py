@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 from sglang_moe_ext import SWITCH, __version__
-from sglang_moe_ext.engines.sglang import targets
+from sglang_moe_ext.engines.sglang import runner_hook, targets
 from sglang_moe_ext.engines.sglang.asked import Layer
 from sglang_moe_ext.engines.sglang.targets import Targets
-from sglang_moe_ext.serving import launch, lookup
+from sglang_moe_ext.serving import capture, launch, lookup
 from sglang_moe_ext.serving.guard import warn_once
 from sglang_moe_ext.serving.overlay import Engines
 from sglang_moe_ext.serving.places import places
@@ -90,3 +91,6 @@ def _attached(layer: ModuleType, way: str) -> State:
 def _first_call(engine: Targets, way: str) -> None:
     """A layer runs: the server's log is open, and all of the engine has been imported."""
     log.info("sglang-moe-ext %s is active in SGLang %s, by %s", __version__, engine.engine.version_text, way)
+    wish, runner = capture.wish(os.environ), sys.modules.get(runner_hook.MODULE)
+    if wish is not None and runner is not None:
+        capture.install(runner, wish)

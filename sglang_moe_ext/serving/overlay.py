@@ -43,7 +43,8 @@ class Place:
 class Candidate:
     """A table that could serve a layer, with the table for its down projection alone, if there is one.
 
-    `known` None: nobody knows where it comes from, so it is the engine's own, or was put there by hand.
+    `known` None: nobody knows where it comes from, so it is the engine's own, or was put there by hand. `up` is empty
+    where all of it was made for another layer.
     """
 
     place: Place
@@ -54,11 +55,6 @@ class Candidate:
     up: Table
     known: Provenance | None
     down: Table | None
-
-    @property
-    def is_foreign(self) -> bool:
-        """True for what the engine ships, or what a user put into its folder."""
-        return self.place.is_engines and self.known is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +126,11 @@ def _candidate(
         down_path = path.with_name(f"{path.stem}_down.json")
         up = _of_layer(tables.read(path), known, shape)
         down = _of_layer(tables.read(down_path), provenance.read(down_path), shape) if down_path.exists() else None
-    except (TableError, OSError) as error:
+    except (TableError, OSError, OverflowError) as error:  # the last of a figure that no float holds
         log.warning("sglang-moe-ext passes over a table: %s", error)
         return None
     is_exact = folder.name == naming.version_folder(triton)
-    return Candidate(place, path, device_name, is_alias, is_exact, up, known, down) if up else None
+    return Candidate(place, path, device_name, is_alias, is_exact, up, known, down)
 
 
 def _of_layer(table: Table, known: Provenance | None, shape: MoEShape) -> Table:
@@ -147,7 +143,7 @@ def _of_layer(table: Table, known: Provenance | None, shape: MoEShape) -> Table:
 def _is_of(text: str, shape: MoEShape) -> bool:
     try:
         made_for = stated.parse_shape(text)
-    except ModelError:
+    except (ModelError, TypeError):  # a file may have a number there, or nothing
         return False
     return (made_for.hidden_size, made_for.top_k) == (shape.hidden_size, shape.top_k)
 
@@ -162,17 +158,24 @@ def covers(table: Table, tokens: int) -> bool:
 
 def chosen(shelf: Shelf, tokens: int) -> Choice:
     """What was asked for, then measured before predicted, this GPU and this Triton before others, then by place."""
-    fitting = [one for one in shelf.candidates if one.is_foreign or covers(one.up, tokens)]
+    read = _read_by_engine(shelf)
+    theirs = read if read is not None and read.known is None else None
+    fitting = [one for one in shelf.candidates if one.up and (one is theirs or covers(one.up, tokens))]
     if not fitting:
-        is_met = any(one.place.is_engines for one in shelf.candidates)
-        why = f"no table covers {tokens} tokens" if shelf.candidates else "there is no table for it"
-        return Default(why) if is_met else Engines(why)
-    best = min(
-        fitting, key=lambda one: _rank(one, tokens)
-    )  # the first of equals: candidates lie in the order of places
-    if best.is_foreign:
+        # Not the number: this is logged once for all of them.
+        why = "no table is for this many tokens" if any(one.up for one in shelf.candidates) else "there is no table"
+        return Engines(why) if read is None else Default(why)
+    # The first of equals: candidates lie in the order of places.
+    best = min(fitting, key=lambda one: _rank(one, tokens))
+    if best is theirs:
         return Engines(f"its own table {best.path.parent.name}/{best.path.name} stands before any of ours")
     return _of(best, tokens)
+
+
+def _read_by_engine(shelf: Shelf) -> Candidate | None:
+    """What the engine's own lookup takes: of its place and this GPU's name, its Triton's table or else the newest."""
+    own = [one for one in shelf.candidates if one.place.is_engines and not one.is_alias]
+    return next((one for one in own if one.is_exact_triton), own[0] if own else None)
 
 
 def _origin(candidate: Candidate, tokens: int) -> str:
@@ -180,7 +183,7 @@ def _origin(candidate: Candidate, tokens: int) -> str:
 
 
 def _rank(candidate: Candidate, tokens: int) -> tuple[bool, ...]:
-    is_predicted = not candidate.is_foreign and _origin(candidate, tokens) == "predicted"
+    is_predicted = _origin(candidate, tokens) == "predicted"
     return not candidate.place.is_asked_for, is_predicted, candidate.is_alias, not candidate.is_exact_triton
 
 

@@ -16,19 +16,22 @@ ENGINE = "sglang"
 
 def places(engine: Installation) -> list[Place]:
     """In order. A folder that the user names to the engine takes the place of the engine's own."""
-    named = os.environ.get(directory.VARIABLE)
+    named, own = os.environ.get(directory.VARIABLE), _user_store()
     tuned = shipped.folder("tuned_configs")
     return [
-        Place("your", user_store.root() / "tables" / ENGINE),
+        *([] if own is None else [Place("your", own / "tables" / ENGINE)]),
         *([] if tuned is None else [Place("the shipped", tuned / "configs")]),
         Place(
             "the engine's",
             Path(named) / "configs" if named else engine.configs_root,
             is_engines=True,
-            is_asked_for=bool(named) and not _is_our_overlay(Path(named or "")),
+            is_asked_for=bool(named) and not (own is not None and own / "overlay" in Path(named or "").parents),
         ),
     ]
 
 
-def _is_our_overlay(root: Path) -> bool:
-    return (user_store.root() / "overlay") in root.parents
+def _user_store() -> Path | None:
+    try:
+        return user_store.root()
+    except RuntimeError:  # the user of a container may have no home
+        return None

@@ -1,0 +1,178 @@
+"""The place of SGLang where every MoE layer has its topk_ids in Python, and copies of them that hold up nothing.
+
+`MoeRunner.run(dispatch_output, quant_info)` of srt/layers/moe/moe_runner/runner.py, in every release from 0.5.5 to
+0.5.23; `lora_info` came after those two with 0.5.10. `dispatch_output.topk_output.topk_ids` is [tokens, top_k] there,
+the fused shared experts after the routed, -1 in rows that pad a batch. With expert parallelism the standard dispatcher
+(token_dispatcher/standard.py) has mapped the ids to this rank's own before; those tell nothing of other ranks'.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+MODULE = "sglang.srt.layers.moe.moe_runner.runner"
+UNSEEN = (
+    "what replays a CUDA graph is not seen: start the server with --disable-cuda-graph, "
+    "and 0.5.10 to 0.5.14 with --disable-piecewise-cuda-graph too"
+)
+_CLASS, _METHOD = "MoeRunner", "run"
+_FIRST_PARAMETERS = ("self", "dispatch_output", "quant_info")
+_MARK = "watched_by_sglang_moe_ext"
+_GRAPHS = (
+    ("sglang.srt.model_executor.runner_utils.capture_mode", "get_is_capture_mode"),  # 0.5.15 and newer
+    ("sglang.srt.model_executor.cuda_graph_runner", "get_is_capture_mode"),
+    ("sglang.srt.model_executor.piecewise_cuda_graph_runner", "get_is_capture_mode"),
+    ("sglang.srt.compilation.piecewise_context_manager", "is_in_piecewise_cuda_graph"),
+)
+"""Functions that say whether the engine warms up a graph, or captures it: those tokens are nobody's."""
+_PAUSE_S = 0.05
+_PARALLEL_STATE = "sglang.srt.distributed.parallel_state"
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One layer's ids on their way to host memory; `copied` says when they are there, None: they are."""
+
+    layer: int
+    ids: torch.Tensor
+    copied: torch.cuda.Event | None
+
+    @property
+    def size_bytes(self) -> int:
+        return self.ids.numel() * self.ids.element_size()
+
+    def rows(self) -> tuple[int, bytes]:
+        """(experts a token, int32 ids of the rows that are no padding). Waits for the copy, and for nothing else."""
+        import torch
+
+        if self.copied is not None:
+            while _is_making_graphs():  # a wait in any thread spoils the graph that another captures
+                time.sleep(_PAUSE_S)
+            self.copied.synchronize()
+        ids = self.ids[(self.ids >= 0).all(dim=1)].to(torch.int32).contiguous()
+        return ids.shape[1], ids.numpy().tobytes()
+
+
+class Watcher(Protocol):
+    """Who is told of the batches, from the thread that launches the model."""
+
+    def wants(self, rows: int, size_bytes: int) -> bool: ...
+
+    def take(self, batch: Batch) -> None: ...
+
+    def stop(self, why: str) -> None: ...
+
+
+def obstacle(runner_module: ModuleType) -> str | None:
+    """Why the module cannot be watched, or None."""
+    run = vars(getattr(runner_module, _CLASS, object)).get(_METHOD)
+    if not inspect.isfunction(run):
+        return f"{runner_module.__name__} has no {_CLASS}.{_METHOD}"
+    parameters = tuple(inspect.signature(run).parameters)
+    if parameters[:3] != _FIRST_PARAMETERS:
+        return f"{_CLASS}.{_METHOD} takes {', '.join(parameters)}: expected {', '.join(_FIRST_PARAMETERS)} first"
+    return None
+
+
+def is_watched(runner_module: ModuleType) -> bool:
+    """True where `watch` has been here before."""
+    return hasattr(vars(getattr(runner_module, _CLASS)).get(_METHOD), _MARK)
+
+
+def watch(runner_module: ModuleType, watcher: Watcher) -> None:
+    """Tell the watcher of the batches of every MoE layer that run in eager mode; `obstacle` has found none."""
+    runner = getattr(runner_module, _CLASS)
+    setattr(runner, _METHOD, _watched(getattr(runner, _METHOD), _observer(watcher)))
+
+
+def _watched(run: Callable[..., Any], observe: Callable[[Any, Any], None]) -> Callable[..., Any]:
+    import torch
+
+    is_compiling = torch.compiler.is_compiling
+
+    @functools.wraps(run)
+    def watched(self: Any, dispatch_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_compiling():  # what is traced would break the graph, and see no ids
+            observe(self, dispatch_output)
+        return run(self, dispatch_output, *args, **kwargs)
+
+    setattr(watched, _MARK, True)
+    return watched
+
+
+def _observer(watcher: Watcher) -> Callable[[Any, Any], None]:
+    is_first_rank = functools.cache(_is_first_rank)
+
+    def observe(runner: Any, dispatch_output: Any) -> None:
+        try:
+            ids = getattr(getattr(dispatch_output, "topk_output", None), "topk_ids", None)
+            # A format without ids, as that of OpenAI's Triton kernels and DeepEP's, is no error.
+            if ids is None or ids.dim() != 2 or not watcher.wants(ids.shape[0], ids.numel() * ids.element_size()):
+                return
+            if not is_first_rank():
+                watcher.stop("")
+                return
+            config = runner.config
+            if config.num_experts != config.num_local_experts:
+                watcher.stop(
+                    "with expert parallelism a rank sees the ids of its own experts alone; "
+                    "use sglang-moe-ext capture --url, with --enable-return-routed-experts on the server"
+                )
+                return
+            if config.layer_id is not None and not _is_warming_up(ids):
+                watcher.take(_copied(config.layer_id, ids))
+        except Exception as error:
+            watcher.stop(f"{type(error).__name__}: {error}")
+
+    return observe
+
+
+def _is_first_rank() -> bool:
+    """True on the first tensor-parallel rank, and where the engine cannot say: it has one process then."""
+    state = sys.modules.get(_PARALLEL_STATE)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of 0.5.23, which keeps the function
+            return state is None or state.get_tensor_model_parallel_rank() == 0
+    except (AttributeError, AssertionError, RuntimeError):  # the last: 0.5.23
+        return True
+
+
+def _is_warming_up(ids: torch.Tensor) -> bool:
+    """True while a CUDA graph is captured, or before it is."""
+    import torch
+
+    return _is_making_graphs() or (ids.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _is_making_graphs() -> bool:
+    known = (getattr(sys.modules.get(module), name, None) for module, name in _GRAPHS)
+    return any(says() for says in known if says is not None)
+
+
+def _copied(layer: int, ids: torch.Tensor) -> Batch:
+    """A copy in host memory, under way: the layer may change its ids as soon as it runs."""
+    import torch
+
+    if not ids.is_cuda:
+        return Batch(layer, ids.detach().to("cpu", copy=True), None)
+    # torch keeps pinned blocks for the next batch; an own one for each would be made anew each time.
+    host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
+    host.copy_(ids.detach(), non_blocking=True)
+    copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # the thread that waits sleeps
+    copied.record()
+    return Batch(layer, host, copied)

@@ -1,0 +1,174 @@
+"""Configurations become small enough for a GPU, and lose TMA where it is wrong; nothing else of them changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_moe_ext import gpus
+from sglang_moe_ext.core import MoEShape, Projection, Quantisation, TileConfig
+from sglang_moe_ext.engines.sglang import entries
+from sglang_moe_ext.serving import guard
+from sglang_moe_ext.serving.guard import Guard, degraded
+from sglang_moe_ext.shared_memory import smem_bytes
+from tests.store.generated import powers_of_two
+
+RTX_4090, H200 = gpus.find("RTX 4090"), gpus.find("H200")
+GLM = MoEShape(65, 1536, 2048, 5)
+SEED = TileConfig(128, 256, 64, 16, num_warps=8, num_stages=4)
+OLD, NEW = (0, 5, 17), (0, 5, 18)
+
+QUANTISATIONS = {
+    "bf16": Quantisation(),
+    "fp8-block": Quantisation("fp8_w8a8", (128, 128)),
+    "fp8-tensor": Quantisation("fp8_w8a8"),
+    "fp8-channel": Quantisation("fp8_w8a8", per_channel=True),
+    "int8-channel": Quantisation("int8_w8a8", per_channel=True),
+    "int8-weights": Quantisation("int8_w8a16", per_channel=True),
+    "int4-group": Quantisation("int4_w4a16", (0, 128)),
+}
+
+usual = st.builds(
+    TileConfig,
+    block_m=powers_of_two(16, 256),
+    block_n=powers_of_two(16, 512),
+    block_k=powers_of_two(16, 512),
+    group_m=st.integers(1, 64),
+    num_warps=powers_of_two(1, 16),
+    num_stages=st.integers(1, 8),
+    use_tma=st.booleans(),
+)
+shapes = st.sampled_from([dataclasses.replace(GLM, quantisation=it) for it in QUANTISATIONS.values()])
+
+
+@pytest.fixture(autouse=True)
+def _nothing_said_yet() -> None:
+    guard.warn_once.cache_clear()
+
+
+def changed(before: TileConfig, after: TileConfig) -> set[str]:
+    names = [item.name for item in dataclasses.fields(TileConfig)]
+    return {name for name in names if getattr(before, name) != getattr(after, name)}
+
+
+@given(usual)
+def test_nothing_but_stages_and_the_sides_n_and_k_is_made_smaller(config: TileConfig) -> None:
+    for smaller in degraded(config):
+        assert changed(config, smaller) <= {"num_stages", "block_n", "block_k"}
+
+
+@given(usual, shapes, st.sampled_from([80, 89, 90, 100, 120]))
+def test_no_step_asks_for_more_than_the_one_before(config: TileConfig, shape: MoEShape, sm: int) -> None:
+    asked = [smem_bytes(it, shape, sm) for it in (config, *degraded(config))]
+    assert asked == sorted(asked, reverse=True)
+
+
+@given(usual, st.sampled_from([32, 64, 128, 256, 512]))
+def test_a_tile_that_divides_a_block_of_scales_divides_it_at_each_step(config: TileConfig, block: int) -> None:
+    config = dataclasses.replace(config, block_k=min(config.block_k, block))
+    assert all(block % it.block_k == 0 for it in degraded(config))
+
+
+@given(usual)
+def test_stages_go_before_n_and_n_before_k(config: TileConfig) -> None:
+    steps = [changed(*pair).pop() for pair in itertools.pairwise((config, *degraded(config)))]
+    if steps and config.num_stages > 1:
+        assert steps.pop() == "num_stages"  # down to one, where nothing else is left
+    order = ["num_stages", "block_n", "block_k"]
+    assert steps == sorted(steps, key=order.index)
+
+
+def test_every_step_is_taken() -> None:
+    steps = [(it.num_stages, it.block_n, it.block_k) for it in degraded(TileConfig(64, 128, 128, 8, 4, 4))]
+    assert steps == [(3, 128, 128), (2, 128, 128), (2, 64, 128), (2, 32, 128), (2, 32, 64), (2, 32, 32), (1, 32, 32)]
+
+
+def test_the_last_step_is_small_enough_for_any_gpu() -> None:
+    last = list(degraded(TileConfig(256, 512, 512, 1, 8, 8)))[-1]
+    assert smem_bytes(last, GLM, 90) <= min(it.smem_per_block for it in gpus.ARCHITECTURES.values())
+
+
+@given(usual, shapes, st.sampled_from(["up", "down"]))
+def test_an_entry_that_fits_and_is_right_is_a_plain_copy(config: TileConfig, shape: MoEShape, of: Projection) -> None:
+    entry = entries.entry_of(dataclasses.replace(config, use_tma=False)) | {"waves_per_eu": 2}
+    safe = Guard(NEW, None).safe(entry, shape, of)
+    assert safe == entry
+    assert safe is not entry
+
+
+@given(usual, shapes)
+def test_what_leaves_the_guard_fits_wherever_a_smaller_one_does(config: TileConfig, shape: MoEShape) -> None:
+    def fits(it: TileConfig) -> bool:
+        return smem_bytes(it, shape, RTX_4090.sm) <= RTX_4090.smem_per_block
+
+    safe = Guard(NEW, RTX_4090).safe(entries.entry_of(config), shape, "up")
+    assert fits(entries.tile_of(safe)) == any(map(fits, (config, *degraded(config))))
+
+
+def test_the_crash_of_glm_4_7_flash_on_an_rtx_4090_is_a_configuration_that_fits() -> None:
+    assert (smem_bytes(SEED, GLM, RTX_4090.sm), RTX_4090.smem_per_block) == (147_456, 101_376)
+    safe = entries.tile_of(Guard(NEW, RTX_4090).safe(entries.entry_of(SEED), GLM, "up"))
+    assert safe == dataclasses.replace(SEED, num_stages=3)
+    assert smem_bytes(safe, GLM, RTX_4090.sm) <= RTX_4090.smem_per_block
+
+
+def test_the_same_configuration_stays_as_it_is_on_an_h200() -> None:
+    assert Guard(NEW, H200).safe(entries.entry_of(SEED), GLM, "up") == entries.entry_of(SEED)
+
+
+def test_what_else_an_entry_says_stays_when_it_is_made_smaller() -> None:
+    entry = entries.entry_of(SEED) | {"waves_per_eu": 2, "SPLIT_K": 1}
+    safe = Guard(NEW, RTX_4090).safe(entry, GLM, "up")
+    assert safe == entry | {"num_stages": 3}
+
+
+def test_an_entry_without_stages_is_held_against_what_triton_takes() -> None:
+    entry = {"BLOCK_SIZE_M": 128, "BLOCK_SIZE_N": 256, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 8}
+    assert Guard(NEW, RTX_4090).safe(entry, GLM, "up")["num_stages"] < 3
+
+
+def test_what_was_made_smaller_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(3):
+        Guard(NEW, RTX_4090).safe(entries.entry_of(SEED), GLM, "up")
+    (line,) = caplog.messages
+    assert "147456 B" in line
+    assert "101376 B" in line
+
+
+DOWN_IS_RIGHT = {"bf16", "fp8-block", "int8-weights"}
+UP_IS_WRONG = {"int4-group"}
+
+
+@pytest.mark.parametrize("name", QUANTISATIONS)
+def test_tma_of_the_down_projection_stays_where_it_is_right_alone(name: str) -> None:
+    entry: dict[str, Any] = entries.entry_of(dataclasses.replace(SEED, use_tma=True))
+    shape = dataclasses.replace(GLM, quantisation=QUANTISATIONS[name])
+    assert entries.USE_TMA in entry
+    assert Guard(NEW, H200).safe(entry, shape, "down").get(entries.USE_TMA, False) == (name in DOWN_IS_RIGHT)
+
+
+@pytest.mark.parametrize("version", [OLD, NEW], ids=["0.5.17", "0.5.18"])
+@pytest.mark.parametrize("name", QUANTISATIONS)
+def test_tma_of_the_up_projection_stays_from_0_5_18_on(name: str, version: tuple[int, int, int]) -> None:
+    entry = entries.entry_of(dataclasses.replace(SEED, use_tma=True))
+    shape = dataclasses.replace(GLM, quantisation=QUANTISATIONS[name])
+    stays = version == NEW and name not in UP_IS_WRONG
+    assert Guard(version, H200).safe(entry, shape, "up").get(entries.USE_TMA, False) == stays
+
+
+def test_tma_that_is_off_leaves_no_key_behind() -> None:
+    entry = entries.entry_of(SEED) | {entries.USE_TMA: False}
+    assert entries.USE_TMA not in Guard(OLD, H200).safe(entry, GLM, "up")
+
+
+def test_wrong_tma_is_said_once_for_each_layer_and_projection(caplog: pytest.LogCaptureFixture) -> None:
+    shape = dataclasses.replace(GLM, quantisation=QUANTISATIONS["fp8-channel"])
+    for group_m, projection in itertools.product((1, 16), ("up", "down", "down")):
+        entry = entries.entry_of(dataclasses.replace(SEED, use_tma=True, group_m=group_m))
+        Guard(OLD, H200).safe(entry, shape, projection)  # type: ignore[arg-type]
+    assert len(caplog.messages) == 2

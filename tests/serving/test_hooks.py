@@ -1,0 +1,107 @@
+"""What keeps our hooks out of a process, and that putting them in never raises; real engines: engines/test_hooks.py."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+
+from sglang_moe_ext import SWITCH
+from sglang_moe_ext.engines.sglang import targets
+from sglang_moe_ext.engines.sglang.targets import LAYER_MODULES
+from sglang_moe_ext.serving import guard, hooks, plugin
+
+PLUGINS = "SGLANG_PLUGINS"
+LAYER = ModuleType(LAYER_MODULES[0])
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process that nothing has been hooked in, and that no variable keeps us out of."""
+    monkeypatch.setattr(hooks, "_state", hooks.State(False, "fresh"))
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    for variable in (SWITCH, PLUGINS):
+        monkeypatch.delenv(variable, raising=False)
+    guard.warn_once.cache_clear()
+    yield
+    guard.warn_once.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "is_off"),
+    [
+        (SWITCH, "", False),
+        (SWITCH, "0", False),
+        (SWITCH, "1", True),
+        (PLUGINS, "", False),
+        (PLUGINS, "sglang_moe_ext", False),
+        (PLUGINS, "another , sglang_moe_ext", False),
+        (PLUGINS, "another", True),
+        (PLUGINS, "sglang_moe_ext_too", True),
+    ],
+)
+def test_two_variables_keep_us_out(variable: str, value: str, is_off: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, value)
+    why = hooks.why_off()
+    assert (why is not None) == is_off
+    assert why is None or variable in why
+
+
+def test_what_keeps_us_out_is_the_state_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, "1")
+    assert hooks.attach(LAYER, "a test") == hooks.state() == hooks.State(False, f"{SWITCH} is set")
+
+
+def test_without_an_engine_we_are_off_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(targets.installation, "find", lambda: None)
+    for _ in range(2):
+        assert not hooks.attach(LAYER, "a test").is_active
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), ImportError("broken"), AttributeError("broken")], ids=repr)
+def test_whatever_is_broken_attaching_never_raises(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def breaks(_: ModuleType) -> None:
+        raise error
+
+    monkeypatch.setattr(targets, "found", breaks)
+    plugin.attach(LAYER, "a test")
+    assert f"is off, the engine runs as it is: {type(error).__name__}: broken" in caplog.text
+
+
+@pytest.mark.parametrize("module", ["serving.hooks", "engines.sglang.targets"])
+@pytest.mark.parametrize("way", [plugin.register_sglang, plugin.attach_patched], ids=["entry-point", "patch"])
+def test_an_installation_of_ours_that_is_broken_ends_no_server(
+    module: str, way: object, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert callable(way)
+    parent, _, name = f"sglang_moe_ext.{module}".rpartition(".")
+    monkeypatch.delattr(sys.modules[parent], name)
+    monkeypatch.setitem(sys.modules, f"{parent}.{name}", None)
+    monkeypatch.setitem(sys.modules, LAYER_MODULES[0], LAYER)
+    way()
+    (line,) = caplog.messages
+    assert "is off, the engine runs as it is" in line
+
+
+def test_the_startup_file_waits_for_the_modules_that_are_hooked() -> None:
+    from sglang_moe_ext import startup
+
+    assert startup.LAYER_MODULES == LAYER_MODULES
+
+
+@pytest.mark.parametrize("way", [plugin.register_sglang, plugin.attach_patched], ids=["entry-point", "patch"])
+def test_an_engine_that_is_not_imported_yet_is_waited_for(way: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang_moe_ext.arrivals import Arrivals
+
+    assert callable(way)
+    monkeypatch.setattr(sys, "meta_path", [it for it in sys.meta_path if not isinstance(it, Arrivals)])
+    way()
+    (finder,) = (it for it in sys.meta_path if isinstance(it, Arrivals))
+    assert set(finder.awaited) == set(LAYER_MODULES)
