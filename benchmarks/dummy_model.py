@@ -62,19 +62,24 @@ def write_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
-def main() -> None:
-    if len(sys.argv) < 3 or sys.argv[2] not in MODELS:
-        sys.exit(__doc__)
-    folder, (make, extra) = Path(sys.argv[1]), MODELS[sys.argv[2]]
+def write(folder: Path, model: str, layers: int | None = None) -> None:
+    """The folder of one of MODELS, with so many layers where it shall not have all."""
+    make, extra = MODELS[model]
     config = make()
-    if len(sys.argv) > 3:
-        config.num_hidden_layers = int(sys.argv[3])
+    if layers is not None:
+        config.num_hidden_layers = layers
         if hasattr(config, "mlp_layer_types"):
-            config.mlp_layer_types = ["dense"] + ["sparse"] * (config.num_hidden_layers - 1)
+            config.mlp_layer_types = ["dense"] + ["sparse"] * (layers - 1)
     folder.mkdir(parents=True, exist_ok=True)
     document = config.to_dict() | {"dtype": "bfloat16", "torch_dtype": "bfloat16"} | extra
     (folder / "config.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     write_tokenizer(folder)
+
+
+def main() -> None:
+    if len(sys.argv) < 3 or sys.argv[2] not in MODELS:
+        sys.exit(__doc__)
+    write(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else None)
 
 
 if __name__ == "__main__":
