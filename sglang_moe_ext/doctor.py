@@ -12,7 +12,8 @@ from typing import Any
 from sglang_moe_ext import gpus, layer_arguments, terminal
 from sglang_moe_ext.core import EngineError, Gpu, GpuError, ModelError, MoEShape, TableError, TableKey
 from sglang_moe_ext.engines import names
-from sglang_moe_ext.engines.sglang import backends, installation, lookup, naming, warning_line
+from sglang_moe_ext.engines.sglang import backends, installation, lookup, naming, running_server, warning_line
+from sglang_moe_ext.engines.sglang.running_server import RunningServer
 from sglang_moe_ext.shapes import parse_shape
 from sglang_moe_ext.store import provenance, tables, user_store
 from sglang_moe_ext.tuning.destinations import ENGINE
@@ -38,7 +39,6 @@ class Finding:
     projection: str
     config: str
     why: str
-    file: Path | None
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:
@@ -47,12 +47,38 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("how the server is started")
     server.add_argument("--moe-runner-backend", default=backends.AUTO, help="as the server's flag (default auto)")
     server.add_argument("--enable-deterministic-inference", action="store_true", help="as the server's flag")
+    server.add_argument("--url", help="ask a running server for all of this, such as http://127.0.0.1:30000")
+    server.add_argument("--api-key", help="as the server's flag, where it was started with one")
 
 
-def _patients(arguments: argparse.Namespace) -> Iterator[Patient]:
+def _as_served(arguments: argparse.Namespace, server: RunningServer) -> argparse.Namespace:
+    """The flags, with the server's own answers in the place of those that it answers."""
+    nothing_stated = argparse.ArgumentParser()
+    add_to(nothing_stated)
+    stated, defaults = vars(arguments), vars(nothing_stated.parse_args([]))
+    given = {name: value for name, value in stated.items() if name in defaults and value != defaults[name]}
+    return argparse.Namespace(**(stated | running_server.flags(server, given)))
+
+
+def _layer(arguments: argparse.Namespace, server: RunningServer | None) -> layer_arguments.Stated:
+    if server is None:
+        return layer_arguments.stated(arguments)
+    try:
+        layer = layer_arguments.stated(arguments)
+    except ModelError as error:
+        raise ModelError(f"{server.url} serves {server.model_path}: {error}; or name it with --model") from error
+    if server.quantization and arguments.dtype == "auto" and layer.shape.quantisation.scheme is None:
+        raise ModelError(
+            f"{server.url} quantises {layer.name} with --quantization {server.quantization}, and its checkpoint does "
+            "not say to what: add --dtype, such as fp8_w8a8"
+        )
+    return layer
+
+
+def _patients(arguments: argparse.Namespace, server: RunningServer | None) -> Iterator[Patient]:
     """The layer that the flags name, or each one in the user's store."""
     if layer_arguments.is_given(arguments):
-        layer = layer_arguments.stated(arguments)
+        layer = _layer(arguments, server)
         yield Patient(layer.name, layer.shape, *layer_arguments.gpu_of(arguments, layer), layer.architecture)
         return
     here = gpus.detect()
@@ -108,29 +134,32 @@ def findings(patient: Patient, answer: lookup.Answer, deterministic: bool) -> li
     up_file, down_file = files.get(naming.file_name(up_key)), files.get(naming.file_name(down_key))
     found: list[Finding] = []
     for m, config in answer.up.items():
-        why = _why(up_file, up_key, m, answer.triton, deterministic)
-        found.append(Finding(m, "up", str(config), why, up_file))
+        ours = answer.whys.get(m)
+        why = ours or _why(up_file, up_key, m, answer.triton, deterministic)
+        found.append(Finding(m, "up", str(config), why))
         down = answer.down[m]
-        if down is None or down_file is None:
-            found.append(Finding(m, "down", str(down or config), "as the up projection: no table of its own", up_file))
+        if down is None or (down_file is None and ours is None):
+            found.append(Finding(m, "down", str(down or config), "as the up projection: no table of its own"))
         else:
-            why = _why(down_file, down_key, m, answer.triton, deterministic)
-            found.append(Finding(m, "down", str(down), why, down_file))
+            why = ours or _why(down_file, down_key, m, answer.triton, deterministic)
+            found.append(Finding(m, "down", str(down), why))
     return found
 
 
-def _examine(patient: Patient, arguments: argparse.Namespace) -> Mapping[str, Any]:
+def _examine(patient: Patient, arguments: argparse.Namespace, server: RunningServer | None) -> Mapping[str, Any]:
     tokens = layer_arguments.tokens_of(arguments, DEFAULT_TOKENS)
     deterministic = arguments.enable_deterministic_inference
     question = lookup.Question(patient.shape, tokens, None if patient.is_here else patient.gpu, deterministic)
-    answer = lookup.ask(question)
+    answer = lookup.ask(question, who=lookup.AS_SERVED)
     found = findings(patient, answer, deterministic)
     where = "here" if patient.is_here else "not here: the engine was told that it runs on it"
     print(f"{patient.name}: {patient.shape}")
     print(f"{patient.gpu.device_name} ({where}), SGLang {answer.engine_version}, Triton {answer.triton}")
     warning = backends.why_no_table(arguments.moe_runner_backend, patient.shape, patient.gpu, patient.architecture)
+    warning = (server and running_server.why_no_table(server)) or warning
     if warning:
         print(f"NO TABLE IS READ, whatever follows: {warning}")
+    print(f"sglang-moe-ext in a server of this environment: {answer.plugin}")
     for file in answer.files:
         print(f"reads {file}")
     rows = [[str(one.tokens), one.projection, one.config, one.why] for one in found]
@@ -140,6 +169,7 @@ def _examine(patient: Patient, arguments: argparse.Namespace) -> Mapping[str, An
         "model": patient.name,
         "gpu": patient.gpu.device_name,
         "reads_tables": warning is None and not deterministic,
+        "plugin": answer.plugin,
         "files": [str(file) for file in answer.files],
         "findings": [{"M": one.tokens, "gemm": one.projection, "config": one.config, "why": one.why} for one in found],
     }
@@ -151,11 +181,17 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         MoEExtError: there is no engine to ask, or the flags make no sense.
     """
-    if installation.find() is None:
+    engine = installation.find()
+    if engine is None:
         raise EngineError(
             "SGLang is not installed in this environment: there is nothing to ask; run doctor where it is"
         )
-    examined = [_examine(patient, arguments) for patient in _patients(arguments)]
+    server = None if arguments.url is None else running_server.ask(arguments.url, arguments.api_key)
+    if server is not None:
+        arguments = _as_served(arguments, server)
+        print(*running_server.report(server, engine.version_text), sep="\n")
+    examined = [_examine(patient, arguments, server) for patient in _patients(arguments, server)]
     if not examined:
         print(f"no table of ours in {user_store.root()}: name a layer with --model, or tune one")
-    print(json.dumps({"examined": examined}))
+    about = {} if server is None else {"server": {"url": server.url, "version": server.version_text}}
+    print(json.dumps({"examined": examined} | about))

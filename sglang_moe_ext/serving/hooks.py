@@ -16,7 +16,7 @@ from sglang_moe_ext.engines.sglang.asked import Layer
 from sglang_moe_ext.engines.sglang.targets import Targets
 from sglang_moe_ext.serving import capture, launch, lookup
 from sglang_moe_ext.serving.guard import warn_once
-from sglang_moe_ext.serving.overlay import Engines
+from sglang_moe_ext.serving.overlay import Choice
 from sglang_moe_ext.serving.places import places
 
 log = logging.getLogger(__name__)
@@ -43,12 +43,9 @@ def state() -> State:
     return _state
 
 
-def whys(layer: Layer, tokens: Sequence[int]) -> dict[int, str]:
-    """By M why this process does not take the engine's own choice; without those where it does."""
-    if _resolver is None:
-        return {}
-    choices = {m: _resolver.choice(layer, m) for m in tokens}
-    return {m: lookup.said(choice) for m, choice in choices.items() if not isinstance(choice, Engines)}
+def choices(layer: Layer, tokens: Sequence[int]) -> dict[int, Choice]:
+    """What this process takes at each M, and why; empty where our functions are not in place."""
+    return {} if _resolver is None else {m: _resolver.choice(layer, m) for m in tokens}
 
 
 def why_off() -> str | None:

@@ -59,13 +59,23 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Ours:
-    """A configuration of one of our tables; no `down`: both GEMMs run `up`. `why` is what a log says of it."""
+    """A configuration of one of our tables; no `down`: both GEMMs run `up`.
+
+    `entry` is the M that it was made for, `origin` what is known of it: measured or predicted, and for what else.
+    """
 
     up: TileConfig
     down: TileConfig | None
     most_block_m: int
+    place: str
     path: Path
-    why: str
+    entry: int
+    origin: str
+
+    @property
+    def why(self) -> str:
+        """The same for all entries of one table: a log says it once."""
+        return f"{self.place} table {self.path} ({self.origin})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,5 +207,12 @@ def _of(candidate: Candidate, tokens: int) -> Ours:
     most_block_m = max(config.block_m for config in (candidate.down or candidate.up).values())
     triton = "" if candidate.is_exact_triton else f", made with {candidate.path.parent.name}"
     device = f", made for {candidate.device_name}" if candidate.is_alias else ""
-    why = f"{candidate.place.name} table {candidate.path} ({_origin(candidate, tokens)}{device}{triton})"
-    return Ours(up, down, most_block_m, candidate.path, why)
+    return Ours(
+        up,
+        down,
+        most_block_m,
+        place=candidate.place.name,
+        path=candidate.path,
+        entry=tables.nearest(candidate.up, tokens),
+        origin=f"{_origin(candidate, tokens)}{device}{triton}",
+    )

@@ -110,6 +110,15 @@ def test_what_leaves_the_guard_fits_wherever_a_smaller_one_does(config: TileConf
     assert fits(entries.tile_of(safe)) == any(map(fits, (config, *degraded(config))))
 
 
+@pytest.mark.parametrize(
+    ("quantisation", "expected"), [("bf16", 10_240), ("int8-weights", 9_216), ("fp8-tensor", 5_120)]
+)
+def test_a_single_stage_asks_for_what_the_compiler_says(quantisation: str, expected: int) -> None:
+    """128x32x32 of 0.5.15's kernel for sm_89, by Triton 3.7.1."""
+    shape = dataclasses.replace(GLM, quantisation=QUANTISATIONS[quantisation])
+    assert smem_bytes(TileConfig(128, 32, 32, 1, 4, 1), shape, 89) == expected
+
+
 def test_the_crash_of_glm_4_7_flash_on_an_rtx_4090_is_a_configuration_that_fits() -> None:
     assert (smem_bytes(SEED, GLM, RTX_4090.sm), RTX_4090.smem_per_block) == (147_456, 101_376)
     safe = entries.tile_of(Guard(NEW, RTX_4090).safe(entries.entry_of(SEED), GLM, "up"))

@@ -1,0 +1,37 @@
+"""Tables for the tiny model's layer on the GPU that its servers believe in, as they lie in a user's store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sglang_moe_ext.core import MoEShape, Table, TileConfig
+from sglang_moe_ext.engines.sglang import installation, naming
+from sglang_moe_ext.store import tables
+from tests.servers import tiny_model
+
+SHAPE = MoEShape(
+    experts=tiny_model.EXPERTS,
+    intermediate_size=tiny_model.INTERMEDIATE_SIZE,
+    hidden_size=tiny_model.HIDDEN_SIZE,
+    top_k=tiny_model.TOP_K,
+)
+DEVICE_NAME = "NVIDIA H200"
+OURS = TileConfig(block_m=32, block_n=16, block_k=64, group_m=4, num_warps=8, num_stages=2)
+"""No default of the engine's and no table that it ships has such a tile."""
+TABLE: Table = dict.fromkeys((1, 2, 4, 8, 16, 32, 64, 128), OURS)
+
+
+def path_in(store: Path) -> Path:
+    """Where the table lies, for the Triton of the tests."""
+    triton = installation.running_triton()
+    assert triton is not None
+    name = naming.file_name(naming.table_key(SHAPE, DEVICE_NAME))
+    return store / "tables" / "sglang" / naming.version_folder(triton) / name
+
+
+def put(store: Path, text: str = tables.to_json(TABLE)) -> Path:
+    """The file with that text, in that store."""
+    path = path_in(store)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path

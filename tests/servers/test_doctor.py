@@ -1,0 +1,50 @@
+"""`sglang-moe-ext doctor --url` asks a real server, in the environment that it was installed into."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.servers import server as servers
+from tests.servers import tables
+from tests.servers.server import Server, Site, starting
+
+VERSION = "0.5.15"
+TIMEOUT_S = 180
+
+
+@pytest.fixture(scope="module")
+def server(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with starting(site, VERSION, {"SGLANG_MOE_EXT_STORE": str(tmp_path_factory.mktemp("store"))}) as started:
+        started.wait_until_healthy()
+        yield started
+
+
+def doctor(site: Site, *arguments: str) -> tuple[list[str], dict[str, Any]]:
+    """The lines that it prints, and the JSON of the last one."""
+    command = site.python.with_name("sglang-moe-ext")
+    done = subprocess.run(
+        [command, "doctor", "--gpu", "H200", "--batch-size", "1", *arguments],
+        env=servers.environment(site, VERSION) | {"no_proxy": "*"},
+        cwd=site.folder,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.strip().splitlines()
+    return lines, json.loads(lines[-1])
+
+
+def test_the_layer_of_a_server_is_examined(server: Server, site: Site) -> None:
+    lines, document = doctor(site, "--url", server.url)
+    assert lines[0] == f"{server.url}: SGLang {VERSION} serves {site.model} on cpu, --tp-size 1 --ep-size 1"
+    assert f"model: {tables.SHAPE}" in lines
+    (examined,) = document["examined"]
+    assert [finding["gemm"] for finding in examined["findings"]] == ["up", "down"]
+    assert examined["reads_tables"] is False  # it runs on a CPU
