@@ -23,4 +23,5 @@ def smem_bytes(config: TileConfig, shape: MoEShape, sm: int) -> int:
     wgmma = sm in (90, 100, 103) and (config.block_m >= _WGMMA_ROWS or swapped)
     weight_bytes = quantisation.weight_bits / 8
     stage = config.block_k * (config.block_m * operand_bytes(shape) + config.block_n * weight_bytes)
-    return int(stage * (config.num_stages if wgmma else config.num_stages - 1))
+    # One stage is not pipelined, and its operands still lie there once.
+    return int(stage * (config.num_stages if wgmma else max(config.num_stages - 1, 1)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import os
 import subprocess
 import sys
 import zipfile
@@ -13,9 +14,28 @@ from pathlib import Path
 import pytest
 
 from sglang_moe_ext.serving import plugin
+from tests.engines.installed import engine_environment
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 NEVER_MOVED = {"torch", "triton", "transformers", "sglang", "vllm", "numpy"}
+HEAVY = {"torch", "triton", "transformers", "rich", "numpy"}
+ATTACHED = {
+    "": "arrivals core engines gpus serving shared_memory shipped startup store",
+    "engines.": "sglang",
+    "engines.sglang.": "asked entries installation naming overlay targets tma",
+    "serving.": "guard hooks launch lookup overlay places plugin",
+    "store.": "files locks provenance tables user_store",
+}
+"""By package, the modules of ours that a server has once its engine's layer is hooked."""
+ATTACH = """
+import site, sys
+site.addsitedir("packaging")
+from importlib import import_module
+import_module("sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe")
+from sglang_moe_ext.serving import hooks
+assert hooks.state().is_active, hooks.state()
+print(*sorted(name for name in sys.modules if name.partition(".")[0] == "sglang_moe_ext"), sep=chr(10))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -81,27 +101,37 @@ def test_a_fresh_environment_without_torch_gets_help_and_one_line_errors(wheel: 
     assert "Traceback" not in failed.stderr
 
 
-@pytest.mark.parametrize("register", [plugin.register_sglang, plugin.register_vllm], ids=["sglang", "vllm"])
-def test_an_entry_point_logs_one_line(register: object, caplog: pytest.LogCaptureFixture) -> None:
-    assert callable(register)
+def test_the_entry_point_of_vllm_logs_one_line(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="sglang_moe_ext"):
-        register()
+        plugin.register_vllm()
     assert len(caplog.records) == 1
 
 
-def test_the_serving_path_loads_exactly_three_modules_of_ours_and_nothing_heavy() -> None:
-    code = (
+def loaded_by(code: str, **environment: str) -> list[str]:
+    """What a Python that ran the code printed, a line each."""
+    command, variables = [sys.executable, "-W", "ignore", "-c", code], {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPO_ROOT, env=variables)
+    return done.stdout.splitlines()
+
+
+def test_a_way_in_loads_four_modules_of_ours_and_nothing_heavy() -> None:
+    loaded = loaded_by(
         "import sys; before = set(sys.modules); import sglang_moe_ext.serving.plugin; "
         "print('\\n'.join(sorted(set(sys.modules) - before)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPO_ROOT)
-    loaded = done.stdout.split()
-    ours = [name for name in loaded if name.startswith("sglang_moe_ext") and name != "sglang_moe_ext.startup"]
-    assert ours in (
-        ["sglang_moe_ext", "sglang_moe_ext.serving", "sglang_moe_ext.serving.plugin"],
-        ["sglang_moe_ext.serving", "sglang_moe_ext.serving.plugin"],  # where the startup file has loaded the package
-    )
-    assert not {name.partition(".")[0] for name in loaded} & {"torch", "triton", "transformers", "rich", "numpy"}
+    ours = {name for name in loaded if name.startswith("sglang_moe_ext")}
+    # Where the startup file of an installation has run, it has loaded itself and these two.
+    here_before = {"sglang_moe_ext", "sglang_moe_ext.arrivals"}
+    assert ours | here_before == here_before | {"sglang_moe_ext.serving", "sglang_moe_ext.serving.plugin"}
+    assert not {name.partition(".")[0] for name in loaded} & HEAVY
+
+
+def test_a_hooked_server_has_loaded_no_module_of_ours_but_these() -> None:
+    expected = {"sglang_moe_ext"}
+    expected |= {f"sglang_moe_ext.{package}{name}" for package, names in ATTACHED.items() for name in names.split()}
+    engine = engine_environment("0.5.23")["PYTHONPATH"]
+    loaded = loaded_by(ATTACH, PYTHONPATH=engine, SGLANG_MOE_EXT_DISABLE="", SGLANG_PLUGINS="")
+    assert {name for name in loaded if name.startswith("sglang_moe_ext")} == expected
 
 
 def test_the_table_of_models_in_the_readme_is_what_the_code_says() -> None:

@@ -14,10 +14,10 @@ from types import ModuleType
 from sglang_moe_ext.engines.sglang import runner_hook
 from sglang_moe_ext.serving import capture_writer
 from sglang_moe_ext.serving.capture_writer import Bounds, Table
+from sglang_moe_ext.serving.hooks import CAPTURE as VARIABLE
 
 log = logging.getLogger(__name__)
 
-VARIABLE = "SGLANG_MOE_EXT_CAPTURE"
 DEFAULT_FILES = 200
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 _MOST_WAITING_BYTES = 128 << 20

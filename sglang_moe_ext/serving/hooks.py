@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from sglang_moe_ext import SWITCH, __version__
-from sglang_moe_ext.engines.sglang import runner_hook, targets
+from sglang_moe_ext.engines.sglang import targets
 from sglang_moe_ext.engines.sglang.asked import Layer
 from sglang_moe_ext.engines.sglang.targets import Targets
-from sglang_moe_ext.serving import capture, launch, lookup
+from sglang_moe_ext.serving import launch, lookup
 from sglang_moe_ext.serving.guard import warn_once
 from sglang_moe_ext.serving.overlay import Choice
 from sglang_moe_ext.serving.places import places
@@ -22,12 +22,13 @@ from sglang_moe_ext.serving.places import places
 log = logging.getLogger(__name__)
 
 _PLUGINS = "SGLANG_PLUGINS"
+CAPTURE = "SGLANG_MOE_EXT_CAPTURE"
 _OUR_NAME = "sglang_moe_ext"
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What became of a process: the way that our functions came in, or why they did not, and how long that took."""
+    """What became of a process: the way that our functions came in, or why they did not, and milliseconds of that."""
 
     is_active: bool
     why: str
@@ -58,17 +59,19 @@ def why_off() -> str | None:
     return None
 
 
-def attach(layer: ModuleType, way: str) -> State:
-    """Hook the engine whose layer module has been executed; `way` is how we came to know of it."""
+def attach(layer: ModuleType, way: str, started: float | None = None) -> State:
+    """Hook the engine whose layer module has been executed; `way` is how we came to know of it.
+
+    `started`: when that was, by time.perf_counter(), so that our imports count.
+    """
     global _state  # noqa: PLW0603 - a process is hooked or it is not
     if not _state.is_active:
-        _state = _attached(layer, way)
+        _state = _attached(layer, way, time.perf_counter() if started is None else started)
     return _state
 
 
-def _attached(layer: ModuleType, way: str) -> State:
+def _attached(layer: ModuleType, way: str, started: float) -> State:
     global _resolver  # noqa: PLW0603
-    started = time.perf_counter()
     if why := why_off():
         return State(False, why)
     try:
@@ -88,6 +91,17 @@ def _attached(layer: ModuleType, way: str) -> State:
 def _first_call(engine: Targets, way: str) -> None:
     """A layer runs: the server's log is open, and all of the engine has been imported."""
     log.info("sglang-moe-ext %s is active in SGLang %s, by %s", __version__, engine.engine.version_text, way)
-    wish, runner = capture.wish(os.environ), sys.modules.get(runner_hook.MODULE)
-    if wish is not None and runner is not None:
-        capture.install(runner, wish)
+    if os.environ.get(CAPTURE):
+        _capture()
+
+
+def _capture() -> None:
+    try:
+        from sglang_moe_ext.engines.sglang import runner_hook
+        from sglang_moe_ext.serving import capture
+
+        wish, runner = capture.wish(os.environ), sys.modules.get(runner_hook.MODULE)
+        if wish is not None and runner is not None:
+            capture.install(runner, wish)
+    except Exception as error:  # the layers run uncaptured
+        warn_once(f"{CAPTURE} is passed over: {type(error).__name__}: {error}")

@@ -5,16 +5,14 @@ Pure but for reading tables: who calls it knows the layer, the GPU and where tab
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_moe_ext import gpus
-from sglang_moe_ext.core import Gpu, ModelError, MoEShape, Table, TableError, TileConfig
+from sglang_moe_ext.core import Gpu, MoEShape, Table, TableError, TileConfig
 from sglang_moe_ext.engines.sglang import naming
-from sglang_moe_ext.shapes import stated
 from sglang_moe_ext.store import provenance, tables
 from sglang_moe_ext.store.provenance import Provenance
 
@@ -136,7 +134,7 @@ def _candidate(
         down_path = path.with_name(f"{path.stem}_down.json")
         up = _of_layer(tables.read(path), known, shape)
         down = _of_layer(tables.read(down_path), provenance.read(down_path), shape) if down_path.exists() else None
-    except (TableError, OSError, OverflowError) as error:  # the last of a figure that no float holds
+    except (TableError, OSError) as error:
         log.warning("sglang-moe-ext passes over a table: %s", error)
         return None
     is_exact = folder.name == naming.version_folder(triton)
@@ -149,13 +147,9 @@ def _of_layer(table: Table, known: Provenance | None, shape: MoEShape) -> Table:
     return {m: config for m, config in table.items() if m not in entries or _is_of(entries[m].run.shape, shape)}
 
 
-@functools.lru_cache(maxsize=64)
-def _is_of(text: str, shape: MoEShape) -> bool:
-    try:
-        made_for = stated.parse_shape(text)
-    except (ModelError, TypeError):  # a file may have a number there, or nothing
-        return False
-    return (made_for.hidden_size, made_for.top_k) == (shape.hidden_size, shape.top_k)
+def _is_of(made_for: object, shape: MoEShape) -> bool:
+    """`made_for` is a shape as text, or whatever else a file has there. No parser: one of few experts is no --shape."""
+    return f",K={shape.hidden_size},topk={shape.top_k}," in str(made_for)
 
 
 def covers(table: Table, tokens: int) -> bool:

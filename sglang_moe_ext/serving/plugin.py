@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from types import ModuleType
 
 from sglang_moe_ext import __version__, arrivals
@@ -42,12 +43,13 @@ def _attach_or_expect(way: str) -> None:
 
 def attach(layer: ModuleType, way: str) -> None:
     """Hook the engine whose layer module this is, unless that has been done or is switched off."""
+    started = time.perf_counter()
     try:
         from sglang_moe_ext.serving import hooks
     except Exception as error:
         _say_off(error)
     else:
-        hooks.attach(layer, way)
+        hooks.attach(layer, way, started)
 
 
 def _say_off(error: Exception) -> None:

@@ -1,13 +1,15 @@
-"""Whole-file atomic writes: a reader sees the old file or the new one, whatever happens to the writer."""
+"""Whole files: written atomically, so that a reader sees the old one or the new one; read without trust."""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from sglang_moe_ext.core import StoreError
+from sglang_moe_ext.core import StoreError, TableError
 
 
 def write_together(contents: Mapping[Path, str]) -> None:
@@ -47,6 +49,30 @@ def _stage(path: Path, text: str) -> str:
         os.unlink(temporary)
         raise
     return temporary
+
+
+_MOST_BYTES = 4 * 1024 * 1024
+"""Of a table, or of what is known of one."""
+
+
+def read_bounded(path: Path) -> bytes:
+    """What the file holds; files come from anywhere, and a server reads them as it starts.
+
+    Raises:
+        OSError: it cannot be read, or is a pipe or a device, which would have the server wait.
+        TableError: it is too large for what it should be.
+    """
+    with open(path, "rb", opener=_without_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise TableError(f"{path} is larger than {_MOST_BYTES} bytes: expected a table of kernel configurations")
+    return data
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def is_writable(folder: Path) -> bool:

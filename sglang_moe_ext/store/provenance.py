@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from sglang_moe_ext.core import Origin, TableError
+from sglang_moe_ext.store import files
 
 FORMAT = 1
 
@@ -74,7 +75,7 @@ def to_json(provenance: Provenance) -> str:
 def read(table: Path) -> Provenance | None:
     """The provenance of a table, or None where it has none or one that cannot be trusted to mean what it says."""
     try:
-        return parse(json.loads(sidecar(table).read_text(encoding="utf-8")))
+        return parse(json.loads(files.read_bounded(sidecar(table)).decode("utf-8")))
     except (OSError, ValueError, RecursionError, TableError):
         return None
 
@@ -89,7 +90,7 @@ def parse(document: Any) -> Provenance:
             int(m): Entry(_origin(entry["origin"]), runs[entry["run"]], _figures(entry["figures"]))
             for m, entry in document["entries"].items()
         }
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise TableError(f"no provenance of ours: {type(error).__name__} {error}") from error
     return Provenance(entries)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_moe_ext.core import Table, TableError, TileConfig
+from sglang_moe_ext.store import files
 
 _FIELDS = {
     "BLOCK_SIZE_M": "block_m",
@@ -25,7 +26,6 @@ _TRITON_DEFAULTS = {"num_warps": 4, "num_stages": 3}
 # Options of other vendors' Triton and of vLLM's files: harmless to read, and no part of a configuration of ours.
 _PASSED_OVER = frozenset({"SPLIT_K", "waves_per_eu", "matrix_instr_nonkdim", "kpack", "num_ctas"})
 _TOKENS = re.compile(r"[1-9][0-9]{0,18}")
-_MAX_BYTES = 4 * 1024 * 1024
 
 
 def read(path: Path) -> Table:
@@ -35,12 +35,9 @@ def read(path: Path) -> Table:
         TableError: it cannot be read, or is no table; the message names the file and the first thing wrong.
     """
     try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
+        data = files.read_bounded(path)
     except OSError as error:
         raise TableError(f"cannot read table {path}: {error.strerror}") from error
-    if len(data) > _MAX_BYTES:
-        raise TableError(f"{path} is larger than {_MAX_BYTES} bytes: expected a table of kernel configurations")
     try:
         return parse(json.loads(data.decode("utf-8")))  # as the engines read it: no byte order mark, no other encoding
     except (ValueError, RecursionError) as error:

@@ -12,6 +12,8 @@ from typing import Any
 REPO_ROOT = Path(__file__).resolve().parents[2]
 ENGINES_DIR = Path(os.environ.get("SGLANG_MOE_EXT_ENGINES", REPO_ROOT / ".engines"))
 ENGINE_VERSIONS = ("0.5.8", "0.5.10", "0.5.12", "0.5.15", "0.5.18", "0.5.20", "0.5.23")
+HOOKED_VERSIONS = ("0.5.5", *ENGINE_VERSIONS)
+"""Those that our hooks and patches are held against: 0.5.5 brought what they replace."""
 _RUN = (
     "import runpy, sys; from sglang_moe_ext.engines.sglang import bootstrap; bootstrap.allow_absent_operators(); "
     "runpy.run_path(sys.argv[1], run_name='__main__')"

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_moe_ext import gpus
-from sglang_moe_ext.core import Gpu, MoEShape, Origin, Table, TileConfig
+from sglang_moe_ext.core import Gpu, MoEShape, Origin, Quantisation, Table, TileConfig
 from sglang_moe_ext.engines.sglang import naming
 from sglang_moe_ext.serving import overlay
 from sglang_moe_ext.serving.overlay import Candidate, Choice, Default, Engines, Ours, Place, Shelf
@@ -47,9 +47,10 @@ def write(
     triton: str = TRITON,
     device_name: str = H200.device_name,
     down: bool = False,
+    shape: MoEShape = SHAPE,
 ) -> Path:
     """Put a table there as a tuner does, or as a stranger does where nothing is said of how it was made."""
-    key = naming.table_key(SHAPE, device_name, down=down)
+    key = naming.table_key(shape, device_name, down=down)
     path = root / naming.version_folder(triton) / naming.file_name(key)
     said = {} if made is None else {provenance.sidecar(path): provenance.to_json(made)}
     files.write_together({path: tables.to_json(table), **said})
@@ -121,6 +122,7 @@ any_candidate = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(any_candidate, min_size=1, max_size=6))
 def test_no_table_that_is_left_stands_higher_than_the_one_that_is_taken(found: list[Candidate]) -> None:
     found.sort(key=lambda it: [YOURS, SHIPPED, ENGINES].index(it.place))
@@ -200,6 +202,23 @@ def test_a_table_for_another_layer_of_the_same_file_name_is_not_used(
     table = {64: config()}
     write(tmp_path, table, known(table, shape=str(other)))
     assert isinstance(choice([at(place, tmp_path)]), expected)
+
+
+LAYERS = {
+    "bf16": SHAPE,
+    "fewer-experts-than-top-k": dataclasses.replace(SHAPE, experts=1, ep=8),
+    "no-gate": dataclasses.replace(SHAPE, gated=False),
+    "fp8-block": dataclasses.replace(SHAPE, quantisation=Quantisation("fp8_w8a8", (128, 128))),
+    "int4": dataclasses.replace(SHAPE, quantisation=Quantisation("int4_w4a16", (0, 128))),
+    "int4-of-unknown-groups": dataclasses.replace(SHAPE, quantisation=Quantisation("int4_w4a16")),
+}
+
+
+@pytest.mark.parametrize("shape", LAYERS.values(), ids=LAYERS)
+def test_a_table_for_this_very_layer_is_used(tmp_path: Path, shape: MoEShape) -> None:
+    table = {64: config()}
+    write(tmp_path, table, known(table, shape=str(shape)), shape=shape)
+    assert isinstance(choice([at(YOURS, tmp_path)], shape=shape), Ours)
 
 
 @pytest.mark.parametrize("shape", ["", "something else", None, 5], ids=str)
@@ -380,11 +399,12 @@ def test_provenance_full_of_nonsense_never_raises(content: bytes) -> None:
         choice([at(YOURS, Path(folder)), at(ENGINES, Path(folder))])
 
 
-def test_a_figure_that_no_float_holds_passes_the_table_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_table_whose_provenance_has_a_figure_that_no_float_holds_is_of_unknown_origin(tmp_path: Path) -> None:
     table = {64: config()}
     made = known(table)
     made.entries[64].figures["median_us"] = 1.0
     path = provenance.sidecar(write(tmp_path, table, made))
     path.write_text(path.read_text(encoding="utf-8").replace("1.0", "1" + "0" * 400), encoding="utf-8")
-    assert isinstance(choice([at(YOURS, tmp_path)]), Engines)
-    assert len(caplog.messages) == 1
+    chosen = choice([at(YOURS, tmp_path)])
+    assert isinstance(chosen, Ours)
+    assert chosen.origin == "origin unknown"

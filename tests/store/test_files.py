@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_moe_ext.core import StoreError
+from sglang_moe_ext.core import StoreError, TableError
 from sglang_moe_ext.store import files, merge, tables
 from sglang_moe_ext.store.merge import Stored
 from sglang_moe_ext.store.provenance import Entry, Provenance
@@ -219,3 +219,18 @@ def test_a_reader_never_sees_a_table_half_written(tmp_path: Path) -> None:
         stop.touch()
         said = [reader.communicate(timeout=60) for reader in readers]
     assert [(out.strip() != "0", err) for out, err in said] == [(True, "")] * READERS
+
+
+def test_a_pipe_in_the_place_of_a_file_is_refused_without_waiting(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="no regular file"):
+        files.read_bounded(pipe)
+
+
+def test_a_file_that_is_too_large_for_a_table_is_not_read_whole(tmp_path: Path) -> None:
+    large = tmp_path / "large"
+    with large.open("wb") as file:
+        file.truncate(1 << 40)  # a hole: nothing of it is on the disk
+    with pytest.raises(TableError, match="larger than"):
+        files.read_bounded(large)
