@@ -81,8 +81,8 @@ def _run_theirs(upstream: Upstream, task: Task, asked: Asked, arguments: argpars
 
 def _raced(task: Task, gpu: Gpu, todays: Pair, table: Table | None, of_ours: Pair) -> Outcome:
     tokens = task.tokens
-    of_theirs = {} if table is None else {"upstream's": pairs_of_tables(table, None, [tokens])}
-    choices = {"the engine's today": {tokens: todays}, **of_theirs, "ours": {tokens: of_ours}}
+    of_theirs = {} if table is None else {report.UPSTREAMS: pairs_of_tables(table, None, [tokens])}
+    choices = {"the engine's today": {tokens: todays}, **of_theirs, report.OURS: {tokens: of_ours}}
     return racing.raced(Track(task.shape, gpu, routing.UNIFORM), choices, ROUNDS)[tokens]
 
 

@@ -326,6 +326,14 @@ def test_a_choice_that_cannot_run_does_not_spoil_the_race_of_the_others() -> Non
     assert "slowed down during the race: power" in text
 
 
+def test_the_two_choices_are_set_against_each_other() -> None:
+    choices = {"today": pair(TODAYS), "upstream's": pair(THEIRS), "ours": pair(OURS)}
+    found = racing.compare(8, choices, FakeWorker().ask, 8)
+    ratio = found.gain("upstream's", "ours")
+    assert ratio is not None
+    assert f"Time of upstream's choice by that of ours: {ratio.value:.3f}x" in report.choices(found)
+
+
 def test_what_cannot_run_is_not_checked() -> None:
     worker = FakeWorker(fails=(THEIRS,))
     racing.compare(8, {"upstream's": pair(THEIRS), "ours": pair(OURS)}, worker.ask, 8)

@@ -58,6 +58,10 @@ def seconds(ours: Run, theirs: Effort) -> str:
     return "\n".join(rows)
 
 
+UPSTREAMS, OURS = "upstream's", "ours"
+"""What a race calls the two choices."""
+
+
 def choices(outcome: Outcome) -> str:
     """Of one race; the gain with its 95 % confidence interval."""
     rows = [
@@ -71,6 +75,11 @@ def choices(outcome: Outcome) -> str:
         value, bounds = ("-", "-") if gain is None else (f"{gain.value:.3f}x", f"{gain.low:.3f} to {gain.high:.3f}")
         error = "-" if runner.error is None else f"{runner.error:.1e}"
         rows.append(f"| {name} | {runner.pair['up']} | {runner.pair['down']} | {us} | {value} | {bounds} | {error} |")
+    if (ratio := outcome.gain(UPSTREAMS, OURS) if UPSTREAMS in outcome.by_name else None) is not None:
+        rows += [
+            "",
+            f"Time of upstream's choice by that of ours: {ratio.value:.3f}x ({ratio.low:.3f} to {ratio.high:.3f}).",
+        ]
     if outcome.throttled:
         rows += ["", f"The GPU slowed down during the race: {outcome.throttled}."]
     return "\n".join(rows)
