@@ -1,0 +1,125 @@
+"""From rows sorted by expert to tokens: where each pair's row is, and the weighted sum of a token's rows, in order.
+
+Takes the place of a scattered store and a separate sum. The sum is float32, slot after slot, so the same rows give the
+same bits on every run. Nothing here waits; `sorted_reference.py` is its meaning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from torch import Tensor
+
+from sglang_moe_ext.core import MoEExtError
+from sglang_moe_ext.kernels.gather_sum_kernel import gather_sum_kernel, inverse_kernel
+
+ROWS_PER_PROGRAM = 256
+FEW_TOKENS = 256
+"""Up to here wide chunks would leave multiprocessors idle."""
+COLUMNS_PER_THREAD = 8
+"""Of 16 bits: one load of 16 bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class GatherConfig:
+    """What one program sums."""
+
+    tokens: int
+    columns: int
+    num_warps: int
+
+
+def gather_config(tokens: int, hidden: int) -> GatherConfig:
+    """Whole chunks of the hidden size, several tokens where one is short, narrow chunks while there are few tokens."""
+    widest = 256 if tokens <= FEW_TOKENS else 1024
+    columns = next((width for width in (1024, 512, 256) if width <= widest and hidden % width == 0), 0)
+    columns = columns or min(triton.next_power_of_2(hidden), widest)
+    together = max(1, widest // columns) if columns >= hidden else 1
+    return GatherConfig(together, columns, max(1, together * columns // (32 * COLUMNS_PER_THREAD)))
+
+
+def launch_inverse(
+    sorted_token_ids: Tensor,
+    expert_ids: Tensor,
+    num_tokens_post_padded: Tensor,
+    positions: Tensor,
+    *,
+    align_block_m: int,
+    experts_elsewhere: bool = False,
+) -> None:
+    """positions int32 [tokens, slots]: the sorted row of each pair, -1 where its expert is of another rank.
+
+    `experts_elsewhere` must be said where there is expert parallelism: some of the engine's alignments then leave pairs
+    out of sorted_token_ids altogether.
+    """
+    if experts_elsewhere:
+        positions.fill_(-1)
+    inverse_kernel[(triton.cdiv(sorted_token_ids.numel(), ROWS_PER_PROGRAM),)](
+        sorted_token_ids,
+        expert_ids,
+        num_tokens_post_padded,
+        positions,
+        positions.numel(),
+        BLOCK_SIZE_M=align_block_m,
+        ROWS=ROWS_PER_PROGRAM,
+        num_warps=ROWS_PER_PROGRAM // 32,
+    )
+
+
+def launch_gather_sum(
+    rows: Tensor,
+    positions: Tensor,
+    routed_weights: Tensor,
+    out: Tensor,
+    *,
+    routed_scaling_factor: float = 1.0,
+    config: GatherConfig | None = None,
+) -> None:
+    """out [tokens, hidden]: the sum over slots of rows[positions[token, slot]] times routed_weights [tokens, slots].
+
+    Raises: MoEExtError where the shapes do not go together.
+    """
+    tokens, hidden = positions.shape[0], rows.shape[1]
+    if out.shape != (tokens, hidden) or routed_weights.shape != positions.shape or not positions.is_contiguous():
+        raise MoEExtError(
+            f"shapes rows {tuple(rows.shape)}, positions {tuple(positions.shape)}, routed_weights "
+            f"{tuple(routed_weights.shape)}, out {tuple(out.shape)} do not go together: expected [rows, hidden], "
+            "[tokens, slots] twice, contiguous, and [tokens, hidden]"
+        )
+    if rows.stride(1) != 1 or out.stride(1) != 1:
+        raise MoEExtError("gather_sum needs the columns of `rows` and of `out` contiguous: call .contiguous()")
+    if not tokens:
+        return
+    config = config or gather_config(tokens, hidden)
+    grid = (triton.cdiv(tokens, config.tokens), triton.cdiv(hidden, config.columns))
+    gather_sum_kernel[grid](**sum_arguments(rows, positions, routed_weights, out, routed_scaling_factor, config))
+
+
+def sum_arguments(
+    rows: Tensor,
+    positions: Tensor,
+    routed_weights: Tensor,
+    out: Tensor,
+    routed_scaling_factor: float,
+    config: GatherConfig,
+) -> dict[str, Any]:
+    """Every argument and option of the kernel, by name."""
+    return {
+        "rows_ptr": rows,
+        "positions_ptr": positions,
+        "routed_weights_ptr": routed_weights,
+        "out_ptr": out,
+        "tokens": positions.shape[0],
+        "hidden": rows.shape[1],
+        "stride_row": rows.stride(0),
+        "stride_wt": routed_weights.stride(0),
+        "stride_ws": routed_weights.stride(1),
+        "stride_out": out.stride(0),
+        "routed_scaling_factor": routed_scaling_factor,
+        "SLOTS": positions.shape[1],
+        "TOKENS": config.tokens,
+        "COLUMNS": config.columns,
+        "num_warps": config.num_warps,
+    }

@@ -1,0 +1,116 @@
+"""SwiGLU of rows sorted by expert, and their quantisation to block-wise float8, in one pass.
+
+The engine's own activation and quantisation take two passes over all rows that could be there; this one stops at
+num_tokens_post_padded, which it reads on the device. Rows of padding may hold anything and come to hold anything.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sglang_moe_ext.core import MoEExtError
+
+GROUP = 128
+"""Columns that share one scale."""
+_ROWS = 4
+LEAST_SCALE = 1e-10
+LARGEST_FP8 = 448.0
+"""Of float8_e4m3fn."""
+
+
+def launch_swiglu(
+    gate_up: Tensor, num_tokens_post_padded: Tensor, out: Tensor, *, scales: Tensor | None = None
+) -> None:
+    """out [rows, columns] = silu(gate_up[:, :columns]) * gate_up[:, columns:], gate_up [rows, 2 * columns].
+
+    With `scales` float32 [rows, columns / 128], out is float8_e4m3fn, and each group of 128 columns is what its scale
+    times it makes of it; that is the input of a block-wise down GEMM. A gate_up of [rows, columns] is quantised alone.
+
+    Raises: MoEExtError where the shapes do not go together.
+    """
+    rows, columns = out.shape
+    if tuple(gate_up.shape) not in ((rows, 2 * columns), (rows, columns)) or columns % GROUP:
+        raise MoEExtError(
+            f"gate_up {tuple(gate_up.shape)} and out {tuple(out.shape)}: expected [rows, 2 * columns] and "
+            f"[rows, columns], columns a multiple of {GROUP}"
+        )
+    swiglu_kernel[(triton.cdiv(rows, _ROWS), columns // GROUP)](
+        **swiglu_arguments(gate_up, num_tokens_post_padded, out, scales)
+    )
+
+
+def launch_quantise(values: Tensor, out: Tensor, scales: Tensor) -> None:
+    """out float8_e4m3fn [rows, columns] and scales [rows, columns / 128] of all rows of `values`."""
+    rows, columns = out.shape
+    arguments = swiglu_arguments(values, None, out, scales)
+    swiglu_kernel[(triton.cdiv(rows, _ROWS), columns // GROUP)](**arguments)
+
+
+def swiglu_arguments(
+    gate_up: Tensor, num_tokens_post_padded: Tensor | None, out: Tensor, scales: Tensor | None
+) -> dict[str, Any]:
+    """Every argument and option of the kernel, by name."""
+    return {
+        "gate_up_ptr": gate_up,
+        "num_tokens_post_padded_ptr": num_tokens_post_padded,
+        "out_ptr": out,
+        "scales_ptr": scales,
+        "rows": out.shape[0],
+        "columns": out.shape[1],
+        "stride_in": gate_up.stride(0),
+        "stride_out": out.stride(0),
+        "stride_scales": 0 if scales is None else scales.stride(0),
+        "ROWS": _ROWS,
+        "GROUP": GROUP,
+        "IS_GATED": gate_up.shape[1] > out.shape[1],
+        "QUANTISES": scales is not None,
+        "LEAST_SCALE": LEAST_SCALE,
+        "LARGEST": LARGEST_FP8,
+        "num_warps": 4,
+    }
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def swiglu_kernel(  # type: ignore[no-untyped-def]
+    gate_up_ptr,
+    num_tokens_post_padded_ptr,
+    out_ptr,
+    scales_ptr,
+    rows,
+    columns,
+    stride_in,
+    stride_out,
+    stride_scales,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    QUANTISES: tl.constexpr,
+    LEAST_SCALE: tl.constexpr,
+    LARGEST: tl.constexpr,
+):
+    first = tl.program_id(0) * ROWS
+    used = rows
+    if num_tokens_post_padded_ptr is not None:
+        used = tl.load(num_tokens_post_padded_ptr)
+    if first >= used:
+        return
+    row = (first + tl.arange(0, ROWS)).to(tl.int64)
+    there = (row < used)[:, None]
+    column = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
+    gate_ptrs = gate_up_ptr + row[:, None] * stride_in + column
+    inner = tl.load(gate_ptrs, mask=there, other=0.0).to(tl.float32)
+    if IS_GATED:
+        up = tl.load(gate_ptrs + columns, mask=there, other=0.0).to(tl.float32)
+        inner = inner * tl.sigmoid(inner) * up
+    out_ptrs = out_ptr + row[:, None] * stride_out + column
+    if QUANTISES:
+        # Rounded as the engine rounds it between the two passes.
+        inner = inner.to(gate_up_ptr.dtype.element_ty).to(tl.float32)
+        scale = tl.maximum(tl.max(tl.abs(inner), axis=1), LEAST_SCALE) / LARGEST
+        tl.store(scales_ptr + row * stride_scales + tl.program_id(1), scale, mask=row < used)
+        inner = tl.clamp(inner / scale[:, None], -LARGEST, LARGEST)
+    tl.store(out_ptrs, inner.to(out_ptr.dtype.element_ty), mask=there)

@@ -1,0 +1,86 @@
+"""The up projection into the order of the experts, compiled for a GPU that need not be here: no spills, no growth."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("needs Triton's compiler, not its interpreter", allow_module_level=True)
+
+from offline_down import KINDS, check_needs, compiled
+
+from sglang_moe_ext.kernels.scales import Scales
+from sglang_moe_ext.kernels.sorted_activation import GROUP, swiglu_arguments, swiglu_kernel
+from sglang_moe_ext.kernels.sorted_up import UpConfig, up_arguments
+from sglang_moe_ext.kernels.sorted_up_kernel import sorted_up_kernel
+
+TOKENS, TOP_K, EXPERTS, K, COLUMNS = 4096, 8, 128, 2048, 768
+"""Of Qwen3-30B-A3B."""
+
+
+def arguments(kind: str, config: UpConfig, quantises: bool) -> dict[str, Any]:
+    dtype, quantisation = KINDS[kind]
+    stored = dtype if quantisation.scheme is None else torch.float8_e4m3fn
+    rows = 65536
+    columns = COLUMNS if config.is_fused else 2 * COLUMNS
+    with torch.device("meta"):
+        scales = None
+        if quantisation.scheme is not None:
+            of_weights = torch.empty(EXPERTS, 2 * COLUMNS // GROUP, K // GROUP)
+            scales = Scales(quantisation, torch.empty(TOKENS, K // GROUP), of_weights)
+        return up_arguments(
+            torch.empty(TOKENS, K, dtype=stored),
+            torch.empty(EXPERTS, 2 * COLUMNS, K, dtype=stored),
+            torch.empty(rows, columns, dtype=torch.float8_e4m3fn if quantises else dtype),
+            torch.empty(rows, dtype=torch.int32),
+            torch.empty(rows // config.block_m, dtype=torch.int32),
+            torch.empty(1, dtype=torch.int32),
+            config,
+            pairs=TOKENS * TOP_K,
+            top_k=TOP_K,
+            align_block_m=config.block_m,
+            scales=scales,
+            out_scale=torch.empty(rows, columns // GROUP) if quantises else None,
+        )
+
+
+# (sm, kind, tile, quantises, registers, bytes of shared memory) of Triton 3.7.1, 2026-11-21.
+NEEDS = [
+    (90, "bf16", UpConfig(128, 256, 64, 8, 8, 4, is_fused=False, half_stores=True), False, 180, 229_408),
+    (90, "bf16", UpConfig(128, 128, 64, 8, 8, 4, is_fused=False), False, 118, 163_872),
+    (90, "bf16", UpConfig(64, 128, 64, 8, 4, 4, is_fused=False), False, 116, 114_720),
+    (90, "bf16", UpConfig(128, 128, 64, 8, 8, 3), False, 174, 180_248),
+    (90, "bf16", UpConfig(64, 128, 64, 8, 8, 4), False, 128, 180_256),
+    (90, "block", UpConfig(64, 128, 128, 8, 4, 3, persistent=False, is_fused=False), False, 160, 73_752),
+    (90, "block", UpConfig(64, 128, 128, 8, 8, 2, persistent=False), True, 128, 81_936),
+    (90, "block", UpConfig(64, 128, 128, 8, 8, 3), True, 172, 131_608),
+    (100, "bf16", UpConfig(128, 256, 64, 8, 8, 4, is_fused=False, half_stores=True), False, 148, 229_424),
+    (100, "block", UpConfig(64, 128, 128, 8, 8, 2, persistent=False), True, 157, 81_968),
+    (120, "bf16", UpConfig(64, 64, 64, 8, 4, 3, is_fused=False), False, 106, 40_976),
+    (120, "block", UpConfig(64, 64, 128, 8, 8, 2, is_fused=False), False, 102, 24_584),
+]
+
+
+@pytest.mark.parametrize(("sm", "kind", "config", "quantises", "registers", "smem_bytes"), NEEDS, ids=str)
+def test_a_tile_fits_and_needs_no_more_than_it_did(
+    sm: int, kind: str, config: UpConfig, quantises: bool, registers: int, smem_bytes: int
+) -> None:
+    check_needs(compiled(sm, sorted_up_kernel, arguments(kind, config, quantises)), sm, registers, smem_bytes)
+
+
+def test_the_weights_come_and_the_rows_leave_through_tma() -> None:
+    config = UpConfig(128, 256, 64, 8, 8, 4, is_fused=False, half_stores=True)
+    ptx = compiled(90, sorted_up_kernel, arguments("bf16", config, False)).asm["ptx"]
+    assert ".global.mbarrier::complete_tx::bytes" in ptx
+    assert ".global.shared::cta.bulk_group" in ptx
+    assert "st.global" not in ptx
+
+
+def test_the_activation_loads_and_stores_whole_vectors() -> None:
+    with torch.device("meta"):
+        tensors = torch.empty(4096, 1536, dtype=torch.bfloat16), torch.empty(1, dtype=torch.int32)
+        out, scales = torch.empty(4096, 768, dtype=torch.float8_e4m3fn), torch.empty(4096, 6)
+    kernel = compiled(90, swiglu_kernel, swiglu_arguments(*tensors, out, scales))
+    assert ".v2.b32" in kernel.asm["ptx"] or ".v4.b32" in kernel.asm["ptx"]
