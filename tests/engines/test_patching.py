@@ -218,25 +218,21 @@ def test_a_patch_file_that_is_damaged_is_one_error(rest: bytes, at: int, dropped
 
 
 _IMPORTS_THE_LAYER = """
-import importlib, sys
+import sys
 from sglang_moe_ext.engines.sglang import bootstrap
-from sglang_moe_ext.serving import plugin
-module = sys.argv[1]
-calls = []
-def attach():
-    names = vars(sys.modules[module])
-    calls.append(callable(names["fused_experts_impl"]) and callable(names["try_get_optimal_moe_config"]))
-if sys.argv[2] == "ours": plugin.attach_patched = attach
-elif hasattr(plugin, "attach_patched"): del plugin.attach_patched
-bootstrap.import_engine(module)
-print(calls)
+from sglang_moe_ext.serving import hooks, plugin
+if sys.argv[2] == "gone": del plugin.attach_patched
+bootstrap.import_engine(sys.argv[1])
+print(hooks.state().is_active, hooks.state().why)
 """
 
 
-@pytest.mark.parametrize(("ours", "calls"), [("ours", "[True]"), ("gone", "[]")])
+@pytest.mark.parametrize(
+    ("ours", "state"), [("ours", "True a patch"), ("gone", "False the engine's layer has not been imported")]
+)
 @pytest.mark.parametrize("version", ["0.5.10", "0.5.23"])
-def test_the_patched_engine_calls_us_once_its_layer_is_there_and_starts_without_us(
-    version: str, ours: str, calls: str, tmp_path: Path
+def test_the_patched_engine_is_hooked_and_starts_without_us(
+    version: str, ours: str, state: str, tmp_path: Path
 ) -> None:
     subprocess.run(["cp", "-al", ENGINES_DIR / "sglang" / version, tmp_path / "site"], check=True)
     engine = Installation(version, tmp_path / "site" / "sglang", None)
@@ -244,8 +240,7 @@ def test_the_patched_engine_calls_us_once_its_layer_is_there_and_starts_without_
     assert patching.state(patch_of(version), unpacked(version)) == "not applied"
     environment = engine_environment(version)
     environment["PYTHONPATH"] = os.pathsep.join((str(REPO_ROOT), str(tmp_path / "site")))
-    environment["SGLANG_MOE_EXT_DISABLE"] = "1"
     command = [sys.executable, "-W", "ignore", "-c", _IMPORTS_THE_LAYER, engine.layer_module, ours]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines()[-1] == calls
+    assert done.stdout.splitlines()[-1] == state
