@@ -252,7 +252,15 @@ def interrupt(done: int, of: int) -> None:
         raise KeyboardInterrupt
 
 
-def test_ctrl_c_waits_for_no_question(released: threading.Event) -> None:
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """A shell starts what runs in its background deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_waits_for_no_question(released: threading.Event, heeds_ctrl_c: None) -> None:
     main = threading.main_thread().ident
     assert main is not None
     began = time.monotonic()

@@ -1,0 +1,6 @@
+"""What all tests share: a slow machine fails none of them."""
+
+from hypothesis import settings
+
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
