@@ -49,11 +49,7 @@ class Guard:
 
     def _right(self, entry: Entry, shape: MoEShape, projection: Projection) -> Entry:
         if entry.get(entries.USE_TMA):
-            if projection == "up":
-                is_right = tma.up_tma_is_right(shape.quantisation, self.version)
-            else:
-                is_right = tma.down_tma_is_right(shape.quantisation)
-            if is_right:
+            if tma.is_right(projection, shape.quantisation, self.version):
                 return dict(entry)
             warn_once(
                 f"USE_TMA of the {projection} projection is off for {shape}: "

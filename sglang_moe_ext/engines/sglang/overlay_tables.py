@@ -111,8 +111,6 @@ def safe(stored: Stored, key: TableKey, version: Version) -> Stored:
 
 def _may_use_tma(key: TableKey, version: Version) -> bool:
     quantisation = Quantisation(key.scheme, key.block_shape, key.per_channel)
-    if not key.down:
-        return tma.up_tma_is_right(quantisation, version)
     # A name tells int8 weights with groups along K, for which it is wrong, from per-channel ones by this word alone.
-    is_told = key.scheme != "int8_w8a16" or key.per_channel
-    return is_told and tma.down_tma_is_right(quantisation)
+    is_told = not key.down or key.scheme != "int8_w8a16" or key.per_channel
+    return is_told and tma.is_right("down" if key.down else "up", quantisation, version)

@@ -11,11 +11,12 @@ FIRST_WITH_UP_TMA = (0, 5, 18)
 
 def gemms_with_tma(quantisation: Quantisation, version: tuple[int, int, int], sm: int) -> tuple[Projection, ...]:
     """The GEMMs that run right with USE_TMA in that SGLang, on a GPU of that architecture."""
-    is_right: dict[Projection, bool] = {
-        "up": up_tma_is_right(quantisation, version),
-        "down": down_tma_is_right(quantisation),
-    }
-    return tuple(projection for projection in PROJECTIONS if sm >= _FIRST_SM and is_right[projection])
+    return tuple(it for it in PROJECTIONS if sm >= _FIRST_SM and is_right(it, quantisation, version))
+
+
+def is_right(projection: Projection, quantisation: Quantisation, version: tuple[int, int, int]) -> bool:
+    """Whether that GEMM with USE_TMA computes in that SGLang what it computes without."""
+    return up_tma_is_right(quantisation, version) if projection == "up" else down_tma_is_right(quantisation)
 
 
 def down_tma_is_right(quantisation: Quantisation) -> bool:
