@@ -29,7 +29,7 @@ def sorted_down_kernel(  # type: ignore[no-untyped-def]
             tiles_m -= first_m
         # Flat: the loads of the next tile are under way while this one is stored.
         for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
-            tile_m, tile_n = _position(tile, tiles_m, tiles_n, group_m)
+            tile_m, tile_n = position_of(tile, tiles_m, tiles_n, group_m)
             row = (first_m + tile_m) * BLOCK_SIZE_M
             expert = tl.load(expert_ids_ptr + (first_m + tile_m) // TILES_PER_BLOCK)
             _multiply(
@@ -40,7 +40,7 @@ def sorted_down_kernel(  # type: ignore[no-untyped-def]
     else:
         if tl.program_id(0) >= tiles_m * tiles_n:
             return
-        tile_m, tile_n = _position(tl.program_id(0), tiles_m, tiles_n, group_m)
+        tile_m, tile_n = position_of(tl.program_id(0), tiles_m, tiles_n, group_m)
         row = tile_m * BLOCK_SIZE_M
         expert = tl.load(expert_ids_ptr + tile_m // TILES_PER_BLOCK)
         if EXPERTS_ELSEWHERE:  # noqa: SIM102 - a constant: where all are here, nothing is asked
@@ -78,7 +78,7 @@ def _multiply(  # type: ignore[no-untyped-def]
                 a_desc, b_desc, a_scale_ptrs, b_scale_ptr + column // GROUP_N * stride_bsn, expert, row, column, K,
                 stride_ask, stride_bsk, BLOCK_SIZE_M, BLOCK_SIZE_N, BLOCK_SIZE_K, GROUP_K,
             )  # fmt: skip
-            _store(
+            store_tile(
                 c_desc, acc, a_scale_ptr, b_scale_ptr, row, column, N, stride_asm, stride_bsn,
                 BLOCK_SIZE_M, BLOCK_SIZE_N, "none", HALF_STORES,
             )  # fmt: skip
@@ -88,7 +88,7 @@ def _multiply(  # type: ignore[no-untyped-def]
             a = a_desc.load([row, k])
             b = b_desc.load([expert, column, k]).reshape(BLOCK_SIZE_N, BLOCK_SIZE_K)
             acc = tl.dot(a, b.T, acc)
-        _store(
+        store_tile(
             c_desc, acc, a_scale_ptr, b_scale_ptr, row, column, N, stride_asm, stride_bsn,
             BLOCK_SIZE_M, BLOCK_SIZE_N, SCALING, HALF_STORES,
         )  # fmt: skip
@@ -134,7 +134,7 @@ def _block_scaled_halves(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _store(  # type: ignore[no-untyped-def]
+def store_tile(  # type: ignore[no-untyped-def]
     c_desc, acc, a_scale_ptr, b_scale_ptr, row, column, N, stride_asm, stride_bsn,
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, SCALING: tl.constexpr, HALF_STORES: tl.constexpr,
 ):  # fmt: skip
@@ -169,7 +169,7 @@ def scaled(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _position(tile, tiles_m, tiles_n, group_m):  # type: ignore[no-untyped-def]
+def position_of(tile, tiles_m, tiles_n, group_m):  # type: ignore[no-untyped-def]
     """Tiles walk down group_m rows of tiles before the next column: its weights are still in L2."""
     first_m = tile // (group_m * tiles_n) * group_m
     height = min(tiles_m - first_m, group_m)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sglang_moe_ext.kernels.sorted_down_kernel import UNSPECIALISED, _position
+from sglang_moe_ext.kernels.sorted_down_kernel import UNSPECIALISED, position_of, store_tile
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)  # type: ignore[untyped-decorator]
@@ -26,7 +26,7 @@ def sorted_up_kernel(  # type: ignore[no-untyped-def]
     if PERSISTENT:
         # Flat: the loads of the next tile are under way while this one is stored.
         for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
-            tile_m, tile_n = _position(tile, tiles_m, tiles_n, group_m)
+            tile_m, tile_n = position_of(tile, tiles_m, tiles_n, group_m)
             _tile(
                 a_ptr, b_desc, c_desc, a_scale_ptr, b_scale_ptr, c_scale_ptr, sorted_token_ids_ptr,
                 tl.load(expert_ids_ptr + tile_m // TILES_PER_BLOCK), tile_m * BLOCK_SIZE_M, tile_n * BLOCK_SIZE_N,
@@ -37,7 +37,7 @@ def sorted_up_kernel(  # type: ignore[no-untyped-def]
     else:
         if tl.program_id(0) >= tiles_m * tiles_n:
             return
-        tile_m, tile_n = _position(tl.program_id(0), tiles_m, tiles_n, group_m)
+        tile_m, tile_n = position_of(tl.program_id(0), tiles_m, tiles_n, group_m)
         _tile(
             a_ptr, b_desc, c_desc, a_scale_ptr, b_scale_ptr, c_scale_ptr, sorted_token_ids_ptr,
             tl.load(expert_ids_ptr + tile_m // TILES_PER_BLOCK), tile_m * BLOCK_SIZE_M, tile_n * BLOCK_SIZE_N,
@@ -80,13 +80,7 @@ def _tile(  # type: ignore[no-untyped-def]
             a_ptrs, b_desc, a_scale_ptr, b_scale_ptr, expert, column, K, stride_ask, stride_bsk,
             BLOCK_SIZE_M, BLOCK_SIZE_N, BLOCK_SIZE_K, IS_BLOCK_SCALED, GROUP_K,
         )  # fmt: skip
-        if HALF_STORES:
-            HALF_N: tl.constexpr = BLOCK_SIZE_N // 2
-            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_SIZE_M, 2, HALF_N)), (0, 2, 1)))
-            c_desc.store([row, column], left.to(c_desc.dtype))
-            c_desc.store([row, column + HALF_N], right.to(c_desc.dtype))
-        else:
-            c_desc.store([row, column], acc.to(c_desc.dtype))
+        store_tile(c_desc, acc, None, None, row, column, columns, 0, 0, BLOCK_SIZE_M, BLOCK_SIZE_N, "none", HALF_STORES)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
