@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_moe_ext.core import EngineError, ModelError, Parallelism
-from sglang_moe_ext.engines.sglang import running_server
+from sglang_moe_ext.engines.sglang import running_server, server_json
 from sglang_moe_ext.engines.sglang.running_server import RunningServer
 from tests.engines.installed import ENGINES_DIR
 
@@ -197,3 +197,10 @@ def test_whatever_a_server_answers_costs_one_line(changes: dict[str, Any]) -> No
         parsed(**changes)
     except EngineError as error:
         assert "\n" not in str(error)
+
+
+def test_a_redirection_does_not_take_the_servers_key_along() -> None:
+    asked = server_json.request("http://here/generate", "secret", {"text": "hello"})
+    assert asked.unredirected_hdrs["Authorization"] == "Bearer secret"
+    assert "Authorization" not in asked.headers
+    assert asked.get_method() == "POST"

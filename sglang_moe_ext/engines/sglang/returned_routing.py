@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_moe_ext.core import EngineError
+from sglang_moe_ext.engines.sglang import server_json
 
 FLAG = "--enable-return-routed-experts"
 _FIELD = "routed_experts"
@@ -65,12 +66,8 @@ class Server:
         address = self.url.rstrip("/") + path
         if not address.startswith(("http://", "https://")):
             raise EngineError(f"--url {self.url}: expected an address such as http://127.0.0.1:30000")
-        body = None if document is None else json.dumps(document).encode()
-        headers = {"Content-Type": "application/json"}
-        if self.api_key:
-            headers["Authorization"] = f"Bearer {self.api_key}"
         try:
-            request = urllib.request.Request(address, data=body, headers=headers)
+            request = server_json.request(address, self.api_key, document)
             with urllib.request.urlopen(request, timeout=self.timeout_s) as answer:
                 return json.loads(answer.read())
         except urllib.error.HTTPError as error:

@@ -30,6 +30,17 @@ def address(url: str) -> str:
     return url.rstrip("/")
 
 
+def request(url: str, api_key: str | None, document: object | None = None) -> urllib.request.Request:
+    """What asks for that address, or posts a document to it. A redirection elsewhere does not take the key along."""
+    asked = urllib.request.Request(url)
+    if document is not None:
+        asked.data = json.dumps(document).encode()
+        asked.add_header("Content-Type", "application/json")
+    if api_key:
+        asked.add_unredirected_header("Authorization", f"Bearer {api_key}")
+    return asked
+
+
 def get(url: str, api_key: str | None) -> object | None:
     """The JSON document at that address; None where the server knows no such path.
 
@@ -37,10 +48,7 @@ def get(url: str, api_key: str | None) -> object | None:
         EngineError: nobody answers, or with an error, or with something else.
     """
     try:
-        request = urllib.request.Request(url)
-        if api_key:
-            request.add_unredirected_header("Authorization", f"Bearer {api_key}")
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+        with urllib.request.urlopen(request(url, api_key), timeout=_TIMEOUT_S) as answer:
             data = answer.read(_MAX_BYTES + 1)
     except urllib.error.HTTPError as error:
         if error.code == 404:
