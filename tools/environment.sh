@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Make .venv (torch, Triton, transformers, the tools of ./check) and .engines (the real SGLang, eight releases, unpacked).
-# Does nothing where both are there and their requirements have not changed. About 2.5 minutes and 3 GB the first time.
+# Make .venv (torch, Triton, transformers, the tools of ./check) and .engines (the real SGLang, eight releases, and the real vLLM,
+# three, unpacked). Does nothing where both are there and their requirements have not changed. About 3 minutes and 3 GB the first time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-$(command -v python3.11 || command -v python3)}
 versions="0.5.5 0.5.8 0.5.10 0.5.12 0.5.15 0.5.18 0.5.20 0.5.23"
-stamp=$(cat requirements/*.txt tools/environment.sh tools/patch_torchvision.py | sha256sum | cut -d' ' -f1)
-[ "$(cat .venv/.stamp 2>/dev/null)" = "$stamp" ] && [ -d .engines/sglang/0.5.23 ] && exit 0
+vllm_versions="0.20.2 0.25.1 0.33.0"
+stamp=$(cat requirements/*.txt tools/environment.sh tools/patch_torchvision.py tools/unpack_vllm.py | sha256sum | cut -d' ' -f1)
+[ "$(cat .venv/.stamp 2>/dev/null)" = "$stamp" ] && [ -d .engines/sglang/0.5.23 ] && [ -d .engines/vllm/0.33.0 ] && exit 0
 
 say() { echo "[environment] $*" >&2; }
 quietly() { # keep pip's warnings to ourselves unless it fails
@@ -18,11 +19,18 @@ say "making .venv with $("$python" --version): torch, Triton, transformers (abou
 rm -rf .venv .engines
 "$python" -m venv .venv
 quietly .venv/bin/pip install -r requirements/engine.txt -r requirements/dev.txt
-quietly .venv/bin/pip install --no-deps -r requirements/engine-nodeps.txt
+quietly .venv/bin/pip install --no-deps -r requirements/engine-nodeps.txt -r requirements/vllm.txt
 .venv/bin/python tools/patch_torchvision.py
 for version in $versions; do
   say "unpacking SGLang $version"
   quietly .venv/bin/pip install --no-deps --target ".engines/sglang/$version" "sglang==$version"
+done
+for version in $vllm_versions; do
+  say "unpacking vLLM $version"
+  wheel=$(mktemp -d)
+  quietly .venv/bin/pip download --no-deps --platform manylinux_2_28_x86_64 --platform manylinux_2_35_x86_64 -d "$wheel" "vllm==$version"
+  .venv/bin/python tools/unpack_vllm.py "$wheel"/vllm-*.whl ".engines/vllm/$version"
+  rm -rf "$wheel"
 done
 say "unpacking the newest transformers"
 quietly .venv/bin/pip install --no-deps --target .engines/transformers-newest -r requirements/newest-transformers.txt
