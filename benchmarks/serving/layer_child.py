@@ -8,8 +8,8 @@ from benchmarks.serving import attached, small_limit
 from benchmarks.serving.answering import answer_all, take_standard_output
 from benchmarks.serving.workloads import WORKLOADS
 from sglang_moe_ext.core import TileConfig
+from sglang_moe_ext.engines.entries import tile_of
 from sglang_moe_ext.engines.sglang import kernel, whole_layer
-from sglang_moe_ext.engines.sglang.entries import tile_of
 from sglang_moe_ext.engines.sglang.kernel import Engine
 from sglang_moe_ext.engines.sglang.targets import LOOKUP
 from sglang_moe_ext.tuning import routing

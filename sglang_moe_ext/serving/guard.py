@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from sglang_moe_ext.core import Gpu, MoEShape, Projection, TileConfig
-from sglang_moe_ext.engines.sglang import entries, tma
-from sglang_moe_ext.engines.sglang.entries import Entry
+from sglang_moe_ext.engines import entries
+from sglang_moe_ext.engines.entries import Entry
+from sglang_moe_ext.engines.sglang import tma
 from sglang_moe_ext.shared_memory import smem_bytes
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from sglang_moe_ext import SWITCH, __version__
+from sglang_moe_ext.engines.asked import Layer
 from sglang_moe_ext.engines.sglang import targets
-from sglang_moe_ext.engines.sglang.asked import Layer
 from sglang_moe_ext.engines.sglang.targets import Targets
 from sglang_moe_ext.serving import launch, lookup
 from sglang_moe_ext.serving.guard import warn_once

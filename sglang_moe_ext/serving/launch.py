@@ -6,8 +6,9 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sglang_moe_ext.engines.sglang import entries, targets
-from sglang_moe_ext.engines.sglang.entries import Entry
+from sglang_moe_ext.engines import entries
+from sglang_moe_ext.engines.entries import Entry
+from sglang_moe_ext.engines.sglang import targets
 from sglang_moe_ext.engines.sglang.targets import CONFIG_POSITION, Targets
 from sglang_moe_ext.serving.guard import degraded, warn_once
 

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sglang_moe_ext.engines.sglang import asked, entries, targets
-from sglang_moe_ext.engines.sglang.asked import Layer
-from sglang_moe_ext.engines.sglang.entries import Entry
+from sglang_moe_ext.engines import asked, entries
+from sglang_moe_ext.engines.asked import Layer
+from sglang_moe_ext.engines.entries import Entry
+from sglang_moe_ext.engines.sglang import targets
 from sglang_moe_ext.engines.sglang.targets import Targets
 from sglang_moe_ext.serving import overlay
 from sglang_moe_ext.serving.guard import Guard, warn_once

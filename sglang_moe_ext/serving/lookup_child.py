@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_moe_ext.core import MoEExtError
+from sglang_moe_ext.engines import lookups
 from sglang_moe_ext.engines.sglang import installation, lookup_child
 from sglang_moe_ext.serving import hooks
 from sglang_moe_ext.serving.overlay import Choice, Default, Engines, Ours
@@ -46,7 +47,7 @@ def main() -> int:
         state = hooks.attach(sys.modules[engine.layer_module], "doctor")
         request = json.load(sys.stdin)
         said: dict[str, Any] = lookup_child.answer(engine, config, request)
-        taken = hooks.choices(lookup_child.layer_of(request), request["tokens"])
+        taken = hooks.choices(lookups.layer_of(request), request["tokens"])
     except MoEExtError as error:
         print(error, file=sys.stderr)
         return 1

@@ -15,8 +15,8 @@ import pytest
 
 from sglang_moe_ext import gpus
 from sglang_moe_ext.core import MoEShape, Quantisation
-from sglang_moe_ext.engines import names
-from sglang_moe_ext.engines.sglang import lookup, naming
+from sglang_moe_ext.engines import lookups, names
+from sglang_moe_ext.engines.sglang import naming
 from sglang_moe_ext.engines.sglang.lookup import Question
 from tests.engines.installed import ENGINE_VERSIONS, run_in_engine
 
@@ -72,7 +72,7 @@ LOOKUPS = {"shipped": SHIPPED, "unknown": UNKNOWN, "deterministic": DETERMINISTI
 
 @functools.cache
 def engine(version: str) -> dict[str, Any]:
-    requests = {name: lookup._request(question) for name, question in LOOKUPS.items()}
+    requests = {name: lookups.request_of(question) for name, question in LOOKUPS.items()}
     answer: dict[str, Any] = run_in_engine(
         version, CHILD, {"names": [case.request() for case in NAME_CASES], "lookups": requests}
     )

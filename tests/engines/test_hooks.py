@@ -13,8 +13,8 @@ import triton
 
 from sglang_moe_ext import SWITCH
 from sglang_moe_ext.core import MoEShape, Table, TileConfig
+from sglang_moe_ext.engines.entries import entry_of
 from sglang_moe_ext.engines.sglang import naming, targets
-from sglang_moe_ext.engines.sglang.entries import entry_of
 from sglang_moe_ext.engines.sglang.installation import parse_version
 from sglang_moe_ext.store import files, provenance, tables, user_store
 from sglang_moe_ext.store.provenance import Entry, Provenance

@@ -11,8 +11,9 @@ import triton
 
 from sglang_moe_ext import gpus
 from sglang_moe_ext.core import EngineError, MoEShape, Quantisation, Table, TileConfig
+from sglang_moe_ext.engines import lookups
+from sglang_moe_ext.engines.entries import tile_of
 from sglang_moe_ext.engines.sglang import lookup, naming
-from sglang_moe_ext.engines.sglang.entries import tile_of
 from sglang_moe_ext.engines.sglang.lookup import Answer, Question
 from sglang_moe_ext.store import files, tables
 from tests.engines.installed import ENGINE_VERSIONS, REPO_ROOT, engine_environment
@@ -99,7 +100,7 @@ def test_an_environment_without_the_engine_is_reported_in_one_line() -> None:
 
 
 def test_an_engine_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lookup, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(lookups, "TIMEOUT_S", 0.5)
     with pytest.raises(EngineError, match="did not answer"):
         lookup.ask(QUESTION, environment=engine_environment("0.5.23"))
 

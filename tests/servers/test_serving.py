@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from sglang_moe_ext.engines.sglang import entries
+from sglang_moe_ext.engines import entries
 from tests.servers import runs, tables
 from tests.servers.runs import Run
 from tests.servers.server import Site

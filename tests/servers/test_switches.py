@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_moe_ext.engines.sglang import entries
+from sglang_moe_ext.engines import entries
 from tests.servers import runs, tables
 from tests.servers.runs import Run
 from tests.servers.server import Site

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sglang_moe_ext import gpus
 from sglang_moe_ext.core import MoEShape, Projection, Quantisation, TileConfig
-from sglang_moe_ext.engines.sglang import entries
+from sglang_moe_ext.engines import entries
 from sglang_moe_ext.serving import guard
 from sglang_moe_ext.serving.guard import Guard, degraded
 from sglang_moe_ext.shared_memory import smem_bytes

@@ -16,7 +16,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from sglang_moe_ext.core import TileConfig
-from sglang_moe_ext.engines.sglang import entries
+from sglang_moe_ext.engines import entries
 from sglang_moe_ext.engines.sglang.installation import Installation
 from sglang_moe_ext.engines.sglang.targets import CONFIG_POSITION, Targets
 from sglang_moe_ext.serving import guard, launch

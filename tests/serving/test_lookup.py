@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from sglang_moe_ext.core import EngineError, MoEShape, Quantisation
-from sglang_moe_ext.engines.sglang import entries, targets
-from sglang_moe_ext.engines.sglang.asked import layer_of
+from sglang_moe_ext.engines import entries
+from sglang_moe_ext.engines.asked import layer_of
+from sglang_moe_ext.engines.sglang import targets
 from sglang_moe_ext.engines.sglang.installation import Installation
 from sglang_moe_ext.engines.sglang.targets import Targets
 from sglang_moe_ext.serving import guard, lookup

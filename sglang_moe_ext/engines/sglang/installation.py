@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_moe_ext.core import EngineError
+from sglang_moe_ext.engines import releases
+from sglang_moe_ext.engines.releases import parse_version, running_triton
+
+__all__ = ["OLDEST", "Installation", "find", "parse_version", "running_triton"]
 
 _OLD_PACKAGE = "srt/layers/moe/fused_moe_triton"
 _NEW_PACKAGE = "srt/layers/moe/moe_runner/triton_utils"
@@ -79,39 +80,17 @@ class Installation:
         return ".".join(("sglang", *relative.parts))
 
 
-def parse_version(text: str) -> tuple[int, int, int]:
-    """(0, 5, 10) of "0.5.10.post1"; zeros where the text has no number."""
-    numbers = [int(number) for number in re.findall(r"\d+", text)[:3]]
-    major, minor, patch = (*numbers, 0, 0, 0)[:3]
-    return major, minor, patch
-
-
 def find() -> Installation | None:
     """The SGLang that `import sglang` would load here, or None.
 
     Raises:
         EngineError: it is older than anything we know.
     """
-    spec = importlib.util.find_spec("sglang")
-    if spec is None or not spec.submodule_search_locations:
+    found = releases.found("sglang")
+    if found is None:
         return None
-    try:
-        version_text = importlib.metadata.version("sglang")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    root = Path(next(iter(spec.submodule_search_locations))).resolve()
+    version_text, root = found
     if parse_version(version_text) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise EngineError(f"SGLang {version_text} at {root} is too old: expected {oldest} or newer")
     return Installation(version_text, root, running_triton())
-
-
-def running_triton() -> str | None:
-    """The `triton.__version__` that the engine will see, read without importing Triton."""
-    spec = importlib.util.find_spec("triton")
-    if spec is None or spec.origin is None:
-        return None
-    match = re.search(
-        r"^__version__ = ['\"]([^'\"]+)['\"]", Path(spec.origin).read_text(encoding="utf-8"), re.MULTILINE
-    )
-    return match[1] if match else importlib.metadata.version("triton")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sglang_moe_ext.core import EngineError, MoEShape, Projection, TileConfig
+from sglang_moe_ext.engines.entries import launched
 from sglang_moe_ext.engines.sglang import bootstrap, installation
-from sglang_moe_ext.engines.sglang.entries import launched
 
 if TYPE_CHECKING:
     import torch

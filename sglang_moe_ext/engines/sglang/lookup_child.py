@@ -4,33 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 import sys
 from typing import Any
 
 from sglang_moe_ext.core import MoEExtError
-from sglang_moe_ext.engines.sglang import asked, bootstrap, installation
-from sglang_moe_ext.engines.sglang.asked import Layer
+from sglang_moe_ext.engines import lookups
+from sglang_moe_ext.engines.overheard import Overheard
+from sglang_moe_ext.engines.sglang import bootstrap, installation
 from sglang_moe_ext.engines.sglang.installation import Installation
-
-
-class _Remembers(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
-def _watch_opened_tables(opened: list[str]) -> None:
-    """Note each JSON file that the process opens from now on, whatever the engine says of it in its log."""
-
-    def note(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open" and str(arguments[0]).endswith(".json"):
-            opened.append(str(arguments[0]))
-
-    sys.addaudithook(note)
 
 
 def _pretend(config: Any, device_name: str, smem_bytes: int) -> None:
@@ -49,28 +30,13 @@ def imported() -> tuple[Installation, Any]:
     return engine, config
 
 
-def layer_of(request: dict[str, Any]) -> Layer:
-    """The layer that a request is about."""
-    experts, hidden_size = request["experts"], request["hidden_size"]
-    w1_shape, w2_shape = (
-        (experts, request["up_rows"], hidden_size),
-        (experts, hidden_size, request["intermediate_size"]),
-    )
-    scales = request["block_shape"], request["per_channel"]
-    return asked.layer_of(w1_shape, w2_shape, request["top_k"], request["scheme"], *scales)
-
-
 def answer(engine: Installation, config: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """`request` and answer are described by `lookup.Question` and `lookup.Answer`."""
+    """`request` and answer are described by `lookups.Question` and `lookups.Answer`."""
     bootstrap.publish_server_args(deterministic=request["deterministic"])
     if request["pretend_device"] is not None:
         _pretend(config, request["pretend_device"], request["pretend_smem"])
-    log = _Remembers()
-    config.logger.setLevel(logging.INFO)
-    config.logger.addHandler(log)
-    opened: list[str] = []
-    _watch_opened_tables(opened)
-    layer = layer_of(request)
+    heard = Overheard(config.logger)
+    layer = lookups.layer_of(request)
     # 0.5.5 looks up every table as if scales were not per channel.
     asks_for_channels = "per_channel_quant" in inspect.signature(config.try_get_optimal_moe_config).parameters
     per_channel = {"per_channel_quant": layer.per_channel} if asks_for_channels else {}
@@ -92,8 +58,8 @@ def answer(engine: Installation, config: Any, request: dict[str, Any]) -> dict[s
         "triton": engine.triton,
         "device_name": config.get_device_name(),
         "taken": taken,
-        "files": list(dict.fromkeys(opened)),
-        "log": log.lines,
+        "files": heard.files,
+        "log": heard.lines,
     }
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 
 from sglang_moe_ext.core import MoEShape, TableKey
-
-INT4_WEIGHTS_PER_BYTE = 2
+from sglang_moe_ext.engines.asked import INT4_WEIGHTS_PER_BYTE
 
 
 def table_key(shape: MoEShape, device_name: str, *, down: bool = False) -> TableKey:

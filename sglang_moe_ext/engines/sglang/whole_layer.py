@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from sglang_moe_ext.core import MoEShape, TileConfig
-from sglang_moe_ext.engines.sglang.entries import entry_of
+from sglang_moe_ext.engines.entries import entry_of
 from sglang_moe_ext.engines.sglang.kernel import Engine
 
 if TYPE_CHECKING:

@@ -16,6 +16,11 @@ def device_in_names(device_name: str) -> str:
     return "NVIDIA_H200" if "H200" in words else "_".join(words)
 
 
+def tag(scheme: Scheme | None) -> Scheme | None:
+    """The engine's own word for that scheme, in names as in calls of its lookup."""
+    return scheme if scheme in _TAGGED else None
+
+
 def table_key(shape: MoEShape, device_name: str) -> TableKey:
     """The key under which the engine looks for this layer's table; per-tensor and per-channel fp8 share one."""
     quantisation = shape.quantisation
@@ -23,7 +28,7 @@ def table_key(shape: MoEShape, device_name: str) -> TableKey:
         experts=shape.experts,
         intermediate_size=shape.intermediate_size,
         device_name=device_in_names(device_name),
-        scheme=quantisation.scheme if quantisation.scheme in _TAGGED else None,
+        scheme=tag(quantisation.scheme),
         block_shape=quantisation.block_shape if quantisation.is_block_wise else None,
     )
 

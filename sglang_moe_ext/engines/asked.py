@@ -1,4 +1,4 @@
-"""What a call of SGLang's lookup says of the layer that asks: its arguments as one of our shapes."""
+"""What a call of an engine's lookup says of the layer that asks: its arguments as one of our shapes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import cast, get_args
 
 from sglang_moe_ext.core import MoEShape, Quantisation, Scheme
-from sglang_moe_ext.engines.sglang.naming import INT4_WEIGHTS_PER_BYTE
+
+INT4_WEIGHTS_PER_BYTE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ def layer_of(
     top_k: int,
     dtype: str | None,
     block_shape: Sequence[int] | None,
-    per_channel: bool,
+    per_channel: bool = False,
 ) -> Layer:
     """The layer that a call of `try_get_optimal_moe_config` is about."""
     block = None if not block_shape else (int(block_shape[0]), int(block_shape[1]))
