@@ -1,4 +1,4 @@
-"""What each Python runs at its start, from a .pth file: waits for SGLang's MoE layer, and for upstream's scripts.
+"""What each Python runs at its start, from a .pth file: waits for an engine's MoE layer, and for upstream's scripts.
 
 Nothing is imported before they are, not even `__future__`: all processes of the environment pay for what stands here.
 """
@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 LAYER_MODULES = (
     "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe",
     "sglang.srt.layers.moe.fused_moe_triton.fused_moe",
+    "vllm.model_executor.layers.fused_moe.fused_moe",
 )
-"""As in engines/sglang/targets.py, which is too much to load here."""
+"""As in engines/, which is too much to load here. vLLM loads plugins in all its processes, but no script does."""
 
 MODULE = "common_utils"
 FOLDER = "fused_moe_triton"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from sglang_moe_ext.serving import plugin
 from tests.engines.installed import engine_environment
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
@@ -21,9 +19,9 @@ NEVER_MOVED = {"torch", "triton", "transformers", "sglang", "vllm", "numpy"}
 HEAVY = {"torch", "triton", "transformers", "rich", "numpy"}
 ATTACHED = {
     "": "arrivals core engines gpus serving shared_memory shipped startup store",
-    "engines.": "sglang",
-    "engines.sglang.": "asked entries installation naming overlay targets tma",
-    "serving.": "guard hooks launch lookup overlay places plugin",
+    "engines.": "asked dialect entries releases running sglang",
+    "engines.sglang.": "installation naming overlay targets tma",
+    "serving.": "choices guard hooks into_sglang launch lookup overlay places plugin shelf",
     "store.": "files locks provenance tables user_store",
 }
 """By package, the modules of ours that a server has once its engine's layer is hooked."""
@@ -99,12 +97,6 @@ def test_a_fresh_environment_without_torch_gets_help_and_one_line_errors(wheel: 
     last = failed.stderr.strip().splitlines()[-1]
     assert last.startswith("error: no Triton is installed")
     assert "Traceback" not in failed.stderr
-
-
-def test_the_entry_point_of_vllm_logs_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="sglang_moe_ext"):
-        plugin.register_vllm()
-    assert len(caplog.records) == 1
 
 
 def loaded_by(code: str, **environment: str) -> list[str]:

@@ -53,3 +53,9 @@ def layer_of(
     """The layer that a call of `try_get_optimal_moe_config` is about."""
     block = None if not block_shape else (int(block_shape[0]), int(block_shape[1]))
     return Layer(tuple(w1_shape), tuple(w2_shape), top_k, dtype, block, bool(per_channel))
+
+
+def layer_named(experts: int, intermediate_size: int, dtype: str | None, block_shape: tuple[int, int] | None) -> Layer:
+    """A layer of which only what stands in a table's name is known: nobody may ask its hidden size, nor its top-k."""
+    columns = intermediate_size // (INT4_WEIGHTS_PER_BYTE if dtype == "int4_w4a16" else 1)
+    return layer_of((experts, 2 * intermediate_size, 1), (experts, 1, columns), 1, dtype, block_shape)

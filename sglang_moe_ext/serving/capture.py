@@ -14,7 +14,7 @@ from types import ModuleType
 from sglang_moe_ext.engines.sglang import runner_hook
 from sglang_moe_ext.serving import capture_writer
 from sglang_moe_ext.serving.capture_writer import Bounds, Table
-from sglang_moe_ext.serving.hooks import CAPTURE as VARIABLE
+from sglang_moe_ext.serving.into_sglang import CAPTURE as VARIABLE
 
 log = logging.getLogger(__name__)
 

@@ -39,14 +39,14 @@ def degraded(config: TileConfig) -> Iterator[TileConfig]:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """The rules of one engine on one GPU; without a GPU that is known, only a launch tells what fits."""
+    """The rules of one SGLang on one GPU; without a GPU that is known, only a launch tells what fits."""
 
     version: tuple[int, int, int]
     gpu: Gpu | None
 
     def safe(self, entry: Entry, shape: MoEShape, projection: Projection) -> Entry:
         """A fresh entry that this GPU can run and that computes what it should; most often a plain copy."""
-        return self._fitting(self._right(entry, shape, projection), shape)
+        return fitting(self._right(entry, shape, projection), shape, self.gpu)
 
     def _right(self, entry: Entry, shape: MoEShape, projection: Projection) -> Entry:
         if entry.get(entries.USE_TMA):
@@ -58,18 +58,20 @@ class Guard:
             )
         return entries.without_tma(entry)
 
-    def _fitting(self, entry: Entry, shape: MoEShape) -> Entry:
-        config, gpu = entries.tile_of(entry), self.gpu
-        if gpu is None or (asked := smem_bytes(config, shape, gpu.sm)) <= gpu.smem_per_block:
-            return entry
-        smaller = next((it for it in degraded(config) if smem_bytes(it, shape, gpu.sm) <= gpu.smem_per_block), None)
-        if smaller is None:
-            return entry
-        warn_once(
-            f"{config} asks for {asked} B of shared memory for {shape}, {gpu.device_name} has {gpu.smem_per_block} B "
-            f"a block: runs {smaller} instead"
-        )
-        return entries.resized(entry, smaller)
+
+def fitting(entry: Entry, shape: MoEShape, gpu: Gpu | None) -> Entry:
+    """The entry, or a smaller one where that asks for more shared memory than the GPU has a block."""
+    config = entries.tile_of(entry)
+    if gpu is None or (asked := smem_bytes(config, shape, gpu.sm)) <= gpu.smem_per_block:
+        return entry
+    smaller = next((it for it in degraded(config) if smem_bytes(it, shape, gpu.sm) <= gpu.smem_per_block), None)
+    if smaller is None:
+        return entry
+    warn_once(
+        f"{config} asks for {asked} B of shared memory for {shape}, {gpu.device_name} has {gpu.smem_per_block} B "
+        f"a block: runs {smaller} instead"
+    )
+    return entries.resized(entry, smaller)
 
 
 @functools.lru_cache(maxsize=4096)

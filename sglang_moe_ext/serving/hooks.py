@@ -1,29 +1,36 @@
-"""Put our functions into the place of the engine's: all of them or none, once a process, and never with an error."""
+"""Put our functions into the place of an engine's: all of them or none, once a process, and never with an error."""
 
 from __future__ import annotations
 
-import logging
 import os
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Literal, Protocol
 
 from sglang_moe_ext import SWITCH, __version__
 from sglang_moe_ext.engines.asked import Layer
-from sglang_moe_ext.engines.sglang import targets
-from sglang_moe_ext.engines.sglang.targets import Targets
-from sglang_moe_ext.serving import launch, lookup
 from sglang_moe_ext.serving.guard import warn_once
 from sglang_moe_ext.serving.overlay import Choice
-from sglang_moe_ext.serving.places import places
 
-log = logging.getLogger(__name__)
-
-_PLUGINS = "SGLANG_PLUGINS"
-CAPTURE = "SGLANG_MOE_EXT_CAPTURE"
+Engine = Literal["sglang", "vllm"]
 _OUR_NAME = "sglang_moe_ext"
+
+
+class Chooser(Protocol):
+    """What stands in an engine now, and knows what a layer takes."""
+
+    def choice(self, layer: Layer, tokens: int) -> Choice: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Half:
+    """What is done in one engine. `keeps_out`: whether its own `plugins` variable leaves out a plugin."""
+
+    plugins: str
+    keeps_out: Callable[[str | None, str], bool]
+    put_in: Callable[[ModuleType, str], Chooser]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,27 +42,40 @@ class State:
     ms: float = 0.0
 
 
-_resolver: lookup.Resolver | None = None
-_state = State(False, "the engine's layer has not been imported")
+_ABSENT = State(False, "the engine's layer has not been imported")
+_choosers: dict[Engine, Chooser] = {}
+_states: dict[Engine, State] = {}
 
 
-def state() -> State:
+def state(engine: Engine = "sglang") -> State:
     """Of this process."""
-    return _state
+    return _states.get(engine, _ABSENT)
 
 
-def choices(layer: Layer, tokens: Sequence[int]) -> dict[int, Choice]:
+def choices(layer: Layer, tokens: Sequence[int], engine: Engine = "sglang") -> dict[int, Choice]:
     """What this process takes at each M, and why; empty where our functions are not in place."""
-    return {} if _resolver is None else {m: _resolver.choice(layer, m) for m in tokens}
+    chooser = _choosers.get(engine)
+    return {} if chooser is None else {m: chooser.choice(layer, m) for m in tokens}
 
 
-def why_off() -> str | None:
+def half_of(engine: Engine) -> Half:
+    """What is done in that engine; the other's modules are not loaded."""
+    if engine == "vllm":
+        from sglang_moe_ext.serving import into_vllm
+
+        return Half(into_vllm.PLUGINS, into_vllm.keeps_out, into_vllm.put_in)
+    from sglang_moe_ext.serving import into_sglang
+
+    return Half(into_sglang.PLUGINS, into_sglang.keeps_out, into_sglang.put_in)
+
+
+def why_off(half: Half) -> str | None:
     """The variable that keeps us out of this process, if one does."""
     if os.environ.get(SWITCH, "0") not in ("", "0"):
         return f"{SWITCH} is set"
-    wanted = os.environ.get(_PLUGINS)
-    if wanted and _OUR_NAME not in (name.strip() for name in wanted.split(",")):
-        return f"{_PLUGINS}={wanted} does not name {_OUR_NAME}"
+    wanted = os.environ.get(half.plugins)
+    if half.keeps_out(wanted, _OUR_NAME):
+        return f"{half.plugins}={wanted} does not name {_OUR_NAME}"
     return None
 
 
@@ -64,44 +84,20 @@ def attach(layer: ModuleType, way: str, started: float | None = None) -> State:
 
     `started`: when that was, by time.perf_counter(), so that our imports count.
     """
-    global _state  # noqa: PLW0603 - a process is hooked or it is not
-    if not _state.is_active:
-        _state = _attached(layer, way, time.perf_counter() if started is None else started)
-    return _state
+    engine: Engine = "vllm" if layer.__name__.partition(".")[0] == "vllm" else "sglang"
+    if not state(engine).is_active:
+        _states[engine] = _attached(engine, layer, way, time.perf_counter() if started is None else started)
+    return _states[engine]
 
 
-def _attached(layer: ModuleType, way: str, started: float) -> State:
-    global _resolver  # noqa: PLW0603
-    if why := why_off():
-        return State(False, why)
+def _attached(engine: Engine, layer: ModuleType, way: str, started: float) -> State:
     try:
-        engine = targets.found(layer)
-        resolver = lookup.Resolver(engine, lambda: places(engine.engine), lambda: _first_call(engine, way))
-        replaced = ((engine.lookup, lookup.replacement(engine, resolver)), (engine.launch, launch.replacement(engine)))
-        for original, ours in replaced:
-            targets.replace(original, ours)
-        _resolver = resolver
+        half = half_of(engine)
+        if why := why_off(half):
+            return State(False, why)
+        _choosers[engine] = half.put_in(layer, way)
     except Exception as error:  # the engine runs as if we were not installed
         why = f"{type(error).__name__}: {error}"
         warn_once(f"{__version__} is off, the engine runs as it is: {why}")  # two ways in may meet the same
         return State(False, why)
     return State(True, way, 1000 * (time.perf_counter() - started))
-
-
-def _first_call(engine: Targets, way: str) -> None:
-    """A layer runs: the server's log is open, and all of the engine has been imported."""
-    log.info("sglang-moe-ext %s is active in SGLang %s, by %s", __version__, engine.engine.version_text, way)
-    if os.environ.get(CAPTURE):
-        _capture()
-
-
-def _capture() -> None:
-    try:
-        from sglang_moe_ext.engines.sglang import runner_hook
-        from sglang_moe_ext.serving import capture
-
-        wish, runner = capture.wish(os.environ), sys.modules.get(runner_hook.MODULE)
-        if wish is not None and runner is not None:
-            capture.install(runner, wish)
-    except Exception as error:  # the layers run uncaptured
-        warn_once(f"{CAPTURE} is passed over: {type(error).__name__}: {error}")

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sglang_moe_ext.engines import asked, entries
+from sglang_moe_ext.engines import asked, entries, running
 from sglang_moe_ext.engines.asked import Layer
 from sglang_moe_ext.engines.entries import Entry
-from sglang_moe_ext.engines.sglang import targets
 from sglang_moe_ext.engines.sglang.targets import Targets
-from sglang_moe_ext.serving import overlay
+from sglang_moe_ext.serving.choices import Choices
 from sglang_moe_ext.serving.guard import Guard, warn_once
-from sglang_moe_ext.serving.overlay import Choice, Default, Engines, Ours, Place, Shelf
-
-log = logging.getLogger(__name__)
+from sglang_moe_ext.serving.overlay import Choice, Default, Engines, Ours
+from sglang_moe_ext.serving.shelf import Place
 
 _MOST_ANSWERS = 65536
 """Of a process: every layer for every M up to 16384, a few times over."""
@@ -48,11 +45,9 @@ class Resolver:
     def __init__(
         self, engine: Targets, places: Callable[[], Sequence[Place]], at_first_call: Callable[[], None]
     ) -> None:
-        self._engine, self._places = engine, places
+        self._engine, self._choices = engine, Choices(engine, places)
         self._at_first_call: Callable[[], None] | None = at_first_call
-        self._shelves: dict[Layer, Shelf | None] = {}
         self._guards: dict[str, Guard] = {}
-        self._said: set[tuple[Layer, str]] = set()
 
     def __call__(self, call: Call, original: Callable[[], Any]) -> Answer:
         """`original` is the engine's own lookup, called as this was called."""
@@ -60,7 +55,7 @@ class Resolver:
             self._at_first_call = None
             at_first_call()
         choice = self.choice(call.layer, call.tokens)
-        self._say(call.layer, choice)
+        self._choices.say(call.layer, choice)
         match choice:
             case Ours(up, down, most_block_m):
                 answer = Answer(
@@ -92,47 +87,17 @@ class Resolver:
 
     def choice(self, layer: Layer, tokens: int) -> Choice:
         """Which configuration runs, before the guard looks at it."""
-        if self._engine.is_deterministic():
-            return Engines("deterministic inference reads no table")
-        if layer not in self._shelves:
-            self._shelves[layer] = self._shelf(layer)
-        shelf = self._shelves[layer]
-        if shelf is None:
-            return Engines("no tables are known for this kind of layer or GPU")
-        return overlay.chosen(shelf, tokens)
-
-    def _shelf(self, layer: Layer) -> Shelf | None:
-        shape, device_name, triton = layer.shape(), self._engine.device_name(), self._engine.engine.triton
-        if shape is None or device_name is None or triton is None:
-            return None
-        return overlay.gathered(shape, device_name, targets.gpu(device_name), triton, self._places())
+        return self._choices.of(layer, tokens)
 
     def _safe(self, answer: Answer, layer: Layer) -> Answer:
         shape, device_name = layer.shape(), self._engine.device_name()
         if shape is None or device_name is None:
             return answer
         if device_name not in self._guards:
-            self._guards[device_name] = Guard(self._engine.engine.version, targets.gpu(device_name))
+            self._guards[device_name] = Guard(self._engine.engine.version, running.gpu(device_name))
         guard = self._guards[device_name]
         down = None if answer.down is None else guard.safe(answer.down, shape, "down")
         return Answer(guard.safe(answer.up, shape, "up"), down, answer.most_block_m)
-
-    def _say(self, layer: Layer, choice: Choice) -> None:
-        if (layer, choice.why) in self._said:
-            return
-        self._said.add((layer, choice.why))
-        log.info("sglang-moe-ext: %s: %s", layer.shape() or layer, said(choice))
-
-
-def said(choice: Choice) -> str:
-    """What a log says of a choice."""
-    match choice:
-        case Ours():
-            return choice.why
-        case Default():
-            return f"the engine's default, {choice.why}"
-        case Engines():
-            return f"the engine's own choice, {choice.why}"
 
 
 def of_engine(returned: Any, wants_down: bool) -> Answer:
@@ -146,7 +111,7 @@ def of_engine(returned: Any, wants_down: bool) -> Answer:
 def replacement(engine: Targets, resolve: Callable[[Call, Callable[[], Any]], Answer]) -> Callable[..., Any]:
     """A function to stand where `engine.lookup` stood. It never raises where that would not have."""
     answers: dict[Any, Answer] = {}
-    original, package = engine.lookup, engine.package
+    original = engine.lookup
 
     def resolved(call: Call, own: Callable[[], Any]) -> Answer:
         try:
@@ -174,7 +139,7 @@ def replacement(engine: Targets, resolve: Callable[[Call, Callable[[], Any]], An
             answer = answers.get(key)
         except TypeError:  # a shape that is a list
             return original(w1_shape, w2_shape, top_k, dtype, M, is_marlin, block_shape, *rest, **named)
-        if rest or package.get_config():
+        if rest or engine.override():
             return original(w1_shape, w2_shape, top_k, dtype, M, is_marlin, block_shape, *rest, **named)
         if answer is None:
             layer = asked.layer_of(w1_shape, w2_shape, top_k, dtype, block_shape, per_channel)

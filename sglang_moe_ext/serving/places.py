@@ -8,7 +8,7 @@ from pathlib import Path
 from sglang_moe_ext import shipped
 from sglang_moe_ext.engines.sglang import overlay as directory
 from sglang_moe_ext.engines.sglang.installation import Installation
-from sglang_moe_ext.serving.overlay import Place
+from sglang_moe_ext.serving.shelf import Place
 from sglang_moe_ext.store import user_store
 
 ENGINE = "sglang"
@@ -16,7 +16,7 @@ ENGINE = "sglang"
 
 def places(engine: Installation) -> list[Place]:
     """In order. A folder that the user names to the engine takes the place of the engine's own."""
-    named, own = os.environ.get(directory.VARIABLE), _user_store()
+    named, own = os.environ.get(directory.VARIABLE), user_store.root_if_any()
     tuned = shipped.folder("tuned_configs")
     return [
         *([] if own is None else [Place("your", own / "tables" / ENGINE)]),
@@ -28,10 +28,3 @@ def places(engine: Installation) -> list[Place]:
             is_asked_for=bool(named) and not (own is not None and own / "overlay" in Path(named or "").parents),
         ),
     ]
-
-
-def _user_store() -> Path | None:
-    try:
-        return user_store.root()
-    except RuntimeError:  # the user of a container may have no home
-        return None

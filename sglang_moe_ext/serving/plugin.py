@@ -14,31 +14,42 @@ log = logging.getLogger(__name__)
 
 def register_sglang() -> None:
     """Entry point of the group `sglang.srt.plugins` (SGLang 0.5.11 and newer)."""
-    _attach_or_expect("the entry point")
+    _attach_or_expect("the entry point", "sglang")
 
 
 def register_vllm() -> None:
-    """Entry point of the group `vllm.general_plugins`; vLLM ends when one raises, and calls it repeatedly."""
-    log.info("sglang-moe-ext %s is installed: vLLM reads its tables from where they were installed", __version__)
+    """Entry point of the group `vllm.general_plugins`: each process calls it, before it knows its GPU."""
+    _attach_or_expect("the entry point", "vllm")
 
 
 def attach_patched() -> None:
     """What the line calls that `sglang-moe-ext patch --apply` puts at the end of the engine's layer module."""
-    _attach_or_expect("a patch")
+    _attach_or_expect("a patch", "sglang")
 
 
-def _attach_or_expect(way: str) -> None:
+def _attach_or_expect(way: str, engine: str) -> None:
     try:
-        from sglang_moe_ext.engines.sglang.targets import LAYER_MODULES
+        modules = _layer_modules(engine)
     except Exception as error:  # an installation of ours that is broken is no reason for a server to end
         _say_off(error)
         return
-    layer = next((sys.modules[name] for name in LAYER_MODULES if name in sys.modules), None)
+    layer = next((sys.modules[name] for name in modules if name in sys.modules), None)
     if layer is not None:
         attach(layer, way)
         return
-    for name in LAYER_MODULES:
+    for name in modules:
         arrivals.expect(name, lambda module: attach(module, way))
+
+
+def _layer_modules(engine: str) -> tuple[str, ...]:
+    """Once one of them has been executed, all that we replace in that engine is there."""
+    if engine == "vllm":
+        from sglang_moe_ext.engines.vllm.installation import LAYER_MODULE
+
+        return (LAYER_MODULE,)
+    from sglang_moe_ext.engines.sglang.targets import LAYER_MODULES
+
+    return LAYER_MODULES
 
 
 def attach(layer: ModuleType, way: str) -> None:

@@ -24,6 +24,14 @@ def root() -> Path:
     return Path(data) / "sglang_moe_ext"
 
 
+def root_if_any() -> Path | None:
+    """`root()`, or None: the user of a container may have no home."""
+    try:
+        return root()
+    except RuntimeError:
+        return None
+
+
 def tables_folder(engine: str, version_folder: str) -> Path:
     """Where the tables for that engine and that Triton lie."""
     return root() / "tables" / engine / version_folder

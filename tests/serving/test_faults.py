@@ -28,17 +28,18 @@ LOOKUP = """
 import json, logging, sys
 from pathlib import Path
 from sglang_moe_ext import gpus
-from sglang_moe_ext.serving import overlay
-from sglang_moe_ext.serving.overlay import Ours, Place
+from sglang_moe_ext.serving import overlay, shelf
+from sglang_moe_ext.serving.overlay import Ours
+from sglang_moe_ext.serving.shelf import Place
 from sglang_moe_ext.shapes.stated import parse_shape
 
 root, shape, triton, gpu = Path(sys.argv[1]), parse_shape(sys.argv[2]), sys.argv[3], gpus.find("H200")
 lines = []
-logging.getLogger("sglang_moe_ext.serving.overlay").addFilter(lambda record: lines.append(record.getMessage()))
+logging.getLogger("sglang_moe_ext.serving.shelf").addFilter(lambda record: lines.append(record.getMessage()))
 
 def looked_up():
-    shelf = overlay.gathered(shape, gpu.device_name, gpu, triton, [Place("your", root)])
-    chosen = [overlay.chosen(shelf, tokens) for tokens in (1, 64, 4096)]
+    found = shelf.gathered(shape, gpu.device_name, gpu, triton, [Place("your", root)])
+    chosen = [overlay.chosen(found, tokens) for tokens in (1, 64, 4096)]
     ours = [it for it in chosen if isinstance(it, Ours)]
     return [sorted({it.up.group_m for it in ours}), sorted({it.down.group_m for it in ours if it.down}), len(ours)]
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
@@ -11,18 +11,20 @@ import pytest
 from sglang_moe_ext import SWITCH
 from sglang_moe_ext.engines.sglang import targets
 from sglang_moe_ext.engines.sglang.targets import LAYER_MODULES
+from sglang_moe_ext.engines.vllm.installation import LAYER_MODULE
 from sglang_moe_ext.serving import guard, hooks, plugin
 
-PLUGINS = "SGLANG_PLUGINS"
+PLUGINS, VLLM_PLUGINS = "SGLANG_PLUGINS", "VLLM_PLUGINS"
 LAYER = ModuleType(LAYER_MODULES[0])
+Way = Callable[[], None]
 
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A process that nothing has been hooked in, and that no variable keeps us out of."""
-    monkeypatch.setattr(hooks, "_state", hooks.State(False, "fresh"))
+    monkeypatch.setattr(hooks, "_states", {})
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-    for variable in (SWITCH, PLUGINS):
+    for variable in (SWITCH, PLUGINS, VLLM_PLUGINS):
         monkeypatch.delenv(variable, raising=False)
     guard.warn_once.cache_clear()
     yield
@@ -44,9 +46,30 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 )
 def test_two_variables_keep_us_out(variable: str, value: str, is_off: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, value)
-    why = hooks.why_off()
+    why = hooks.why_off(hooks.half_of("sglang"))
     assert (why is not None) == is_off
     assert why is None or variable in why
+
+
+@pytest.mark.parametrize(
+    ("value", "is_off"),
+    [
+        ("sglang_moe_ext", False),
+        ("another,sglang_moe_ext", False),
+        ("", True),
+        ("another", True),
+        ("a, sglang_moe_ext", True),
+    ],
+)
+def test_vllms_list_of_plugins_is_read_as_vllm_reads_it(
+    value: str, is_off: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VLLM_PLUGINS, value)
+    assert (hooks.why_off(hooks.half_of("vllm")) is not None) == is_off
+
+
+def test_without_a_list_of_plugins_vllm_loads_us() -> None:
+    assert hooks.why_off(hooks.half_of("vllm")) is None
 
 
 def test_what_keeps_us_out_is_the_state_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,16 +98,22 @@ def test_whatever_is_broken_attaching_never_raises(
     assert f"is off, the engine runs as it is: {type(error).__name__}: broken" in caplog.text
 
 
-@pytest.mark.parametrize("module", ["serving.hooks", "engines.sglang.targets"])
-@pytest.mark.parametrize("way", [plugin.register_sglang, plugin.attach_patched], ids=["entry-point", "patch"])
+WAYS = [plugin.register_sglang, plugin.attach_patched, plugin.register_vllm]
+OF_EACH_WAY = [*["engines.sglang.targets"] * 2, "engines.vllm.installation"]
+
+
+@pytest.mark.parametrize(
+    ("way", "module"),
+    [*zip(WAYS, OF_EACH_WAY, strict=True), *((way, "serving.hooks") for way in WAYS)],
+)
 def test_an_installation_of_ours_that_is_broken_ends_no_server(
-    module: str, way: object, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    module: str, way: Way, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert callable(way)
     parent, _, name = f"sglang_moe_ext.{module}".rpartition(".")
     monkeypatch.delattr(sys.modules[parent], name)
     monkeypatch.setitem(sys.modules, f"{parent}.{name}", None)
-    monkeypatch.setitem(sys.modules, LAYER_MODULES[0], LAYER)
+    for name in (LAYER_MODULES[0], LAYER_MODULE):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
     way()
     (line,) = caplog.messages
     assert "is off, the engine runs as it is" in line
@@ -93,15 +122,16 @@ def test_an_installation_of_ours_that_is_broken_ends_no_server(
 def test_the_startup_file_waits_for_the_modules_that_are_hooked() -> None:
     from sglang_moe_ext import startup
 
-    assert startup.LAYER_MODULES == LAYER_MODULES
+    assert (*LAYER_MODULES, LAYER_MODULE) == startup.LAYER_MODULES
 
 
-@pytest.mark.parametrize("way", [plugin.register_sglang, plugin.attach_patched], ids=["entry-point", "patch"])
-def test_an_engine_that_is_not_imported_yet_is_waited_for(way: object, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("way", "modules"), zip(WAYS, [*[LAYER_MODULES] * 2, (LAYER_MODULE,)], strict=True))
+def test_an_engine_that_is_not_imported_yet_is_waited_for(
+    way: Way, modules: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from sglang_moe_ext.arrivals import Arrivals
 
-    assert callable(way)
     monkeypatch.setattr(sys, "meta_path", [it for it in sys.meta_path if not isinstance(it, Arrivals)])
     way()
     (finder,) = (it for it in sys.meta_path if isinstance(it, Arrivals))
-    assert set(finder.awaited) == set(LAYER_MODULES)
+    assert set(finder.awaited) == set(modules)

@@ -7,8 +7,6 @@ refuses is measured by benchmarks/small_card.
 from __future__ import annotations
 
 import logging
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +15,9 @@ from triton.runtime.errors import OutOfResources
 
 from sglang_moe_ext.core import TileConfig
 from sglang_moe_ext.engines import entries
-from sglang_moe_ext.engines.sglang.installation import Installation
-from sglang_moe_ext.engines.sglang.targets import CONFIG_POSITION, Targets
+from sglang_moe_ext.engines.sglang.targets import CONFIG_POSITION
 from sglang_moe_ext.serving import guard, launch
+from sglang_moe_ext.serving.launch import Launcher as Launch
 
 LARGE = TileConfig(128, 256, 64, 16, 8, 4)
 WEIGHTS = torch.empty(8, 512, 256, dtype=torch.bfloat16, device="meta")
@@ -56,9 +54,7 @@ def hooked(launcher: Launcher) -> Any:
     def invoke_fused_moe_kernel(*args: Any, **kwargs: Any) -> Any:
         return launcher(*args, **kwargs)
 
-    package: Any = SimpleNamespace(get_config=lambda: launcher.override)
-    engine = Installation("0.5.23", Path(), "3.7.1")
-    return launch.replacement(Targets(engine, package, ModuleType("config"), print, invoke_fused_moe_kernel))
+    return launch.replacement(Launch(invoke_fused_moe_kernel, CONFIG_POSITION, lambda: launcher.override))
 
 
 def by_position(config: dict[str, Any], weights: torch.Tensor = WEIGHTS) -> tuple[tuple[Any, ...], dict[str, Any]]:

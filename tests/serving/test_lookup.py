@@ -14,13 +14,12 @@ import pytest
 import torch
 
 from sglang_moe_ext.core import EngineError, MoEShape, Quantisation
-from sglang_moe_ext.engines import entries
+from sglang_moe_ext.engines import entries, running
 from sglang_moe_ext.engines.asked import layer_of
-from sglang_moe_ext.engines.sglang import targets
 from sglang_moe_ext.engines.sglang.installation import Installation
 from sglang_moe_ext.engines.sglang.targets import Targets
-from sglang_moe_ext.serving import guard, lookup
-from sglang_moe_ext.serving.overlay import Place
+from sglang_moe_ext.serving import guard, lookup, overlay
+from sglang_moe_ext.serving.shelf import Place
 from tests.serving.test_overlay import ENGINES, H200, SHAPE, YOURS, at, config, known, write
 
 DEFAULT = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32, "GROUP_SIZE_M": 8}
@@ -152,7 +151,7 @@ def test_whatever_fails_in_ours_the_engines_lookup_runs(
     def breaks(*_: object) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(lookup.overlay, "chosen", breaks)
+    monkeypatch.setattr(overlay, "chosen", breaks)
     assert [tuned.up(tokens) for tokens in (64, 65, 66)] == [THEIRS] * 3
     assert [message for message in caplog.messages if "RuntimeError: broken" in message] == caplog.messages[-1:]
 
@@ -284,4 +283,4 @@ def test_an_engine_that_says_nowhere_whether_it_is_deterministic_is_named() -> N
 
 def test_a_gpu_of_another_vendor_is_taken_for_none_of_nvidia(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert targets.gpu(H200.device_name) is None
+    assert running.gpu(H200.device_name) is None

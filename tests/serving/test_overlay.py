@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from sglang_moe_ext import gpus
 from sglang_moe_ext.core import Gpu, MoEShape, Origin, Quantisation, Table, TileConfig
 from sglang_moe_ext.engines.sglang import naming
-from sglang_moe_ext.serving import overlay
-from sglang_moe_ext.serving.overlay import Candidate, Choice, Default, Engines, Ours, Place, Shelf
+from sglang_moe_ext.serving import overlay, shelf
+from sglang_moe_ext.serving.overlay import Choice, Default, Engines, Ours
+from sglang_moe_ext.serving.shelf import Candidate, Place, Shelf
 from sglang_moe_ext.store import files, provenance, tables
 from sglang_moe_ext.store.provenance import Entry, Provenance
 from tests.store.generated import A_RUN
@@ -62,7 +63,7 @@ def at(place: Place, root: Path) -> Place:
 
 
 def choice(places: list[Place], tokens: int = 64, gpu: Gpu = H200, shape: MoEShape = SHAPE) -> Choice:
-    return overlay.chosen(overlay.gathered(shape, gpu.device_name, gpu, TRITON, places), tokens)
+    return overlay.chosen(shelf.gathered(shape, gpu.device_name, gpu, TRITON, places), tokens)
 
 
 def mark_of(chosen: Choice) -> int:
@@ -259,7 +260,7 @@ def test_a_slice_of_a_gpu_takes_its_tables_if_it_is_all_of_it(tmp_path: Path, mu
 def test_a_gpu_that_nothing_is_known_of_takes_tables_of_its_own_name_alone(tmp_path: Path) -> None:
     table = {64: config()}
     write(tmp_path, table, known(table), device_name="AMD Instinct MI300X")
-    found = overlay.gathered(SHAPE, "AMD Instinct MI300X", None, TRITON, [at(YOURS, tmp_path)])
+    found = shelf.gathered(SHAPE, "AMD Instinct MI300X", None, TRITON, [at(YOURS, tmp_path)])
     assert [it.device_name for it in found.candidates] == ["AMD Instinct MI300X"]
 
 

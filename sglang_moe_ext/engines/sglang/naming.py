@@ -6,6 +6,7 @@ import re
 
 from sglang_moe_ext.core import MoEShape, TableKey
 from sglang_moe_ext.engines.asked import INT4_WEIGHTS_PER_BYTE
+from sglang_moe_ext.engines.dialect import Dialect
 
 
 def table_key(shape: MoEShape, device_name: str, *, down: bool = False) -> TableKey:
@@ -46,3 +47,6 @@ def is_version_folder(name: str) -> bool:
 def version_folder(triton_version: str) -> str:
     """The folder of the tables that were made with this Triton."""
     return f"triton_{triton_version.replace('.', '_')}"
+
+
+DIALECT = Dialect(table_key, file_name, has_down=True)

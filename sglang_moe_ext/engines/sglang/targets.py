@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from sglang_moe_ext import gpus
-from sglang_moe_ext.core import EngineError, Gpu, GpuError
+from sglang_moe_ext.core import EngineError
+from sglang_moe_ext.engines.running import AnyFunction
 from sglang_moe_ext.engines.sglang import installation
 from sglang_moe_ext.engines.sglang.installation import Installation
 
@@ -30,21 +28,26 @@ _DEFAULT_PARAMETERS = ("M", "E", "N", "K", "topk", "dtype", "is_marlin", "block_
 CONFIG_POSITION = 14
 """Of the launcher's `config`, in all releases from 0.5.5 to 0.5.23."""
 
-AnyFunction = Callable[..., Any]
-
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The modules of one running engine; `lookup` and `launch` are its own functions, whatever stands there now.
-
-    `package.get_config()` is the configuration of the engine's `override_config`, None where none is in force.
-    """
+    """The modules of one running engine; `lookup` and `launch` are its own functions, whatever stands there now."""
 
     engine: Installation
     package: ModuleType
     config: ModuleType
     lookup: AnyFunction
     launch: AnyFunction
+
+    @property
+    def triton(self) -> str | None:
+        """The Triton that it runs with."""
+        return self.engine.triton
+
+    def override(self) -> object:
+        """The configuration of the engine's `override_config`, None where none is in force."""
+        # The package defines it below the import of the layer, which may be what called us.
+        return self.package.get_config()
 
     def is_deterministic(self) -> bool:
         """Whether the server promises the same result whatever the batch: then the engine reads no table.
@@ -112,48 +115,8 @@ def _check(targets: Targets, layer: ModuleType) -> None:
     if default != _DEFAULT_PARAMETERS:
         raise EngineError(f"get_default_config takes other arguments: {', '.join(default)}")
     _function(targets.config, "get_device_name")
-    # The package defines it below the import of the layer, which may be what called us.
     if "\ndef get_config(" not in Path(str(targets.package.__file__)).read_text(encoding="utf-8"):
         raise EngineError(f"{targets.package.__name__} has no function get_config")
     for name, function in ((LOOKUP, targets.lookup), (LAUNCH, targets.launch)):
         if getattr(layer, name, None) is not function:
             raise EngineError(f"{layer.__name__} does not use {name}")
-
-
-def replace(original: AnyFunction, ours: AnyFunction) -> None:
-    """Put ours wherever a module of the engine has bound the original; modules to come find ours."""
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] != "sglang" or module is None:
-            continue
-        for bound, value in list(vars(module).items()):
-            if value is original:
-                setattr(module, bound, ours)
-
-
-def gpu(device_name: str) -> Gpu | None:
-    """The GPU that kernels are launched on, with the shared memory that Triton will hold them against.
-
-    None where nothing is known of it. Where torch sees no GPU, what is known of one of that name.
-    """
-    import torch
-
-    if torch.version.hip is not None:
-        return None  # a gfx90a says 9.0 as an H100 does, and a gfx1201 12.0
-    if not torch.cuda.is_available():
-        return gpus.known().get(device_name)
-    from triton.runtime import driver
-
-    device = torch.cuda.current_device()
-    try:
-        here = gpus.described(torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device))
-    except GpuError:
-        return None
-    limit = driver.active.utils.get_device_properties(device)["max_shared_mem"]
-    return dataclasses.replace(here, smem_per_block=int(limit))
-
-
-def is_out_of_resources(error: BaseException) -> bool:
-    """Whether Triton refused to load a kernel that asks for more than the GPU has."""
-    from triton.runtime.errors import OutOfResources
-
-    return isinstance(error, OutOfResources)

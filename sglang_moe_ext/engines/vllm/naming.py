@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from sglang_moe_ext.core import MoEShape, Scheme, TableKey
+from sglang_moe_ext.engines.dialect import Dialect
 
 _TAGGED: frozenset[Scheme] = frozenset({"fp8_w8a8", "int8_w8a16", "int4_w4a16"})
 """Schemes that vLLM puts into the name; int8_w8a8 has no tag there."""
@@ -43,3 +44,6 @@ def file_name(key: TableKey) -> str:
             ".json",
         )
     )
+
+
+DIALECT = Dialect(table_key, file_name, has_down=False)

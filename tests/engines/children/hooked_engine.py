@@ -21,6 +21,7 @@ from typing import Any
 
 from sglang_moe_ext import SWITCH
 from sglang_moe_ext.core import MoEShape, Quantisation
+from sglang_moe_ext.engines import running
 from sglang_moe_ext.engines.sglang import bootstrap, installation, kernel, targets
 from sglang_moe_ext.serving import guard, hooks, plugin
 
@@ -57,8 +58,8 @@ class Engine:
     def put_back(self) -> None:
         """Take our functions out, as if this process had never been hooked."""
         for name in NAMES:
-            targets.replace(getattr(self.layer, name), self.own[name])
-        hooks._state = hooks.State(False, "")
+            running.replace("sglang", getattr(self.layer, name), self.own[name])
+        hooks._states.clear()
         guard.warn_once.cache_clear()
         LINES.clear()
 

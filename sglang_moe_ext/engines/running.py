@@ -1,0 +1,52 @@
+"""What our hooks do in a running engine, whichever it is: put a function in, know the GPU and Triton's refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from sglang_moe_ext import gpus
+from sglang_moe_ext.core import Gpu, GpuError
+
+AnyFunction = Callable[..., Any]
+
+
+def replace(package: str, original: AnyFunction, ours: AnyFunction) -> None:
+    """Put ours wherever a module of the package has bound the original; modules to come find ours."""
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] != package or module is None:
+            continue
+        for bound, value in list(vars(module).items()):
+            if value is original:
+                setattr(module, bound, ours)
+
+
+def gpu(device_name: str) -> Gpu | None:
+    """The GPU that kernels are launched on, with the shared memory that Triton will hold them against.
+
+    None where nothing is known of it. Where torch sees no GPU, what is known of one of that name.
+    """
+    import torch
+
+    if torch.version.hip is not None:
+        return None  # a gfx90a says 9.0 as an H100 does, and a gfx1201 12.0
+    if not torch.cuda.is_available():
+        return gpus.known().get(device_name)
+    from triton.runtime import driver
+
+    device = torch.cuda.current_device()
+    try:
+        here = gpus.described(torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device))
+    except GpuError:
+        return None
+    limit = driver.active.utils.get_device_properties(device)["max_shared_mem"]
+    return dataclasses.replace(here, smem_per_block=int(limit))
+
+
+def is_out_of_resources(error: BaseException) -> bool:
+    """Whether Triton refused to load a kernel that asks for more than the GPU has."""
+    from triton.runtime.errors import OutOfResources
+
+    return isinstance(error, OutOfResources)

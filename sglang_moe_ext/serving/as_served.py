@@ -1,0 +1,41 @@
+"""What our hooks add to an engine's answer of which entry it takes: whether they are in, and why they chose so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sglang_moe_ext.engines.asked import Layer
+from sglang_moe_ext.serving import hooks
+from sglang_moe_ext.serving.hooks import Engine
+from sglang_moe_ext.serving.overlay import Choice, Default, Engines, Ours
+from sglang_moe_ext.serving.shelf import Place
+
+
+def added(said: Mapping[str, Any], engine: Engine, layer: Layer, tokens: Sequence[int], places: Iterable[Place]) -> Any:
+    """The answer with `plugin`, what became of our hooks, and `whys`, by M why it is not the engine's own choice."""
+    state, taken = hooks.state(engine), hooks.choices(layer, tokens, engine)
+    whys = {m: why for m, choice in taken.items() if (why := _why(choice)) is not None}
+    plugin = "active" if state.is_active else f"off: {state.why}"
+    return {**said, "plugin": plugin, "whys": whys, "files": _files(said["files"], taken, places)}
+
+
+def _why(choice: Choice) -> str | None:
+    match choice:
+        case Ours():
+            return f"{choice.place} table, entry {choice.entry}; {choice.origin}"
+        case Default(why):
+            return f"the engine's default: {why}"
+        case Engines():
+            return None
+
+
+def _files(opened: Sequence[str], taken: Mapping[int, Choice], places: Iterable[Place]) -> list[str]:
+    """The tables that something was taken from: ours, and the engine's where its own lookup ran."""
+    ours = [choice.path for choice in taken.values() if isinstance(choice, Ours)]
+    ours = [file for up in ours for file in (up, up.with_name(f"{up.stem}_down.json")) if file.exists()]
+    roots = [place.root for place in places if place.is_engines]
+    is_asked = not taken or any(isinstance(choice, Engines) for choice in taken.values())
+    theirs = [Path(file) for file in opened if is_asked and any(root in Path(file).parents for root in roots)]
+    return list(dict.fromkeys(str(file) for file in (*ours, *theirs) if not file.name.endswith(".provenance.json")))

@@ -1,0 +1,178 @@
+"""The functions that stand in the place of vLLM's `get_moe_configs` and `try_get_optimal_moe_config`.
+
+The first is asked by what stands in a file's name: neither M nor the hidden size nor top-k, and which table is best
+depends on all three. So the second, which is told them, is replaced too: ours notes them and calls the engine's own,
+which asks the first for a table, and takes its nearest entry, or its default, or its override, as it ever did.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_moe_ext.core import TileConfig
+from sglang_moe_ext.engines import asked, entries
+from sglang_moe_ext.engines.asked import Layer
+from sglang_moe_ext.engines.entries import Entry
+from sglang_moe_ext.engines.vllm.targets import Targets
+from sglang_moe_ext.serving import overlay
+from sglang_moe_ext.serving.choices import Choices
+from sglang_moe_ext.serving.guard import warn_once
+from sglang_moe_ext.serving.overlay import Choice, Default, Engines, Ours
+from sglang_moe_ext.serving.shelf import Place
+
+Rows = dict[int, Entry] | None
+"""A table as the engine has it; None: its default runs."""
+_MOST_ANSWERS = 65536
+"""Of a process: every layer for every M up to 16384, a few times over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """For whom the engine's own lookup asks for a table."""
+
+    layer: Layer
+    tokens: int
+
+
+class Overlay:
+    """Answers the engine's question for a table, and remembers what its lookup made of that."""
+
+    def __init__(
+        self, engine: Targets, places: Callable[[], Sequence[Place]], at_first_call: Callable[[], None]
+    ) -> None:
+        self._engine, self._choices, self._at_first_call = engine, Choices(engine, places), at_first_call
+        self._asking = threading.local()
+        self.answers: dict[Any, Entry] = {}
+
+    def choice(self, layer: Layer, tokens: int) -> Choice:
+        """Which configuration runs, before the guard looks at it."""
+        if self._engine.runs_cuda(layer, tokens):
+            return Engines("a CUDA kernel runs it, for which no table of ours is")
+        return self._choices.of(layer, tokens)
+
+    @contextmanager
+    def asking(self, call: Call) -> Iterator[None]:
+        """Let the tables that this thread asks for meanwhile be for that call."""
+        before, self._asking.call = getattr(self._asking, "call", None), call
+        try:
+            yield
+        finally:
+            self._asking.call = before
+
+    def rows(self, named: Layer, own: Callable[[], Rows]) -> Rows:
+        """The table for the call that is asking, or for a layer of which only its names are known."""
+        call: Call | None = getattr(self._asking, "call", None)
+        if call is None:
+            return self._whole(named, own)
+        self._at_first_call()
+        choice = self.choice(call.layer, call.tokens)
+        self._choices.say(call.layer, choice)
+        match choice:
+            case Ours(up):
+                return {call.tokens: entry_of(up)}
+            case Default():
+                return None
+            case Engines():
+                return _unless_broken(own)
+
+    def _whole(self, named: Layer, own: Callable[[], Rows]) -> Rows:
+        if self._engine.is_deterministic():
+            return own()
+        shelf = self._choices.shelf(named, any_layer=True)
+        table = None if shelf is None else overlay.first(shelf)
+        return _unless_broken(own) if table is None else {m: entry_of(config) for m, config in table.up.items()}
+
+    def forget(self) -> None:
+        """Read all tables anew."""
+        self.answers.clear()
+        self._choices.forget()
+
+
+def entry_of(config: TileConfig) -> Entry:
+    """As the engine has entries: its kernel knows no USE_TMA, and for groups along K needs a SPLIT_K."""
+    return entries.launched(config) | {"SPLIT_K": 1}
+
+
+def _unless_broken(own: Callable[[], Rows]) -> Rows:
+    """A table of the engine's own, or of the user's, that it cannot read ends a server: its default does not."""
+    try:
+        return own()
+    except Exception as error:
+        warn_once(f"the engine's default runs, its own lookup failed: {type(error).__name__}: {error}")
+        return None
+
+
+def table(engine: Targets, overlay: Overlay) -> Callable[..., Any]:
+    """A function to stand where `engine.table` stood, before its cache. It never raises where that would not have."""
+    original = engine.table
+
+    @functools.wraps(original)
+    def get_moe_configs(
+        E: int,  # noqa: N803 - the engine's names
+        N: int,  # noqa: N803
+        dtype: str | None,
+        block_n: int | None = None,
+        block_k: int | None = None,
+    ) -> Any:
+        def own() -> Rows:
+            rows: Rows = original(E, N, dtype, block_n, block_k)
+            return rows
+
+        try:
+            block = (block_n, block_k) if block_n and block_k else None
+            return overlay.rows(asked.layer_named(E, N, dtype, block), own)
+        except Exception as error:  # whatever is broken here, the engine's own lookup runs
+            warn_once(f"the engine's own tables are taken, ours failed: {type(error).__name__}: {error}")
+            return own()
+
+    def cache_clear() -> None:
+        overlay.forget()
+        original.cache_clear()
+
+    named = vars(get_moe_configs)
+    named |= {"cache_clear": cache_clear, "cache_info": original.cache_info}
+    named |= {"cache_parameters": original.cache_parameters}
+    return get_moe_configs
+
+
+def lookup(engine: Targets, overlay: Overlay) -> Callable[..., Any]:
+    """A function to stand where `engine.lookup` stood. It never raises where that would not have."""
+    original, answers = engine.lookup, overlay.answers
+
+    @functools.wraps(original)
+    def try_get_optimal_moe_config(
+        w1_shape: Any,
+        w2_shape: Any,
+        top_k: int,
+        dtype: str | None,
+        M: int,  # noqa: N803 - the engine's name
+        block_shape: Any = None,
+        *rest: Any,
+        **named: Any,
+    ) -> Any:
+        def own() -> Any:
+            return original(w1_shape, w2_shape, top_k, dtype, M, block_shape, *rest, **named)
+
+        try:
+            key = (M, w1_shape, w2_shape, top_k, dtype, tuple(block_shape) if block_shape else None)
+            answer = answers.get(key)
+            if rest or named or engine.override():
+                return own()
+            if answer is not None:
+                return answer.copy()
+            layer = asked.layer_of(w1_shape, w2_shape, top_k, dtype, block_shape)
+        except (TypeError, ValueError, IndexError):  # a shape that is none
+            return own()
+        with overlay.asking(Call(layer, M)):
+            answer = entries.without_tma(own())
+        if len(answers) >= _MOST_ANSWERS:
+            answers.clear()
+        answers[key] = answer
+        return answer.copy()
+
+    return try_get_optimal_moe_config
