@@ -80,12 +80,18 @@ def gathered(
     found = [
         candidate
         for place in places
-        for name in names
+        for name in _told_apart(names, shape, place.dialect)
         for folder in _folders(place)
         if (candidate := _candidate(place, folder, shape, name, name != device_name, running, any_layer=any_layer))
         is not None
     ]
     return Shelf(tuple(found))
+
+
+def _told_apart(names: Sequence[str], shape: MoEShape, dialect: Dialect) -> list[str]:
+    """The GPUs whose tables have names of their own: all H200 are one to vLLM."""
+    first = {dialect.file_name(dialect.key(shape, name)): name for name in reversed(names)}
+    return list(reversed(first.values()))
 
 
 def _folders(place: Place) -> list[Path]:

@@ -14,6 +14,7 @@ ENGINES_DIR = Path(os.environ.get("SGLANG_MOE_EXT_ENGINES", REPO_ROOT / ".engine
 ENGINE_VERSIONS = ("0.5.8", "0.5.10", "0.5.12", "0.5.15", "0.5.18", "0.5.20", "0.5.23")
 HOOKED_VERSIONS = ("0.5.5", *ENGINE_VERSIONS)
 """Those that our hooks and patches are held against: 0.5.5 brought what they replace."""
+VLLM_VERSIONS = ("0.20.2", "0.25.1", "0.33.0")
 _RUN = (
     "import runpy, sys; from sglang_moe_ext.engines.sglang import bootstrap; bootstrap.allow_absent_operators(); "
     "runpy.run_path(sys.argv[1], run_name='__main__')"
@@ -35,15 +36,38 @@ def run_in_engine(
     Raises:
         AssertionError: the script failed; carries the tail of its stderr.
     """
+    environment = {**engine_environment(version), **(env or {})}
+    return _last_line(["-c", _RUN, str(script)], request, environment, timeout)
+
+
+def vllm_environment(version: str, ours: Path = REPO_ROOT) -> dict[str, str]:
+    """The environment of a process that can import vLLM `version`, and our package from the folder `ours`."""
+    paths = [ours, ENGINES_DIR / "vllm" / version]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "SGLANG_"))}
+    here = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "VLLM_TARGET_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return {**inherited, **here}
+
+
+def run_in_vllm(script: Path, request: object, environment: dict[str, str], *, timeout: float = 300) -> Any:
+    """What `script` prints as its last line, as JSON, in that environment, with `request` as JSON on stdin.
+
+    Raises:
+        AssertionError: the script failed; carries the tail of its stderr.
+    """
+    return _last_line([str(script)], request, environment, timeout)
+
+
+def _last_line(command: list[str], request: object, environment: dict[str, str], timeout: float) -> Any:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _RUN, str(script)],
+        [sys.executable, "-W", "ignore", *command],
         input=json.dumps(request),
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**engine_environment(version), **(env or {})},
+        env=environment,
         check=False,
     )
     if done.returncode != 0:
-        raise AssertionError(f"{script.name} in sglang {version}: exit {done.returncode}\n{done.stderr[-4000:]}")
+        where = environment["PYTHONPATH"].rpartition(os.pathsep)[2]
+        raise AssertionError(f"{command[-1]} in {where}: exit {done.returncode}\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])

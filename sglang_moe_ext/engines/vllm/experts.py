@@ -12,7 +12,10 @@ _PARTS = ("experts", "fallback_experts")
 
 
 def read_tables(experts: object) -> bool:
-    """True where some method of theirs, or of the experts that they choose from, names the lookup."""
+    """True where some method of theirs, or of the experts that they choose from, names the lookup.
+
+    One that a subclass has replaced counts: better a table in vain than one called useless that is not.
+    """
     parts = [experts, *(part for name in _PARTS if (part := getattr(experts, name, None)) is not None)]
     return any(LOOKUP in names for part in parts for names in _names(type(part)))
 

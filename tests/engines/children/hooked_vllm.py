@@ -1,0 +1,343 @@
+"""Child of test_vllm_hooks: the vLLM on PYTHONPATH, with our hooks in as a user's installation puts them, and without.
+
+Nothing of ours is imported before vLLM's own loader of plugins has done it. stdin: {"device": name, "store": the user's
+store, "late": a table to be put there, "override": an entry}. Last line of stdout: what `main` returns.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import pkgutil
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+from unittest.mock import MagicMock
+
+LAYER = "vllm.model_executor.layers.fused_moe.fused_moe"
+NAMES = (
+    "try_get_optimal_moe_config",
+    "get_moe_configs",
+    "invoke_fused_moe_triton_kernel",
+    "invoke_fused_moe_wna16_triton_kernel",
+)
+# Experts, columns of w2, dtype and block of a call, as the engine's layers make it.
+LAYERS: dict[str, tuple[int, int, str | None, list[int] | None]] = {
+    "bf16": (12, 320, None, None),
+    "fp8-block": (12, 256, "fp8_w8a8", [128, 128]),
+    "int4": (12, 160, "int4_w4a16", [0, 128]),
+    "of-sglang": (18, 320, None, None),
+    "predicted-in-sglang": (19, 320, None, None),
+    "named-by-the-user": (14, 320, None, None),
+    "damaged": (15, 320, None, None),
+    "damaged-by-the-user": (16, 320, None, None),
+    "with-tma": (17, 320, None, None),
+    "of-another-layer": (20, 320, None, None),
+    "no-table": (13, 320, None, None),
+}
+HIDDEN, TOP_K = 512, 3
+TILE = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "num_stages")
+STOCK = ((128, 1536, 2048), (128, 2048, 768), 8, None)
+"""Qwen3-30B-A3B, for which every release ships a table for an H200, and we one that was measured in SGLang."""
+PLUGINS, SWITCH = "VLLM_PLUGINS", "SGLANG_MOE_EXT_DISABLE"
+
+
+class Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+    def taken(self) -> list[str]:
+        said, self.said = self.said, []
+        return said
+
+
+LINES = Lines()
+
+
+def ask(layer: ModuleType, name: str, tokens: int = 64) -> Any:
+    experts, columns, dtype, block = LAYERS[name]
+    rows = 2 * columns * (2 if dtype == "int4_w4a16" else 1)
+    shapes = (experts, rows, HIDDEN), (experts, HIDDEN, columns)
+    return layer.try_get_optimal_moe_config(*shapes, TOP_K, dtype, tokens, block_shape=block)
+
+
+def named(layer: ModuleType, name: str) -> Any:
+    """The whole table, asked for by what stands in its name."""
+    experts, columns, dtype, block = LAYERS[name]
+    return layer.get_moe_configs(experts, columns * (2 if dtype == "int4_w4a16" else 1), dtype, *(block or (0, 0)))
+
+
+def holders() -> dict[str, dict[str, bool]]:
+    """By name of a function, the engine's modules that hold it, and whether they hold what the layer's module holds."""
+    modules = [(at, module) for at, module in sorted(sys.modules.items()) if at.startswith("vllm.")]
+    layer = sys.modules[LAYER]
+    return {
+        name: {at: vars(module)[name] is getattr(layer, name) for at, module in modules if name in vars(module)}
+        for name in NAMES
+    }
+
+
+def own_functions(layer: ModuleType) -> dict[str, Any]:
+    return {name: getattr(layer, name) for name in NAMES}
+
+
+class Process:
+    """This one, which can be made as it was before our plugin came."""
+
+    def __init__(self) -> None:
+        self.plugins = importlib.import_module("vllm.plugins")
+        logging.getLogger("sglang_moe_ext").addHandler(LINES)
+        logging.getLogger("sglang_moe_ext").setLevel(logging.INFO)
+
+    def load(self) -> None:
+        """As each process of the engine does when it starts."""
+        self.plugins.plugins_loaded = False
+        self.plugins.load_general_plugins()
+
+    def remember(self, layer: ModuleType) -> None:
+        from sglang_moe_ext.engines.vllm import targets
+
+        self.layer = layer
+        self.own = {name: getattr(layer, name).__wrapped__ for name in NAMES}
+        self.kernel = getattr(sys.modules[targets.KERNEL_MODULE], targets.KERNEL_CLASS)
+        self.building = self.kernel.__init__.__wrapped__
+
+    def put_back(self) -> None:
+        from sglang_moe_ext.engines import running
+        from sglang_moe_ext.serving import guard, hooks
+
+        for name, own in self.own.items():
+            running.replace("vllm", getattr(self.layer, name), own)
+        self.kernel.__init__ = self.building
+        hooks._states.clear()
+        guard.warn_once.cache_clear()
+        LINES.taken()
+
+    def state_of(self, way: Callable[[], None], **environment: str) -> list[Any]:
+        """(active, why, nothing is replaced) of a process that comes to know us this way."""
+        from sglang_moe_ext.serving import hooks
+
+        self.put_back()
+        os.environ.update(environment)
+        way()
+        for name in environment:
+            del os.environ[name]
+        untouched = all(getattr(self.layer, name) is own for name, own in self.own.items())
+        return [hooks.state("vllm").is_active, hooks.state("vllm").why, untouched]
+
+    def moved(self, module: Any, name: str, stand_in: object) -> list[Any]:
+        """(nothing is replaced, active, lines) where something else, or nothing, stands at a name of the engine."""
+        from sglang_moe_ext.serving import hooks, plugin
+
+        self.put_back()
+        before = vars(module)[name]
+        delattr(module, name)
+        if stand_in is not None:
+            setattr(module, name, stand_in)
+        for _ in range(2):
+            plugin.register_vllm()
+        others = {key: own for key, own in self.own.items() if key != name}
+        untouched = all(getattr(self.layer, key) is own for key, own in others.items())
+        setattr(module, name, before)
+        return [untouched, hooks.state("vllm").is_active, LINES.taken()]
+
+
+def kinds(base: type) -> Iterator[type]:
+    """The engine's classes below that one, and itself."""
+    yield base
+    for kind in base.__subclasses__():
+        if kind.__module__.startswith("vllm."):
+            yield from kinds(kind)
+
+
+def bare(kind: type) -> Any:
+    """An instance that nothing was done to, also of a class that is abstract."""
+    concrete: Any = type(kind.__name__, (kind,), {})
+    concrete.__abstractmethods__ = frozenset()
+    return object.__new__(concrete)
+
+
+def experts_that_read() -> dict[str, bool]:
+    """Each class of experts that can be imported here, and whether it is said to read tables."""
+    from sglang_moe_ext.engines.vllm import experts
+
+    base = sys.modules["vllm.model_executor.layers.fused_moe.modular_kernel"].FusedMoEExperts
+    package = importlib.import_module("vllm.model_executor.layers.fused_moe.experts")
+    rest = ["vllm.model_executor.layers.fused_moe.fused_batched_moe", LAYER]
+    for name in [*(f"{package.__name__}.{it.name}" for it in pkgutil.iter_modules(package.__path__)), *rest]:
+        try:
+            importlib.import_module(name)
+        except Exception:  # it needs what is not installed here
+            continue
+    return {kind.__name__: experts.read_tables(bare(kind)) for kind in kinds(base)}
+
+
+def built(engine: Process) -> list[str]:
+    """What is said while layers are put together; their prepare and finalize is a stand-in that moves no tokens."""
+    modular = sys.modules["vllm.model_executor.layers.fused_moe.modular_kernel"]
+    experts = sys.modules.get("vllm.model_executor.layers.fused_moe.experts.triton_moe", engine.layer)
+    fallback = next(kind for kind in kinds(modular.FusedMoEExperts) if kind.__name__ == "FallbackExperts")
+    moves_nothing = {name: lambda *_: None for name in modular.FusedMoEPrepareAndFinalizeModular.__abstractmethods__}
+    made = {"activation_format": modular.FusedMoEActivationFormat.Standard, "post_init_setup": lambda *_: None}
+    prepare = type("Prepare", (modular.FusedMoEPrepareAndFinalizeModular,), moves_nothing | made)()
+    LINES.taken()
+    for kind in (experts.TritonExperts, experts.TritonExperts, modular.FusedMoEExpertsModular, fallback):
+        runs = bare(kind)
+        type(runs).activation_format = staticmethod(lambda: modular.FusedMoEActivationFormat.Standard)
+        runs.moe_config, runs.quant_config = MagicMock(), MagicMock()
+        runs.moe_config.moe_parallel_config.dp_size = 1
+        if kind is fallback:
+            runs.experts, runs.fallback_experts = bare(modular.FusedMoEExpertsModular), bare(experts.TritonExperts)
+        engine.kernel(prepare, runs)
+    return [line for line in LINES.taken() if "is active" in line]
+
+
+def launches(engine: Process, device: str) -> dict[str, Any]:
+    """What reaches the kernel of each launch. No GPU is here: a stand-in for the kernel refuses with Triton's error."""
+    import torch
+    from triton.runtime.errors import OutOfResources
+
+    reached: list[list[int]] = []
+    refused: list[int] = []
+
+    class Kernel:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            def launch(*_: Any, **given: Any) -> None:
+                reached.append([given[name] for name in TILE])
+                if refused:
+                    raise OutOfResources(refused.pop(), 1, "shared memory")
+
+            return launch
+
+    engine.layer.fused_moe_kernel = Kernel()
+    engine.layer.enable_swap_ab = lambda *_: False
+    dtypes = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8-block": torch.float8_e4m3fn}
+
+    def run(kind: str, stages: int, block_k: int) -> list[list[int]]:
+        reached.clear()
+        dtype = dtypes[kind]
+        scales = None if kind == "bf16" else torch.ones(4, 2 if kind == "fp8-block" else 1, 2)
+        config = {"BLOCK_SIZE_M": 128, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": block_k, "GROUP_SIZE_M": 1}
+        engine.layer.invoke_fused_moe_triton_kernel(
+            torch.zeros(8, 256, dtype=dtype),
+            torch.zeros(4, 256, 256, dtype=dtype),
+            torch.zeros(8, 2, 256, dtype=torch.bfloat16),
+            None if kind == "bf16" else torch.ones(8, 2),
+            scales,
+            None,
+            torch.zeros(512, dtype=torch.int32),
+            torch.zeros(4, dtype=torch.int32),
+            torch.zeros(1, dtype=torch.int32),
+            False,
+            2,
+            config | {"num_warps": 8, "num_stages": stages},
+            compute_type="bf16",
+            use_fp8_w8a8=kind == "fp8-block",
+            use_int8_w8a8=kind == "int8",
+            use_int8_w8a16=False,
+            use_int4_w4a16=False,
+            per_channel_quant=False,
+            block_shape=[128, 128] if kind == "fp8-block" else None,
+        )
+        return list(reached)
+
+    pretend(device)
+    said = {"bf16": run("bf16", 3, 128), "int8": run("int8", 3, 128), "fp8-block": run("fp8-block", 4, 256)}
+    refused += [1]
+    said["refused"] = run("bf16", 3, 64)
+    said["again"] = run("bf16", 3, 64)
+    said["lines"] = LINES.taken()
+    with engine.package.override_config({"num_stages": 3}):
+        said["override"] = run("bf16", 5, 64)
+    return said
+
+
+def variables() -> dict[str, str]:
+    """Those of the engines; what they import sets others."""
+    return {name: value for name, value in os.environ.items() if name.startswith(("VLLM_", "SGLANG_"))}
+
+
+def pretend(device: str) -> None:
+    from sglang_moe_ext.engines.vllm import bootstrap
+
+    bootstrap.pretend(device)
+
+
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    engine = Process()
+    environment = variables()
+    engine.load()
+    early = [name for name in sys.modules if name == LAYER or name.startswith("sglang_moe_ext.")]
+    layer = importlib.import_module(LAYER)
+    importlib.import_module("vllm.lora.layers.utils")
+    engine.package = sys.modules[LAYER.rpartition(".")[0]]
+    from sglang_moe_ext.serving import hooks, plugin
+
+    state = hooks.state("vllm")
+    said: dict[str, Any] = {"early": early, "state": [state.is_active, state.why], "lines_before": LINES.taken()}
+    pretend(request["device"])
+    said["ours_lies_in"] = plugin.__file__
+    said["answers"] = {name: ask(layer, name) for name in LAYERS}
+    said["lines"] = LINES.taken()
+    said["few_tokens"], said["far_tokens"] = ask(layer, "bf16", 1), ask(layer, "bf16", 9)
+    said["defaults"] = {m: layer.get_default_config(m, 12, 320, HIDDEN, TOP_K, None) for m in (1, 9, 64)}
+    said["few_tokens_of_the_users"] = ask(layer, "named-by-the-user", 1)
+    said["stock"] = [layer.try_get_optimal_moe_config(*STOCK, tokens) for tokens in (1, 64, 5000)]
+    said["named"] = {name: named(layer, name) for name in LAYERS}
+    first = ask(layer, "bf16")
+    first.clear()
+    said["is_fresh"] = ask(layer, "bf16") == said["answers"]["bf16"]
+    with engine.package.override_config(request["override"]):
+        said["overridden"] = ask(layer, "bf16")
+    said["after_override"] = ask(layer, "bf16")
+    said["cache_info"] = list(layer.get_moe_configs.cache_info()._fields)
+    said["moves_no_variable"] = environment == variables()
+    shutil.copytree(request["late"], request["store"], dirs_exist_ok=True)
+    said["late"] = [ask(layer, "no-table")]
+    layer.get_moe_configs.cache_clear()
+    said["late"] += [ask(layer, "no-table"), layer.get_moe_configs.cache_info().currsize]
+    os.environ["VLLM_BATCH_INVARIANT"] = "1"
+    layer.get_moe_configs.cache_clear()
+    default = layer.get_default_config(64, 12, 320, HIDDEN, TOP_K, None)
+    said["invariant"] = [ask(layer, "bf16"), named(layer, "bf16"), default]
+    del os.environ["VLLM_BATCH_INVARIANT"]
+    layer.get_moe_configs.cache_clear()
+    held = own_functions(layer)
+    for _ in range(2):
+        engine.load()
+        plugin.register_vllm()
+    said["twice"] = own_functions(layer) == held
+    said["reads"] = experts_that_read()
+    said["holders"] = holders()
+    engine.remember(layer)
+    said["built"] = built(engine)
+    said["launches"] = launches(engine, "NVIDIA GeForce RTX 4090")
+    said["ways"] = {
+        "late": engine.state_of(engine.load),
+        "switched off": engine.state_of(engine.load, **{SWITCH: "1"}),
+        "other plugins": engine.state_of(engine.load, **{PLUGINS: "another"}),
+        "named": engine.state_of(engine.load, **{PLUGINS: "another,sglang_moe_ext"}),
+        "the startup file": engine.state_of(lambda: plugin.attach(layer, "the startup file"), **{PLUGINS: "another"}),
+    }
+    said["moved"] = {
+        "the lookup is gone": engine.moved(layer, NAMES[0], None),
+        "the lookup takes other arguments": engine.moved(layer, NAMES[0], lambda shape: shape),
+        "the table takes other arguments": engine.moved(layer, NAMES[1], lambda E: E),
+        "the table has no cache": engine.moved(layer, NAMES[1], engine.own[NAMES[1]].__wrapped__),
+        "the launcher takes other arguments": engine.moved(layer, NAMES[2], lambda a, b: a),
+        "the launcher for groups is gone": engine.moved(layer, NAMES[3], None),
+        "nothing says what is built": engine.moved(sys.modules[engine.kernel.__module__], engine.kernel.__name__, None),
+    }
+    return said
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.load(sys.stdin))))
