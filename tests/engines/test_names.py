@@ -65,7 +65,6 @@ def test_the_dialects_differ_in_the_block_shape_alone(key: TableKey) -> None:
     ids=["bf16", "fp8 block", "fp8 channel", "int8", "int4"],
 )
 def test_vllm_asks_for_the_table_by_this_name(quantisation: Quantisation, name: str) -> None:
-    """Read in vLLM 0.20 to 0.33, which no test environment holds."""
     assert vllm.file_name(vllm.table_key(MoEShape(128, 768, 2048, 8, quantisation), "NVIDIA H200")) == name
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -38,6 +39,26 @@ NAMED_FOLDER = "VLLM_TUNED_CONFIG_FOLDER"
 UNSERVED = ("predicted-in-sglang", "damaged", "damaged-by-the-user", "of-another-layer", "no-table")
 HALF = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32, "GROUP_SIZE_M": 8, "SPLIT_K": 1}
 """What the engine runs where it promises the same result whatever the batch."""
+
+
+DEVICES = (DEVICE, "NVIDIA H200 NVL", "NVIDIA RTX PRO 6000 Blackwell Server Edition", "NVIDIA H20-3e")
+QUANTISATIONS = (
+    Quantisation(),
+    Quantisation("fp8_w8a8"),
+    Quantisation("fp8_w8a8", per_channel=True),
+    Quantisation("fp8_w8a8", (128, 128)),
+    Quantisation("fp8_w8a8", (64, 64)),
+    Quantisation("int8_w8a8", per_channel=True),
+    Quantisation("int8_w8a16", (0, 128)),
+    Quantisation("int4_w4a16", (0, 32)),
+)
+NAMES = list(itertools.product(DEVICES, QUANTISATIONS))
+
+
+def name_asked(device: str, quantisation: Quantisation) -> list[Any]:
+    """As the engine asks for a table of 64 experts with 1536 columns: its dtype for int8_w8a8 is none."""
+    scheme = None if quantisation.scheme == "int8_w8a8" else quantisation.scheme
+    return [device, 64, 1536, scheme, quantisation.block_shape and list(quantisation.block_shape)]
 
 
 def shape_of(name: str) -> MoEShape:
@@ -106,6 +127,7 @@ def told(version: str) -> tuple[Path, dict[str, Any]]:
     environment = vllm_environment(version, installed())
     environment |= {user_store.VARIABLE: str(root / "store"), NAMED_FOLDER: str(root / "named")}
     request = {"device": DEVICE, "store": str(root / "store"), "late": str(root / "late"), "override": OVERRIDE}
+    request |= {"names": [name_asked(*case) for case in NAMES]}
     answer: dict[str, Any] = run_in_vllm(CHILD, request, environment)
     return root, answer
 
@@ -141,6 +163,12 @@ def test_the_entry_point_imports_no_layer_of_the_engine_and_nothing_heavy_of_our
     loaded = {"core", "arrivals", "serving", "serving.plugin"}
     loaded |= {"engines", "engines.releases", "engines.vllm", "engines.vllm.installation"}
     assert set(said(version)["early"]) == {f"sglang_moe_ext.{name}" for name in loaded}
+
+
+@every_version
+def test_our_file_names_are_the_engines(version: str) -> None:
+    shapes = [(MoEShape(64, 1536, 2048, 4, quantisation), device) for device, quantisation in NAMES]
+    assert [naming.file_name(naming.table_key(*it)) for it in shapes] == said(version)["names"]
 
 
 @every_version

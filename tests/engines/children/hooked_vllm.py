@@ -1,7 +1,8 @@
 """Child of test_vllm_hooks: the vLLM on PYTHONPATH, with our hooks in as a user's installation puts them, and without.
 
 Nothing of ours is imported before vLLM's own loader of plugins has done it. stdin: {"device": name, "store": the user's
-store, "late": a table to be put there, "override": an entry}. Last line of stdout: what `main` returns.
+store, "late": a table to be put there, "override": an entry, "names": [[device, E, N, dtype, block], ...]}. Last line
+of stdout: what `main` returns.
 """
 
 from __future__ import annotations
@@ -73,6 +74,13 @@ def named(layer: ModuleType, name: str) -> Any:
     """The whole table, asked for by what stands in its name."""
     experts, columns, dtype, block = LAYERS[name]
     return layer.get_moe_configs(experts, columns * (2 if dtype == "int4_w4a16" else 1), dtype, *(block or (0, 0)))
+
+
+def file_name(layer: ModuleType, device: str, *case: Any) -> str:
+    """The engine's, on the GPU of that name."""
+    pretend(device)
+    name: str = layer.get_config_file_name(*case)
+    return name
 
 
 def holders() -> dict[str, dict[str, bool]]:
@@ -283,6 +291,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 
     state = hooks.state("vllm")
     said: dict[str, Any] = {"early": early, "state": [state.is_active, state.why], "lines_before": LINES.taken()}
+    said["names"] = [file_name(layer, *case) for case in request["names"]]
     pretend(request["device"])
     said["ours_lies_in"] = plugin.__file__
     said["answers"] = {name: ask(layer, name) for name in LAYERS}
