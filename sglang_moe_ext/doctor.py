@@ -1,4 +1,4 @@
-"""`sglang-moe-ext doctor`: what SGLang will use for a layer at each M, from which file, and why."""
+"""`sglang-moe-ext doctor`: what the engines of this environment use for a layer at each M, from which file, and why."""
 
 from __future__ import annotations
 
@@ -9,26 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_moe_ext import gpus, layer_arguments, terminal
-from sglang_moe_ext.core import EngineError, Gpu, GpuError, ModelError, MoEShape, TableError, TableKey
-from sglang_moe_ext.engines import names
-from sglang_moe_ext.engines.sglang import backends, installation, lookup, naming, running_server, warning_line
+from sglang_moe_ext import doctor_vllm, layer_arguments, patients, terminal
+from sglang_moe_ext.core import EngineError, ModelError, TableKey
+from sglang_moe_ext.engines.sglang import backends, installation, lookup, naming, running_server
 from sglang_moe_ext.engines.sglang.running_server import RunningServer
-from sglang_moe_ext.shapes import parse_shape
+from sglang_moe_ext.engines.vllm import installation as vllm_installation
+from sglang_moe_ext.patients import Patient
 from sglang_moe_ext.store import provenance, tables, user_store
-from sglang_moe_ext.tuning.destinations import ENGINE
 from sglang_moe_ext.tuning.plan import DEFAULT_TOKENS
-
-
-@dataclass(frozen=True, slots=True)
-class Patient:
-    """A layer to look at, on a GPU that may not be here."""
-
-    name: str
-    shape: MoEShape
-    gpu: Gpu
-    is_here: bool
-    architecture: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,30 +63,17 @@ def _layer(arguments: argparse.Namespace, server: RunningServer | None) -> layer
     return layer
 
 
-def _patients(arguments: argparse.Namespace, server: RunningServer | None) -> Iterator[Patient]:
-    """The layer that the flags name, or each one in the user's store."""
-    if layer_arguments.is_given(arguments):
-        layer = _layer(arguments, server)
-        yield Patient(layer.name, layer.shape, *layer_arguments.gpu_of(arguments, layer), layer.architecture)
-        return
-    here = gpus.detect()
-    seen: set[tuple[MoEShape, str]] = set()
-    for path in user_store.all_tables(ENGINE):
-        known = provenance.read(path)
-        run = None if known is None or not known.entries else next(iter(known.entries.values())).run
-        try:
-            key = names.parse(path.name)
-            if run is None or key.down:
-                continue
-            device = warning_line.device_of(key)
-            is_here = here is not None and here.device_name == device
-            shape, gpu = parse_shape(run.shape), here if here is not None and is_here else gpus.find(device)
-        except (ModelError, TableError, GpuError) as error:
-            print(f"{path}: passed over: {error}")
-            continue
-        if (shape, gpu.device_name) not in seen:
-            seen.add((shape, gpu.device_name))
-            yield Patient(run.model, shape, gpu, is_here)
+def _examined(arguments: argparse.Namespace, server: RunningServer | None) -> Iterator[Mapping[str, Any]]:
+    """Of each engine that is here, the layer that the flags name, or each one in the user's store."""
+    layer = _layer(arguments, server) if layer_arguments.is_given(arguments) else None
+    if installation.find() is not None:
+        for patient in patients.stored("sglang") if layer is None else [patients.named(arguments, layer)]:
+            yield _examine(patient, arguments, server)
+    if server is None and vllm_installation.find() is not None:
+        tokens = layer_arguments.tokens_of(arguments, DEFAULT_TOKENS)
+        for it in patients.stored("vllm") if layer is None else [patients.named_in_vllm(arguments, layer)]:
+            if it is not None:
+                yield doctor_vllm.examine(it, tokens, arguments.enable_deterministic_inference)
 
 
 def _origin(file: Path, tokens: int) -> str:
@@ -152,9 +127,8 @@ def _examine(patient: Patient, arguments: argparse.Namespace, server: RunningSer
     question = lookup.Question(patient.shape, tokens, None if patient.is_here else patient.gpu, deterministic)
     answer = lookup.ask(question, who=lookup.AS_SERVED)
     found = findings(patient, answer, deterministic)
-    where = "here" if patient.is_here else "not here: the engine was told that it runs on it"
     print(f"{patient.name}: {patient.shape}")
-    print(f"{patient.gpu.device_name} ({where}), SGLang {answer.engine_version}, Triton {answer.triton}")
+    print(f"{patient.gpu.device_name} ({patient.where}), SGLang {answer.engine_version}, Triton {answer.triton}")
     warning = backends.why_no_table(arguments.moe_runner_backend, patient.shape, patient.gpu, patient.architecture)
     warning = (server and running_server.why_no_table(server)) or warning
     if warning:
@@ -166,6 +140,7 @@ def _examine(patient: Patient, arguments: argparse.Namespace, server: RunningSer
     columns = ["M", "GEMM", "configuration", "why"]
     terminal.show(terminal.Grid("what the engine takes", columns, rows, frozenset(columns[1:])))
     return {
+        "engine": "SGLang",
         "model": patient.name,
         "gpu": patient.gpu.device_name,
         "reads_tables": warning is None and not deterministic,
@@ -182,15 +157,16 @@ def run(arguments: argparse.Namespace) -> None:
         MoEExtError: there is no engine to ask, or the flags make no sense.
     """
     engine = installation.find()
-    if engine is None:
+    if engine is None and (arguments.url is not None or vllm_installation.find() is None):
         raise EngineError(
-            "SGLang is not installed in this environment: there is nothing to ask; run doctor where it is"
+            f"{'no SGLang' if arguments.url else 'neither SGLang nor vLLM'} is installed in this environment: "
+            "there is nothing to ask; run doctor where it is"
         )
     server = None if arguments.url is None else running_server.ask(arguments.url, arguments.api_key)
-    if server is not None:
+    if server is not None and engine is not None:
         arguments = _as_served(arguments, server)
         print(*running_server.report(server, engine.version_text), sep="\n")
-    examined = [_examine(patient, arguments, server) for patient in _patients(arguments, server)]
+    examined = list(_examined(arguments, server))
     if not examined:
         print(f"no table of ours in {user_store.root()}: name a layer with --model, or tune one")
     about = {} if server is None else {"server": {"url": server.url, "version": server.version_text}}

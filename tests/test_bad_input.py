@@ -107,7 +107,7 @@ def test_doctor_without_an_engine_says_where_to_run_it(
 ) -> None:
     monkeypatch.setattr("sglang_moe_ext.engines.sglang.installation.find", lambda: None)
     assert cli.main(("doctor", *GLM, *RTX_4090)) == 1
-    assert "SGLang is not installed" in one_line(capsys)
+    assert "neither SGLang nor vLLM is installed" in one_line(capsys)
 
 
 def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
