@@ -283,6 +283,22 @@ def test_no_variable_of_the_process_is_changed(version: str) -> None:
 
 
 @every_version
+def test_whatever_fails_in_ours_the_engine_runs_its_own(version: str) -> None:
+    (bf16, fp8_block, table), lines, _ = said(version)["broken"]
+    assert (bf16, table) == (said(version)["defaults"]["64"], None)
+    assert fp8_block["BLOCK_SIZE_K"] == 128  # the engine's default for blocks of 128; ours has 64
+    (line,) = lines
+    assert line.endswith("the engine's own tables are taken, ours failed: RuntimeError: broken")
+
+
+@every_version
+def test_a_call_with_shapes_that_are_none_gets_what_the_engine_makes_of_it(version: str) -> None:
+    of_lists, of_one_size = said(version)["broken"][2]
+    assert of_lists in (said(version)["defaults"]["64"], ours(TABLE[64]))
+    assert "not enough values to unpack" in of_one_size
+
+
+@every_version
 def test_loading_the_plugin_again_changes_nothing(version: str) -> None:
     assert said(version)["twice"]
 

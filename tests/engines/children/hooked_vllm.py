@@ -53,7 +53,8 @@ class Lines(logging.Handler):
         self.said: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
+        if record.name.startswith("sglang_moe_ext."):
+            self.said.append(record.getMessage())
 
     def taken(self) -> list[str]:
         said, self.said = self.said, []
@@ -93,6 +94,25 @@ def holders() -> dict[str, dict[str, bool]]:
     }
 
 
+def broken(layer: ModuleType) -> list[Any]:
+    """What a layer runs, and what is said, while something of ours raises; then what of shapes that are none."""
+    from sglang_moe_ext.serving import overlay
+
+    chosen, overlay.chosen = overlay.chosen, MagicMock(side_effect=RuntimeError("broken"))
+    first, overlay.first = overlay.first, MagicMock(side_effect=RuntimeError("broken"))
+    LINES.taken()
+    answers = [ask(layer, "bf16"), ask(layer, "fp8-block"), named(layer, "bf16")]
+    overlay.chosen, overlay.first = chosen, first
+    lines = LINES.taken()
+    layer.get_moe_configs.cache_clear()
+    lists = [layer.try_get_optimal_moe_config([12, 640, HIDDEN], [12, HIDDEN, 320], TOP_K, None, 64)]
+    try:
+        layer.try_get_optimal_moe_config((12,), (12,), TOP_K, None, 64)
+    except ValueError as error:
+        lists.append(str(error))
+    return [answers, lines, lists]
+
+
 def own_functions(layer: ModuleType) -> dict[str, Any]:
     return {name: getattr(layer, name) for name in NAMES}
 
@@ -102,8 +122,9 @@ class Process:
 
     def __init__(self) -> None:
         self.plugins = importlib.import_module("vllm.plugins")
-        logging.getLogger("sglang_moe_ext").addHandler(LINES)
-        logging.getLogger("sglang_moe_ext").setLevel(logging.INFO)
+        server = logging.getLogger("vllm")  # what its handlers get is the log of a server
+        server.setLevel(logging.INFO)
+        server.addHandler(LINES)
 
     def load(self) -> None:
         """As each process of the engine does when it starts."""
@@ -319,6 +340,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     said["invariant"] = [ask(layer, "bf16"), named(layer, "bf16"), default]
     del os.environ["VLLM_BATCH_INVARIANT"]
     layer.get_moe_configs.cache_clear()
+    said["broken"] = broken(layer)
     held = own_functions(layer)
     for _ in range(2):
         engine.load()
