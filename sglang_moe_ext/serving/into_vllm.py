@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -93,7 +94,7 @@ class Line:
             return
         self._said.add(what)
         release = self._engine.engine
-        folders = ", ".join(str(place.root) for place in places(release) if place.root.is_dir())
+        folders = ", ".join(str(place.root) for place in places(release) if os.path.isdir(place.root))
         active = f"{__version__} is active in vLLM {release.version_text}, by {self._way}"
         log.info("sglang-moe-ext %s, with the tables in %s: %s", active, folders, what)
 

@@ -27,6 +27,8 @@ from sglang_moe_ext.serving.shelf import Place
 
 Rows = dict[int, Entry] | None
 """A table as the engine has it; None: its default runs."""
+Key = tuple[int, Any, Any, int, str | None, tuple[int, ...] | None]
+"""Of a call of the lookup: M, shapes of w1 and w2, top_k, dtype and block."""
 _MOST_ANSWERS = 65536
 """Of a process: every layer for every M up to 16384, a few times over."""
 
@@ -47,7 +49,7 @@ class Overlay:
     ) -> None:
         self._engine, self._choices, self._at_first_call = engine, Choices(engine, places), at_first_call
         self._asking = threading.local()
-        self.answers: dict[Any, Entry] = {}
+        self.answers: dict[Key, Entry] = {}
 
     def choice(self, layer: Layer, tokens: int) -> Choice:
         """Which configuration runs, before the guard looks at it."""
@@ -55,9 +57,22 @@ class Overlay:
             return Engines("a CUDA kernel runs it, for which no table of ours is")
         return self._choices.of(layer, tokens)
 
+    def answered(self, key: Key, own: Callable[[], Entry]) -> Entry:
+        """What the engine's own lookup returns, while the tables that it asks us for are for that call."""
+        tokens, *of_layer = key
+        try:
+            call = Call(asked.layer_of(*of_layer), tokens)
+        except (TypeError, ValueError, IndexError):  # shapes that are none
+            return own()
+        with self._asking_for(call):
+            entry = entries.without_tma(own())
+        if len(self.answers) >= _MOST_ANSWERS:
+            self.answers.clear()
+        self.answers[key] = entry
+        return entry
+
     @contextmanager
-    def asking(self, call: Call) -> Iterator[None]:
-        """Let the tables that this thread asks for meanwhile be for that call."""
+    def _asking_for(self, call: Call) -> Iterator[None]:
         before, self._asking.call = getattr(self._asking, "call", None), call
         try:
             yield
@@ -159,20 +174,12 @@ def lookup(engine: Targets, overlay: Overlay) -> Callable[..., Any]:
             return original(w1_shape, w2_shape, top_k, dtype, M, block_shape, *rest, **named)
 
         try:
-            key = (M, w1_shape, w2_shape, top_k, dtype, tuple(block_shape) if block_shape else None)
+            key: Key = (M, w1_shape, w2_shape, top_k, dtype, tuple(block_shape) if block_shape else None)
             answer = answers.get(key)
-            if rest or named or engine.override():
-                return own()
-            if answer is not None:
-                return answer.copy()
-            layer = asked.layer_of(w1_shape, w2_shape, top_k, dtype, block_shape)
-        except (TypeError, ValueError, IndexError):  # a shape that is none
+        except TypeError:  # a shape that is a list
             return own()
-        with overlay.asking(Call(layer, M)):
-            answer = entries.without_tma(own())
-        if len(answers) >= _MOST_ANSWERS:
-            answers.clear()
-        answers[key] = answer
-        return answer.copy()
+        if rest or named or engine.override():
+            return own()
+        return (answer or overlay.answered(key, own)).copy()
 
     return try_get_optimal_moe_config
