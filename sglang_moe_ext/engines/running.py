@@ -45,6 +45,13 @@ def gpu(device_name: str) -> Gpu | None:
     return dataclasses.replace(here, smem_per_block=int(limit))
 
 
+def is_traced() -> Callable[[], bool]:
+    """Torch's own answer, which torch.compile knows without asking: whether it traces what calls this."""
+    from torch.compiler import is_compiling
+
+    return is_compiling
+
+
 def is_out_of_resources(error: BaseException) -> bool:
     """Whether Triton refused to load a kernel that asks for more than the GPU has."""
     from triton.runtime.errors import OutOfResources

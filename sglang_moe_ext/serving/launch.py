@@ -31,13 +31,16 @@ class Launcher:
 def replacement(launcher: Launcher) -> Callable[..., Any]:
     """A function to stand where the launcher stood: what Triton refuses runs smaller, from then on for its shape.
 
-    Triton refuses before it launches anything, so a second try finds all tensors as they were.
+    Triton refuses before it launches anything, so a second try finds all tensors as they were. What torch.compile
+    traces, as it does the attention of vLLM's K2 Horizon, is the engine's own launch: a graph has no place for ours.
     """
-    original, position = launcher.function, launcher.config_position
+    original, position, is_traced = launcher.function, launcher.config_position, running.is_traced()
     known: dict[Any, Entry | None] = {}
 
     @functools.wraps(original)
     def launched(*args: Any, **kwargs: Any) -> Any:
+        if is_traced():
+            return original(*args, **kwargs)
         once, named = args, kwargs
         if (known or launcher.fitted) and (entry := _known(known, launcher, args, kwargs)) is not None:
             once, named = _with_config(position, args, kwargs, entry)

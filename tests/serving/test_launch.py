@@ -191,6 +191,16 @@ def test_inside_the_engines_override_a_refusal_is_raised_untouched() -> None:
     assert launcher.asked == [ENTRY]
 
 
+def test_a_launch_inside_a_graph_that_torch_compiles_is_the_engines_own() -> None:
+    def own(hidden: torch.Tensor, weights: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
+        return hidden @ weights * config["num_stages"]
+
+    run = launch.replacement(Launch(own, 2, lambda: None, lambda *_: ENTRY | {"num_stages": 2}))
+    hidden, weights = torch.ones(2, 4), torch.ones(4, 4)
+    compiled = torch.compile(lambda it: run(it, weights, ENTRY), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(hidden), own(hidden, weights, ENTRY))
+
+
 def test_a_call_that_is_not_the_engines_gets_the_engines_answer_after_a_refusal() -> None:
     run = hooked(Launcher(101_376))
     args, kwargs = by_name(ENTRY)
