@@ -9,9 +9,10 @@ from benchmarks.serving.answering import answer_all, take_standard_output
 from benchmarks.serving.workloads import WORKLOADS
 from sglang_moe_ext.core import TileConfig
 from sglang_moe_ext.engines.entries import tile_of
-from sglang_moe_ext.engines.sglang import kernel, whole_layer
+from sglang_moe_ext.engines.sglang import kernel
 from sglang_moe_ext.engines.sglang.kernel import Engine
 from sglang_moe_ext.engines.sglang.targets import LOOKUP
+from sglang_moe_ext.engines.tensors import LayerTensors
 from sglang_moe_ext.tuning import routing
 from sglang_moe_ext.tuning.layer import Layer
 
@@ -99,7 +100,7 @@ class LayerChild:
         return {"lines": self._said.lines}
 
 
-def _run(engine: Engine, layer: Layer, tensors: whole_layer.LayerTensors) -> Any:
+def _run(engine: Engine, layer: Layer, tensors: LayerTensors) -> Any:
     """[tokens, hidden], waited for: by the layer itself, with whatever its lookup finds."""
     import torch
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_moe_ext.core import EngineError, MoEShape, Projection, TileConfig
 from sglang_moe_ext.engines.entries import launched
 from sglang_moe_ext.engines.sglang import bootstrap, installation
+from sglang_moe_ext.engines.tensors import GemmTensors
 
 if TYPE_CHECKING:
     import torch
@@ -47,37 +48,6 @@ def load() -> Engine:
     layer = bootstrap.import_engine(engine.layer_module)
     bootstrap.publish_server_args()
     return Engine(engine.version, kernels, aligner, layer)
-
-
-@dataclass(frozen=True, slots=True)
-class GemmTensors:
-    """The tensors of one GEMM, all on one device.
-
-    Up: a [tokens, K], out [tokens, topk, columns]. Down: a [tokens * topk, N], out [tokens, topk, columns]. In the
-    order of the experts, as TMA reads them, the rows of the up GEMM's out and of the down GEMM's a are `sorted_rows`.
-    weights [experts, columns, reduction]; scales are None where the weights are not quantised.
-    """
-
-    a: torch.Tensor
-    weights: torch.Tensor
-    out: torch.Tensor
-    weight_scale: torch.Tensor | None
-    topk_weights: torch.Tensor
-    topk_ids: torch.Tensor
-    sorted_token_ids: torch.Tensor
-    expert_ids: torch.Tensor
-    num_tokens_post_padded: torch.Tensor
-
-    def routing_of(self, other: GemmTensors) -> dict[int, torch.Tensor]:
-        """By the id() of each tensor of ours that says where tokens go, that of the other."""
-        names = ("topk_weights", "topk_ids", "sorted_token_ids", "expert_ids", "num_tokens_post_padded")
-        return {id(getattr(self, name)): getattr(other, name) for name in names}
-
-
-def sorted_rows(shape: MoEShape, tokens: int, block_m: int) -> int:
-    """Rows of the buffers between the GEMMs where they lie in the order of the experts, padded to whole blocks."""
-    slots = tokens * shape.top_k
-    return slots + min(slots, shape.experts + 1) * (block_m - 1)
 
 
 def launch(

@@ -12,10 +12,11 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEShape, Projection, Resources
-from sglang_moe_ext.engines.sglang.any_group import any_group
-from sglang_moe_ext.engines.sglang.kernel import Engine, GemmTensors, launch, load, sorted_rows
-from sglang_moe_ext.kernels.compiled import TargetOnlyDriver, resources_of
-from sglang_moe_ext.kernels.scales import quantise_weights
+from sglang_moe_ext.engines import compile_only
+from sglang_moe_ext.engines.any_group import any_group
+from sglang_moe_ext.engines.compile_only import meta
+from sglang_moe_ext.engines.sglang.kernel import Engine, launch, load
+from sglang_moe_ext.engines.tensors import GemmTensors, sorted_rows
 
 if TYPE_CHECKING:
     import torch
@@ -33,28 +34,6 @@ def warm_up() -> None:
     _engine()
 
 
-def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor without storage: its address is 0, aligned like a fresh CUDA tensor's."""
-    import torch
-
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-@functools.lru_cache
-def _weights(shape: MoEShape, projection: Projection) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(weights as the engine stores them, their scales)."""
-    import torch
-
-    columns, reduction = shape.gemm(projection)
-    dtype = getattr(torch, shape.dtype)
-    if shape.quantisation.scheme is None:
-        return _meta((shape.experts, columns, reduction), dtype), None
-    stored, scale = quantise_weights(_meta((1, columns, reduction), dtype), shape.quantisation)
-    return _meta((shape.experts, *stored.shape[1:]), stored.dtype), _meta(
-        (shape.experts, *scale.shape[1:]), scale.dtype
-    )
-
-
 def _tensors(engine: Engine, shape: MoEShape, projection: Projection, tokens: int, key: CompileKey) -> GemmTensors:
     import torch
 
@@ -65,15 +44,15 @@ def _tensors(engine: Engine, shape: MoEShape, projection: Projection, tokens: in
     elif key.use_tma:
         rows_in = sorted_rows(shape, tokens, key.block_m)
     activations = getattr(torch, shape.dtype)
-    weights, weight_scale = _weights(shape, projection)
-    topk_ids = _meta((tokens, shape.top_k), torch.int32)
+    weights, weight_scale = compile_only.weights(shape, projection)
+    topk_ids = meta((tokens, shape.top_k), torch.int32)
     sorted_token_ids, expert_ids, num_tokens_post_padded = engine.align(topk_ids, key.block_m, shape.experts)
     return GemmTensors(
-        a=_meta((rows_in, reduction), activations),
+        a=meta((rows_in, reduction), activations),
         weights=weights,
-        out=_meta((tokens, shape.top_k, columns), activations),
+        out=meta((tokens, shape.top_k, columns), activations),
         weight_scale=weight_scale,
-        topk_weights=_meta((tokens, shape.top_k), torch.float32),
+        topk_weights=meta((tokens, shape.top_k), torch.float32),
         topk_ids=topk_ids,
         sorted_token_ids=sorted_token_ids,
         expert_ids=expert_ids,
@@ -88,7 +67,7 @@ def _quantised(dtype_name: str, scale_columns: Callable[[torch.Tensor, int], int
         import torch
 
         columns = scale_columns(a, group if isinstance(group, int) else 0)
-        return _meta(tuple(a.shape), getattr(torch, dtype_name)), _meta((a.shape[0], columns), torch.float32)
+        return meta(tuple(a.shape), getattr(torch, dtype_name)), meta((a.shape[0], columns), torch.float32)
 
     return quantise
 
@@ -101,8 +80,8 @@ def _per_tensor_or_token(a: torch.Tensor, scale: object, use_per_token_if_dynami
     import torch
 
     rows = int(a.shape[0]) if use_per_token_if_dynamic else 1
-    scales = _meta((rows, 1) if use_per_token_if_dynamic else (1,), torch.float32)
-    return _meta(tuple(a.shape), torch.float8_e4m3fn), scales
+    scales = meta((rows, 1) if use_per_token_if_dynamic else (1,), torch.float32)
+    return meta(tuple(a.shape), torch.float8_e4m3fn), scales
 
 
 def _prepare(kernels: Any, sm: int) -> None:
@@ -118,27 +97,13 @@ def _prepare(kernels: Any, sm: int) -> None:
 
 def compile_job(job: CompileJob) -> Resources | Failure:
     """What the binary of this job needs, or why the compiler refuses it."""
-    import triton
-    from triton.runtime.jit import JITFunction
-
     engine = _engine()
     _prepare(engine.kernels, job.sm)
-    triton.runtime.driver.set_active(TargetOnlyDriver(job.sm))
-    compiled: list[Any] = []
-    run = JITFunction.run
-
-    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        self.device_caches.clear()  # Triton keeps the target of the first compilation for each device
-        compiled.append(run(self, *arguments, grid=grid, warmup=True, **options))
-
     config = job.key.with_group(job.group_m or 1)
     tensors = _tensors(engine, job.shape, job.projection, job.tokens, job.key)
-    JITFunction.run = compile_only
-    try:
+
+    def launch_it() -> None:
         with any_group(engine.kernels) if job.group_m is None else nullcontext():
             launch(engine, job.shape, job.projection, tensors, config, writes_sorted=job.sorted_rows)
-    except Exception as error:  # noqa: BLE001 - the compiler fails in many ways; each costs this candidate alone
-        return Failure(type(error).__name__, (str(error).strip().splitlines() or ["no message"])[-1][:300])
-    finally:
-        JITFunction.run = run
-    return resources_of(compiled[-1])
+
+    return compile_only.last_launched(job.sm, launch_it)

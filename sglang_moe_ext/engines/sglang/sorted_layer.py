@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from sglang_moe_ext.core import MoEShape, TileConfig
 from sglang_moe_ext.engines.sglang import kernel
-from sglang_moe_ext.engines.sglang.kernel import Engine, GemmTensors
-from sglang_moe_ext.engines.sglang.whole_layer import LayerTensors
+from sglang_moe_ext.engines.sglang.kernel import Engine
+from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors, sorted_rows
 from sglang_moe_ext.kernels import gather_sum, sorted_activation, sorted_down, sorted_up
 from sglang_moe_ext.kernels.scales import Scales
 from sglang_moe_ext.kernels.short_down import ShortDownConfig, launch_short_down
@@ -52,7 +52,7 @@ def buffers(shape: MoEShape, hidden: torch.Tensor, up: Up) -> Buffers:
     import torch
 
     tokens, width = hidden.shape
-    rows = kernel.sorted_rows(shape, tokens, up.block_m)
+    rows = sorted_rows(shape, tokens, up.block_m)
     is_block, inner_size = shape.quantisation.is_block_wise, shape.intermediate_size
     groups = inner_size // sorted_activation.GROUP
     is_ours = isinstance(up, UpConfig)

@@ -6,29 +6,16 @@ For child processes only: it replaces the engine's lookup.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from sglang_moe_ext.core import MoEShape, TileConfig
 from sglang_moe_ext.engines.entries import entry_of
 from sglang_moe_ext.engines.sglang.kernel import Engine
+from sglang_moe_ext.engines.tensors import LayerTensors
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True, slots=True)
-class LayerTensors:
-    """Inputs of one layer: hidden [tokens, hidden], topk_ids and topk_weights [tokens, topk], weights and scales."""
-
-    hidden: torch.Tensor
-    w1: torch.Tensor
-    w2: torch.Tensor
-    w1_scale: torch.Tensor | None
-    w2_scale: torch.Tensor | None
-    topk_weights: torch.Tensor
-    topk_ids: torch.Tensor
 
 
 def warm_up(engine: Engine, shape: MoEShape) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from sglang_moe_ext.core import MoEShape, TileConfig
 from sglang_moe_ext.engines.sglang import bootstrap, installation, kernel, lookup_child, whole_layer
 from sglang_moe_ext.engines.sglang.installation import Installation
-from sglang_moe_ext.engines.sglang.whole_layer import LayerTensors
+from sglang_moe_ext.engines.tensors import LayerTensors
 
 CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 

@@ -17,8 +17,9 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from sglang_moe_ext.core import TileConfig
+from sglang_moe_ext.engines import compile_only
 from sglang_moe_ext.engines.sglang import offline, whole_layer
-from sglang_moe_ext.engines.sglang.whole_layer import LayerTensors
+from sglang_moe_ext.engines.tensors import LayerTensors
 from sglang_moe_ext.kernels.compiled import TargetOnlyDriver
 from sglang_moe_ext.tuning import candidates
 from tests.engines.children.compile_jobs import parsed
@@ -70,11 +71,11 @@ def made(job: Any, pair: Any, tokens: int) -> list[str]:
     """By the jobs that stand for the pair at that many tokens."""
     hashes.clear()
     for each in candidates.pair_jobs(pair, job.shape, tokens, job.sm):
-        resources_of, offline.resources_of = offline.resources_of, lambda compiled: hashes.append(compiled.hash)
+        resources_of, compile_only.resources_of = compile_only.resources_of, lambda made: hashes.append(made.hash)
         try:
             offline.compile_job(each)
         finally:
-            offline.resources_of = resources_of
+            compile_only.resources_of = resources_of
     return sorted(hashes)
 
 

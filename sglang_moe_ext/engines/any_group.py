@@ -1,6 +1,6 @@
-"""SGLang's kernels with GROUP_SIZE_M as an argument: one binary for what would be one for each group.
+"""An engine's kernels with GROUP_SIZE_M as an argument: one binary for what would be one for each group.
 
-GROUP_SIZE_M is a constant of the engine's kernels and decides nothing but the order of the programs. Registers, shared
+GROUP_SIZE_M is a constant of the kernels and decides nothing but the order of the programs. Registers, shared
 memory and main loop are the same without it (tests/engines/test_any_group.py). For child processes only.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 
 GROUP = "GROUP_SIZE_M"
 _KERNELS = ("fused_moe_kernel", "fused_moe_kernel_gptq_awq")
+"""Of SGLang and of vLLM, which share their origin."""
 
 
 @functools.cache
