@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     if destination is None:
         raise EngineError("--install none leaves nothing to do: choose engine or overlay")
     outcome: dict[Path, str | None] = {}
-    for up in sorted(destinations.store_folder(triton).glob("E=*.json")):
+    for up in sorted(destinations.store_folder("sglang", triton).glob("E=*.json")):
         if up.name.endswith((".provenance.json", "_down.json")):
             continue
         try:

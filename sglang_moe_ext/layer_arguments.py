@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 
 from sglang_moe_ext import gpus
 from sglang_moe_ext.core import Gpu, GpuError, ModelError, MoEModel, MoEShape, Parallelism
+from sglang_moe_ext.engines.known import ENGINES, SGLANG, VLLM
 from sglang_moe_ext.engines.sglang import installation, sharding, warning_line
+from sglang_moe_ext.engines.tunable import EngineName
 from sglang_moe_ext.engines.vllm import sharding as vllm_sharding
 from sglang_moe_ext.shapes import builtin_models, parse_dtype_flag, parse_shape, resolve
 
@@ -31,7 +33,15 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--model", help="a built-in name, a folder with config.json, or a hub id")
     what.add_argument("--shape", help="its numbers: E=65,N=1536,K=2048,topk=5[,dtype=fp8_w8a8][,block_shape=[128,128]]")
     what.add_argument("--from-log", metavar="LINE", help="the server's own warning about the missing table, pasted")
-    what.add_argument("--tp-size", "--tp", type=int, default=1, help="tensor-parallel size of the server (default 1)")
+    what.add_argument(
+        "--tp-size",
+        "--tp",
+        "-tp",
+        "--tensor-parallel-size",
+        type=int,
+        default=1,
+        help="tensor-parallel size of the server (default 1)",
+    )
     what.add_argument("--ep-size", "--ep", type=int, default=1, help="expert-parallel size of the server (default 1)")
     what.add_argument(
         "--dtype",
@@ -45,6 +55,21 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--gpu", help="the GPU that is meant, such as RTX_4090 (default: this machine's)")
     what.add_argument("--batch-size", type=int, nargs="+", metavar="M", help="numbers of tokens (default: 1 to 16384)")
+
+
+def add_engine_to(parser: argparse.ArgumentParser) -> None:
+    """Add --engine, and the flags that only vLLM's tuning script has."""
+    whose = parser.add_argument_group("whose layer")
+    whose.add_argument(
+        "--engine", choices=tuple(ENGINES), default=SGLANG.NAME, help="the engine that is tuned (default sglang)"
+    )
+    whose.add_argument(
+        "--enable-expert-parallel",
+        "-enable-ep",
+        action="store_true",
+        help="vLLM: experts lie on the ranks of --tp-size, each whole",
+    )
+    whose.add_argument("--model-prefix", metavar="NAME", help="the section of config.json that describes the experts")
 
 
 def is_given(arguments: argparse.Namespace) -> bool:
@@ -62,12 +87,21 @@ def stated(arguments: argparse.Namespace) -> Stated:
         raise ModelError("expected exactly one of --model, --shape and --from-log; --model GLM-4.7-Flash is an example")
     if not arguments.model:
         _refuse_flags_of_models(arguments)
+    is_for_vllm = _engine_of(arguments) == VLLM.NAME
     if arguments.from_log:
+        if is_for_vllm:
+            raise ModelError("--from-log reads SGLang's warning alone: name the model with --model, or --shape")
         return _from_log(arguments.from_log)
     if arguments.shape:
         shape = parse_shape(arguments.shape)
         return Stated(str(shape), shape)
-    return _of_model(arguments)
+    return _of_model_in_vllm(arguments) if is_for_vllm else _of_model(arguments)
+
+
+def _engine_of(arguments: argparse.Namespace) -> EngineName:
+    """SGLang for the commands that know no other."""
+    engine: EngineName = getattr(arguments, "engine", SGLANG.NAME)
+    return engine
 
 
 def _refuse_flags_of_models(arguments: argparse.Namespace) -> None:
@@ -78,6 +112,8 @@ def _refuse_flags_of_models(arguments: argparse.Namespace) -> None:
         "--dtype": arguments.dtype != "auto",
         "--per-channel-quant": arguments.per_channel_quant,
         "--disable-shared-experts-fusion": arguments.disable_shared_experts_fusion,
+        "--enable-expert-parallel": getattr(arguments, "enable_expert_parallel", False),
+        "--model-prefix": getattr(arguments, "model_prefix", None),
     }
     useless = next((flag for flag, is_given in given.items() if is_given), None)
     if useless:
@@ -87,14 +123,35 @@ def _refuse_flags_of_models(arguments: argparse.Namespace) -> None:
         )
 
 
-def _of_model(arguments: argparse.Namespace) -> Stated:
-    found = resolve(arguments.model, trust_remote_code=arguments.trust_remote_code)
+def _model(arguments: argparse.Namespace) -> MoEModel:
+    found = resolve(
+        arguments.model,
+        trust_remote_code=arguments.trust_remote_code,
+        section=getattr(arguments, "model_prefix", None),
+    )
     quantisation = parse_dtype_flag(
         arguments.dtype, checkpoint=found.quantisation, per_channel=arguments.per_channel_quant
     )
     model = replace(found, quantisation=quantisation)
     if arguments.dtype in ("fp16", "float16"):
         model = replace(model, dtype="float16")
+    return model
+
+
+def _of_model_in_vllm(arguments: argparse.Namespace) -> Stated:
+    """vLLM fuses no shared experts, and with expert parallelism splits them over all ranks."""
+    model, ranks = _model(arguments), arguments.tp_size
+    if arguments.ep_size not in (1, ranks):
+        raise ModelError(f"--ep-size {arguments.ep_size}: vLLM splits experts over all {ranks} ranks, or not at all")
+    ep = ranks if arguments.enable_expert_parallel else arguments.ep_size
+    shape = vllm_sharding.launched_shape(model, Parallelism(ranks, ep))
+    return Stated(model.name, shape, model.architecture, shape)
+
+
+def _of_model(arguments: argparse.Namespace) -> Stated:
+    if getattr(arguments, "enable_expert_parallel", False):
+        raise ModelError("--enable-expert-parallel is vLLM's flag: say --ep-size, or --engine vllm")
+    model = _model(arguments)
     parallelism = Parallelism(arguments.tp_size, arguments.ep_size)
     shape = sharding.launched_shape(
         model,

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import get_args
 
 from sglang_moe_ext.core import Gpu, MoEExtError, MoEShape
-from sglang_moe_ext.engines.sglang import tma
-from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.engines.known import ENGINES
+from sglang_moe_ext.engines.tunable import Installation
 from sglang_moe_ext.tuning import captured, fleet, given_configs, ray_fleet, routing
 from sglang_moe_ext.tuning.request import Measuring
 from sglang_moe_ext.tuning.search import EffortName
@@ -53,7 +53,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--tune", action="store_true", help=argparse.SUPPRESS
     )  # upstream's scripts want it; we tune anyway
-    given = parser.add_argument_group("instead of tuning, race what is given beside what SGLang takes today")
+    given = parser.add_argument_group("instead of tuning, race what is given beside what the engine takes today")
     given.add_argument(
         "--configs",
         type=int,
@@ -67,7 +67,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=(),
         metavar="FILE",
-        help="tables as SGLang reads them; a FILE_down.json beside one goes with it",
+        help="tables as the engine reads them; of SGLang, a FILE_down.json beside one goes with it",
     )
 
 
@@ -138,7 +138,7 @@ def measuring(arguments: argparse.Namespace, shape: MoEShape, gpu: Gpu, engine: 
     """
     return Measuring(
         effort=arguments.effort,
-        with_tma=tma.gemms_with_tma(shape.quantisation, engine.version, gpu.sm),
+        with_tma=ENGINES[arguments.engine].gemms_with_tma(shape.quantisation, engine.version, gpu.sm),
         budget_s=arguments.budget,
         routing=_routing(arguments, shape),
         gpus=() if arguments.ray is not None else _gpus(arguments.gpus, gpu),

@@ -26,7 +26,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
 
 def _sources(configs_root: Path, triton: str) -> Sources:
     tuned = shipped.folder("tuned_configs")
-    users = destinations.store_folder(triton).parent
+    users = destinations.store_folder("sglang", triton).parent
     return Sources([users] if tuned is None else [users, tuned / "configs"], configs_root)
 
 

@@ -21,13 +21,16 @@ from sglang_moe_ext.tuning.space import RULES
 
 
 def names_of(request: Request) -> dict[str, str]:
-    """The names of the layer's tables in each engine's dialect; of a bare shape, vLLM's is for the same tensors."""
+    """The names of the layer's tables in the tuned engine, and in vLLM; of a bare shape, for the same tensors."""
     device = request.gpu.device_name
     vllm_shape = request.vllm_shape or request.shape
+    of_vllm = {"vLLM": vllm_naming.file_name(vllm_naming.table_key(vllm_shape, device))}
+    if request.engine == "vllm":
+        return of_vllm
     return {
         "SGLang": naming.file_name(naming.table_key(request.shape, device)),
         "SGLang, down projection": naming.file_name(naming.table_key(request.shape, device, down=True)),
-        "vLLM": vllm_naming.file_name(vllm_naming.table_key(vllm_shape, device)),
+        **of_vllm,
     }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from sglang_moe_ext import gpus, layer_arguments, measuring_arguments, report, terminal
 from sglang_moe_ext.core import Gpu, MoEExtError
-from sglang_moe_ext.engines.sglang import backends, installation
+from sglang_moe_ext.engines.known import ENGINES
 from sglang_moe_ext.tuning import comparison_run, destinations, given_configs, pipeline
 from sglang_moe_ext.tuning.plan import DEFAULT_TOKENS, Plan
 from sglang_moe_ext.tuning.request import Measuring, Request
@@ -21,6 +21,7 @@ _EXAMPLES = """examples:
   python -m sglang_moe_ext.tune --model GLM-4.7-Flash --gpu RTX_4090        predict for a GPU that is not here
   python -m sglang_moe_ext.tune --model /models/mine --tp 4 --dry-run       only say what would be done
   python -m sglang_moe_ext.tune --model GLM-4.7-Flash --configs 64 128 64 16 4 3   only time that one beside today's
+  python -m sglang_moe_ext.tune --engine vllm --model Qwen3-30B-A3B -tp 2 --save-dir tables
   python -m sglang_moe_ext.tune --from-log "... Config file not found at .../E=65,N=1536,device_name=...json"
 """
 
@@ -29,11 +30,12 @@ def parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     flags = argparse.ArgumentParser(
         prog="python -m sglang_moe_ext.tune",
-        description="Find the best configurations of the fused-MoE kernel, install them, prove that SGLang takes them.",
+        description="Find the best configurations of the fused-MoE kernel, install them, prove the pick-up.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     layer_arguments.add_to(flags)
+    layer_arguments.add_engine_to(flags)
     how = flags.add_argument_group("how")
     how.add_argument("--predict", action="store_true", help="do not measure, even where the GPU is here")
     how.add_argument("--dry-run", action="store_true", help="print the plan and stop")
@@ -54,10 +56,11 @@ def request_of(arguments: argparse.Namespace, command: str) -> Request:
     if measuring_arguments.compares(arguments) and arguments.ray is None and gpus.detect() is None:
         measuring_arguments.refuse_without_measuring(arguments, "this machine has no GPU: run it where the GPU is")
     gpu, is_here = layer_arguments.gpu_of(arguments, layer)
-    engine = installation.find()
+    tunable = ENGINES[arguments.engine]
+    engine = tunable.find()
     measures = not arguments.predict and (is_here or arguments.ray is not None) and engine is not None
     if not measures:
-        measuring_arguments.refuse_without_measuring(arguments, _why_not_measured(gpu, is_here))
+        measuring_arguments.refuse_without_measuring(arguments, _why_not_measured(tunable.TITLE, gpu, is_here))
     return Request(
         model=layer.name,
         architecture=layer.architecture,
@@ -71,13 +74,16 @@ def request_of(arguments: argparse.Namespace, command: str) -> Request:
         output_dir=arguments.output_dir,
         seed=arguments.seed,
         command=command,
+        engine=arguments.engine,
     )
 
 
-def _why_not_measured(gpu: Gpu, is_here: bool) -> str:
+def _why_not_measured(engine: str, gpu: Gpu, is_here: bool) -> str:
     if not is_here:
         return f"{gpu.device_name} is not here: run it where that GPU is, or leave it out to predict"
-    return "SGLang, whose own kernel is to be measured, is not installed here: install it, or leave it out to predict"
+    return (
+        f"{engine}, whose own kernel is to be measured, is not installed here: install it, or leave it out to predict"
+    )
 
 
 def _say_plan(request: Request, plan: Plan) -> None:
@@ -94,9 +100,10 @@ def _say_plan(request: Request, plan: Plan) -> None:
 
 
 def _say_outcome(request: Request, outcome: pipeline.Outcome) -> None:
+    engine = request.tunable.TITLE
     terminal.show(report.results(request, outcome))
     if not outcome.kernel.is_engines_own:
-        print("no SGLang is installed here: compiled from this package's own kernel, which has the same tiles")
+        print(f"no {engine} is installed here: compiled from this package's own kernel, which has the same tiles")
     if report.origin(outcome) == "predicted":
         print("PREDICTED: compiled for this GPU, fits and does not spill; ranked by a model, not timed")
     left_out = [str(m) for m in request.tokens if m not in outcome.results]
@@ -107,20 +114,22 @@ def _say_outcome(request: Request, outcome: pipeline.Outcome) -> None:
     for path, why in outcome.refused.items():
         print(f"kept  {path}: {why}")
     if outcome.destination is None:
-        why = "as --install none asks" if request.install == "none" else "since SGLang is not installed here"
-        print(f"kept in your own store alone, {why}; run this again where SGLang is, or with --output-dir")
+        why = "as --install none asks" if request.install == "none" else f"since {engine} is not installed here"
+        print(f"kept in your own store alone, {why}; run this again where {engine} is, or with --output-dir")
     elif outcome.destination.note:
         print(outcome.destination.note)
     if outcome.answer is not None:
         pretence = "" if request.gpu_is_here else ", told that it runs on this GPU"
-        engine = f"SGLang {outcome.answer.engine_version} with Triton {outcome.answer.triton}"
-        print(f"picked up: {engine}, asked in a fresh process{pretence}, says:")
+        asked = f"{engine} {outcome.answer.engine_version} with Triton {outcome.answer.triton}"
+        print(f"picked up: {asked}, asked in a fresh process{pretence}, says:")
         for line in outcome.answer.log:
             print(f"  {line}")
 
 
 def _compare(arguments: argparse.Namespace, request: Request, measuring: Measuring) -> None:
     given = given_configs.choices(arguments.configs, arguments.cmp_configs, request.tokens)
+    if not request.tunable.HAS_DOWN_TABLES:
+        given_configs.refuse_two_configs(given, request.tunable.TITLE)
     with terminal.Bar() as bar:
         found = comparison_run.run(request, measuring, given, bar)
     terminal.show(report.comparison(request, found))
@@ -135,10 +144,10 @@ def run(arguments: argparse.Namespace, command: str) -> None:
         MoEExtError: any of ours.
     """
     request = request_of(arguments, command)
-    engine = installation.find()
-    if request.gpu_is_here and engine is None and not arguments.predict:
-        print("SGLang is not installed here, and only its own kernel is worth measuring: predicting instead")
-    note = backends.why_no_table(backends.AUTO, request.shape, request.gpu, request.architecture)
+    tunable = request.tunable
+    if request.gpu_is_here and not arguments.predict and tunable.find() is None:
+        print(f"{tunable.TITLE} is not installed here, and only its own kernel is worth measuring: predicting instead")
+    note = tunable.why_no_table(request.shape, request.gpu, request.architecture)
     if note:
         print(f"note: {note}")
     if measuring_arguments.compares(arguments) and request.measuring is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.vs_upstream.timed_run import Run, timed
 from sglang_moe_ext import layer_arguments
 from sglang_moe_ext.core import EngineError, Gpu, MoEShape
+from sglang_moe_ext.engines.known import ENGINES
 from sglang_moe_ext.engines.sglang import lookup
 from sglang_moe_ext.tuning import destinations, pickup
 from sglang_moe_ext.tuning.given_configs import pairs_of_tables, parse_tables
@@ -56,7 +57,7 @@ def choice(output_dir: Path, shape: MoEShape, gpu: Gpu, tokens: int) -> Pair:
     Raises:
         EngineError: it wrote no table of that name.
     """
-    name = destinations.table_names(shape, gpu.device_name)[False]
+    name = destinations.table_names(ENGINES["sglang"], shape, gpu.device_name)[False]
     written = [path for path in output_dir.rglob("*.json") if path.name == name]
     if not written:
         raise EngineError(f"our own command wrote no {name} below {output_dir}")

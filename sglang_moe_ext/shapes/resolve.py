@@ -23,13 +23,16 @@ LARGEST_BYTES = 64 << 20
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def resolve(model: str, *, trust_remote_code: bool = False) -> MoEModel:
+def resolve(model: str, *, trust_remote_code: bool = False, section: str | None = None) -> MoEModel:
     """A folder with a config.json comes first, then the built-in names, then the hub.
 
-    `trust_remote_code` lets transformers run Python that comes with the checkpoint.
+    `trust_remote_code` lets transformers run Python that comes with the checkpoint; `section` names the part of a
+    config.json that is to be read alone.
     Raises: ModelError
     """
     path = os.path.expanduser(model)
+    if section is not None:
+        return _of_section(model, section)
     if os.path.isfile(os.path.join(path, CONFIG)):
         return _of_folder(Path(path), trust_remote_code=trust_remote_code)
     if os.path.isfile(path):
@@ -52,6 +55,21 @@ def _unknown(model: str) -> ModelError:
         "model",
         f"{shown(model)} is no folder, built-in name or hub id; {meant}else give a folder with a {CONFIG}, or --shape",
     )
+
+
+def _of_section(model: str, section: str) -> MoEModel:
+    """Of a file that is here: the section, quantised as the whole is."""
+    path = Path(model).expanduser()
+    path = path / CONFIG if path.is_dir() else path
+    if not path.is_file():
+        raise refusal(model, f"a section can only be named in a {CONFIG} that is here; download it, or leave it out")
+    whole = _with_modelopt(_parsed(path), path.parent)
+    found = whole.get(section)
+    if not isinstance(found, dict):
+        sections = ", ".join(name for name, value in whole.items() if isinstance(value, dict)) or "none"
+        raise refusal(str(path), f"no section {shown(section)}; it has {sections}")
+    quantised = {name: whole[name] for name in ("quantization_config",) if name in whole and name not in found}
+    return from_config({**found, **quantised}, name=path.resolve().parent.name, source=f"{path}, {section}")
 
 
 def _of_folder(folder: Path, *, trust_remote_code: bool) -> MoEModel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -97,10 +97,14 @@ def _at(stored: Stored, tokens: int) -> TileConfig:
     return stored.table[tables.nearest(stored.table, tokens)]
 
 
-def put(changes: dict[Path, Stored], pairs: Iterable[tuple[Path, Path]] = ()) -> dict[Path, Stored | Refused]:
+def put(
+    changes: dict[Path, Stored],
+    pairs: Iterable[tuple[Path, Path]] = (),
+    text: Callable[[Table], str] = tables.to_json,
+) -> dict[Path, Stored | Refused]:
     """Merge each table into its place and write all of them, or none where the disk refuses. Processes take turns.
 
-    `pairs`: which of the places are the up and the down table of one layer.
+    `pairs`: which of the places are the up and the down table of one layer; `text`: a table in its engine's dialect.
 
     Raises:
         StoreError: the disk refuses.
@@ -115,7 +119,7 @@ def put(changes: dict[Path, Stored], pairs: Iterable[tuple[Path, Path]] = ()) ->
             if isinstance(result, Stored):
                 if result.provenance is not None:
                     contents[provenance.sidecar(path)] = provenance.to_json(result.provenance)
-                contents[path] = tables.to_json(result.table)
+                contents[path] = text(result.table)
         if contents:
             files.write_together(contents)
     return results

@@ -91,11 +91,16 @@ def _number(text: str, name: str, entry: Mapping[str, Any]) -> int:
     return value
 
 
-def to_json(table: Table) -> str:
-    """The file's text. USE_TMA stands only where it is on: an engine that does not know it must not meet it."""
-    document = {
+def to_json(table: Table, *, triton_version: str | None = None, with_split_k: bool = False) -> str:
+    """The file's text. USE_TMA stands only where it is on: an engine that does not know it must not meet it.
+
+    vLLM's dialect alone has a `triton_version` beside the entries, and a SPLIT_K of 1 in each.
+    """
+    document: dict[str, object] = {} if triton_version is None else {"triton_version": triton_version}
+    document |= {
         str(m): {name: getattr(config, ours) for name, ours in _FIELDS.items()}
         | ({"USE_TMA": True} if config.use_tma else {})
+        | ({"SPLIT_K": 1} if with_split_k else {})
         for m, config in sorted(table.items())
     }
     return json.dumps(document, indent=4) + "\n"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sglang_moe_ext.core import MoEShape
+from sglang_moe_ext.engines.tunable import EngineName
 from sglang_moe_ext.tuning.questions import Answer, Check, Checked, Pair, Question, Race, Raced, Screen, Screened
 from sglang_moe_ext.tuning.routing import Source
 
@@ -33,6 +34,7 @@ class Setup:
     routing: Source
     seed: int
     triton_cache: Path
+    engine: EngineName = "sglang"
 
     def __call__(self) -> GpuBench:
         """Make it, in the process that is to measure."""
@@ -46,17 +48,18 @@ class GpuBench:
         os.environ["TRITON_CACHE_DIR"] = str(setup.triton_cache)
         import torch
 
-        from sglang_moe_ext.engines.sglang import kernel, whole_layer
+        from sglang_moe_ext.engines.known import ENGINES
         from sglang_moe_ext.tuning.layer import Layer
         from sglang_moe_ext.tuning.throttle import Watch
         from sglang_moe_ext.tuning.timing import Stopwatch, cuda_queue
 
         self.device_name: str = torch.cuda.get_device_name(0)
         self._seed = setup.seed
-        engine = kernel.load()
+        tunable = ENGINES[setup.engine]
+        engine = tunable.load()
         # Beside the screening, which does without: the first rematch would wait for it.
-        threading.Thread(target=whole_layer.warm_up, args=(engine, setup.shape), daemon=True).start()
-        self._layer = Layer(engine, setup.shape, setup.routing, setup.seed)
+        threading.Thread(target=tunable.warm_up, args=(engine, setup.shape), daemon=True).start()
+        self._layer = Layer(engine, setup.shape, setup.routing, setup.seed, tunable=tunable)
         queue = cuda_queue()
         self._gemms, self._layers = Stopwatch(queue), Stopwatch(queue)
         self._clocks = Watch(0)
@@ -124,29 +127,26 @@ class GpuBench:
 
     def _relaunches(self, batch: Batch, screen: Screen) -> list[Launch]:
         """The launch of that GEMM with each routing: one through the engine's launcher, the others made from it."""
-        from sglang_moe_ext.engines.sglang import kernel
-        from sglang_moe_ext.engines.sglang.any_group import any_group
+        from sglang_moe_ext.engines.any_group import any_group
         from sglang_moe_ext.kernels.relaunch import recorded
         from sglang_moe_ext.tuning.layer import ROUTINGS
 
-        engine, shape = self._layer.engine, self._layer.shape
+        layer = self._layer
         config = screen.key.with_group(screen.groups[0])
         first, *others = (self._layer.gemm(batch, screen.projection, config, turn) for turn in range(ROUTINGS))
-        with any_group(engine.kernels), recorded() as launches:
-            kernel.launch(engine, shape, screen.projection, first, config)
+        with any_group(layer.engine.kernels), recorded() as launches:
+            layer.tunable.launch(layer.engine, layer.shape, screen.projection, first, config)
         launch = launches[-1]  # those before it quantise the activations
         return [launch, *(launch.with_tensors(first.routing_of(other)) for other in others)]
 
     def _forget_binaries(self) -> None:
-        from sglang_moe_ext.engines.sglang.any_group import forget_binaries
+        from sglang_moe_ext.engines.any_group import forget_binaries
 
         forget_binaries(self._layer.engine.kernels)
 
     def _whole(self, batch: Batch, pair: Pair) -> Callable[[int], torch.Tensor]:
-        from sglang_moe_ext.engines.sglang import whole_layer
-
         layer = self._layer
-        return lambda turn: whole_layer.run(
+        return lambda turn: layer.tunable.run_layer(
             layer.engine, layer.shape, layer.whole(batch, turn), pair["up"], pair["down"]
         )
 
@@ -185,7 +185,7 @@ class GpuBench:
 
 
 def _in_turn(by_turn: list[Launch], group: int) -> Callable[[int], None]:
-    from sglang_moe_ext.engines.sglang.any_group import GROUP
+    from sglang_moe_ext.engines.any_group import GROUP
 
     launches = [launch.with_argument(GROUP, group) for launch in by_turn]
     return lambda turn: launches[turn % len(launches)]()

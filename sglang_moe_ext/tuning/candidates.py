@@ -17,7 +17,8 @@ from sglang_moe_ext.core import (
     Resources,
     TileConfig,
 )
-from sglang_moe_ext.engines.sglang.specialisation import representative_tokens
+from sglang_moe_ext.engines.known import SGLANG
+from sglang_moe_ext.engines.tunable import Tunable
 from sglang_moe_ext.tuning import predict, wave_model
 from sglang_moe_ext.tuning.questions import Pair
 from sglang_moe_ext.tuning.request import Measuring, Request
@@ -29,7 +30,18 @@ Candidates = dict[Projection, list[TileConfig]]
 def of_request(request: Request, measuring: Measuring, kept: tuple[TileConfig, ...], tokens: int) -> Candidates:
     """What a run times at that M."""
     keys = EFFORTS[measuring.effort].keys
+    if not request.tunable.HAS_DOWN_TABLES:
+        return listed_for_both(kept, request.shape, request.gpu, tokens, keys=keys)
     return listed(kept, request.shape, request.gpu, tokens, keys=keys, with_tma=measuring.with_tma)
+
+
+def listed_for_both(
+    kept: tuple[TileConfig, ...], shape: MoEShape, gpu: Gpu, tokens: int, *, keys: int | None
+) -> Candidates:
+    """The same candidates for each GEMM, where one configuration serves both: the first `keys` binaries, best first."""
+    groups = groups_by_key(predict.by_estimate(kept, shape, gpu, tokens))
+    best = [key.with_group(group) for key in itertools.islice(groups, keys) for group in groups[key]]
+    return dict.fromkeys(PROJECTIONS, best)
 
 
 def listed(
@@ -79,16 +91,20 @@ def _ranked(
     return [config for _, config in sorted(map(estimate, kept))]
 
 
-def screening_job(shape: MoEShape, tokens: int, projection: Projection, key: CompileKey, sm: int) -> CompileJob:
+def screening_job(
+    shape: MoEShape, tokens: int, projection: Projection, key: CompileKey, sm: int, engine: Tunable = SGLANG
+) -> CompileJob:
     """The binary that a screening launches: for any GROUP_SIZE_M."""
-    return CompileJob(shape, projection, representative_tokens(shape, tokens), key, sm)
+    return CompileJob(shape, projection, engine.representative_tokens(shape, tokens), key, sm)
 
 
-def screening_jobs(candidates: Candidates, shape: MoEShape, tokens: int, sm: int) -> list[CompileJob]:
+def screening_jobs(
+    candidates: Candidates, shape: MoEShape, tokens: int, sm: int, engine: Tunable = SGLANG
+) -> list[CompileJob]:
     """The binaries of all candidates at one M, each once."""
     return list(
         dict.fromkeys(
-            screening_job(shape, tokens, projection, config.compile_key, sm)
+            screening_job(shape, tokens, projection, config.compile_key, sm, engine)
             for projection, configs in candidates.items()
             for config in configs
         )
@@ -105,9 +121,9 @@ def misfit(job: CompileJob, needs: Resources | Failure, gpu: Gpu) -> Failure | N
     return None
 
 
-def pair_jobs(pair: Pair, shape: MoEShape, tokens: int, sm: int) -> list[CompileJob]:
+def pair_jobs(pair: Pair, shape: MoEShape, tokens: int, sm: int, engine: Tunable = SGLANG) -> list[CompileJob]:
     """The binaries that the engine launches for a pair: groups are constants, and TMA decides the up GEMM's order."""
-    representative = representative_tokens(shape, tokens)
+    representative = engine.representative_tokens(shape, tokens)
     return [
         CompileJob(
             shape,

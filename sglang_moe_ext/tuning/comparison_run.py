@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 from sglang_moe_ext.core import CompileJob, Failure
-from sglang_moe_ext.engines.sglang import installation, lookup
 from sglang_moe_ext.tuning import candidates, fleet, measured_run, pickup
 from sglang_moe_ext.tuning.comparison import Compared, compared
 from sglang_moe_ext.tuning.given_configs import Choices
@@ -25,11 +24,11 @@ def run(request: Request, measuring: Measuring, given: Choices, progress: Progre
     Raises:
         MoEExtError: no GPU answers, or the engine does not say what it takes.
     """
-    source = kernel_source(installation.find())
+    source = kernel_source(request.tunable.find(), request.tunable)
     rounds = EFFORTS[measuring.effort].rounds
     largest_first = sorted(request.tokens, reverse=True)
     with ExitStack() as ends:
-        engine = ends.enter_context(closing(lookup.Asked(pickup.environment({}))))
+        engine = ends.enter_context(closing(request.tunable.asked(pickup.environment({}))))
         scratch = ends.enter_context(tempfile.TemporaryDirectory(prefix="sglang_moe_ext-", ignore_cleanup_errors=True))
         early = [job for m in largest_first for by_m in given.values() for job in _jobs(request, m, by_m[m])]
         stations = measured_run.hired(request, measuring, source, Path(scratch), early, ends, progress)
@@ -51,7 +50,7 @@ def run(request: Request, measuring: Measuring, given: Choices, progress: Progre
 
 
 def _jobs(request: Request, tokens: int, pair: Pair) -> list[CompileJob]:
-    return candidates.pair_jobs(pair, request.shape, tokens, request.gpu.sm)
+    return candidates.pair_jobs(pair, request.shape, tokens, request.gpu.sm, request.tunable)
 
 
 def _trouble(request: Request, tokens: int, station: Station, pair: Pair) -> Failure | None:

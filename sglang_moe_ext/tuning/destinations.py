@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from sglang_moe_ext.core import EngineError, MoEShape
 from sglang_moe_ext.engines.sglang import naming, overlay
 from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.engines.tunable import EngineName, Tunable
+from sglang_moe_ext.engines.vllm import folders
+from sglang_moe_ext.engines.vllm.installation import Installation as VllmInstallation
 from sglang_moe_ext.store import files, user_store
 
-ENGINE = "sglang"
 Install = Literal["engine", "overlay", "none"]
 
 
@@ -26,7 +29,12 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         default="engine",
         help="where the server shall find the tables; none: your own store alone keeps them (default engine)",
     )
-    where.add_argument("--output-dir", type=Path, help="write configs/triton_X_Y_Z/ there instead of installing")
+    where.add_argument(
+        "--output-dir",
+        "--save-dir",
+        type=Path,
+        help="write configs/triton_X_Y_Z/, or vLLM's files, there instead of installing",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +91,43 @@ def _overlay(engine: Installation, triton: str, why: str) -> Destination:
     return Destination(_configs(root, triton), {overlay.VARIABLE: str(root)}, note, is_of_this_engine=True)
 
 
-def table_names(shape: MoEShape, device_name: str) -> dict[bool, str]:
-    """File names of the up table (False) and of the table for the down projection (True)."""
-    return {down: naming.file_name(naming.table_key(shape, device_name, down=down)) for down in (False, True)}
+def chosen_of_vllm(
+    install: Install, output_dir: Path | None, engine: VllmInstallation | None, triton: str
+) -> Destination | None:
+    """The folder that a server of vLLM will read, or None where the user's own store is the only place.
+
+    A folder of its own that the user names to vLLM comes first there, as a whole file; our plugin serves the store.
+    """
+    if output_dir is not None:
+        root = output_dir.absolute()
+        return Destination(root, {folders.VARIABLE: str(root)}, f"start the server with {folders.VARIABLE}={root}")
+    if engine is None or install == "none":
+        return None
+    if set_by_user := os.environ.get(folders.VARIABLE):
+        return Destination(Path(set_by_user), {}, f"{folders.VARIABLE} is set: vLLM looks there first")
+    why = ""
+    if install == "engine":
+        if files.is_writable(engine.configs_folder):
+            return Destination(engine.configs_folder, {})
+        why = f"{engine.configs_folder} is read-only; "
+    stored = store_folder("vllm", triton)
+    note = f"{why}our plugin serves {stored}; where it is off, start the server with {folders.VARIABLE}={stored}"
+    return Destination(stored, {folders.VARIABLE: str(stored)}, note)
 
 
-def store_folder(triton: str) -> Path:
-    """Where the user's own copy for that Triton lies."""
-    return user_store.tables_folder(ENGINE, naming.version_folder(triton))
+CHOSEN: Mapping[EngineName, Callable[[Install, Path | None, Any, str], Destination | None]] = {
+    "sglang": chosen,
+    "vllm": chosen_of_vllm,
+}
+"""By engine, where the tables of an installation of it go."""
+
+
+def table_names(tunable: Tunable, shape: MoEShape, device_name: str) -> dict[bool, str]:
+    """File names of the up table (False), and of the table for the down projection (True) where the engine has such."""
+    which = (False, True) if tunable.HAS_DOWN_TABLES else (False,)
+    return {down: tunable.file_name(tunable.table_key(shape, device_name, down=down)) for down in which}
+
+
+def store_folder(engine: EngineName, triton: str) -> Path:
+    """Where the user's own copy for that engine and that Triton lies."""
+    return user_store.tables_folder(engine, naming.version_folder(triton))

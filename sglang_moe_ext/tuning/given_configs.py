@@ -48,6 +48,20 @@ def choices(numbers: Sequence[int] | None, files: Iterable[Path], tokens: Sequen
     return found
 
 
+def refuse_two_configs(given: Choices, engine: str) -> None:
+    """For an engine in which one configuration serves both GEMMs.
+
+    Raises:
+        TableError: something that was given has two, or one with USE_TMA, which serves no two GEMMs alike.
+    """
+    for name, by_m in given.items():
+        odd = next((m for m, pair in by_m.items() if pair["up"] != pair["down"] or pair["up"].use_tma), None)
+        if odd is not None:
+            raise TableError(
+                f"{name} has two configurations, or USE_TMA, at M={odd}: {engine} runs both GEMMs with one, without it"
+            )
+
+
 def parse_configs(values: Sequence[int]) -> TileConfig:
     """The configuration that the six numbers of --configs mean.
 

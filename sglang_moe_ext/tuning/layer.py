@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from sglang_moe_ext.core import PROJECTIONS, MoEShape, Projection, TileConfig
-from sglang_moe_ext.engines.sglang.kernel import Engine, GemmTensors, sorted_rows
-from sglang_moe_ext.engines.sglang.whole_layer import LayerTensors
+from sglang_moe_ext.engines.known import SGLANG
+from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors, sorted_rows
+from sglang_moe_ext.engines.tunable import Sorted, Tunable
 from sglang_moe_ext.kernels import reference
 from sglang_moe_ext.kernels.scales import quantise_weights
 from sglang_moe_ext.tuning import routing
@@ -47,7 +48,7 @@ class Batch:
     routings: list[Routing]
     inner: torch.Tensor | None = None
     out: dict[Projection, torch.Tensor] = field(default_factory=dict)
-    aligned: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    aligned: dict[tuple[int, int], Sorted] = field(default_factory=dict)
 
     def drop_gemms(self) -> None:
         """Make room for the whole layer, which allocates its own."""
@@ -56,14 +57,20 @@ class Batch:
 
 
 class Layer:
-    """One MoE layer of the shape, with random weights that are made once."""
+    """One MoE layer of the shape, with random weights that are made once; `engine` is what `tunable.load` gave."""
 
     def __init__(
-        self, engine: Engine, shape: MoEShape, source: routing.Source, seed: int, device: str = "cuda"
+        self,
+        engine: Any,
+        shape: MoEShape,
+        source: routing.Source,
+        seed: int,
+        device: str = "cuda",
+        tunable: Tunable = SGLANG,
     ) -> None:
         import torch
 
-        self.engine, self.shape, self.source, self.device = engine, shape, source, device
+        self.engine, self.tunable, self.shape, self.source, self.device = engine, tunable, shape, source, device
         self._dtype: torch.dtype = getattr(torch, shape.dtype)
         generator = self._generator(seed, "weights")
         self.weights = {projection: self._weights(generator, *shape.gemm(projection)) for projection in PROJECTIONS}
@@ -102,7 +109,10 @@ class Layer:
             tokens=tokens,
             seed=seed,
             hidden=self._random(self._generator(seed, "hidden"), tokens, self.shape.hidden_size),
-            routings=routing.routings(self.source, self.shape, tokens, ROUTINGS, seed, self.device),
+            routings=[
+                replace(made, topk_ids=self.tunable.seen_ids(self.shape, made.topk_ids))
+                for made in routing.routings(self.source, self.shape, tokens, ROUTINGS, seed, self.device)
+            ],
         )
 
     def _inner(self, batch: Batch) -> torch.Tensor:
@@ -123,7 +133,7 @@ class Layer:
         chosen = batch.routings[index]
         aligned = batch.aligned.get((index, config.block_m))
         if aligned is None:
-            aligned = self.engine.align(chosen.topk_ids, config.block_m, self.shape.experts)
+            aligned = self.tunable.sort(self.engine, self.shape, chosen.topk_ids, config.block_m)
             batch.aligned[index, config.block_m] = aligned
         rows = batch.tokens * self.shape.top_k
         if config.use_tma:
@@ -161,12 +171,13 @@ class Layer:
         quantisation = self.shape.quantisation
         has_one_scale = quantisation.activation_bits == 8 and not (quantisation.block_shape or quantisation.per_channel)
         rows = checked_rows(batch.tokens, batch.tokens if has_one_scale else _CHECKED_TOKENS).to(self.device)
+        ids = tensors.topk_ids[rows]
         expected = reference.moe_layer(
             tensors.hidden[rows],
             tensors.w1,
             tensors.w2,
             tensors.topk_weights[rows],
-            tensors.topk_ids[rows],
+            ids.masked_fill(ids >= self.shape.experts, routing.REMOTE),  # an engine may number those of all ranks
             quantisation=quantisation,
             w1_scale=tensors.w1_scale,
             w2_scale=tensors.w2_scale,

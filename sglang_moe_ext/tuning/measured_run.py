@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sglang_moe_ext import __version__
 from sglang_moe_ext.core import CompileJob, EngineError, TileConfig
-from sglang_moe_ext.engines.sglang import installation, lookup
+from sglang_moe_ext.engines.tunable import Asked
 from sglang_moe_ext.tuning import candidates, fleet, on_gpu, pickup, ray_fleet, runs
 from sglang_moe_ext.tuning.bench import Setup
 from sglang_moe_ext.tuning.binaries import KernelSource
@@ -60,7 +60,7 @@ def results(
     measuring: Measuring,
     run: Run,
     kept: tuple[TileConfig, ...],
-    today: lookup.Asked,
+    today: Asked,
     source: KernelSource,
     progress: Progress,
 ) -> dict[int, Measured]:
@@ -71,7 +71,9 @@ def results(
     """
     tasks = on_gpu.largest_first({m: candidates.of_request(request, measuring, kept, m) for m in request.tokens})
     shape, sm = request.shape, request.gpu.sm
-    jobs = [job for task in tasks for job in candidates.screening_jobs(task.listed, shape, task.tokens, sm)]
+    jobs = [
+        job for task in tasks for job in candidates.screening_jobs(task.listed, shape, task.tokens, sm, request.tunable)
+    ]
     with ExitStack() as ends:
         stations = hired(request, measuring, source, run.triton_cache, jobs, ends, progress)
         return on_gpu.measure_all(
@@ -112,7 +114,7 @@ def hired(
             )
         )
         farm.want(jobs)
-        setup = Setup(request.shape, measuring.routing, request.seed, triton_cache)
+        setup = Setup(request.shape, measuring.routing, request.seed, triton_cache, request.engine)
         workers = {gpu: Worker(setup, {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in measuring.gpus}
         stations = [LocalStation(f"GPU {gpu}", farm, worker) for gpu, worker in workers.items()]
     ends.callback(fleet.close_all, stations)
@@ -129,9 +131,10 @@ class _OnNode:
 
     def __call__(self, cores: int, scratch: Path) -> tuple[FarmLike, WorkerLike]:
         """Raises EngineError where the node has another kernel: its times would say nothing of ours."""
-        there = kernel_source(installation.find())
+        tunable = self.request.tunable
+        there = kernel_source(tunable.find(), tunable)
         if there.fingerprint != self.source.fingerprint:
             raise EngineError(f"it has {there.name}: expected the very {self.source.name} that is here")
-        setup = Setup(self.request.shape, self.measuring.routing, self.request.seed, scratch)
+        setup = Setup(self.request.shape, self.measuring.routing, self.request.seed, scratch, self.request.engine)
         farm = Farm(self.source, cache=CompileCache(default_path()), triton_cache=scratch, workers=cores)
         return farm, Worker(setup)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEExtError, Projection, Resources
-from sglang_moe_ext.tuning import candidates, fleet, rematch, search
+from sglang_moe_ext.tuning import candidates, fleet, one_config, rematch, search
 from sglang_moe_ext.tuning.budget import Budget
 from sglang_moe_ext.tuning.candidates import Candidates
 from sglang_moe_ext.tuning.crew import UNABLE
@@ -19,7 +19,7 @@ from sglang_moe_ext.tuning.journal import Journal
 from sglang_moe_ext.tuning.questions import Answer, Ask, Pair, Question, Screen
 from sglang_moe_ext.tuning.rematch import Measured
 from sglang_moe_ext.tuning.request import Measuring, Progress, Request
-from sglang_moe_ext.tuning.search import EFFORTS, Effort, Screening
+from sglang_moe_ext.tuning.search import EFFORTS, Effort, Screening, Times
 from sglang_moe_ext.tuning.station import Station
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,9 @@ def _get_ready(stations: Sequence[Station], request: Request, tasks: Sequence[Ta
     """Where a budget runs, wait until there is something to spend it on: engines take long to import."""
     if measuring.budget_s is None:
         return
-    first = candidates.screening_jobs(tasks[0].listed, request.shape, tasks[0].tokens, request.gpu.sm)[0]
+    first = candidates.screening_jobs(tasks[0].listed, request.shape, tasks[0].tokens, request.gpu.sm, request.tunable)[
+        0
+    ]
     for station in stations:
         with suppress(MoEExtError):  # the tasks will meet it, and have others to turn to
             station.binary(first)
@@ -118,6 +120,14 @@ class _Search:
     budget: Budget
     counted: _Counted
 
+    def fastest_keys(self, times: Times, count: int) -> dict[Projection, list[CompileKey]]:
+        of_both = one_config.fastest_keys
+        return (search.fastest_keys if self.request.tunable.HAS_DOWN_TABLES else of_both)(times, count)
+
+    def finalists(self, screening: Screening, count: int) -> list[Pair]:
+        of_both = one_config.finalists
+        return (search.finalists if self.request.tunable.HAS_DOWN_TABLES else of_both)(screening, count)
+
 
 def _binary(station: Station, job: CompileJob) -> Resources | Failure:
     """What the binary needs.
@@ -132,27 +142,27 @@ def _binary(station: Station, job: CompileJob) -> Resources | Failure:
 
 
 def _screen(of: _Search, task: Task, station: Station) -> Screening:
-    shape, gpu = of.request.shape, of.request.gpu
-    station.want(candidates.screening_jobs(task.listed, shape, task.tokens, gpu.sm))
+    shape, gpu, engine = of.request.shape, of.request.gpu, of.request.tunable
+    station.want(candidates.screening_jobs(task.listed, shape, task.tokens, gpu.sm, engine))
 
     def clean(projection: Projection, key: CompileKey) -> Failure | None:
-        job = candidates.screening_job(shape, task.tokens, projection, key, gpu.sm)
+        job = candidates.screening_job(shape, task.tokens, projection, key, gpu.sm, engine)
         return candidates.misfit(job, _binary(station, job), gpu)
 
     ask = of.counted(of.journal.through(station.ask))
-    screening = search.screened(task.tokens, task.listed, of.effort, ask, clean, of.budget.share())
-    for pair in search.finalists(screening, of.effort.finalists):
-        station.want(candidates.pair_jobs(pair, shape, task.tokens, gpu.sm))
+    screening = search.screened(task.tokens, task.listed, of.effort, ask, clean, of.budget.share(), of.fastest_keys)
+    for pair in of.finalists(screening, of.effort.finalists):
+        station.want(candidates.pair_jobs(pair, shape, task.tokens, gpu.sm, engine))
     return screening
 
 
 def _decide(of: _Search, tokens: int, screening: Screening, incumbent: Pair, station: Station) -> Measured | None:
-    pairs = search.finalists(screening, 1 if of.budget.is_spent() else of.effort.finalists)
+    pairs = of.finalists(screening, 1 if of.budget.is_spent() else of.effort.finalists)
     if not pairs:
         log.warning("M=%d: left out: no candidate ran (%s)", tokens, ", ".join(screening.failures) or "none was timed")
         return None
-    shape, sm = of.request.shape, of.request.gpu.sm
-    jobs = [candidates.pair_jobs(pair, shape, tokens, sm) for pair in (incumbent, *pairs)]
+    shape, sm, engine = of.request.shape, of.request.gpu.sm, of.request.tunable
+    jobs = [candidates.pair_jobs(pair, shape, tokens, sm, engine) for pair in (incumbent, *pairs)]
     station.want(job for of_pair in jobs for job in of_pair)  # another station may have screened
     runnable: list[Pair] = []
     for pair, of_pair in zip((incumbent, *pairs), jobs, strict=True):

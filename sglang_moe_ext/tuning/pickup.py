@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sglang_moe_ext.core import EngineError, Table, TileConfig
-from sglang_moe_ext.engines.sglang import lookup
+from sglang_moe_ext.engines.lookups import Answer, Question
+from sglang_moe_ext.engines.tunable import Asked
 from sglang_moe_ext.store import tables
 from sglang_moe_ext.tuning.questions import Pair
 from sglang_moe_ext.tuning.request import Request
@@ -19,12 +20,12 @@ BETWEEN_AND_BEYOND = (3, 20, 200, 5000, 100_000)
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What lies on disk after a run: the up table, the down table, and the folder with their names."""
+    """What lies on disk after a run: the up table with its file, the down table with its own where there is one."""
 
     up: Table
-    down: Table
     up_file: Path
-    down_file: Path
+    down: Table | None = None
+    down_file: Path | None = None
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
@@ -32,17 +33,17 @@ def environment(variables: Mapping[str, str]) -> dict[str, str]:
     return {**os.environ, **variables}
 
 
-def question(request: Request, tokens: Sequence[int] | None = None) -> lookup.Question:
+def question(request: Request, tokens: Sequence[int] | None = None) -> Question:
     """What the engine takes for the layer; where the GPU is not here, it is told to believe in it."""
-    return lookup.Question(request.shape, tokens or request.tokens, None if request.gpu_is_here else request.gpu)
+    return Question(request.shape, tokens or request.tokens, None if request.gpu_is_here else request.gpu)
 
 
-def pairs_of(answer: lookup.Answer) -> dict[int, Pair]:
+def pairs_of(answer: Answer) -> dict[int, Pair]:
     """The configurations of both GEMMs; without a table for the down projection the engine runs the up projection's."""
     return {m: {"up": up, "down": answer.down[m] or replace(up, use_tma=False)} for m, up in answer.up.items()}
 
 
-def prove(written: Written, request: Request, engine: lookup.Asked) -> lookup.Answer:
+def prove(written: Written, request: Request, engine: Asked) -> Answer:
     """The engine's answer, when it is the one that the tables give.
 
     Raises:
@@ -50,20 +51,21 @@ def prove(written: Written, request: Request, engine: lookup.Asked) -> lookup.An
     """
     tokens = sorted({*written.up, *BETWEEN_AND_BEYOND})
     answer = engine.answer(question(request, tokens))
+    title = request.tunable.TITLE
     for file in (written.up_file, written.down_file):
-        if file.resolve() not in {opened.resolve() for opened in answer.files}:
+        if file is not None and file.resolve() not in {opened.resolve() for opened in answer.files}:
             read = ", ".join(map(str, answer.files)) or "no table at all"
-            raise EngineError(f"SGLang {answer.engine_version} did not read {file}, now written: it read {read}")
+            raise EngineError(f"{title} {answer.engine_version} did not read {file}, now written: it read {read}")
     for m in tokens:
         up = written.up[tables.nearest(written.up, m)]
-        down = written.down[tables.nearest(written.down, m)]
-        _compare(m, "up", answer.up[m], up)
-        _compare(m, "down", answer.down[m], replace(down, block_m=up.block_m))
+        _compare(m, f"{title} takes {answer.up[m]} for the up projection", answer.up[m], up)
+        if written.down is not None:
+            down = written.down[tables.nearest(written.down, m)]
+            taken = answer.down[m]
+            _compare(m, f"{title} takes {taken} for the down projection", taken, replace(down, block_m=up.block_m))
     return answer
 
 
-def _compare(tokens: int, projection: str, taken: TileConfig | None, expected: TileConfig) -> None:
+def _compare(tokens: int, said: str, taken: TileConfig | None, expected: TileConfig) -> None:
     if taken != expected:
-        raise EngineError(
-            f"SGLang takes {taken} for the {projection} projection at M={tokens}: the written table has {expected}"
-        )
+        raise EngineError(f"{said} at M={tokens}: the written table has {expected}")

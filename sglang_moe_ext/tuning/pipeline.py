@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_moe_ext.core import EngineError, TileConfig
-from sglang_moe_ext.engines.sglang import installation, lookup
-from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.engines import releases
+from sglang_moe_ext.engines.lookups import Answer
+from sglang_moe_ext.engines.tunable import Asked, Installation
 from sglang_moe_ext.store import merge, provenance
 from sglang_moe_ext.store.merge import Refused, Stored
 from sglang_moe_ext.tuning import destinations, measured_run, pickup, plan, predict, records
@@ -32,7 +33,7 @@ class Outcome:
     written: tuple[Path, ...]
     refused: dict[Path, str]
     destination: Destination | None
-    answer: lookup.Answer | None
+    answer: Answer | None
     kernel: KernelSource
 
 
@@ -43,10 +44,10 @@ def destination_of(request: Request, engine: Installation | None) -> Destination
         EngineError: there is no Triton, or one that no engine reads tables of.
         StoreError: an overlay is needed and cannot be made.
     """
-    triton = installation.running_triton()
+    triton = releases.running_triton()
     if triton is None:
         raise EngineError("no Triton is installed: `pip install triton` brings the compiler that tuning needs")
-    return destinations.chosen(request.install, request.output_dir, engine, triton)
+    return destinations.CHOSEN[request.engine](request.install, request.output_dir, engine, triton)
 
 
 def plan_of(request: Request, progress: Progress) -> Plan:
@@ -55,10 +56,10 @@ def plan_of(request: Request, progress: Progress) -> Plan:
     Raises:
         MoEExtError: any of ours.
     """
-    if installation.find() is None:
+    if request.tunable.find() is None:
         return plan.made(request, None)
     progress("asking", 0, 1)
-    with closing(lookup.Asked(pickup.environment({}))) as today:
+    with closing(request.tunable.asked(pickup.environment({}))) as today:
         answer = today.answer(pickup.question(request))
     progress("asking", 1, 1)
     return plan.made(request, pickup.pairs_of(answer))
@@ -70,17 +71,17 @@ def run(request: Request, progress: Progress) -> Outcome:
     Raises:
         MoEExtError: any of ours. Nothing is half-written then; what a failed proof is about stays, and it says so.
     """
-    engine = installation.find()
+    engine = request.tunable.find()
     destination = destination_of(request, engine)
-    source = kernel_source(engine)
-    triton = installation.running_triton() or ""
-    kept = plan.sifted(request.shape, request.gpu).kept
-    for place in itertools.chain.from_iterable(_places(request, destination, triton)):
+    source = kernel_source(engine, request.tunable)
+    triton = releases.running_triton() or ""
+    kept = plan.sifted(request.shape, request.gpu, request.tunable).kept
+    for place in itertools.chain.from_iterable(of.values() for of in _places(request, destination, triton)):
         merge.read(place)  # what cannot be merged is better known before the work than after it
     with ExitStack() as processes:
 
-        def ask_later(environment: dict[str, str]) -> lookup.Asked:
-            return processes.enter_context(closing(lookup.Asked(pickup.environment(environment))))
+        def ask_later(environment: dict[str, str]) -> Asked:
+            return processes.enter_context(closing(request.tunable.asked(pickup.environment(environment))))
 
         today = None if engine is None else ask_later(_environment_today(destination))
         read_by_engine = None if engine is None else destination
@@ -117,7 +118,7 @@ def _environment_today(destination: Destination | None) -> dict[str, str]:
     return destination.environment if destination is not None and reads_it else {}
 
 
-def _refuse_to_shadow(answer: lookup.Answer) -> None:
+def _refuse_to_shadow(engine: str, answer: Answer) -> None:
     """A prediction under the running Triton's name would hide a table that was measured under another's.
 
     Raises:
@@ -127,7 +128,7 @@ def _refuse_to_shadow(answer: lookup.Answer) -> None:
         known = provenance.read(file)
         if known is None or any(entry.origin == "measured" for entry in known.entries.values()):
             raise EngineError(
-                f"SGLang already has a measured table for this layer, {file}: a prediction never replaces one; "
+                f"{engine} already has a measured table for this layer, {file}: a prediction never replaces one; "
                 "tune on the GPU itself, or write elsewhere with --output-dir"
             )
 
@@ -136,7 +137,7 @@ def _predicted(
     request: Request,
     kept: tuple[TileConfig, ...],
     destination: Destination | None,
-    today: lookup.Asked | None,
+    today: Asked | None,
     source: KernelSource,
     progress: Progress,
 ) -> dict[int, Predicted]:
@@ -146,7 +147,7 @@ def _predicted(
         progress("asking", 1, 1)
         is_new_folder = destination is not None and not destination.folder.parent.is_dir()
         if not (request.output_dir is not None and is_new_folder):
-            _refuse_to_shadow(answer)
+            _refuse_to_shadow(request.tunable.TITLE, answer)
     cache = CompileCache(default_path())
     return predict.table(
         kept,
@@ -154,6 +155,7 @@ def _predicted(
         request.gpu,
         request.tokens,
         lambda jobs: compile_all(source, jobs, cache=cache, progress=lambda done, of: progress("compiling", done, of)),
+        request.tunable,
     )
 
 
@@ -163,35 +165,40 @@ def _put(
     ours = records.tables(request, results, run_of)
     others = records.tables(request, records.for_any_engine(results), run_of)
     changes: dict[Path, Stored] = {}
-    for up, down in (places := _places(request, destination, triton)):
+    pairs: list[tuple[Path, Path]] = []
+    for place in _places(request, destination, triton):
+        up = place[False]
         is_ours = destination is not None and up.parent == destination.folder and destination.is_of_this_engine
         tables = ours if is_ours else others
         if tables[False].table:
-            changes |= {up: tables[False], down: tables[True]}
-    return merge.put(changes, [pair for pair in places if pair[0] in changes])
+            changes |= {path: tables[down] for down, path in place.items()}
+            pairs += [(up, place[True])] if True in place else []
+    return merge.put(changes, pairs, lambda table: request.tunable.table_text(table, triton))
 
 
-def _places(request: Request, destination: Destination | None, triton: str) -> list[tuple[Path, Path]]:
-    """The up and the down table in each folder that the run writes to."""
-    names = destinations.table_names(request.shape, request.gpu.device_name)
+def _places(request: Request, destination: Destination | None, triton: str) -> list[dict[bool, Path]]:
+    """The up table (False), and the down table (True) where there is one, in each folder that the run writes to."""
+    names = destinations.table_names(request.tunable, request.shape, request.gpu.device_name)
     folders = [] if destination is None else [destination.folder]
-    return [(folder / names[False], folder / names[True]) for folder in (*folders, destinations.store_folder(triton))]
+    stored = destinations.store_folder(request.engine, triton)
+    return [{down: folder / name for down, name in names.items()} for folder in (*folders, stored)]
 
 
 def _proven(
     request: Request,
     stored: dict[Path, Stored | Refused],
     destination: Destination,
-    proof: lookup.Asked,
+    proof: Asked,
     progress: Progress,
-) -> lookup.Answer | None:
+) -> Answer | None:
     """The engine's own answer to what was written, None where nothing was."""
-    names = destinations.table_names(request.shape, request.gpu.device_name)
-    up, down = (stored.get(destination.folder / names[which]) for which in (False, True))
-    if not isinstance(up, Stored) or not isinstance(down, Stored):
+    names = destinations.table_names(request.tunable, request.shape, request.gpu.device_name)
+    files = {down: destination.folder / name for down, name in names.items()}
+    found = {down: result.table for down, file in files.items() if isinstance(result := stored.get(file), Stored)}
+    if found.keys() != files.keys():
         return None
     progress("pick-up", 0, 1)
-    written = pickup.Written(up.table, down.table, destination.folder / names[False], destination.folder / names[True])
+    written = pickup.Written(found[False], files[False], found.get(True), files.get(True))
     answer = pickup.prove(written, request, proof)
     progress("pick-up", 1, 1)
     return answer

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sglang_moe_ext.core import CompileJob, Gpu, GpuError, ModelError, MoEShape, TileConfig
+from sglang_moe_ext.engines.known import SGLANG
+from sglang_moe_ext.engines.tunable import Tunable
 from sglang_moe_ext.roofline import pair_floor_us
 from sglang_moe_ext.tuning import candidates, predict, space, wave_model
 from sglang_moe_ext.tuning.farm import default_workers
@@ -44,7 +46,7 @@ class Plan:
     estimated_s: float
 
 
-def sifted(shape: MoEShape, gpu: Gpu) -> space.Sifted:
+def sifted(shape: MoEShape, gpu: Gpu, engine: Tunable = SGLANG) -> space.Sifted:
     """The candidates that no rule drops.
 
     Raises:
@@ -56,7 +58,8 @@ def sifted(shape: MoEShape, gpu: Gpu) -> space.Sifted:
             f"{gpu.device_name} (sm_{gpu.sm}) has no fp8 matrix units: expected sm_{_FIRST_FP8_SM} or newer; "
             "engines run such weights through Marlin there, which reads no table"
         )
-    found = space.sift(space.full_space(), shape, gpu)
+    space_of_engine = dict.fromkeys(engine.effective(config, shape.quantisation) for config in space.full_space())
+    found = space.sift(space_of_engine, shape, gpu)
     if not found.kept:
         dropped = ", ".join(f"{name} {count}" for name, count in found.dropped.items() if count)
         raise ModelError(f"no candidate is left for {shape} on {gpu.device_name}: the rules dropped all ({dropped})")
@@ -70,17 +73,18 @@ def made(request: Request, incumbents: dict[int, Pair] | None) -> Plan:
         MoEExtError: as `sifted`.
     """
     shape, gpu = request.shape, request.gpu
-    found = sifted(shape, gpu)
+    engine = request.tunable
+    found = sifted(shape, gpu, engine)
     rows = tuple(_row(found.kept, shape, gpu, m, None if incumbents is None else incumbents[m]) for m in request.tokens)
     screens = 0
     jobs: set[CompileJob] = set()
     for m in request.tokens:
         if request.measuring is None:
             front = predict.best_of_each_key(found.kept, shape, gpu, m)[: predict.FRONT]
-            jobs.update(job for config in front for job in predict.jobs_of(config, shape, m, gpu.sm).values())
+            jobs.update(job for config in front for job in predict.jobs_of(config, shape, m, gpu.sm, engine).values())
         else:
             of_m = candidates.screening_jobs(
-                candidates.of_request(request, request.measuring, found.kept, m), shape, m, gpu.sm
+                candidates.of_request(request, request.measuring, found.kept, m), shape, m, gpu.sm, engine
             )
             screens += len(of_m)
             jobs.update(of_m)

@@ -19,7 +19,8 @@ from sglang_moe_ext.core import (
     Resources,
     TileConfig,
 )
-from sglang_moe_ext.engines.sglang.specialisation import representative_tokens
+from sglang_moe_ext.engines.known import SGLANG
+from sglang_moe_ext.engines.tunable import Tunable
 from sglang_moe_ext.tuning import wave_model
 from sglang_moe_ext.tuning.binaries import Compiled
 
@@ -39,9 +40,11 @@ class Predicted:
     resources: dict[Projection, Resources]
 
 
-def jobs_of(config: TileConfig, shape: MoEShape, tokens: int, sm: int) -> dict[Projection, CompileJob]:
+def jobs_of(
+    config: TileConfig, shape: MoEShape, tokens: int, sm: int, engine: Tunable = SGLANG
+) -> dict[Projection, CompileJob]:
     """The binaries that a configuration needs at that many tokens."""
-    representative = representative_tokens(shape, tokens)
+    representative = engine.representative_tokens(shape, tokens)
     return {
         projection: CompileJob(shape, projection, representative, config.compile_key, sm) for projection in PROJECTIONS
     }
@@ -61,7 +64,12 @@ def clean_resources(
 
 
 def table(
-    candidates: Sequence[TileConfig], shape: MoEShape, gpu: Gpu, tokens: Sequence[int], compile_all: CompileAll
+    candidates: Sequence[TileConfig],
+    shape: MoEShape,
+    gpu: Gpu,
+    tokens: Sequence[int],
+    compile_all: CompileAll,
+    engine: Tunable = SGLANG,
 ) -> dict[int, Predicted]:
     """The best candidate for each M, compiled. Only what is ranked ahead of a compiled, clean candidate is compiled.
 
@@ -84,7 +92,7 @@ def table(
                 job
                 for m, front in fronts.items()
                 for config in front
-                for job in jobs_of(config, shape, m, gpu.sm).values()
+                for job in jobs_of(config, shape, m, gpu.sm, engine).values()
             ]
         )
         _refuse_if_hopeless(compiled)
@@ -92,7 +100,7 @@ def table(
             clean = [
                 Predicted(config, wave_model.pair_us(config, shape, gpu, m, resources), resources)
                 for config in front
-                if (resources := clean_resources(jobs_of(config, shape, m, gpu.sm), compiled, gpu)) is not None
+                if (resources := clean_resources(jobs_of(config, shape, m, gpu.sm, engine), compiled, gpu)) is not None
             ]
             if clean:
                 chosen[m] = min(clean, key=lambda predicted: predicted.us)

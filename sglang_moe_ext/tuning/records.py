@@ -11,8 +11,8 @@ from pathlib import Path
 
 from sglang_moe_ext import __version__
 from sglang_moe_ext.core import Origin, Table
-from sglang_moe_ext.engines.sglang import installation
-from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.engines import releases
+from sglang_moe_ext.engines.tunable import Installation
 from sglang_moe_ext.roofline import pair_floor_us
 from sglang_moe_ext.store.merge import Stored
 from sglang_moe_ext.store.provenance import Entry, Provenance, Run
@@ -33,8 +33,8 @@ def circumstances(request: Request, engine: Installation | None, kernel: str) ->
         shape=str(request.shape),
         gpu=request.gpu.device_name,
         kernel=kernel,
-        engine=None if engine is None else f"sglang {engine.version_text}",
-        triton=installation.running_triton(),
+        engine=None if engine is None else f"{request.engine} {engine.version_text}",
+        triton=releases.running_triton(),
         torch=version_of("torch"),
         driver=None if request.measuring is None else driver_version(),
         seed=request.seed,
@@ -72,7 +72,7 @@ def for_any_engine(results: Results) -> Results:
 
 
 def tables(request: Request, results: Results, run: Run) -> dict[bool, Stored]:
-    """The up table (False) and the table for the down projection (True)."""
+    """The up table (False), and the table for the down projection (True) where the engine has such."""
     pairs: dict[int, Pair] = {}
     entries: dict[int, Entry] = {}
     for m, result in results.items():
@@ -86,7 +86,8 @@ def tables(request: Request, results: Results, run: Run) -> dict[bool, Stored]:
                 entries[m] = _entry("measured", run, floor | _of_measurement(result))
     up: Table = {m: pair["up"] for m, pair in pairs.items()}
     down: Table = {m: pair["down"] for m, pair in pairs.items()}
-    return {False: Stored(up, Provenance(entries)), True: Stored(down, Provenance(entries))}
+    of_up = {False: Stored(up, Provenance(entries))}
+    return of_up | {True: Stored(down, Provenance(entries))} if request.tunable.HAS_DOWN_TABLES else of_up
 
 
 def _entry(origin: Origin, run: Run, figures: dict[str, float]) -> Entry:

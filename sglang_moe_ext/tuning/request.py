@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_moe_ext.core import Gpu, MoEShape, Projection
+from sglang_moe_ext.engines.known import ENGINES
+from sglang_moe_ext.engines.tunable import EngineName, Tunable
 from sglang_moe_ext.tuning.destinations import Install
 from sglang_moe_ext.tuning.routing import Source
 from sglang_moe_ext.tuning.search import EffortName
@@ -35,7 +37,7 @@ class Measuring:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One layer on one GPU. `gpu_is_here`: this machine has that GPU; `measuring` None: predict.
+    """One layer of one engine on one GPU. `gpu_is_here`: this machine has that GPU; `measuring` None: predict.
 
     `vllm_shape` is the layer as vLLM would launch it, None where that is unknown or impossible.
     """
@@ -52,3 +54,9 @@ class Request:
     output_dir: Path | None
     seed: int
     command: str
+    engine: EngineName = "sglang"
+
+    @property
+    def tunable(self) -> Tunable:
+        """The engine that is tuned."""
+        return ENGINES[self.engine]

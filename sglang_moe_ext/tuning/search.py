@@ -61,6 +61,16 @@ class Screening:
     failures: dict[str, int]
 
 
+def fastest_keys(times: Times, count: int) -> dict[Projection, list[CompileKey]]:
+    """The binaries of the fastest configurations of each GEMM, so many of each path."""
+    found: dict[Projection, list[CompileKey]] = {}
+    for projection, of_gemm in times.items():
+        ranked = sorted(of_gemm, key=of_gemm.__getitem__)
+        paths = [[config for config in ranked if config.use_tma == use_tma][:count] for use_tma in (False, True)]
+        found[projection] = [config.compile_key for of_path in paths for config in of_path]
+    return found
+
+
 def screened(
     tokens: int,
     candidates: Mapping[Projection, Sequence[TileConfig]],
@@ -68,8 +78,9 @@ def screened(
     ask: Ask,
     clean: Clean,
     is_over: Callable[[], bool] = lambda: False,
+    fastest: Callable[[Times, int], Mapping[Projection, Iterable[CompileKey]]] = fastest_keys,
 ) -> Screening:
-    """Time each candidate of each GEMM, and the fastest with every GROUP_SIZE_M that the candidates have.
+    """Time each candidate of each GEMM, and the `fastest` with every GROUP_SIZE_M that the candidates have.
 
     Candidates come best guess first, and the GEMMs take turns; `is_over` ends the screening early, but not before
     something was timed of each.
@@ -90,8 +101,9 @@ def screened(
             continue
         tried += 1
         note(clean(projection, key) or gemm.timed(key, groups[projection][key][:1], _SAMPLES), projection, key)
+    again = fastest({projection: gemm.times for projection, gemm in gemms.items()}, effort.grouped)
     for projection, gemm in gemms.items():
-        for key in _fastest_keys(gemm.times, effort.grouped):
+        for key in again[projection]:
             if is_over():
                 break
             note(gemm.timed(key, groups[projection][key], _GROUPED_SAMPLES), projection, key)
@@ -136,16 +148,6 @@ def groups_by_key(configs: Iterable[TileConfig]) -> dict[CompileKey, tuple[int, 
     for config in configs:
         groups[config.compile_key] = (*groups.get(config.compile_key, ()), config.group_m)
     return groups
-
-
-def _fastest_keys(times: Mapping[TileConfig, float], count: int) -> list[CompileKey]:
-    """The binaries of the fastest configurations, so many of each path."""
-    ranked = sorted(times, key=times.__getitem__)
-    return [
-        config.compile_key
-        for use_tma in (False, True)
-        for config in [config for config in ranked if config.use_tma == use_tma][:count]
-    ]
 
 
 def finalists(screening: Screening, count: int) -> list[Pair]:

@@ -9,26 +9,29 @@ from pathlib import Path
 
 import sglang_moe_ext.kernels
 from sglang_moe_ext.core import EngineError
-from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.engines.known import SGLANG
+from sglang_moe_ext.engines.tunable import Installation, Tunable
 from sglang_moe_ext.tuning.binaries import KernelSource
 
 
-def kernel_source(engine: Installation | None) -> KernelSource:
-    """The source for that engine.
+def kernel_source(engine: Installation | None, tunable: Tunable = SGLANG) -> KernelSource:
+    """The source for that installation of that engine; None: ours.
 
     Raises:
         EngineError: there is no Triton to compile with.
     """
     if importlib.util.find_spec("triton") is None:
-        raise EngineError("no Triton is installed: expected it beside SGLang; `pip install triton` brings the compiler")
+        raise EngineError(
+            f"no Triton is installed: expected it beside {tunable.TITLE}; `pip install triton` brings the compiler"
+        )
     triton = importlib.metadata.version("triton")
     if engine is None:
         module = "sglang_moe_ext.kernels.offline"
         return KernelSource(f"our own kernel, Triton {triton}", module, f"{_digest_of_ours()} {triton}", False)
-    text = engine.kernel_file.read_bytes()
+    text = tunable.kernel_file(engine).read_bytes()
     return KernelSource(
-        f"SGLang {engine.version_text}'s own kernel, Triton {triton}",
-        "sglang_moe_ext.engines.sglang.offline",
+        f"{tunable.TITLE} {engine.version_text}'s own kernel, Triton {triton}",
+        tunable.OFFLINE,
         f"{hashlib.sha256(text).hexdigest()} {triton}",
         True,
     )

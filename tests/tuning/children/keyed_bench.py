@@ -34,6 +34,7 @@ class MakeKeyedBench:
     routing: Source
     seed: int
     triton_cache: Path
+    engine: str = "sglang"
 
     def __call__(self) -> KeyedBench:
         with (self.triton_cache / "starts").open("a") as file:

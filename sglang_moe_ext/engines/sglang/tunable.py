@@ -1,0 +1,98 @@
+"""SGLang, as the tuner asks it: the functions of `engines.tunable.Tunable`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sglang_moe_ext.core import Gpu, MoEShape, Projection, Quantisation, Table, TableKey, TileConfig
+from sglang_moe_ext.engines.sglang import (
+    backends,
+    installation,
+    kernel,
+    lookup,
+    naming,
+    specialisation,
+    tma,
+    whole_layer,
+)
+from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.engines.sglang.kernel import Engine
+from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
+from sglang_moe_ext.engines.tunable import EngineName, Sorted, Version
+from sglang_moe_ext.store import tables
+
+if TYPE_CHECKING:
+    import torch
+
+NAME: EngineName = "sglang"
+TITLE = "SGLang"
+OFFLINE = "sglang_moe_ext.engines.sglang.offline"
+HAS_DOWN_TABLES = True
+
+
+def find() -> Installation | None:
+    return installation.find()
+
+
+def kernel_file(engine: Installation) -> Path:
+    return engine.kernel_file
+
+
+def asked(environment: Mapping[str, str]) -> lookup.Asked:
+    return lookup.Asked(environment)
+
+
+def table_key(shape: MoEShape, device_name: str, *, down: bool) -> TableKey:
+    return naming.table_key(shape, device_name, down=down)
+
+
+def file_name(key: TableKey) -> str:
+    return naming.file_name(key)
+
+
+def table_text(table: Table, triton: str) -> str:
+    """The folder says which Triton; every key of the file must be a number."""
+    return tables.to_json(table)
+
+
+def effective(config: TileConfig, quantisation: Quantisation) -> TileConfig:
+    return config
+
+
+def why_no_table(shape: MoEShape, gpu: Gpu, architecture: str) -> str | None:
+    return backends.why_no_table(backends.AUTO, shape, gpu, architecture)
+
+
+def representative_tokens(shape: MoEShape, tokens: int) -> int:
+    return specialisation.representative_tokens(shape, tokens)
+
+
+def gemms_with_tma(quantisation: Quantisation, version: Version, sm: int) -> tuple[Projection, ...]:
+    return tma.gemms_with_tma(quantisation, version, sm)
+
+
+def load() -> Engine:
+    return kernel.load()
+
+
+def warm_up(loaded: Engine, shape: MoEShape) -> None:
+    whole_layer.warm_up(loaded, shape)
+
+
+def seen_ids(shape: MoEShape, topk_ids: torch.Tensor) -> torch.Tensor:
+    """The server maps ids to the rank before it calls the layer."""
+    return topk_ids
+
+
+def sort(loaded: Engine, shape: MoEShape, topk_ids: torch.Tensor, block_m: int) -> Sorted:
+    return loaded.align(topk_ids, block_m, shape.experts)
+
+
+def launch(loaded: Engine, shape: MoEShape, projection: Projection, tensors: GemmTensors, config: TileConfig) -> None:
+    kernel.launch(loaded, shape, projection, tensors, config)
+
+
+def run_layer(loaded: Engine, shape: MoEShape, tensors: LayerTensors, up: TileConfig, down: TileConfig) -> torch.Tensor:
+    return whole_layer.run(loaded, shape, tensors, up, down)
