@@ -117,8 +117,8 @@ def test_a_table_that_the_engine_does_not_take_fails_the_command(
 ) -> None:
     put = merge.put
 
-    def put_and_lose(changes: dict[Path, Stored], pairs: list[tuple[Path, Path]]) -> dict[Path, Stored | Refused]:
-        stored = put(changes, pairs)
+    def put_and_lose(changes: dict[Path, Stored], pairs: Any, text: Any) -> dict[Path, Stored | Refused]:
+        stored = put(changes, pairs, text)
         for path in stored:
             path.unlink()
         return stored
