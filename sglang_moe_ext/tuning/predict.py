@@ -23,6 +23,7 @@ from sglang_moe_ext.engines.known import SGLANG
 from sglang_moe_ext.engines.tunable import Tunable
 from sglang_moe_ext.tuning import wave_model
 from sglang_moe_ext.tuning.binaries import Compiled
+from sglang_moe_ext.tuning.crew import UNABLE
 
 CompileAll = Callable[[Sequence[CompileJob]], Compiled]
 FRONT = 4
@@ -110,7 +111,13 @@ def table(
 
 
 def _refuse_if_hopeless(compiled: Compiled) -> None:
-    """Raises EngineError where the kernel itself, not the compiler, refused every binary: it cannot do the layer."""
+    """Raises EngineError where no other candidate would fare better.
+
+    The kernel itself, not the compiler, refused every binary: it cannot do the layer. Or nothing can be compiled.
+    """
+    unable = next((it for it in compiled.values() if isinstance(it, Failure) and it.kind == UNABLE), None)
+    if unable is not None:
+        raise EngineError(f"nothing can be compiled: {unable.message}")
     refusals = [
         result.message for result in compiled.values() if isinstance(result, Failure) and result.kind == REFUSED
     ]

@@ -88,6 +88,13 @@ def test_where_nothing_compiles_the_error_says_why() -> None:
         predicted(TableCompiler(lambda _: FAULTS["fails"]), [64])
 
 
+def test_a_compiler_that_cannot_begin_is_asked_once() -> None:
+    compiler = TableCompiler(lambda _: Failure("FarmUnable", "the kernel cannot be imported"))
+    with pytest.raises(EngineError, match="nothing can be compiled: the kernel cannot be imported"):
+        predicted(compiler, [64])
+    assert len(compiler.asked) == 2 * predict.FRONT
+
+
 def test_where_all_spill_the_error_says_so() -> None:
     with pytest.raises(EngineError, match="M=64 on NVIDIA H200: all spill"):
         predicted(TableCompiler(lambda _: FAULTS["spills"]), [64])
