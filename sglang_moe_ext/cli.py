@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from sglang_moe_ext import __version__, capture, doctor, install, overlay, patch, tune
+from sglang_moe_ext import __version__, capture, doctor, export, install, overlay, patch, tune
 from sglang_moe_ext.core import MoEExtError
 
 
@@ -20,6 +20,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_to(examined)
     restored = commands.add_parser("install", help="put the tables of your own store into SGLang, as after an upgrade")
     install.add_to(restored)
+    exported = commands.add_parser("export", help="make a table for one engine of a run that measured the other")
+    export.add_to(exported)
     captured = commands.add_parser("capture", help="ask a running server how its tokens choose experts, for tune")
     capture.add_to(captured)
     overlaid = commands.add_parser("overlay", help="make a folder of tables for processes that no hook reaches")
@@ -32,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
 _RUN = {
     "capture": capture.run,
     "doctor": doctor.run,
+    "export": export.run,
     "install": install.run,
     "overlay": overlay.run,
     "patch": patch.run,

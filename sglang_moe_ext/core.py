@@ -8,8 +8,11 @@ from typing import Literal
 Scheme = Literal["fp8_w8a8", "int8_w8a8", "int8_w8a16", "int4_w4a16"]
 ActivationDtype = Literal["bfloat16", "float16"]
 Projection = Literal["up", "down"]
-Origin = Literal["measured", "predicted"]
-"""How a table came to be: timed on the GPU it is for, or ranked by a model of it. Predicted never replaces measured."""
+Origin = Literal["measured", "transferred", "predicted"]
+"""How an entry came to be: timed on the GPU it is for, timed there in another engine, or ranked by a model of the GPU.
+
+In the order of their worth: what is worth less never replaces what is worth more.
+"""
 
 PROJECTIONS: tuple[Projection, ...] = ("up", "down")
 

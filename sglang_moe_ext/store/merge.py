@@ -1,14 +1,17 @@
-"""Put a new table into the place of an old one, entry by entry; nothing measured is ever lost to a prediction."""
+"""Put a new table into the place of an old one, entry by entry; none is ever lost to one that is worth less."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
-from sglang_moe_ext.core import StoreError, Table, TileConfig
+from sglang_moe_ext.core import Origin, StoreError, Table, TileConfig
 from sglang_moe_ext.store import files, provenance, tables, user_store
 from sglang_moe_ext.store.provenance import Provenance
+
+_ORIGINS: tuple[Origin, ...] = get_args(Origin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,15 +21,21 @@ class Stored:
     table: Table
     provenance: Provenance | None
 
-    def has_measured(self) -> bool:
-        """True where some entry is not known to be a mere prediction."""
-        known = self.provenance
-        return known is None or any(known.origin(m) != "predicted" for m in self.table)
+    def _worth(self, tokens: int) -> int:
+        known = None if self.provenance is None else self.provenance.origin(tokens)
+        return 0 if known is None else -_ORIGINS.index(known)
 
-    def without_predictions(self) -> Stored:
-        """The entries that are not known to be mere predictions."""
-        known = self.provenance
-        kept = {m: config for m, config in self.table.items() if known is None or known.origin(m) != "predicted"}
+    def worth(self) -> int:
+        """Of its best entry: 0 where some entry was measured, or may have been; less where none was."""
+        return max(map(self._worth, self.table), default=0)
+
+    def has_measured(self) -> bool:
+        """True where some entry is not known to be other than measured."""
+        return self.worth() == 0
+
+    def of_worth(self, least: int) -> Stored:
+        """The entries that are worth so much."""
+        kept, known = {m: of for m, of in self.table.items() if self._worth(m) >= least}, self.provenance
         return Stored(kept, known and Provenance({m: entry for m, entry in known.entries.items() if m in kept}))
 
 
@@ -52,17 +61,18 @@ def read(path: Path) -> Stored | None:
 
 
 def merged(old: Stored | None, new: Stored) -> Stored | Refused:
-    """The two as one: of an M in both, the new entry. A prediction is refused wherever a measurement lies.
+    """The two as one: of an M in both, the new entry. What is worth less is refused wherever something better lies.
 
     It is refused whole, also for an M that the old table lacks: the engine takes the nearest entry, so each key that is
     added changes what the tokens around it run.
     """
     if old is None:
         return new
-    if old.has_measured():
-        if not new.has_measured():
-            return Refused("a measured table already lies there, and a predicted one never replaces it")
-        new = new.without_predictions()
+    least = old.worth()
+    if new.worth() < least:
+        there, ours = _ORIGINS[-least], _ORIGINS[-new.worth()]
+        return Refused(f"a {there} table already lies there, and a {ours} one never replaces it")
+    new = new.of_worth(least)
     table = dict(sorted({**old.table, **new.table}.items()))
     known = (
         {}

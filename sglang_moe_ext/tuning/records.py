@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sglang_moe_ext import __version__
-from sglang_moe_ext.core import Origin, Table
+from sglang_moe_ext.core import MoEShape, Origin, Table
 from sglang_moe_ext.engines import releases
 from sglang_moe_ext.engines.tunable import Installation
 from sglang_moe_ext.roofline import pair_floor_us
@@ -18,8 +18,10 @@ from sglang_moe_ext.store.merge import Stored
 from sglang_moe_ext.store.provenance import Entry, Provenance, Run
 from sglang_moe_ext.tuning.predict import Predicted
 from sglang_moe_ext.tuning.questions import Pair
+from sglang_moe_ext.tuning.recording import Recording
 from sglang_moe_ext.tuning.rematch import Measured
 from sglang_moe_ext.tuning.request import Request
+from sglang_moe_ext.tuning.transfer import Source
 
 Results = Mapping[int, Predicted] | Mapping[int, Measured]
 
@@ -40,6 +42,29 @@ def circumstances(request: Request, engine: Installation | None, kernel: str) ->
         seed=request.seed,
         sglang_moe_ext=__version__,
     )
+
+
+def of_journal(journal: Recording, source: Source, shape: MoEShape, command: str) -> Run:
+    """Where, when and with what the entries of a journal were timed; the shape is that of the engine they are for."""
+    stated = journal.circumstances
+    return Run(
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        command=command,
+        model=str(shape),
+        shape=str(shape),
+        gpu=source.device_name,
+        kernel=str(stated["kernel"]),
+        engine=f"{source.engine} {source.version}",
+        triton=source.triton,
+        torch=_text(stated.get("torch")),
+        driver=_text(stated.get("driver")),
+        seed=int(stated.get("seed") or 0),
+        sglang_moe_ext=__version__,
+    )
+
+
+def _text(stated: object) -> str | None:
+    return None if stated is None else str(stated)
 
 
 def version_of(distribution: str) -> str | None:
@@ -88,6 +113,11 @@ def tables(request: Request, results: Results, run: Run) -> dict[bool, Stored]:
     down: Table = {m: pair["down"] for m, pair in pairs.items()}
     of_up = {False: Stored(up, Provenance(entries))}
     return of_up | {True: Stored(down, Provenance(entries))} if request.tunable.HAS_DOWN_TABLES else of_up
+
+
+def of_transfer(run: Run, times_us: Mapping[int, float]) -> dict[int, Entry]:
+    """Of entries that were timed in another engine: the time of both GEMMs there."""
+    return {m: _entry("transferred", run, {"gemms_us": round(us, 2)}) for m, us in times_us.items()}
 
 
 def _entry(origin: Origin, run: Run, figures: dict[str, float]) -> Entry:

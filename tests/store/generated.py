@@ -37,7 +37,7 @@ runs = st.builds(
 figures = st.dictionaries(st.text(max_size=8), st.floats(allow_nan=False), max_size=3)
 
 provenances = st.dictionaries(
-    token_counts, st.builds(Entry, st.sampled_from(["measured", "predicted"]), runs, figures), max_size=4
+    token_counts, st.builds(Entry, st.sampled_from(["measured", "transferred", "predicted"]), runs, figures), max_size=4
 ).map(Provenance)
 
 A_RUN = Run("2026-11-21", "tune", "model", "shape", "gpu", "kernel", "0.5.23", "3.7.1", "2.13.0", None, 0, "1")

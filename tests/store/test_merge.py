@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import subprocess
@@ -133,6 +134,22 @@ def test_a_prediction_replaces_a_prediction() -> None:
 def test_a_table_without_provenance_in_the_place_of_a_predicted_one_counts_as_measured() -> None:
     result = merge.merged(made("predicted", {64: 32}), bare({64: 128}))
     assert isinstance(result, Stored) and result.has_measured()
+
+
+WORTH: tuple[Origin, ...] = ("measured", "transferred", "predicted")
+
+
+@pytest.mark.parametrize(("there", "new"), itertools.product(WORTH, WORTH))
+def test_what_is_worth_less_never_replaces_what_is_worth_more(there: Origin, new: Origin) -> None:
+    result = merge.merged(made(there, {64: 32}), made(new, {128: 32}))
+    assert isinstance(result, Refused) == (WORTH.index(new) > WORTH.index(there))
+
+
+def test_of_a_new_table_only_what_is_worth_as_much_is_taken() -> None:
+    new = merge.merged(made("predicted", {1: 128}), made("transferred", {256: 128}))
+    assert isinstance(new, Stored)
+    result = merge.merged(made("transferred", {64: 32}), new)
+    assert isinstance(result, Stored) and set(result.table) == {64, 256}
 
 
 def test_a_new_place_takes_the_new_table_as_it_is() -> None:

@@ -1,0 +1,97 @@
+"""What the journal of a run in one engine says to another, whose kernel is of the same family."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from sglang_moe_ext.core import PROJECTIONS, MoEShape, Projection, StoreError, TileConfig
+from sglang_moe_ext.engines.known import ENGINES
+from sglang_moe_ext.engines.tunable import EngineName
+from sglang_moe_ext.shapes import parse_shape
+from sglang_moe_ext.tuning import one_config
+from sglang_moe_ext.tuning.questions import Check, Checked, Screen, Screened
+from sglang_moe_ext.tuning.recording import Recording
+from sglang_moe_ext.tuning.rematch import is_right
+from sglang_moe_ext.tuning.search import Times
+
+_KERNEL = re.compile(r"(?P<title>\w+) (?P<version>\S+)'s own kernel, Triton (?P<triton>\S+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Whose journal it is, with which Triton, of which layer on which GPU."""
+
+    engine: EngineName
+    version: str
+    triton: str
+    shape: MoEShape
+    device_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Transferred:
+    """For one M: the configuration, and the microseconds of both GEMMs together in the engine that timed it."""
+
+    config: TileConfig
+    us: float
+
+
+def source_of(journal: Recording) -> Source:
+    """What the circumstances of a journal say.
+
+    Raises:
+        StoreError: they are none of a measuring run.
+    """
+    stated = journal.circumstances
+    kernel = _KERNEL.fullmatch(str(stated.get("kernel")))
+    titles = {tunable.TITLE: name for name, tunable in ENGINES.items()}
+    ep, fused = stated.get("ep"), stated.get("fused_shared")
+    if kernel is None or kernel["title"] not in titles or not isinstance(ep, int) or not isinstance(fused, int):
+        raise StoreError("its first line names no engine and layer that were measured: give a journal of our tune")
+    shape = replace(parse_shape(str(stated.get("shape"))), ep=ep, fused_shared=fused)
+    return Source(titles[kernel["title"]], kernel["version"], kernel["triton"], shape, str(stated.get("gpu")))
+
+
+def shape_in(engine: EngineName, source: Source, fused_shared: int) -> MoEShape:
+    """The same layer in the other engine: vLLM fuses no shared experts into the routed ones, SGLang may so many."""
+    shape, theirs = source.shape, source.shape.fused_shared
+    added = (fused_shared if engine == "sglang" else 0) - theirs
+    return replace(shape, experts=shape.experts + added, top_k=shape.top_k + added, fused_shared=theirs + added)
+
+
+def best(journal: Recording, source: Source, engine: EngineName) -> dict[int, Transferred]:
+    """For each M, what is fastest in both GEMMs together, without TMA and not known to be wrong."""
+    wrong = set(_wrong(journal, source.shape))
+    effective, quantisation = ENGINES[engine].effective, source.shape.quantisation
+    found: dict[int, Transferred] = {}
+    for tokens, times in sorted(_times(journal).items()):
+        fit = (config for config in one_config.ranked(times) if not config.use_tma and config not in wrong)
+        if (config := next(fit, None)) is not None:
+            us = sum(times[projection][config] for projection in PROJECTIONS)
+            found[tokens] = Transferred(effective(config, quantisation), us)
+    return found
+
+
+def _times(journal: Recording) -> dict[int, Times]:
+    """The median of each configuration's samples, by M and GEMM; of two screens of one, the one with more samples."""
+    samples: dict[int, dict[Projection, dict[TileConfig, tuple[float, ...]]]] = {}
+    for question, answer in journal.answers.values():
+        if isinstance(question, Screen) and isinstance(answer, Screened):
+            of_gemm = samples.setdefault(question.tokens, {it: {} for it in PROJECTIONS})[question.projection]
+            for group, us in zip(question.groups, answer.us, strict=True):
+                config = question.key.with_group(group)
+                if len(us) > len(of_gemm.get(config, ())):
+                    of_gemm[config] = us
+    return {
+        tokens: {it: {config: statistics.median(us) for config, us in of.items()} for it, of in by_gemm.items()}
+        for tokens, by_gemm in samples.items()
+    }
+
+
+def _wrong(journal: Recording, shape: MoEShape) -> Iterable[TileConfig]:
+    for question, answer in journal.answers.values():
+        if isinstance(question, Check) and isinstance(answer, Checked) and not is_right(shape, answer.error):
+            yield from question.pair.values()
