@@ -1,6 +1,6 @@
 """Leave, in a CUDA library, only the machine code for one architecture, so that it packs small; zeros fill its place.
 
-Usage: python tools/keep_architecture.py LIBRARY SM. Kernels that the library has as PTX alone, or for other GPUs alone, are
+Usage: python tools/keep_architecture.py LIBRARY SM. Kernels that it has as PTX alone, or for other GPUs alone, are
 gone. Layout as CUDA 13 writes it: containers, each with a header and entries one behind the other, each of which has
 kind, sizes and architecture in a header of its own.
 """

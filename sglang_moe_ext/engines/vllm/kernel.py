@@ -34,11 +34,15 @@ def load() -> Engine:
     Raises:
         EngineError: there is no engine, or it cannot be imported.
     """
+    import torch
+
     engine = installation.find()
     if engine is None:
         raise EngineError("vLLM is not installed in this environment")
     os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")  # it would log to stdout, where answers go
     logging.getLogger("vllm").setLevel(logging.ERROR)  # that there are no compiled operators is known where it matters
+    if not torch.cuda.is_available():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else it takes a Triton that finds no driver for none at all
     kernels = bootstrap.import_engine(installation.LAYER_MODULE)
     # A server runs weights of groups through TritonWNA16Experts, whatever the number of tokens; the function that we
     # call would take a CUDA kernel at few of them, which reads no table.

@@ -6,6 +6,7 @@ block-wise fp8 it quantises in the kernel of the activation, which this function
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING
 
 from sglang_moe_ext.core import EngineError, MoEShape, TileConfig
@@ -27,7 +28,8 @@ def run(engine: Engine, shape: MoEShape, tensors: LayerTensors, up: TileConfig, 
     if up != down:
         raise EngineError(f"vLLM runs both GEMMs with one configuration: expected the same twice, got {up} and {down}")
     engine.kernels.try_get_optimal_moe_config = lambda *_, **__: entry_of(up)
-    out: torch.Tensor = engine.kernels.fused_experts_impl(
+    layer = engine.kernels.fused_experts_impl
+    out: torch.Tensor = layer(
         tensors.hidden,
         tensors.w1,
         tensors.w2,
@@ -39,5 +41,6 @@ def run(engine: Engine, shape: MoEShape, tensors: LayerTensors, up: TileConfig, 
         w1_scale=tensors.w1_scale,
         w2_scale=tensors.w2_scale,
         **kernel.flags(shape),
+        **({"inplace": False} if "inplace" in inspect.signature(layer).parameters else {}),  # up to 0.20
     )
     return out
