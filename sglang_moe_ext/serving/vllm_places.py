@@ -7,17 +7,17 @@ from pathlib import Path
 
 from sglang_moe_ext import shipped
 from sglang_moe_ext.engines.sglang.naming import DIALECT as SGLANGS
-from sglang_moe_ext.engines.vllm.installation import Installation
+from sglang_moe_ext.engines.vllm.installation import VARIABLE, Installation
 from sglang_moe_ext.engines.vllm.naming import DIALECT
 from sglang_moe_ext.serving.shelf import Place
 from sglang_moe_ext.store import user_store
 
-VARIABLE = "VLLM_TUNED_CONFIG_FOLDER"
-"""The engine's own: read, never set, since a value of it has LoRA layers ask for other tables."""
-
 
 def places(engine: Installation) -> list[Place]:
-    """In order. Tables measured in SGLang come after all that are vLLM's own, but before its defaults."""
+    """In order. Tables measured in SGLang come after all that are vLLM's own, but before its defaults.
+
+    The engine's variable is read and never set, since a value of it has LoRA layers ask for other tables.
+    """
     named, own = os.environ.get(VARIABLE), user_store.root_if_any()
     tuned = shipped.folder("tuned_configs")
     return [

@@ -13,8 +13,7 @@ from sglang_moe_ext.core import EngineError, MoEShape
 from sglang_moe_ext.engines.sglang import naming, overlay
 from sglang_moe_ext.engines.sglang.installation import Installation
 from sglang_moe_ext.engines.tunable import EngineName, Tunable
-from sglang_moe_ext.engines.vllm import folders
-from sglang_moe_ext.engines.vllm.installation import Installation as VllmInstallation
+from sglang_moe_ext.engines.vllm import installation as vllm
 from sglang_moe_ext.store import files, user_store
 
 Install = Literal["engine", "overlay", "none"]
@@ -92,7 +91,7 @@ def _overlay(engine: Installation, triton: str, why: str) -> Destination:
 
 
 def chosen_of_vllm(
-    install: Install, output_dir: Path | None, engine: VllmInstallation | None, triton: str
+    install: Install, output_dir: Path | None, engine: vllm.Installation | None, triton: str
 ) -> Destination | None:
     """The folder that a server of vLLM will read, or None where the user's own store is the only place.
 
@@ -100,19 +99,19 @@ def chosen_of_vllm(
     """
     if output_dir is not None:
         root = output_dir.absolute()
-        return Destination(root, {folders.VARIABLE: str(root)}, f"start the server with {folders.VARIABLE}={root}")
+        return Destination(root, {vllm.VARIABLE: str(root)}, f"start the server with {vllm.VARIABLE}={root}")
     if engine is None or install == "none":
         return None
-    if set_by_user := os.environ.get(folders.VARIABLE):
-        return Destination(Path(set_by_user), {}, f"{folders.VARIABLE} is set: vLLM looks there first")
+    if set_by_user := os.environ.get(vllm.VARIABLE):
+        return Destination(Path(set_by_user), {}, f"{vllm.VARIABLE} is set: vLLM looks there first")
     why = ""
     if install == "engine":
         if files.is_writable(engine.configs_folder):
             return Destination(engine.configs_folder, {})
         why = f"{engine.configs_folder} is read-only; "
     stored = store_folder("vllm", triton)
-    note = f"{why}our plugin serves {stored}; where it is off, start the server with {folders.VARIABLE}={stored}"
-    return Destination(stored, {folders.VARIABLE: str(stored)}, note)
+    note = f"{why}our plugin serves {stored}; where it is off, start the server with {vllm.VARIABLE}={stored}"
+    return Destination(stored, {vllm.VARIABLE: str(stored)}, note)
 
 
 CHOSEN: Mapping[EngineName, Callable[[Install, Path | None, Any, str], Destination | None]] = {

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
@@ -20,33 +16,15 @@ from sglang_moe_ext.core import CompileJob, MoEShape, Quantisation, TileConfig
 from sglang_moe_ext.engines.vllm.specialisation import _class, representative_tokens
 from sglang_moe_ext.shared_memory import smem_bytes
 from sglang_moe_ext.tuning.rematch import TOLERATED_ERROR
-from tests.engines.installed import ENGINES_DIR, REPO_ROOT
+from tests.engines.installed import ENGINES_DIR, VLLM_VERSIONS, run_in_vllm, vllm_environment
 
-VERSIONS = ("0.20.2", "0.25.1", "0.33.0")
 CHILDREN = Path(__file__).parent / "children"
 FP8_BLOCK = Quantisation("fp8_w8a8", (32, 32))
 SMALL = TileConfig(16, 32, 32, 4, 4, 2)
 
 
-def run_in_vllm(version: str, child: str, request: object, **variables: str) -> Any:
-    """What a child prints as its last line, as JSON, with that vLLM importable; it is told that there is no GPU."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, (REPO_ROOT, ENGINES_DIR / "vllm" / version))),
-        "CUDA_VISIBLE_DEVICES": "",
-        **variables,
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(CHILDREN / child)],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, f"{child} in vLLM {version}\n{done.stderr[-4000:]}"
-    return json.loads(done.stdout.splitlines()[-1])
+def _answers(version: str, child: str, asked: object, **variables: str) -> Any:
+    return run_in_vllm(CHILDREN / child, asked, vllm_environment(version) | variables)
 
 
 @functools.cache
@@ -75,13 +53,13 @@ CALLED = {
 TILE = {"BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "SPLIT_K"}
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", VLLM_VERSIONS)
 @pytest.mark.parametrize("name", CALLED)
 def test_what_we_call_takes_what_we_give_it(version: str, name: str) -> None:
     assert set(CALLED[name].split()) <= set(functions(version)[name])
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", VLLM_VERSIONS)
 @pytest.mark.parametrize("kernel", ["fused_moe_kernel", "fused_moe_kernel_gptq_awq"])
 def test_a_kernel_takes_every_field_of_an_entry_and_no_use_tma(version: str, kernel: str) -> None:
     arguments = set(functions(version)[kernel])
@@ -111,22 +89,22 @@ LAYERS: dict[str, tuple[MoEShape, int, TileConfig]] = {
 def interpreted(version: str) -> dict[str, dict[str, Any]]:
     """Of each layer in that version, all from one process; its compiled operators are stood in for (see the child)."""
     asked = [{"shape": asdict(shape), "tokens": m, "config": astuple(config)} for shape, m, config in LAYERS.values()]
-    return dict(zip(LAYERS, run_in_vllm(version, "vllm_layer.py", asked, TRITON_INTERPRET="1"), strict=True))
+    return dict(zip(LAYERS, _answers(version, "vllm_layer.py", asked, TRITON_INTERPRET="1"), strict=True))
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", VLLM_VERSIONS)
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_layer_is_right_in_tritons_interpreter(version: str, name: str) -> None:
     assert interpreted(version)[name]["layer"] <= TOLERATED_ERROR[LAYERS[name][0].quantisation.scheme]
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", VLLM_VERSIONS)
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_gemm_alone_is_right_in_tritons_interpreter(version: str, name: str) -> None:
     assert interpreted(version)[name]["up"] <= 3e-3
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", VLLM_VERSIONS)
 def test_only_few_tokens_of_one_rank_are_not_sorted(version: str) -> None:
     unsorted = [name for name, found in interpreted(version).items() if not found["sorted"]]
     assert unsorted == ["few tokens, which are not sorted"]
@@ -157,10 +135,10 @@ def binaries(version: str) -> dict[str, Any]:
         }
         for shape, sm, config, tokens in COMPILED.values()
     ]
-    return dict(zip(COMPILED, run_in_vllm(version, "vllm_binaries.py", asked), strict=True))
+    return dict(zip(COMPILED, _answers(version, "vllm_binaries.py", asked), strict=True))
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", VLLM_VERSIONS)
 @pytest.mark.parametrize("case", COMPILED)
 def test_the_layer_launches_the_binaries_that_the_farm_made(version: str, case: str) -> None:
     found = binaries(version)[case]
@@ -168,14 +146,14 @@ def test_the_layer_launches_the_binaries_that_the_farm_made(version: str, case: 
     assert found["launched"] == found["made"]
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", VLLM_VERSIONS)
 @pytest.mark.parametrize("case", COMPILED)
 def test_the_binary_for_any_group_needs_the_memory_of_the_engines_own(version: str, case: str) -> None:
     found = binaries(version)[case]
     assert [needs[0] for needs in found["any_group"]] == [needs[0] for needs in found["own"]]
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", VLLM_VERSIONS)
 @pytest.mark.parametrize("case", [case for case in COMPILED if case.startswith("bf16")])
 def test_a_binary_needs_as_much_memory_as_the_rules_say(version: str, case: str) -> None:
     shape, sm, config, _ = COMPILED[case]

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_moe_ext import gpus
 from sglang_moe_ext.core import PROJECTIONS, MoEShape, TileConfig
-from sglang_moe_ext.tuning import candidates, one_config, plan
+from sglang_moe_ext.tuning import candidates, on_gpu, one_config, plan
+from sglang_moe_ext.tuning.journal import Journal
+from sglang_moe_ext.tuning.questions import Pair
+from sglang_moe_ext.tuning.rematch import Measured
 from sglang_moe_ext.tuning.search import Screening, Times
+from tests.tuning.recorded_runs import MEASURING, TODAY, ReplayingStation, formula, request_of, unseen
 
 CONFIGS = [TileConfig(16 << m, 64, 64, group, 4, 3) for m in range(3) for group in (1, 16, 32)]
 times_of_gemm = st.dictionaries(st.sampled_from(CONFIGS), st.floats(1, 1e4))
 all_times = st.fixed_dictionaries({"up": times_of_gemm, "down": times_of_gemm})
 FAST, SLOW = CONFIGS[0], CONFIGS[3]
+TOKENS = (64, 1024)
 
 
 def screening(times: Times) -> Screening:
@@ -49,6 +59,29 @@ def test_the_same_binaries_of_both_gemms_are_timed_with_every_group(times: Times
 def test_a_slow_down_gemm_makes_a_fast_up_gemm_no_finalist() -> None:
     found = one_config.finalists(screening({"up": {FAST: 1, SLOW: 5}, "down": {FAST: 10, SLOW: 2}}), 1)
     assert found == [{"up": SLOW, "down": SLOW}]
+
+
+@functools.cache
+def measured() -> dict[int, Measured]:
+    """What a run for vLLM chooses on a GPU whose answers follow from a formula."""
+    request = replace(request_of("glm_4_7_flash_bf16", TOKENS), engine="vllm", shape=MoEShape(64, 1536, 2048, 4))
+    kept = plan.sifted(request.shape, request.gpu, request.tunable).kept
+    tasks = on_gpu.largest_first({m: candidates.of_request(request, MEASURING, kept, m) for m in TOKENS})
+    today: dict[int, Pair] = dict.fromkeys(TOKENS, TODAY)
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Journal.create(Path(folder, "run.jsonl"), {})
+        station = ReplayingStation(formula)
+        return on_gpu.measure_all(request, MEASURING, tasks, lambda: today, [station], journal, unseen)
+
+
+def test_a_run_for_vllm_chooses_one_configuration_without_tma_for_both_gemms() -> None:
+    pairs = [result.pair for result in measured().values()]
+    assert len(pairs) == len(TOKENS)
+    assert all(pair["up"] == pair["down"] and not pair["up"].use_tma for pair in pairs)
+
+
+def test_a_run_for_vllm_finds_what_is_faster_than_today() -> None:
+    assert all(result.us < result.incumbent_us for result in measured().values())
 
 
 def test_both_gemms_are_screened_with_the_same_candidates() -> None:
