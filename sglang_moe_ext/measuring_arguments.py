@@ -53,6 +53,9 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--tune", action="store_true", help=argparse.SUPPRESS
     )  # upstream's scripts want it; we tune anyway
+    how.add_argument(
+        "--use-deep-gemm", action="store_true", help=argparse.SUPPRESS
+    )  # vLLM's script has it, for a kernel that no table configures
     given = parser.add_argument_group("instead of tuning, race what is given beside what the engine takes today")
     given.add_argument(
         "--configs",
@@ -83,6 +86,8 @@ def check(arguments: argparse.Namespace) -> None:
         MoEExtError: the message names the flag.
     """
     budget, seed = arguments.budget, arguments.seed
+    if arguments.use_deep_gemm:
+        raise MoEExtError("--use-deep-gemm: DeepGEMM reads no table, so there is nothing to tune: leave it out")
     if budget is not None and not 0 < budget < math.inf:
         raise MoEExtError(f"--budget {budget:g}: expected a positive number of seconds")
     if not 0 <= seed <= _LARGEST_SEED:

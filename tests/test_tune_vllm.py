@@ -142,6 +142,10 @@ def test_the_flag_of_the_other_engine_is_refused(capsys: pytest.CaptureFixture[s
     assert "--enable-expert-parallel is vLLM's flag" in line
 
 
+def test_a_kernel_that_reads_no_table_is_not_tuned(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--use-deep-gemm: DeepGEMM reads no table" in error_of(capsys, *QWEN, "--use-deep-gemm")
+
+
 def test_the_warning_line_of_sglang_is_no_layer_of_vllm(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--from-log reads SGLang's warning" in error_of(capsys, "--engine", "vllm", "--from-log", "x")
 
