@@ -18,7 +18,7 @@ from sglang_moe_ext.tuning.request import Request
 from tests.engines.installed import ENGINES_DIR, REPO_ROOT
 
 VERSION = "0.33.0"
-RTX_4090_SMEM = 101_376
+H200_SMEM = 232_448
 NAME = "E=64,N=1536,device_name=NVIDIA_GeForce_RTX_4090.json"
 GLM = ("--engine", "vllm", "--model", "GLM-4.7-Flash", "--gpu", "RTX_4090")
 QWEN = ("--engine", "vllm", "--model", "Qwen3-30B-A3B", "--gpu", "H200")
@@ -58,21 +58,23 @@ def error_of(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
 
 
 def test_the_whole_job_without_a_gpu(engine: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    mine = tmp_path / "mine"
-    assert tune.main((*GLM, "--save-dir", str(mine), "--batch-size", "1", "64", "1024", "--tune", "--seed", "0")) == 0
+    mine = tmp_path / "mine"  # vLLM ships a measured table of this layer, which a prediction elsewhere does not hide
+    assert tune.main((*QWEN, "--save-dir", str(mine), "--batch-size", "1", "64", "1024", "--tune", "--seed", "0")) == 0
     done = last_line(capsys)
     assert (done["origin"], done["picked_up"]) == ("predicted", True)
     assert done["environment"] == {"VLLM_TUNED_CONFIG_FOLDER": str(mine)}
     assert done["kernel"].startswith(f"vLLM {VERSION}'s own kernel")
 
     (table,) = (path for path in mine.iterdir() if not path.name.endswith(".provenance.json"))
-    assert table.name == NAME
+    assert table.name == "E=128,N=768,device_name=NVIDIA_H200.json"
     document = json.loads(table.read_text())
     assert set(document) == {"triton_version", "1", "64", "1024"}
     known = provenance.read(table)
     assert known is not None
-    assert all(entry.figures["up_smem_bytes"] <= RTX_4090_SMEM for entry in known.entries.values())
-    kept = tmp_path / "store" / "tables" / "vllm" / f"triton_{document['triton_version'].replace('.', '_')}" / NAME
+    assert all(entry.figures["up_smem_bytes"] <= H200_SMEM for entry in known.entries.values())
+    kept = (
+        tmp_path / "store" / "tables" / "vllm" / f"triton_{document['triton_version'].replace('.', '_')}" / table.name
+    )
     assert kept.read_text() == table.read_text()
 
 

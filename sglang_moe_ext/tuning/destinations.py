@@ -40,13 +40,19 @@ def add_to(parser: argparse.ArgumentParser) -> None:
 class Destination:
     """A folder of tables for one Triton, the variables that make a server read it, and a note for the user.
 
-    `is_of_this_engine`: no other release of the engine reads it.
+    `is_of_this_engine`: no other release of the engine reads it. `is_flat`: tables of every Triton lie in it.
     """
 
     folder: Path
     environment: dict[str, str]
     note: str | None = None
     is_of_this_engine: bool = False
+    is_flat: bool = False
+
+    @property
+    def is_there(self) -> bool:
+        """True where an engine that is told of it finds something to read."""
+        return (self.folder if self.is_flat else self.folder.parent).is_dir()
 
 
 def _configs(root: Path, triton: str) -> Path:
@@ -99,19 +105,20 @@ def chosen_of_vllm(
     """
     if output_dir is not None:
         root = output_dir.absolute()
-        return Destination(root, {vllm.VARIABLE: str(root)}, f"start the server with {vllm.VARIABLE}={root}")
+        note = f"start the server with {vllm.VARIABLE}={root}"
+        return Destination(root, {vllm.VARIABLE: str(root)}, note, is_flat=True)
     if engine is None or install == "none":
         return None
     if set_by_user := os.environ.get(vllm.VARIABLE):
-        return Destination(Path(set_by_user), {}, f"{vllm.VARIABLE} is set: vLLM looks there first")
+        return Destination(Path(set_by_user), {}, f"{vllm.VARIABLE} is set: vLLM looks there first", is_flat=True)
     why = ""
     if install == "engine":
         if files.is_writable(engine.configs_folder):
-            return Destination(engine.configs_folder, {})
+            return Destination(engine.configs_folder, {}, is_flat=True)
         why = f"{engine.configs_folder} is read-only; "
     stored = store_folder("vllm", triton)
     note = f"{why}our plugin serves {stored}; where it is off, start the server with {vllm.VARIABLE}={stored}"
-    return Destination(stored, {vllm.VARIABLE: str(stored)}, note)
+    return Destination(stored, {vllm.VARIABLE: str(stored)}, note, is_flat=True)
 
 
 CHOSEN: Mapping[EngineName, Callable[[Install, Path | None, Any, str], Destination | None]] = {

@@ -114,7 +114,7 @@ def run(request: Request, progress: Progress) -> Outcome:
 
 def _environment_today(destination: Destination | None) -> dict[str, str]:
     """Under which the engine reads where the tables will lie, once something lies there."""
-    reads_it = destination is not None and destination.folder.parent.is_dir()
+    reads_it = destination is not None and destination.is_there
     return destination.environment if destination is not None and reads_it else {}
 
 
@@ -145,7 +145,7 @@ def _predicted(
         progress("asking", 0, 1)
         answer = today.answer(pickup.question(request))
         progress("asking", 1, 1)
-        is_new_folder = destination is not None and not destination.folder.parent.is_dir()
+        is_new_folder = destination is not None and not destination.is_there
         if not (request.output_dir is not None and is_new_folder):
             _refuse_to_shadow(request.tunable.TITLE, answer)
     cache = CompileCache(default_path())
