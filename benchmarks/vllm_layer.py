@@ -54,7 +54,9 @@ def raced(layer: Sequence[str], tokens: Sequence[int], budget: float, out: Path,
     batch = ("--batch-size", *map(str, tokens))
     tables = out / "tables"
     tuned = tune((*layer, *batch, "--budget", str(budget), "--save-dir", str(tables)), out, log)
-    (table,) = (path for path in tuned["written"] if Path(path).parent == tables)
+    table = next((path for path in tuned["written"] if Path(path).parent == tables), None)
+    if table is None:
+        raise MoEExtError(f"{' '.join(layer)}: tune wrote no table into {tables}: {log} says why")
     found = tune((*layer, *batch, "--cmp-configs", table, "--seed", _RACE_SEED), out, log)
     comparisons: list[dict[str, Any]] = found["comparisons"]
     return comparisons
@@ -81,7 +83,7 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", nargs="+", choices=tuple(LAYERS), default=tuple(LAYERS))
     parser.add_argument("--batch-size", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--budget", type=float, default=40.0, help="seconds of the search of each layer")
+    parser.add_argument("--budget", type=float, default=30.0, help="seconds of the search of each layer")
     arguments = parser.parse_args()
     engine = VLLM.find()
     if engine is None:
@@ -92,19 +94,18 @@ def main() -> int:
     out, failed = arguments.out.absolute(), False
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[dict[str, Any]]] = {}
+    print(f"vLLM {engine.version_text}, Triton {engine.triton}: whole layer, us; gain of the tuned table over stock")
+    print("| layer | M | stock | tuned | gain, 95 % interval |\n|---|---|---|---|---|", flush=True)
     for name in arguments.layers:
         began = time.monotonic()
         try:
             found[name] = raced(LAYERS[name], arguments.batch_size, arguments.budget, out, out / "tune.log")
+            print("\n".join(rows(name, found[name])), flush=True)
         except MoEExtError as error:
             print(f"{name}: {error}", file=sys.stderr)
             failed = True
-        print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+        print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr)
         (out / "vllm_layer.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-    print(f"vLLM {engine.version_text}, Triton {engine.triton}: whole layer, us; gain of the tuned table over stock")
-    print("| layer | M | stock | tuned | gain, 95 % interval |\n|---|---|---|---|---|")
-    for name, comparisons in found.items():
-        print("\n".join(rows(name, comparisons)))
     return int(failed)
 
 
