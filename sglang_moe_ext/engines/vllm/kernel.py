@@ -41,6 +41,9 @@ def load() -> Engine:
         raise EngineError("vLLM is not installed in this environment")
     os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")  # it would log to stdout, where answers go
     logging.getLogger("vllm").setLevel(logging.ERROR)  # that there are no compiled operators is known where it matters
+    # Where DeepGEMM is there it would round scales of activations to powers of two, which our reference does not; the
+    # GEMM is the same.
+    os.environ["VLLM_USE_DEEP_GEMM_E8M0"] = "0"
     if not torch.cuda.is_available():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else it takes a Triton that finds no driver for none at all
     kernels = bootstrap.import_engine(installation.LAYER_MODULE)
