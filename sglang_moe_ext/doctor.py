@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_moe_ext import doctor_vllm, layer_arguments, patients, terminal
+from sglang_moe_ext import doctor_vllm, layer_arguments, layer_flags, patients, terminal
 from sglang_moe_ext.core import EngineError, ModelError, TableKey
 from sglang_moe_ext.engines.sglang import backends, installation, lookup, naming, running_server
 from sglang_moe_ext.engines.sglang.running_server import RunningServer
@@ -31,7 +31,7 @@ class Finding:
 
 def add_to(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags; the server's flags keep its names."""
-    layer_arguments.add_to(parser)
+    layer_flags.add_to(parser)
     server = parser.add_argument_group("how the server is started")
     server.add_argument("--moe-runner-backend", default=backends.AUTO, help="as the server's flag (default auto)")
     server.add_argument("--enable-deterministic-inference", action="store_true", help="as the server's flag")

@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from sglang_moe_ext import gpus, layer_arguments, measuring_arguments, report, terminal
+from sglang_moe_ext import gpus, layer_arguments, layer_flags, measuring_arguments, report, terminal
 from sglang_moe_ext.core import Gpu, MoEExtError
 from sglang_moe_ext.engines.known import ENGINES
 from sglang_moe_ext.tuning import comparison_run, destinations, given_configs, pipeline
@@ -34,8 +34,8 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    layer_arguments.add_to(flags)
-    layer_arguments.add_engine_to(flags)
+    layer_flags.add_to(flags)
+    layer_flags.add_engine_to(flags)
     how = flags.add_argument_group("how")
     how.add_argument("--predict", action="store_true", help="do not measure, even where the GPU is here")
     how.add_argument("--dry-run", action="store_true", help="print the plan and stop")

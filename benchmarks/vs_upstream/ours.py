@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.vs_upstream.timed_run import Run, timed
-from sglang_moe_ext import layer_arguments
+from sglang_moe_ext import layer_arguments, layer_flags
 from sglang_moe_ext.core import EngineError, Gpu, MoEShape
 from sglang_moe_ext.engines.known import ENGINES
 from sglang_moe_ext.engines.sglang import lookup
@@ -35,7 +35,7 @@ def flags_of(arguments: argparse.Namespace, model: str) -> list[str]:
 def shape_of(flags: Sequence[str]) -> MoEShape:
     """Raises MoEExtError where the flags mean no layer."""
     parser = argparse.ArgumentParser()
-    layer_arguments.add_to(parser)
+    layer_flags.add_to(parser)
     return layer_arguments.stated(parser.parse_args(flags)).shape
 
 

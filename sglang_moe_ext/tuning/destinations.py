@@ -54,6 +54,11 @@ class Destination:
         """True where an engine that is told of it finds something to read."""
         return (self.folder if self.is_flat else self.folder.parent).is_dir()
 
+    @property
+    def environment_today(self) -> dict[str, str]:
+        """Under which the engine reads where the tables will lie, once something lies there."""
+        return self.environment if self.is_there else {}
+
 
 def _configs(root: Path, triton: str) -> Path:
     return root / "configs" / naming.version_folder(triton)

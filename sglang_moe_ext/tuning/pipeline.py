@@ -83,7 +83,7 @@ def run(request: Request, progress: Progress) -> Outcome:
         def ask_later(environment: dict[str, str]) -> Asked:
             return processes.enter_context(closing(request.tunable.asked(pickup.environment(environment))))
 
-        today = None if engine is None else ask_later(_environment_today(destination))
+        today = None if engine is None else ask_later({} if destination is None else destination.environment_today)
         read_by_engine = None if engine is None else destination
         # A measuring run has cores to spare for an engine that gets ready meanwhile; a predicting one needs them all.
         proof = ask_later(read_by_engine.environment) if read_by_engine and request.measuring else None
@@ -110,12 +110,6 @@ def run(request: Request, progress: Progress) -> Outcome:
         answer=answer,
         kernel=source,
     )
-
-
-def _environment_today(destination: Destination | None) -> dict[str, str]:
-    """Under which the engine reads where the tables will lie, once something lies there."""
-    reads_it = destination is not None and destination.is_there
-    return destination.environment if destination is not None and reads_it else {}
 
 
 def _refuse_to_shadow(engine: str, answer: Answer) -> None:
