@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -14,20 +13,7 @@ from sglang_moe_ext.core import MoEExtError, Quantisation
 from sglang_moe_ext.kernels import tma_operands as tma
 from sglang_moe_ext.kernels.scales import Scales
 from sglang_moe_ext.kernels.short_down_kernel import short_down_kernel
-
-LONGEST_K = 512
-
-
-@dataclass(frozen=True, slots=True)
-class ShortDownConfig:
-    """Tiles, and how many of them along N one program takes with the rows of A that it keeps."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    tiles_per_program: int
-    num_warps: int
-    num_stages: int
+from sglang_moe_ext.sorted_path import LONGEST_K, ShortDownConfig
 
 
 def launch_short_down(

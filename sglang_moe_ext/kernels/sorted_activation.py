@@ -17,6 +17,8 @@ from sglang_moe_ext.core import MoEExtError
 GROUP = 128
 """Columns that share one scale."""
 _ROWS = 4
+LONGEST_ROW = 8192
+"""Columns that one program holds."""
 LEAST_SCALE = 1e-10
 LARGEST_FP8 = 448.0
 """Of float8_e4m3fn."""
@@ -41,6 +43,23 @@ def launch_swiglu(
     swiglu_kernel[(triton.cdiv(rows, _ROWS), columns // GROUP)](
         **swiglu_arguments(gate_up, num_tokens_post_padded, out, scales)
     )
+
+
+def launch_swiglu_of_rows(gate_up: Tensor, num_tokens_post_padded: Tensor, out: Tensor, scales: Tensor) -> None:
+    """As launch_swiglu, with one scale for a row: `scales` float32 [rows, 1], out float8_e4m3fn [rows, columns].
+
+    Raises: MoEExtError where the shapes do not go together, or a row is too long for one program.
+    """
+    rows, columns = out.shape
+    if tuple(gate_up.shape) != (rows, 2 * columns) or tuple(scales.shape) != (rows, 1) or columns > LONGEST_ROW:
+        raise MoEExtError(
+            f"gate_up {tuple(gate_up.shape)}, out {tuple(out.shape)} and scales {tuple(scales.shape)}: expected "
+            f"[rows, 2 * columns], [rows, columns] and [rows, 1], at most {LONGEST_ROW} columns"
+        )
+    swiglu_of_rows_kernel[(rows,)](
+        gate_up, num_tokens_post_padded, out, scales, columns, gate_up.stride(0), out.stride(0),
+        WIDTH=triton.next_power_of_2(columns), LEAST_SCALE=LEAST_SCALE, LARGEST=LARGEST_FP8, num_warps=4,
+    )  # fmt: skip
 
 
 def launch_quantise(values: Tensor, out: Tensor, scales: Tensor) -> None:
@@ -114,3 +133,24 @@ def swiglu_kernel(  # type: ignore[no-untyped-def]
         tl.store(scales_ptr + row * stride_scales + tl.program_id(1), scale, mask=row < used)
         inner = tl.clamp(inner / scale[:, None], -LARGEST, LARGEST)
     tl.store(out_ptrs, inner.to(out_ptr.dtype.element_ty), mask=there)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def swiglu_of_rows_kernel(  # type: ignore[no-untyped-def]
+    gate_up_ptr, num_tokens_post_padded_ptr, out_ptr, scales_ptr, columns, stride_in, stride_out,
+    WIDTH: tl.constexpr, LEAST_SCALE: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    if row >= tl.load(num_tokens_post_padded_ptr):
+        return
+    column = tl.arange(0, WIDTH)
+    there = column < columns
+    gate_ptrs = gate_up_ptr + row * stride_in + column
+    gate = tl.load(gate_ptrs, mask=there, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptrs + columns, mask=there, other=0.0).to(tl.float32)
+    # Rounded as the engine rounds it between the two passes.
+    inner = (gate * tl.sigmoid(gate) * up).to(gate_up_ptr.dtype.element_ty).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(inner), axis=0), LEAST_SCALE) / LARGEST
+    tl.store(scales_ptr + row, scale)
+    quantised = tl.clamp(inner / scale, -LARGEST, LARGEST).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * stride_out + column, quantised, mask=there)

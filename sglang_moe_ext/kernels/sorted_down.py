@@ -5,7 +5,6 @@ Nothing here allocates or waits, so a CUDA graph can hold it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -14,25 +13,7 @@ from sglang_moe_ext.core import Quantisation
 from sglang_moe_ext.kernels import tma_operands as tma
 from sglang_moe_ext.kernels.scales import Scales
 from sglang_moe_ext.kernels.sorted_down_kernel import sorted_down_kernel
-
-
-@dataclass(frozen=True, slots=True)
-class DownConfig:
-    """Tiles and crew. Where `persistent`, that many programs an SM take tiles until none is left.
-
-    `half_stores`: C leaves by halves of a tile, so that its staging needs half the shared memory. A tile of block-wise
-    float8 over two scale groups always does.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    group_m: int
-    num_warps: int
-    num_stages: int
-    persistent: bool = True
-    programs_per_sm: int = 1
-    half_stores: bool = False
+from sglang_moe_ext.sorted_path import DownConfig
 
 
 def launch_down(

@@ -5,36 +5,17 @@ The weights stay as the engine has them: [E, 2 * columns, K], the gate's rows fi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sglang_moe_ext.core import MoEExtError, Quantisation
 from sglang_moe_ext.kernels import tma_operands as tma
 from sglang_moe_ext.kernels.scales import Scales
 from sglang_moe_ext.kernels.sorted_activation import GROUP, LARGEST_FP8, LEAST_SCALE
 from sglang_moe_ext.kernels.sorted_up_kernel import sorted_up_kernel
-
-
-@dataclass(frozen=True, slots=True)
-class UpConfig:
-    """Tiles and crew.
-
-    Where `is_fused`, `block_n` are columns of the activations, which take twice as many of the weights; else of gate
-    and up as they lie, which `half_stores` stores by halves of a tile.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    group_m: int
-    num_warps: int
-    num_stages: int
-    persistent: bool = True
-    programs_per_sm: int = 1
-    is_fused: bool = True
-    half_stores: bool = False
+from sglang_moe_ext.sorted_path import UpConfig
 
 
 def launch_up(
@@ -93,7 +74,7 @@ def up_arguments(
     a_scale, b_scale = (None, None) if scales is None else (scales.activations, scales.weights)
     return {
         "a_ptr": a,
-        "b_desc": tma.kept_descriptor(weights, 1, config.block_n, config.block_k),
+        "b_desc": _weights_descriptor(weights, config, is_scaled=scales is not None),
         "c_desc": tma.descriptor(out, config.block_m, config.block_n // (2 if config.half_stores else 1)),
         "a_scale_ptr": a_scale,
         "b_scale_ptr": b_scale,
@@ -125,6 +106,15 @@ def up_arguments(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
+
+
+def _weights_descriptor(weights: Tensor, config: UpConfig, *, is_scaled: bool) -> TensorDescriptor:
+    """Where fused, over gates and ups as they alternate [2 * E, columns, K]: a box holds both, or one where scaled."""
+    if not config.is_fused:
+        return tma.kept_descriptor(weights, 1, config.block_n, config.block_k)
+    experts, rows, k = weights.shape
+    halves = weights.view(2 * experts, rows // 2, k)
+    return tma.kept_descriptor(halves, 1 if is_scaled else 2, config.block_n, config.block_k)
 
 
 def _check(

@@ -65,10 +65,13 @@ def _tile(  # type: ignore[no-untyped-def]
         # Read through a pointer, which expert -1 would lead astray.
         b_scale_ptr += tl.maximum(expert, 0).to(tl.int64) * stride_bse + column // GROUP_N * stride_bsn
     if IS_FUSED:
-        gate, up = _gate_and_up(
-            a_ptrs, b_desc, a_scale_ptr, b_scale_ptr, expert, column, columns, K, stride_ask, stride_bsn, stride_bsk,
-            BLOCK_SIZE_M, BLOCK_SIZE_N, BLOCK_SIZE_K, IS_BLOCK_SCALED, GROUP_N, GROUP_K,
-        )  # fmt: skip
+        if IS_BLOCK_SCALED:
+            gate, up = _block_scaled_pair(
+                a_ptrs, b_desc, a_scale_ptr, b_scale_ptr, expert, column, columns, K,
+                stride_ask, stride_bsn, stride_bsk, BLOCK_SIZE_M, BLOCK_SIZE_N, BLOCK_SIZE_K, GROUP_N, GROUP_K,
+            )  # fmt: skip
+        else:
+            gate, up = _pair(a_ptrs, b_desc, expert, column, K, BLOCK_SIZE_M, BLOCK_SIZE_N, BLOCK_SIZE_K)
         inner = gate * tl.sigmoid(gate) * up
         if QUANTISES:
             scale = tl.maximum(tl.max(tl.abs(inner), axis=1), LEAST_SCALE) / LARGEST
@@ -84,31 +87,38 @@ def _tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _gate_and_up(  # type: ignore[no-untyped-def]
+def _pair(  # type: ignore[no-untyped-def]
+    a_ptrs, b_desc, expert, column, K,
+    BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
+):  # fmt: skip
+    """The same tile of the gate and of the up half, which one box of TMA brings: one product, twice as wide."""
+    acc = tl.zeros((BLOCK_SIZE_M, 2 * BLOCK_SIZE_N), tl.float32)
+    for k in tl.range(0, K, BLOCK_SIZE_K):
+        a = tl.load(a_ptrs + k)
+        b = b_desc.load([2 * expert, column, k]).reshape(2 * BLOCK_SIZE_N, BLOCK_SIZE_K)
+        acc = tl.dot(a, b.T, acc)
+    # Columns that far apart lie in the same thread: this moves nothing.
+    return tl.split(tl.permute(tl.reshape(acc, (BLOCK_SIZE_M, 2, BLOCK_SIZE_N)), (0, 2, 1)))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _block_scaled_pair(  # type: ignore[no-untyped-def]
     a_ptrs, b_desc, a_scale_ptrs, b_scale_ptr, expert, column, columns, K, stride_ask, stride_bsn, stride_bsk,
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
-    IS_BLOCK_SCALED: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr,
+    GROUP_N: tl.constexpr, GROUP_K: tl.constexpr,
 ):  # fmt: skip
-    """The same tile of the gate and of the up half: two products that share A."""
+    """The same, as two products that share A: only a half's partial products are held at once."""
     gate = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), tl.float32)
     up = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), tl.float32)
-    if IS_BLOCK_SCALED:
-        up_scale_ptr = b_scale_ptr + columns // GROUP_N * stride_bsn
-        for k in tl.range(0, K, BLOCK_SIZE_K):
-            a = tl.load(a_ptrs + k)
-            b_gate = b_desc.load([expert, column, k]).reshape(BLOCK_SIZE_N, BLOCK_SIZE_K)
-            b_up = b_desc.load([expert, columns + column, k]).reshape(BLOCK_SIZE_N, BLOCK_SIZE_K)
-            group = k // GROUP_K
-            a_scale = tl.load(a_scale_ptrs + group * stride_ask)
-            gate += tl.dot(a, b_gate.T) * (a_scale * tl.load(b_scale_ptr + group * stride_bsk))[:, None]
-            up += tl.dot(a, b_up.T) * (a_scale * tl.load(up_scale_ptr + group * stride_bsk))[:, None]
-    else:
-        for k in tl.range(0, K, BLOCK_SIZE_K):
-            a = tl.load(a_ptrs + k)
-            b_gate = b_desc.load([expert, column, k]).reshape(BLOCK_SIZE_N, BLOCK_SIZE_K)
-            b_up = b_desc.load([expert, columns + column, k]).reshape(BLOCK_SIZE_N, BLOCK_SIZE_K)
-            gate = tl.dot(a, b_gate.T, gate)
-            up = tl.dot(a, b_up.T, up)
+    up_scale_ptr = b_scale_ptr + columns // GROUP_N * stride_bsn
+    for k in tl.range(0, K, BLOCK_SIZE_K):
+        a = tl.load(a_ptrs + k)
+        b_gate = b_desc.load([2 * expert, column, k]).reshape(BLOCK_SIZE_N, BLOCK_SIZE_K)
+        b_up = b_desc.load([2 * expert + 1, column, k]).reshape(BLOCK_SIZE_N, BLOCK_SIZE_K)
+        group = k // GROUP_K
+        a_scale = tl.load(a_scale_ptrs + group * stride_ask)
+        gate += tl.dot(a, b_gate.T) * (a_scale * tl.load(b_scale_ptr + group * stride_bsk))[:, None]
+        up += tl.dot(a, b_up.T) * (a_scale * tl.load(up_scale_ptr + group * stride_bsk))[:, None]
     return gate, up
 
 

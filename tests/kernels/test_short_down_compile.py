@@ -12,8 +12,9 @@ from offline_down import check_needs, compiled, operands
 
 from sglang_moe_ext.core import MoEExtError
 from sglang_moe_ext.kernels import tma_operands
-from sglang_moe_ext.kernels.short_down import ShortDownConfig, short_arguments
+from sglang_moe_ext.kernels.short_down import short_arguments
 from sglang_moe_ext.kernels.short_down_kernel import short_down_kernel
+from sglang_moe_ext.sorted_path import ShortDownConfig
 
 # (sm, kind, K, tile, registers, bytes of shared memory) of Triton 3.7.1, 2026-11-21; Triton 3.6.0 needs the same, but
 # for a frame of 8 bytes on sm_120.

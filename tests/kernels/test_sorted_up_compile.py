@@ -1,6 +1,7 @@
 """The up projection into the order of the experts, compiled for a GPU that need not be here: no spills, no growth."""
 
 import os
+import re
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from offline_down import KINDS, check_needs, compiled
 
 from sglang_moe_ext.kernels.scales import Scales
 from sglang_moe_ext.kernels.sorted_activation import GROUP, swiglu_arguments, swiglu_kernel
-from sglang_moe_ext.kernels.sorted_up import UpConfig, up_arguments
+from sglang_moe_ext.kernels.sorted_up import up_arguments
 from sglang_moe_ext.kernels.sorted_up_kernel import sorted_up_kernel
+from sglang_moe_ext.sorted_path import UpConfig
 
 TOKENS, TOP_K, EXPERTS, K, COLUMNS = 4096, 8, 128, 2048, 768
 """Of Qwen3-30B-A3B."""
@@ -51,14 +53,18 @@ NEEDS = [
     (90, "bf16", UpConfig(128, 256, 64, 8, 8, 4, is_fused=False, half_stores=True), False, 180, 229_408),
     (90, "bf16", UpConfig(128, 128, 64, 8, 8, 4, is_fused=False), False, 118, 163_872),
     (90, "bf16", UpConfig(64, 128, 64, 8, 4, 4, is_fused=False), False, 116, 114_720),
-    (90, "bf16", UpConfig(128, 128, 64, 8, 8, 3), False, 174, 180_248),
-    (90, "bf16", UpConfig(64, 128, 64, 8, 8, 4), False, 128, 180_256),
+    (90, "bf16", UpConfig(128, 128, 64, 8, 8, 4), False, 255, 229_408),
+    (90, "bf16", UpConfig(128, 128, 64, 8, 8, 3), False, 255, 180_248),
+    (90, "bf16", UpConfig(64, 128, 64, 8, 4, 4), False, 168, 180_256),
+    (90, "bf16", UpConfig(64, 64, 64, 8, 4, 4), False, 128, 106_528),
     (90, "block", UpConfig(64, 128, 128, 8, 4, 3, persistent=False, is_fused=False), False, 160, 73_752),
     (90, "block", UpConfig(64, 128, 128, 8, 8, 2, persistent=False), True, 128, 81_936),
     (90, "block", UpConfig(64, 128, 128, 8, 8, 3), True, 172, 131_608),
     (100, "bf16", UpConfig(128, 256, 64, 8, 8, 4, is_fused=False, half_stores=True), False, 148, 229_424),
     (100, "block", UpConfig(64, 128, 128, 8, 8, 2, persistent=False), True, 157, 81_968),
+    (100, "bf16", UpConfig(128, 128, 64, 8, 8, 4), False, 234, 229_424),
     (120, "bf16", UpConfig(64, 64, 64, 8, 4, 3, is_fused=False), False, 106, 40_976),
+    (120, "bf16", UpConfig(64, 32, 64, 8, 4, 3), False, 106, 36_880),
     (120, "block", UpConfig(64, 64, 128, 8, 8, 2, is_fused=False), False, 102, 24_584),
 ]
 
@@ -76,6 +82,12 @@ def test_the_weights_come_and_the_rows_leave_through_tma() -> None:
     assert ".global.mbarrier::complete_tx::bytes" in ptx
     assert ".global.shared::cta.bulk_group" in ptx
     assert "st.global" not in ptx
+
+
+def test_gate_and_up_are_one_product_of_what_tma_brought() -> None:
+    ptx = compiled(90, sorted_up_kernel, arguments("bf16", UpConfig(128, 128, 64, 8, 8, 4), False)).asm["ptx"]
+    assert set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\w+)", ptx)) == {"m64n256k16"}
+    assert "st.shared" not in ptx
 
 
 def test_the_activation_loads_and_stores_whole_vectors() -> None:

@@ -1,12 +1,12 @@
-"""SGLang's fused-MoE layer with our path behind its up GEMM: rows stay in the order of the experts to the last sum.
+"""SGLang's fused-MoE layer by our path, behind the engine's sort: rows keep the order of the experts to the last sum.
 
-The engine's sort and its up GEMM, then our activation (with the quantisation, where there is one), our down GEMM
-through TMA, and a weighted sum that gathers a token's rows in order.
+The up GEMM, the engine's or ours; our activation, with the quantisation where there is one; our down GEMM through TMA;
+a weighted sum that gathers a token's rows in order. The inputs stay as they are until that sum: whatever fails before
+it, the engine's own kernels can still run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,151 +14,189 @@ from sglang_moe_ext.core import MoEShape, TileConfig
 from sglang_moe_ext.engines.sglang import kernel
 from sglang_moe_ext.engines.sglang.kernel import Engine
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors, sorted_rows
-from sglang_moe_ext.kernels import gather_sum, sorted_activation, sorted_down, sorted_up
-from sglang_moe_ext.kernels.scales import Scales
-from sglang_moe_ext.kernels.short_down import ShortDownConfig, launch_short_down
-from sglang_moe_ext.kernels.sorted_down import DownConfig
-from sglang_moe_ext.kernels.sorted_up import UpConfig
+from sglang_moe_ext.sorted_path import ShortDownConfig, SortedPath, UpConfig
 
 if TYPE_CHECKING:
     import torch
 
-
-Up = TileConfig | UpConfig
-"""The engine's up GEMM with that configuration, or ours, which may be fused with the activation."""
-
-Down = DownConfig | ShortDownConfig
+    from sglang_moe_ext.kernels.scales import Scales
 
 
 @dataclass(frozen=True, slots=True)
-class Buffers:
-    """What lies between the stages; None where a stage is not there.
+class Layer:
+    """One batch of one layer. `aligned`: the engine's sort of it into blocks of the path's `block_m`."""
 
-    hidden_q [tokens, K] float8 and its scales; gate_up [rows, 2 I] or, where the activation is fused and the
-    quantisation is not, [rows, I]; inner [rows, I] and its scales; down [rows, hidden].
-    """
+    engine: Engine
+    shape: MoEShape
+    tensors: LayerTensors
+    aligned: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    path: SortedPath
 
-    hidden_q: tuple[torch.Tensor, torch.Tensor] | None
-    gate_up: torch.Tensor | None
-    inner: torch.Tensor
-    inner_scale: torch.Tensor | None
-    down: torch.Tensor
-    positions: torch.Tensor
-    out: torch.Tensor
+    @property
+    def rows(self) -> int:
+        """Of what lies between the GEMMs; those of padding are never read into a result."""
+        return sorted_rows(self.shape, self.tensors.hidden.shape[0], self.path.block_m)
+
+    @property
+    def has_experts_elsewhere(self) -> bool:
+        """Whether ids may be -1."""
+        return self.shape.ep > 1
+
+    def scales(self, activations: torch.Tensor | None, weights: torch.Tensor | None) -> Scales | None:
+        """Of a GEMM of ours."""
+        from sglang_moe_ext.kernels.scales import Scales
+
+        return None if activations is None or weights is None else Scales(self.shape.quantisation, activations, weights)
 
 
-def buffers(shape: MoEShape, hidden: torch.Tensor, up: Up) -> Buffers:
-    """For a batch [tokens, hidden]; nothing in them is defined."""
+@dataclass(frozen=True, slots=True)
+class Values:
+    """Activations between the GEMMs; in float8, with float32 scales of rows, or of 128 columns of a row."""
+
+    values: torch.Tensor
+    scale: torch.Tensor | None = None
+
+
+def run(layer: Layer, out: torch.Tensor, routed_scaling_factor: float = 1.0) -> None:
+    """Write [tokens, hidden] to `out`, which may be the hidden states themselves."""
+    gate_up = multiplied_up(layer, read(layer))
+    inner = activated(layer, gate_up)
+    del gate_up  # its memory is the next one's
+    write_sum(layer, multiplied_down(layer, inner), out, routed_scaling_factor)
+
+
+def sorted_by_engine(engine: Engine, shape: MoEShape, tensors: LayerTensors, path: SortedPath) -> Layer:
+    """The batch, with the engine's sort of it, which is run."""
+    return Layer(engine, shape, tensors, engine.align(tensors.topk_ids, path.block_m, shape.experts), path)
+
+
+def result(engine: Engine, shape: MoEShape, tensors: LayerTensors, path: SortedPath) -> torch.Tensor:
+    """[tokens, hidden], the engine's sort included."""
     import torch
 
-    tokens, width = hidden.shape
-    rows = sorted_rows(shape, tokens, up.block_m)
-    is_block, inner_size = shape.quantisation.is_block_wise, shape.intermediate_size
-    groups = inner_size // sorted_activation.GROUP
-    is_ours = isinstance(up, UpConfig)
-    is_fused = isinstance(up, UpConfig) and up.is_fused
-    is_whole = is_fused and (not is_block or up.block_n == sorted_activation.GROUP)
-    hidden_q = None
-    if is_ours and is_block:
-        scale = hidden.new_empty(tokens, width // sorted_activation.GROUP, dtype=torch.float32)
-        hidden_q = torch.empty_like(hidden, dtype=torch.float8_e4m3fn), scale
-    return Buffers(
-        hidden_q=hidden_q,
-        gate_up=None if is_whole else hidden.new_empty(rows, inner_size if is_fused else shape.gemm("up")[0]),
-        inner=hidden.new_empty(rows, inner_size, dtype=torch.float8_e4m3fn if is_block else hidden.dtype),
-        inner_scale=hidden.new_empty(rows, groups, dtype=torch.float32) if is_block else None,
-        down=hidden.new_empty(rows, shape.hidden_size),
-        positions=torch.empty(tokens, shape.top_k, dtype=torch.int32, device=hidden.device),
-        out=torch.empty_like(hidden),
+    out = torch.empty_like(tensors.hidden)
+    run(sorted_by_engine(engine, shape, tensors, path), out)
+    return out
+
+
+def read(layer: Layer) -> Values:
+    """The hidden states [tokens, hidden], quantised where our up GEMM wants them so; the engine's does it itself."""
+    import torch
+
+    from sglang_moe_ext.kernels import sorted_activation
+
+    hidden = layer.tensors.hidden
+    if isinstance(layer.path.up, TileConfig) or layer.shape.quantisation.scheme is None:
+        return Values(hidden)
+    values, scale = torch.empty_like(hidden, dtype=torch.float8_e4m3fn), _scale_for(hidden)
+    sorted_activation.launch_quantise(hidden, values, scale)
+    return Values(values, scale)
+
+
+def multiplied_up(layer: Layer, hidden: Values) -> Values:
+    """Gate and up [rows, 2 I], or, where the up kernel is fused, what comes of them [rows, I]."""
+    import torch
+
+    columns, (width, _) = layer.shape.intermediate_size, layer.shape.gemm("up")
+    match layer.path.up:
+        case TileConfig() as config:
+            gate_up = hidden.values.new_empty(layer.rows, width)
+            kernel.launch(layer.engine, layer.shape, "up", _engines_gemm(layer, gate_up), config, writes_sorted=True)
+            return Values(gate_up)
+        case UpConfig() as config:
+            from sglang_moe_ext.kernels import sorted_activation, sorted_up
+
+            tensors, shape = layer.tensors, layer.shape
+            # A tile is quantised in the kernel where it has all the columns of a scale.
+            quantises = config.is_fused and hidden.scale is not None and config.block_n == sorted_activation.GROUP
+            size = layer.rows, columns if config.is_fused else width
+            gate_up = tensors.hidden.new_empty(*size, dtype=torch.float8_e4m3fn if quantises else tensors.hidden.dtype)
+            scale = _scale_for(gate_up) if quantises else None
+            sorted_up.launch_up(
+                hidden.values, tensors.w1, gate_up, *layer.aligned, config,
+                pairs=tensors.topk_ids.numel(), top_k=shape.top_k, align_block_m=layer.path.block_m,
+                scales=layer.scales(hidden.scale, tensors.w1_scale), out_scale=scale,
+            )  # fmt: skip
+            return Values(gate_up, scale)
+
+
+def activated(layer: Layer, gate_up: Values) -> Values:
+    """What the down GEMM reads [rows, I]: what the up kernel left, activated and quantised where it is not yet."""
+    import torch
+
+    from sglang_moe_ext.kernels import sorted_activation
+
+    columns, is_scaled = layer.shape.intermediate_size, layer.shape.quantisation.scheme is not None
+    if gate_up.values.shape[1] == columns and is_scaled == (gate_up.scale is not None):
+        return gate_up
+    dtype = torch.float8_e4m3fn if is_scaled else gate_up.values.dtype
+    inner = gate_up.values.new_empty(layer.rows, columns, dtype=dtype)
+    if layer.shape.quantisation.per_channel:
+        of_rows = inner.new_empty(layer.rows, 1, dtype=torch.float32)
+        sorted_activation.launch_swiglu_of_rows(gate_up.values, layer.aligned[2], inner, of_rows)
+        return Values(inner, of_rows)
+    scale = _scale_for(inner) if is_scaled else None
+    sorted_activation.launch_swiglu(gate_up.values, layer.aligned[2], inner, scales=scale)
+    return Values(inner, scale)
+
+
+def multiplied_down(layer: Layer, inner: Values) -> torch.Tensor:
+    """[rows, hidden], not yet weighted."""
+    from sglang_moe_ext.kernels import short_down, sorted_down
+
+    _, experts, padded = layer.aligned
+    down = layer.tensors.hidden.new_empty(layer.rows, layer.shape.hidden_size)
+    weights, scales = layer.tensors.w2, layer.scales(inner.scale, layer.tensors.w2_scale)
+    align = layer.path.block_m
+    match layer.path.down:
+        case ShortDownConfig() as short:
+            short_down.launch_short_down(
+                inner.values, weights, down, experts, padded, short, align_block_m=align, scales=scales
+            )
+        case config:
+            sorted_down.launch_down(
+                inner.values, weights, down, experts, padded, config,
+                align_block_m=align, scales=scales, experts_elsewhere=layer.has_experts_elsewhere,
+            )  # fmt: skip
+    return down
+
+
+def write_sum(layer: Layer, down: torch.Tensor, out: torch.Tensor, routed_scaling_factor: float = 1.0) -> None:
+    """Each token's rows, weighted, in order, to `out` [tokens, hidden]."""
+    import torch
+
+    from sglang_moe_ext.kernels import gather_sum
+
+    ids, experts, padded = layer.aligned
+    positions = torch.empty_like(layer.tensors.topk_ids, dtype=torch.int32, memory_format=torch.contiguous_format)
+    gather_sum.launch_inverse(
+        ids, experts, padded, positions,
+        align_block_m=layer.path.block_m, experts_elsewhere=layer.has_experts_elsewhere,
+    )  # fmt: skip
+    gather_sum.launch_gather_sum(
+        down, positions, layer.tensors.topk_weights, out, routed_scaling_factor=routed_scaling_factor
     )
 
 
-class Stages:
-    """The stages of one batch; each queues its kernels, given that those before it have run."""
+def _scale_for(values: torch.Tensor) -> torch.Tensor:
+    import torch
 
-    def __init__(self, engine: Engine, shape: MoEShape, tensors: LayerTensors, up: Up, down: Down, to: Buffers) -> None:
-        self._engine, self._shape, self._tensors, self._up, self._down, self._to = engine, shape, tensors, up, down, to
-        self._aligned: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    from sglang_moe_ext.kernels.sorted_activation import GROUP
 
-    def all(self) -> dict[str, Callable[[], object]]:
-        """In order, by name."""
-        to = self._to
-        return {
-            "align": self._align,
-            **({} if to.hidden_q is None else {"quantise": self._quantise}),
-            "up": self._launch_up,
-            **({} if to.gate_up is None else {"activation": self._activate}),
-            "down": self._launch_down,
-            "sum": self._sum,
-        }
-
-    def _scales(self, activations: torch.Tensor | None, weights: torch.Tensor | None) -> Scales | None:
-        if activations is None or weights is None:
-            return None
-        return Scales(self._shape.quantisation, activations, weights)
-
-    def _align(self) -> None:
-        self._aligned = self._engine.align(self._tensors.topk_ids, self._up.block_m, self._shape.experts)
-
-    def _quantise(self) -> None:
-        if self._to.hidden_q is not None:
-            sorted_activation.launch_quantise(self._tensors.hidden, *self._to.hidden_q)
-
-    def _launch_up(self) -> None:
-        tensors, to = self._tensors, self._to
-        if isinstance(self._up, UpConfig):
-            a, scale = (tensors.hidden, None) if to.hidden_q is None else to.hidden_q
-            sorted_up.launch_up(
-                a, tensors.w1, to.inner if to.gate_up is None else to.gate_up, *self._aligned, self._up,
-                pairs=tensors.topk_ids.numel(), top_k=self._shape.top_k, align_block_m=self._up.block_m,
-                scales=self._scales(scale, tensors.w1_scale),
-                out_scale=to.inner_scale if to.gate_up is None else None,
-            )  # fmt: skip
-            return
-        assert to.gate_up is not None
-        gemm = GemmTensors(
-            a=tensors.hidden,
-            weights=tensors.w1,
-            out=to.gate_up,
-            weight_scale=tensors.w1_scale,
-            topk_weights=tensors.topk_weights,
-            topk_ids=tensors.topk_ids,
-            sorted_token_ids=self._aligned[0],
-            expert_ids=self._aligned[1],
-            num_tokens_post_padded=self._aligned[2],
-        )
-        kernel.launch(self._engine, self._shape, "up", gemm, self._up, writes_sorted=True)
-
-    def _activate(self) -> None:
-        assert self._to.gate_up is not None
-        sorted_activation.launch_swiglu(self._to.gate_up, self._aligned[2], self._to.inner, scales=self._to.inner_scale)
-
-    def _launch_down(self) -> None:
-        to, weights, experts, padded = self._to, self._tensors.w2, self._aligned[1], self._aligned[2]
-        align, scales = self._up.block_m, self._scales(to.inner_scale, self._tensors.w2_scale)
-        match self._down:
-            case ShortDownConfig() as short:
-                launch_short_down(
-                    to.inner, weights, to.down, experts, padded, short, align_block_m=align, scales=scales
-                )
-            case DownConfig() as config:
-                sorted_down.launch_down(
-                    to.inner, weights, to.down, experts, padded, config,
-                    align_block_m=align, scales=scales, experts_elsewhere=self._shape.ep > 1,
-                )  # fmt: skip
-
-    def _sum(self) -> None:
-        ids, experts, padded = self._aligned
-        gather_sum.launch_inverse(
-            ids, experts, padded, self._to.positions,
-            align_block_m=self._up.block_m, experts_elsewhere=self._shape.ep > 1,
-        )  # fmt: skip
-        gather_sum.launch_gather_sum(self._to.down, self._to.positions, self._tensors.topk_weights, self._to.out)
+    rows, columns = values.shape
+    return values.new_empty(rows, columns // GROUP, dtype=torch.float32)
 
 
-def run(engine: Engine, shape: MoEShape, tensors: LayerTensors, up: Up, down: Down) -> torch.Tensor:
-    """[tokens, hidden]."""
-    to = buffers(shape, tensors.hidden, up)
-    for launch in Stages(engine, shape, tensors, up, down, to).all().values():
-        launch()
-    return to.out
+def _engines_gemm(layer: Layer, out: torch.Tensor) -> GemmTensors:
+    tensors, (ids, experts, padded) = layer.tensors, layer.aligned
+    return GemmTensors(
+        a=tensors.hidden,
+        weights=tensors.w1,
+        out=out,
+        weight_scale=tensors.w1_scale,
+        topk_weights=tensors.topk_weights,
+        topk_ids=tensors.topk_ids,
+        sorted_token_ids=ids,
+        expert_ids=experts,
+        num_tokens_post_padded=padded,
+    )

@@ -12,8 +12,9 @@ from sglang_moe_ext.kernels import sorted_reference, tma_operands
 from sglang_moe_ext.kernels.gather_sum import launch_gather_sum, launch_inverse
 from sglang_moe_ext.kernels.reference import Alignment, grouped_gemm, moe_align, relative_error
 from sglang_moe_ext.kernels.scales import Scales
-from sglang_moe_ext.kernels.short_down import ShortDownConfig, launch_short_down
-from sglang_moe_ext.kernels.sorted_down import DownConfig, launch_down
+from sglang_moe_ext.kernels.short_down import launch_short_down
+from sglang_moe_ext.kernels.sorted_down import launch_down
+from sglang_moe_ext.sorted_path import DownConfig, ShortDownConfig
 
 NAN = float("nan")
 KINDS = ["bf16", "fp16", "fp8-block", "fp8-channel", "fp8-tensor"]

@@ -8,8 +8,15 @@ from sglang_moe_ext.core import MoEExtError, Quantisation
 from sglang_moe_ext.kernels import sorted_reference, tma_operands
 from sglang_moe_ext.kernels.reference import Alignment, grouped_gemm, moe_align, relative_error
 from sglang_moe_ext.kernels.scales import Scales
-from sglang_moe_ext.kernels.sorted_activation import GROUP, launch_quantise, launch_swiglu
-from sglang_moe_ext.kernels.sorted_up import UpConfig, launch_up
+from sglang_moe_ext.kernels.sorted_activation import (
+    GROUP,
+    LONGEST_ROW,
+    launch_quantise,
+    launch_swiglu,
+    launch_swiglu_of_rows,
+)
+from sglang_moe_ext.kernels.sorted_up import launch_up
+from sglang_moe_ext.sorted_path import UpConfig
 
 NAN = float("nan")
 COLUMNS = 128
@@ -133,6 +140,23 @@ def test_activated_rows_are_quantised_in_groups() -> None:
     launch_swiglu(gate_up, torch.tensor([37], dtype=torch.int32), out, scales=scales)
     real = (out.float().view(37, 2, GROUP) * scales[:, :, None]).view(37, -1)
     assert relative_error(real, activated(gate_up)) < BOUND_FLOAT8
+
+
+@pytest.mark.parametrize("used", [0, 1, 30, 37])
+def test_rows_are_quantised_whole_up_to_the_last_used_one(used: int) -> None:
+    gate_up, out = gate_and_up(37), poisoned(37, 2 * GROUP, dtype=torch.float8_e4m3fn)
+    scales = poisoned(37, 1, dtype=torch.float32)
+    launch_swiglu_of_rows(gate_up, torch.tensor([used], dtype=torch.int32), out, scales)
+    real = out.float() * scales
+    assert relative_error(real[:used], activated(gate_up)[:used]) < BOUND_FLOAT8 if used else True
+    assert bool(scales[used:].isnan().all())
+
+
+def test_rows_too_long_for_one_program_are_refused() -> None:
+    width = LONGEST_ROW + GROUP
+    out, scales = poisoned(1, width, dtype=torch.float8_e4m3fn), poisoned(1, 1, dtype=torch.float32)
+    with pytest.raises(MoEExtError, match="at most"):
+        launch_swiglu_of_rows(torch.zeros(1, 2 * width), torch.tensor([1], dtype=torch.int32), out, scales)
 
 
 def test_a_row_of_zeros_is_quantised_to_zeros() -> None:
