@@ -118,6 +118,8 @@ def findings(patient: Patient, answer: lookup.Answer, deterministic: bool) -> li
         else:
             why = ours or _why(down_file, down_key, m, answer.triton, deterministic)
             found.append(Finding(m, "down", str(down), why))
+        if m in answer.paths:
+            found.append(Finding(m, "both", answer.paths[m], "our own kernels, measured faster than those above"))
     return found
 
 

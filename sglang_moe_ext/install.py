@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise EngineError("--install none leaves nothing to do: choose engine or overlay")
     outcome: dict[Path, str | None] = {}
     for up in sorted(destinations.store_folder("sglang", triton).glob("E=*.json")):
-        if up.name.endswith((".provenance.json", "_down.json")):
+        if not tables.is_up_table(up.name):
             continue
         try:
             outcome |= _put(up, destination.folder, engine.configs_root)

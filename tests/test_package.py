@@ -18,11 +18,11 @@ REPO_ROOT = Path(__file__).resolve().parents[1]
 NEVER_MOVED = {"torch", "triton", "transformers", "sglang", "vllm", "numpy"}
 HEAVY = {"torch", "triton", "transformers", "rich", "numpy"}
 ATTACHED = {
-    "": "arrivals core engines gpus serving shared_memory shipped startup store",
+    "": "arrivals core engines gpus serving shared_memory shipped sorted_path startup store",
     "engines.": "asked dialect entries releases running sglang",
-    "engines.sglang.": "installation naming overlay targets tma",
-    "serving.": "choices guard hooks into_sglang launch lookup overlay places plugin shelf",
-    "store.": "files locks provenance tables user_store",
+    "engines.sglang.": "installation naming overlay sequence targets tma",
+    "serving.": "choices guard hooks into_sglang launch lookup overlay own_path places plugin sequence shelf",
+    "store.": "files locks path_tables provenance tables user_store",
 }
 """By package, the modules of ours that a server has once its engine's layer is hooked."""
 ATTACH = """

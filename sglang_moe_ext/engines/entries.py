@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sglang_moe_ext.core import TileConfig
+from sglang_moe_ext.sorted_path import SortedPath
 
 Entry = dict[str, Any]
 
@@ -52,3 +53,15 @@ def resized(entry: Mapping[str, Any], config: TileConfig) -> Entry:
 def without_tma(entry: Mapping[str, Any]) -> Entry:
     """A copy that does not ask for TMA."""
     return {name: value for name, value in entry.items() if name != USE_TMA}
+
+
+class WithPath(Entry):
+    """An entry of the down GEMM that carries our path along.
+
+    The engine hands it from its lookup to its sequence of kernels as it is; its copies, and the engine's own kernels,
+    know the entry alone.
+    """
+
+    def __init__(self, entry: Mapping[str, Any], path: SortedPath) -> None:
+        super().__init__(entry)
+        self.path = path

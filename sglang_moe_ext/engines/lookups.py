@@ -39,7 +39,8 @@ class Answer:
     """What the engine takes for each M, the files it opened for that, and what it said.
 
     `down` is None where the down projection runs the entry of `up`, as it always does in vLLM. Of an engine that was
-    asked AS_SERVED, `plugin` says what became of our hooks, and `whys` at which M they decided.
+    asked AS_SERVED, `plugin` says what became of our hooks, `whys` at which M they decided, and `paths` where our own
+    kernels run in place of the engine's, which all else is about.
     """
 
     engine_version: str
@@ -51,6 +52,7 @@ class Answer:
     log: tuple[str, ...]
     plugin: str | None = None
     whys: Mapping[int, str] = field(default_factory=dict)
+    paths: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,4 +164,5 @@ def _answer(said: Mapping[str, Any]) -> Answer:
         log=tuple(said["log"]),
         plugin=said.get("plugin"),
         whys={int(m): str(why) for m, why in said.get("whys", {}).items()},
+        paths={int(m): str(path) for m, path in said.get("paths", {}).items()},
     )

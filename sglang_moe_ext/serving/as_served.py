@@ -11,10 +11,14 @@ from sglang_moe_ext.serving import hooks
 from sglang_moe_ext.serving.hooks import Engine
 from sglang_moe_ext.serving.overlay import Choice, Default, Engines, Ours
 from sglang_moe_ext.serving.shelf import Place
+from sglang_moe_ext.store import tables
 
 
 def added(said: Mapping[str, Any], engine: Engine, layer: Layer, tokens: Sequence[int], places: Iterable[Place]) -> Any:
-    """The answer with `plugin`, what became of our hooks, and `whys`, by M why it is not the engine's own choice."""
+    """The answer with `plugin`, what became of our hooks, and `whys`, by M why it is not the engine's own choice.
+
+    `said` may have `paths`, by M the path that runs in place of the engine's own kernels, which all else is about.
+    """
     state, taken = hooks.state(engine), hooks.choices(layer, tokens, engine)
     whys = {m: why for m, choice in taken.items() if (why := _why(choice)) is not None}
     plugin = "active" if state.is_active else f"off: {state.why}"
@@ -38,4 +42,4 @@ def _files(opened: Sequence[str], taken: Mapping[int, Choice], places: Iterable[
     roots = [place.root for place in places if place.is_engines]
     is_asked = not taken or any(isinstance(choice, Engines) for choice in taken.values())
     theirs = [Path(file) for file in opened if is_asked and any(root in Path(file).parents for root in roots)]
-    return list(dict.fromkeys(str(file) for file in (*ours, *theirs) if not file.name.endswith(".provenance.json")))
+    return list(dict.fromkeys(str(file) for file in (*ours, *theirs) if tables.is_table(file.name)))

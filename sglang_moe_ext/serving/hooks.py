@@ -13,6 +13,7 @@ from sglang_moe_ext import SWITCH, __version__
 from sglang_moe_ext.engines.asked import Layer
 from sglang_moe_ext.serving.guard import warn_once
 from sglang_moe_ext.serving.overlay import Choice
+from sglang_moe_ext.sorted_path import SortedPath
 
 Engine = Literal["sglang", "vllm"]
 _OUR_NAME = "sglang_moe_ext"
@@ -56,6 +57,23 @@ def choices(layer: Layer, tokens: Sequence[int], engine: Engine = "sglang") -> d
     """What this process takes at each M, and why; empty where our functions are not in place."""
     chooser = _choosers.get(engine)
     return {} if chooser is None else {m: chooser.choice(layer, m) for m in tokens}
+
+
+def paths(layer: Layer, tokens: Sequence[int]) -> dict[int, SortedPath | None]:
+    """Which of our own paths SGLang's layers take at each M; empty where our functions are not in place."""
+    from sglang_moe_ext.serving.lookup import Resolver
+
+    chooser = _choosers.get("sglang")
+    return {m: chooser.path(layer, m) for m in tokens} if isinstance(chooser, Resolver) else {}
+
+
+def decline_path(layer: Layer) -> None:
+    """Let SGLang's own kernels run for layers of such weights from now on."""
+    from sglang_moe_ext.serving.lookup import Resolver
+
+    chooser = _choosers.get("sglang")
+    if isinstance(chooser, Resolver):
+        chooser.decline_path(layer.w1_shape, layer.w2_shape)
 
 
 def half_of(engine: Engine) -> Half:

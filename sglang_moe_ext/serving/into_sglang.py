@@ -11,7 +11,7 @@ from sglang_moe_ext import __version__
 from sglang_moe_ext.engines import running
 from sglang_moe_ext.engines.sglang import targets
 from sglang_moe_ext.engines.sglang.targets import Targets
-from sglang_moe_ext.serving import launch, lookup
+from sglang_moe_ext.serving import launch, lookup, sequence
 from sglang_moe_ext.serving.guard import warn_once
 from sglang_moe_ext.serving.launch import Launcher
 from sglang_moe_ext.serving.places import places
@@ -36,7 +36,9 @@ def put_in(layer: ModuleType, way: str) -> lookup.Resolver:
     engine = targets.found(layer)
     resolver = lookup.Resolver(engine, lambda: places(engine.engine), lambda: _first_call(engine, way))
     launcher = Launcher(engine.launch, targets.CONFIG_POSITION, engine.override)
-    replaced = ((engine.lookup, lookup.replacement(engine, resolver)), (engine.launch, launch.replacement(launcher)))
+    replaced = [(engine.lookup, lookup.replacement(engine, resolver)), (engine.launch, launch.replacement(launcher))]
+    if engine.sequence is not None:
+        replaced.append((engine.sequence, sequence.replacement(engine, engine.sequence, resolver.decline_path)))
     for original, ours in replaced:
         running.replace("sglang", original, ours)
     return resolver

@@ -7,14 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sglang_moe_ext.core import TileConfig
 from sglang_moe_ext.engines import asked, entries, running
 from sglang_moe_ext.engines.asked import Layer
-from sglang_moe_ext.engines.entries import Entry
+from sglang_moe_ext.engines.entries import Entry, WithPath
 from sglang_moe_ext.engines.sglang.targets import Targets
 from sglang_moe_ext.serving.choices import Choices
 from sglang_moe_ext.serving.guard import Guard, warn_once
 from sglang_moe_ext.serving.overlay import Choice, Default, Engines, Ours
+from sglang_moe_ext.serving.own_path import Paths
 from sglang_moe_ext.serving.shelf import Place
+from sglang_moe_ext.sorted_path import SortedPath
 
 _MOST_ANSWERS = 65536
 """Of a process: every layer for every M up to 16384, a few times over."""
@@ -22,11 +25,25 @@ _MOST_ANSWERS = 65536
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the engine's lookup returns, in parts; both entries are copied before they leave."""
+    """What the engine's lookup returns, in parts; both entries are copied before they leave.
+
+    `path`: what runs instead of the engine's own kernels, which both entries are for.
+    """
 
     up: Entry
     down: Entry | None
     most_block_m: int | None
+    path: SortedPath | None = None
+
+    def down_to_hand_on(self) -> Entry | None:
+        """A fresh entry of the down GEMM."""
+        if self.down is not None and self.path is not None:
+            return WithPath(self.down, self.path)
+        return None if self.down is None else self.down.copy()
+
+
+Answers = dict[Any, Answer]
+"""What was answered before, by what was asked; emptied where an answer is no longer to be given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +64,7 @@ class Resolver:
     ) -> None:
         self._engine, self._choices = engine, Choices(engine, places)
         self._at_first_call: Callable[[], None] | None = at_first_call
+        self._paths, self.answers = Paths(engine, places, self._choices.shelf), Answers()
         self._guards: dict[str, Guard] = {}
 
     def __call__(self, call: Call, original: Callable[[], Any]) -> Answer:
@@ -69,6 +87,8 @@ class Resolver:
                 answer = self._of_engine(call, original)
         if not call.wants_down:  # whoever asks so hands the entry to the kernel as it is, and that knows no USE_TMA
             answer = replace(answer, up=entries.without_tma(answer.up))
+        elif (path := self.path(call.layer, call.tokens)) is not None:
+            answer = _behind(path, answer)
         return self._safe(answer, call.layer)
 
     def _default(self, call: Call) -> Answer:
@@ -89,6 +109,15 @@ class Resolver:
         """Which configuration runs, before the guard looks at it."""
         return self._choices.of(layer, tokens)
 
+    def path(self, layer: Layer, tokens: int) -> SortedPath | None:
+        """What runs in place of the engine's own kernels, before anything is known of the batch but its size."""
+        return self._paths.of(layer, tokens)
+
+    def decline_path(self, w1_shape: tuple[int, ...], w2_shape: tuple[int, ...]) -> None:
+        """Never again choose our path for layers of such weights."""
+        self._paths.decline(w1_shape, w2_shape)
+        self.answers.clear()
+
     def _safe(self, answer: Answer, layer: Layer) -> Answer:
         shape, device_name = layer.shape(), self._engine.device_name()
         if shape is None or device_name is None:
@@ -97,7 +126,16 @@ class Resolver:
             self._guards[device_name] = Guard(self._engine.engine.version, running.gpu(device_name))
         guard = self._guards[device_name]
         down = None if answer.down is None else guard.safe(answer.down, shape, "down")
-        return Answer(guard.safe(answer.up, shape, "up"), down, answer.most_block_m)
+        return replace(answer, up=guard.safe(answer.up, shape, "up"), down=down)
+
+
+def _behind(path: SortedPath, answer: Answer) -> Answer:
+    """The path, with entries for the engine's own kernels where it may not run: for its blocks of the sort."""
+    if answer.up["BLOCK_SIZE_M"] == path.block_m and answer.down is not None:
+        return replace(answer, path=path)
+    known = path.up if isinstance(path.up, TileConfig) else entries.tile_of(answer.up)
+    entry = entries.entry_of(replace(known, block_m=path.block_m, use_tma=False))
+    return Answer(entry, dict(entry), path.block_m, path)
 
 
 def of_engine(returned: Any, wants_down: bool) -> Answer:
@@ -108,10 +146,9 @@ def of_engine(returned: Any, wants_down: bool) -> Answer:
     return Answer(up, down, most_block_m)
 
 
-def replacement(engine: Targets, resolve: Callable[[Call, Callable[[], Any]], Answer]) -> Callable[..., Any]:
+def replacement(engine: Targets, resolve: Resolver) -> Callable[..., Any]:
     """A function to stand where `engine.lookup` stood. It never raises where that would not have."""
-    answers: dict[Any, Answer] = {}
-    original = engine.lookup
+    original, answers = engine.lookup, resolve.answers
 
     def resolved(call: Call, own: Callable[[], Any]) -> Answer:
         try:
@@ -151,8 +188,7 @@ def replacement(engine: Targets, resolve: Callable[[Call, Callable[[], Any]], An
                 answers.clear()
             answers[key] = answer
         if wants_down:
-            down = answer.down
-            return answer.up.copy(), (None if down is None else down.copy(), answer.most_block_m)
+            return answer.up.copy(), (answer.down_to_hand_on(), answer.most_block_m)
         return answer.up.copy()
 
     return try_get_optimal_moe_config

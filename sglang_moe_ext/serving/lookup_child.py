@@ -19,8 +19,11 @@ def main() -> int:
         hooks.attach(sys.modules[engine.layer_module], "doctor")
         request = json.load(sys.stdin)
         said = lookup_child.answer(engine, config, request)
-        layer = lookups.layer_of(request)
-        print(json.dumps(as_served.added(said, "sglang", layer, request["tokens"], places(engine))))
+        layer, tokens = lookups.layer_of(request), request["tokens"]
+        if paths := {m: str(path) for m, path in hooks.paths(layer, tokens).items() if path is not None}:
+            hooks.decline_path(layer)
+            said = {**lookup_child.answer(engine, config, request), "paths": paths}
+        print(json.dumps(as_served.added(said, "sglang", layer, tokens, places(engine))))
     except MoEExtError as error:
         print(error, file=sys.stderr)
         return 1

@@ -147,9 +147,12 @@ def _made_with(place: Place, folder: Path, known: Provenance | None) -> str:
 def _of_layer(table: Table, known: Provenance | None, shape: MoEShape) -> Table:
     """Its entries that were made for this hidden size and top-k: the file's name tells neither."""
     entries = {} if known is None else known.entries
-    return {m: config for m, config in table.items() if m not in entries or _is_of(entries[m].run.shape, shape)}
+    return {m: config for m, config in table.items() if m not in entries or is_of(entries[m].run.shape, shape)}
 
 
-def _is_of(made_for: object, shape: MoEShape) -> bool:
-    """`made_for` is a shape as text, or whatever else a file has there. No parser: one of few experts is no --shape."""
+def is_of(made_for: object, shape: MoEShape) -> bool:
+    """Whether it was made for this hidden size and top-k.
+
+    `made_for` is a shape as text, or whatever else a file has there. No parser: one of few experts is no --shape.
+    """
     return f",K={shape.hidden_size},topk={shape.top_k}," in str(made_for)

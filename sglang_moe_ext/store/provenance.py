@@ -85,7 +85,7 @@ def parse(document: Any) -> Provenance:
     try:
         if document["format"] != FORMAT:
             raise TableError(f"provenance format {document['format']!r}: expected {FORMAT}")
-        runs = [_run(run) for run in document["runs"]]
+        runs = [parse_run(run) for run in document["runs"]]
         entries = {
             int(m): Entry(_origin(entry["origin"]), runs[entry["run"]], _figures(entry["figures"]))
             for m, entry in document["entries"].items()
@@ -95,7 +95,8 @@ def parse(document: Any) -> Provenance:
     return Provenance(entries)
 
 
-def _run(document: dict[str, Any]) -> Run:
+def parse_run(document: dict[str, Any]) -> Run:
+    """Raises TableError or KeyError where the document is none."""
     values = {item.name: document[item.name] for item in fields(Run)}
     for name, value in values.items():
         if not isinstance(value, str | int | None):

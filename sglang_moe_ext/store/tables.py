@@ -28,6 +28,19 @@ _PASSED_OVER = frozenset({"SPLIT_K", "waves_per_eu", "matrix_instr_nonkdim", "kp
 _TOKENS = re.compile(r"[1-9][0-9]{0,18}")
 
 
+_BESIDE = (".provenance.json", ".paths.json")
+
+
+def is_table(name: str) -> bool:
+    """Whether a file of that name is a table, rather than what lies beside one."""
+    return name.endswith(".json") and not name.endswith(_BESIDE)
+
+
+def is_up_table(name: str) -> bool:
+    """The same, and not for the down projection alone."""
+    return is_table(name) and not name.endswith("_down.json")
+
+
 def read(path: Path) -> Table:
     """The table in that file.
 

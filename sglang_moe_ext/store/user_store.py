@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from sglang_moe_ext.store import locks
+from sglang_moe_ext.store import locks, tables
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +40,7 @@ def tables_folder(engine: str, version_folder: str) -> Path:
 def all_tables(engine: str) -> Iterator[Path]:
     """Every table of that engine in the store, in order of Triton and name."""
     yield from sorted(
-        path
-        for path in (root() / "tables" / engine).glob("triton_*/*.json")
-        if not path.name.endswith(".provenance.json")
+        path for path in (root() / "tables" / engine).glob("triton_*/*.json") if tables.is_table(path.name)
     )
 
 

@@ -44,7 +44,7 @@ class Engine:
             get_server_args=lambda: SimpleNamespace(enable_deterministic_inference=self.is_deterministic),
         )
         package: Any = SimpleNamespace(get_config=lambda: self.override)
-        found = Targets(Installation(version, Path(), "3.7.1"), package, module, self.own, print)
+        found = Targets(Installation(version, Path(), "3.7.1"), package, module, module, module, self.own, print, None)
         self.resolver = lookup.Resolver(found, lambda: list(places), self.at_first_call)
         self.lookup = lookup.replacement(found, self.resolver)
 
@@ -271,14 +271,14 @@ def test_a_layer_without_a_gate_is_told_by_its_rows() -> None:
 def test_an_engine_says_whether_it_is_deterministic(name: str) -> None:
     module: Any = SimpleNamespace(**{name: lambda: SimpleNamespace(enable_deterministic_inference=True)})
     engine: Any = SimpleNamespace(version_text="0.5.8")
-    assert Targets(engine, module, module, print, print).is_deterministic()
+    assert Targets(engine, module, module, module, module, print, print, None).is_deterministic()
 
 
 def test_an_engine_that_says_nowhere_whether_it_is_deterministic_is_named() -> None:
     module: Any = SimpleNamespace()
     engine: Any = SimpleNamespace(version_text="0.6.0")
     with pytest.raises(EngineError, match=r"SGLang 0\.6\.0"):
-        Targets(engine, module, module, print, print).is_deterministic()
+        Targets(engine, module, module, module, module, print, print, None).is_deterministic()
 
 
 def test_a_gpu_of_another_vendor_is_taken_for_none_of_nvidia(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from sglang_moe_ext.core import TileConfig
+from sglang_moe_ext.sorted_path import DownConfig, ShortDownConfig, SortedPath, UpConfig
 from sglang_moe_ext.store.provenance import Entry, Provenance, Run
 
 
@@ -45,3 +46,14 @@ A_RUN = Run("2026-11-21", "tune", "model", "shape", "gpu", "kernel", "0.5.23", "
 
 def config(block_n: int = 64) -> TileConfig:
     return TileConfig(16, block_n, 64, 1, 4, 3)
+
+
+_side, _count = powers_of_two(16, 128), st.integers(1, 8)
+_crew = (st.booleans(), _count)
+paths = st.builds(
+    SortedPath,
+    st.builds(TileConfig, st.just(128), _side, _side, _count, _side, _count, st.booleans())
+    | st.builds(UpConfig, st.just(128), _side, _side, *[_count] * 3, *_crew, st.booleans(), st.booleans()),
+    st.builds(DownConfig, _side, _side, _side, *[_count] * 3, *_crew, st.booleans())
+    | st.builds(ShortDownConfig, _side, _side, _side, *[_count] * 3),
+)

@@ -45,7 +45,7 @@ def layers(sources: Sources) -> list[str]:
     found = {
         path.name for root in sources.ours for folder in _version_folders(root) for path in folder.glob("E=*.json")
     }
-    return sorted(name for name in found if not name.endswith((".provenance.json", "_down.json")))
+    return sorted(filter(tables.is_up_table, found))
 
 
 def put(name: str, sources: Sources, folder: Path, version: Version) -> Outcome:

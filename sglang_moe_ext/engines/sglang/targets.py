@@ -1,4 +1,4 @@
-"""What of a running SGLang our hooks replace: two functions, found, checked and replaced wherever they are bound."""
+"""What of a running SGLang our hooks replace: functions, found, checked and replaced wherever they are bound."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ LAYER_MODULES = (
 """Where the layer lies since 0.5.11, and up to 0.5.10: once it has been executed, all that we replace is there."""
 
 LOOKUP, LAUNCH = "try_get_optimal_moe_config", "invoke_fused_moe_kernel"
+SEQUENCE = "_fused_moe_kernel_sequence"
+"""All kernels of a layer behind the sort of its tokens; a function of its own since 0.5.11."""
 # By position, as the engine's own callers give them; what follows goes by name.
 _LOOKUP_PARAMETERS = ("w1_shape", "w2_shape", "top_k", "dtype", "M", "is_marlin", "block_shape")
 _LOOKUP_NAMED = "return_down_config"
@@ -31,13 +33,19 @@ CONFIG_POSITION = 14
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The modules of one running engine; `lookup` and `launch` are its own functions, whatever stands there now."""
+    """The modules of one running engine; the functions are its own, whatever stands there now.
+
+    `sequence` None: this release has none that our path could stand for.
+    """
 
     engine: Installation
     package: ModuleType
     config: ModuleType
+    kernels: ModuleType
+    layer: ModuleType
     lookup: AnyFunction
     launch: AnyFunction
+    sequence: AnyFunction | None
 
     @property
     def triton(self) -> str | None:
@@ -55,12 +63,23 @@ class Targets:
         Raises:
             EngineError: this release says it in a way that is not known.
         """
-        if exec_of := getattr(self.config, "get_exec", None):  # since 0.5.17
-            return bool(exec_of().deterministic.enable_deterministic_inference)
-        for name in ("get_server_args", "get_global_server_args"):
-            if server_args := getattr(self.config, name, None):
-                return bool(server_args().enable_deterministic_inference)
-        raise EngineError(f"SGLang {self.engine.version_text} says nowhere whether inference is deterministic")
+        return self._setting(self.config, "deterministic", "enable_deterministic_inference")
+
+    def sums_in_the_down_gemm(self) -> bool:
+        """Whether the server lets the down GEMM add up what the experts of a token give, and across ranks.
+
+        Raises:
+            EngineError: this release says it in a way that is not known.
+        """
+        return self._setting(self.layer, "moe", "enable_fused_moe_sum_all_reduce")
+
+    def _setting(self, module: ModuleType, group: str, name: str) -> bool:
+        if exec_of := getattr(module, "get_exec", None):  # since 0.5.17
+            return bool(getattr(getattr(exec_of(), group), name))
+        for of in ("get_server_args", "get_global_server_args"):
+            if server_args := getattr(module, of, None):
+                return bool(getattr(server_args(), name))
+        raise EngineError(f"SGLang {self.engine.version_text} says nowhere what {name} is")
 
     def device_name(self) -> str | None:
         """The GPU's name as the engine puts it into the names of tables; None where it knows none."""
@@ -86,7 +105,10 @@ def found(layer: ModuleType) -> Targets:
     package = sys.modules[layer.__name__.rpartition(".")[0]]
     config = _module(f"{package.__name__}.fused_moe_triton_config")
     kernels = _module(engine.kernel_module)
-    targets = Targets(engine, package, config, _function(config, LOOKUP), _function(kernels, LAUNCH))
+    sequence = _function(layer, SEQUENCE) if hasattr(layer, SEQUENCE) else None
+    targets = Targets(
+        engine, package, config, kernels, layer, _function(config, LOOKUP), _function(kernels, LAUNCH), sequence
+    )
     _check(targets, layer)
     return targets
 

@@ -27,7 +27,7 @@ def warm_up(engine: Engine, shape: MoEShape) -> None:
         engine.layer.silu_and_mul(gate_and_up, torch.empty_like(gate_and_up[:, : shape.intermediate_size]).contiguous())
 
 
-def _alone(layer: Any) -> None:
+def alone(layer: Any) -> None:
     """Put in place what the layer asks of a server: there is none in this process."""
     # At few tokens the engine sums by a function that torch.compile has to make first, seconds for each batch size.
     layer.moe_sum_reduce_torch_compile = layer.moe_sum_reduce
@@ -41,7 +41,7 @@ def run(engine: Engine, shape: MoEShape, tensors: LayerTensors, up: TileConfig, 
     """[tokens, hidden], by the engine's `fused_experts_impl`."""
     scheme, block = shape.quantisation.scheme, shape.quantisation.block_shape
     engine.layer.try_get_optimal_moe_config = lambda *_, **__: (entry_of(up), (entry_of(down), up.block_m))
-    _alone(engine.layer)
+    alone(engine.layer)
     out: torch.Tensor = engine.layer.fused_experts_impl(
         tensors.hidden,
         tensors.w1,

@@ -1,0 +1,211 @@
+"""Child of test_own_path: the SGLang on PYTHONPATH runs whole layers, hooked, with tables that choose our path.
+
+stdin: {"device": name}. Last line of stdout: what `main` returns. All kernels run in Triton's interpreter; the sort of
+the tokens and the quantisation of the engine's up GEMM, CUDA operators, are the reference's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+from sglang_moe_ext.core import MoEShape, Quantisation
+from sglang_moe_ext.engines.sglang import bootstrap, installation, sequence, targets
+from sglang_moe_ext.engines.sglang.sequence import _TAKEN, GATES
+from sglang_moe_ext.kernels import reference
+from sglang_moe_ext.kernels.scales import quantise_weights
+from sglang_moe_ext.serving import guard, hooks, plugin
+from tests.engines.children.dtypes import our_quantiser
+from tests.kernels.interpreter import repair
+
+SHAPES = {
+    "16 bits": MoEShape(6, 128, 64, 2),
+    "block": MoEShape(6, 128, 256, 2, Quantisation("fp8_w8a8", (128, 128))),
+    "channel": MoEShape(6, 128, 128, 2, Quantisation("fp8_w8a8", per_channel=True)),
+}
+TOKENS = 33
+"""At which the tables choose our path; at fewer they do not."""
+
+
+class Counted:
+    """In the place of our last kernel's launcher: what ran to the end of our path."""
+
+    def __init__(self) -> None:
+        from sglang_moe_ext.kernels import gather_sum
+
+        self.runs, self._launch = 0, gather_sum.launch_gather_sum
+        gather_sum.launch_gather_sum = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.runs += 1
+        self._launch(*args, **kwargs)
+
+
+class Problem:
+    """Inputs of one layer, and what float32 makes of them."""
+
+    def __init__(self, shape: MoEShape, tokens: int = TOKENS, *, ids_elsewhere: bool = False) -> None:
+        torch.manual_seed(0)
+        self.shape = shape
+        self.hidden = torch.randn(tokens, shape.hidden_size, dtype=torch.bfloat16)
+        self.topk_ids = torch.rand(tokens, shape.experts).topk(shape.top_k, dim=1).indices.int()
+        if ids_elsewhere:
+            self.topk_ids[::3, 0] = -1
+        self.topk_weights = torch.rand(tokens, shape.top_k)
+        scheme = shape.quantisation
+        stored = [torch.randn(shape.experts, *shape.gemm(it), dtype=torch.bfloat16) / 8 for it in ("up", "down")]
+        scaled = [quantise_weights(it, scheme) if scheme.scheme else (it, None) for it in stored]
+        (self.w1, self.w1_scale), (self.w2, self.w2_scale) = scaled
+
+    def run(self, layer: ModuleType, **changed: Any) -> torch.Tensor:
+        """The engine's function for a whole layer; the hidden states are copied, since it may work in place."""
+        is_scaled = self.shape.quantisation.scheme is not None
+        named = {
+            "use_fp8_w8a8": is_scaled,
+            "w1_scale": self.w1_scale,
+            "w2_scale": self.w2_scale,
+            "block_shape": None if (block := self.shape.quantisation.block_shape) is None else list(block),
+            "per_channel_quant": self.shape.quantisation.per_channel,
+            "filter_expert": False,
+        }
+        hidden = self.hidden.clone()
+        out: torch.Tensor = layer.fused_experts_impl(
+            hidden, self.w1, self.w2, self.topk_weights, self.topk_ids, **named | changed
+        )
+        assert (out.data_ptr() == hidden.data_ptr()) == bool(changed.get("inplace"))
+        return out
+
+    def error(self, out: torch.Tensor, factor: float = 1.0) -> float:
+        expected = reference.moe_layer(
+            self.hidden, self.w1, self.w2, self.topk_weights, self.topk_ids,
+            quantisation=self.shape.quantisation, w1_scale=self.w1_scale, w2_scale=self.w2_scale,
+            activation="silu", gated=True,
+        )  # fmt: skip
+        return reference.relative_error(out, expected * factor)
+
+
+class Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@contextmanager
+def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    yield
+    setattr(module, name, before)
+
+
+def refused(layer: ModuleType, engine: targets.Targets, given: dict[str, Any]) -> dict[str, bool]:
+    """For each argument of this release that our path does not take: whether it refuses a value that is not usual."""
+    parameters = sequence.parameters(getattr(layer, targets.SEQUENCE).__wrapped__)
+    named = {name for gate in GATES for name in gate.names}
+    return {
+        name: sequence.refusal(parameters, {**given, name: unusual(given[name])}, engine) is not None
+        for name in parameters.names
+        if name not in _TAKEN and (name in named or name in parameters.unknown)
+    }
+
+
+def unusual(value: Any) -> Any:
+    return not value if isinstance(value, bool) else "unusual"
+
+
+def recorded_arguments(layer: ModuleType, run: Callable[[], object]) -> dict[str, Any]:
+    """What the engine hands to its sequence of kernels in that run."""
+    found: dict[str, Any] = {}
+    ours = getattr(layer, targets.SEQUENCE)
+    parameters = sequence.parameters(ours.__wrapped__)
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        found.update(parameters.given(args, kwargs))
+        return ours(*args, **kwargs)
+
+    with replaced(layer, targets.SEQUENCE, note):
+        run()
+    return found
+
+
+def without_ranks(layer: ModuleType) -> None:
+    """Since 0.5.18 the layer asks for the ranks of a server, of which this process has not one."""
+    vars(layer).update(
+        use_symmetric_memory=lambda *_, **__: nullcontext(),
+        is_allocation_symmetric=lambda: False,
+        get_tp_group=lambda: None,
+        get_parallel=lambda: SimpleNamespace(tp_group=None),
+    )
+
+
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    repair()
+    found = installation.find()
+    assert found is not None
+    layer = bootstrap.import_engine(found.layer_module)
+    config = importlib.import_module(found.config_module)
+    bootstrap.publish_server_args()
+    without_ranks(layer)
+    config.get_device_name = lambda *_: request["device"]
+    layer.moe_align_block_size = lambda ids, block, experts: tuple(reference.moe_align(ids, block, experts))
+    handler = Lines()
+    logging.getLogger("sglang_moe_ext").addHandler(handler)
+    problem = Problem(SHAPES["16 bits"])
+    stock = problem.run(layer)
+    engine = targets.found(layer)
+    traced: list[bool] = []
+    with replaced(torch.compiler, "is_compiling", lambda: bool(traced)):
+        plugin.attach_patched()
+    counted = Counted()
+    said: dict[str, Any] = {"active": hooks.state().is_active, "stock_error": problem.error(stock)}
+
+    def ran(what: str, of: Problem, factor: float = 1.0, **changed: Any) -> torch.Tensor:
+        before = counted.runs
+        out = of.run(layer, **changed)
+        said[what] = {"ours": counted.runs - before, "error": of.error(out, factor)}
+        return out
+
+    ran("out of place", problem)
+    ran("in place", problem, inplace=True)
+    ran("scaled", problem, 2.5, routed_scaling_factor=2.5)
+    ran("block", Problem(SHAPES["block"]))
+    with our_quantiser(sys.modules[found.kernel_module], SHAPES["channel"].quantisation):
+        ran("channel", Problem(SHAPES["channel"]))
+    ran("experts elsewhere", Problem(SHAPES["16 bits"], ids_elsewhere=True), filter_expert=True)
+    few = Problem(SHAPES["16 bits"], TOKENS // 3)
+    ran("few tokens", few)
+    given = recorded_arguments(layer, lambda: problem.run(layer))
+    said["refused"] = refused(layer, engine, given)
+    said["taken"] = sequence.refusal(sequence.parameters(engine.sequence), given, engine) is None
+    traced.append(True)
+    ran("traced", problem)
+    traced.clear()
+
+    handler.lines.clear()
+    from sglang_moe_ext.kernels import sorted_down
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such instruction")
+
+    with replaced(sorted_down, "launch_down", fails):
+        out = ran("failing", problem, inplace=True)
+    said["failing"]["like stock"] = problem.error(out) == said["stock_error"]
+    ran("after a failure", problem)
+    said["lines"] = list(handler.lines)
+    guard.warn_once.cache_clear()
+    return said
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.load(sys.stdin))))

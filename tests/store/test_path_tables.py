@@ -1,0 +1,89 @@
+"""Tables of paths: what is written is read again, what is broken is refused, and no engine takes one for a table."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_moe_ext.core import TableError, TileConfig
+from sglang_moe_ext.sorted_path import DownConfig, SortedPath, UpConfig
+from sglang_moe_ext.store import path_tables, tables
+from sglang_moe_ext.store.path_tables import Entry
+from sglang_moe_ext.store.provenance import Run
+from tests.store.generated import paths
+
+RUN = Run(
+    "2026-11-21", "tune", "m", "E=8,N=128,K=256,topk=2", "H200", "k", "sglang 0.5.15", "3.6.0", None, None, 0, "1"
+)
+UP = UpConfig(128, 128, 64, 8, 8, 4)
+DOWN = DownConfig(64, 256, 64, 8, 8, 4, half_stores=True)
+PATH = SortedPath(UP, DOWN)
+
+entries = st.builds(Entry, st.none() | paths, st.just(RUN), st.just({"us": 1.5}))
+
+
+@given(st.dictionaries(st.integers(1, 1 << 20), entries))
+def test_what_is_written_is_read_again(table: path_tables.PathTable) -> None:
+    assert path_tables.parse(json.loads(path_tables.to_json(table))) == table
+
+
+def test_entries_of_other_numbers_of_tokens_stay(tmp_path: Path) -> None:
+    file = tmp_path / "E=8.paths.json"
+    path_tables.put(file, {64: Entry(None, RUN), 4096: Entry(None, RUN)})
+    path_tables.put(file, {4096: Entry(PATH, RUN)})
+    assert {m: entry.path for m, entry in path_tables.read(file).items()} == {64: None, 4096: PATH}
+
+
+def test_a_layer_without_a_file_has_no_paths(tmp_path: Path) -> None:
+    assert path_tables.read(tmp_path / "none.paths.json") == {}
+
+
+def changed(**new: Any) -> dict[str, Any]:
+    document = path_tables.document_of(PATH)
+    document["up"] |= new
+    return document
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        [],
+        {"up": 1, "down": 2},
+        changed(kernel="fused_moe"),
+        changed(block_n=96),
+        changed(block_m=32),
+        changed(num_stages=0),
+        changed(num_stages=True),
+        changed(is_fused=1),
+        changed(cluster=2),
+        changed(group_m=10**9),
+    ],
+    ids=str,
+)
+def test_what_is_no_path_is_refused(document: Any) -> None:
+    with pytest.raises(TableError):
+        path_tables.parse_path(document)
+
+
+def test_a_file_cut_at_any_byte_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "E=8.paths.json"
+    whole = path_tables.to_json({4096: Entry(PATH, RUN, {"us": 1.0})}).rstrip()
+    for length in range(0, len(whole), 7):
+        file.write_text(whole[:length])
+        with pytest.raises(TableError, match=r"E=8\.paths\.json"):
+            path_tables.read(file)
+
+
+def test_an_engine_would_not_take_it_for_a_table(tmp_path: Path) -> None:
+    file = tmp_path / "E=8.paths.json"
+    path_tables.put(file, {4096: Entry(PATH, RUN)})
+    with pytest.raises(TableError):
+        tables.read(file)
+
+
+def test_the_blocks_of_a_path_are_those_of_its_up_gemm() -> None:
+    assert replace(PATH, up=TileConfig(64, 64, 64, 1, 4, 3)).block_m == 64
