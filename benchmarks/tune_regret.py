@@ -38,9 +38,11 @@ LAYERS = {
 }
 
 
-def searched(flags: list[str], effort: str, tokens: list[str], seed: int) -> tuple[Request, dict[int, Measured], float]:
+def searched(
+    flags: list[str], effort: str, tokens: list[str], seed: int
+) -> tuple[Request, dict[int, Measured[Pair]], float]:
     """The request, what was chosen for each M, and the seconds that it took."""
-    given = [*flags, "--effort", effort, "--install", "none", "--seed", str(seed)]
+    given = [*flags, "--effort", effort, "--install", "none", "--kernels", "engine", "--seed", str(seed)]
     if tokens:
         given += ["--batch-size", *tokens]
     begun = time.monotonic()

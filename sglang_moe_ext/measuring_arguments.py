@@ -49,6 +49,13 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--topk-ids-dir", type=Path, metavar="FOLDER", help="measure with the topk_ids that a server dumped there"
     )
+    how.add_argument(
+        "--kernels",
+        choices=("all", "engine"),
+        default="all",
+        help="race our own kernels as well, where they can serve (SGLang 0.5.11 and newer, sm_90 and newer), or the "
+        "engine's alone (default all)",
+    )
     how.add_argument("--seed", type=int, default=0, help="of the random weights, inputs and routings (default 0)")
     how.add_argument(
         "--tune", action="store_true", help=argparse.SUPPRESS
@@ -125,6 +132,7 @@ def refuse_without_measuring(arguments: argparse.Namespace, why: str) -> None:
         "--effort": arguments.effort != _EFFORT,
         "--topk-ids-dir": arguments.topk_ids_dir is not None,
         "--routing": arguments.routing != routing.MIXED.name,
+        "--kernels": arguments.kernels != "all",
     }
     useless = next((flag for flag, is_given in given.items() if is_given), None)
     if useless:
@@ -141,14 +149,16 @@ def measuring(arguments: argparse.Namespace, shape: MoEShape, gpu: Gpu, engine: 
     Raises:
         MoEExtError: they name what is not there.
     """
+    tunable = ENGINES[arguments.engine]
     return Measuring(
         effort=arguments.effort,
-        with_tma=ENGINES[arguments.engine].gemms_with_tma(shape.quantisation, engine.version, gpu.sm),
+        with_tma=tunable.gemms_with_tma(shape.quantisation, engine.version, gpu.sm),
         budget_s=arguments.budget,
         routing=_routing(arguments, shape),
         gpus=() if arguments.ray is not None else _gpus(arguments.gpus, gpu),
         ray=arguments.ray,
         resume=arguments.resume,
+        with_own_path=arguments.kernels == "all" and tunable.has_own_path(engine.version, gpu.sm),
     )
 
 

@@ -10,11 +10,13 @@ from sglang_moe_ext.core import CompileKey, Origin
 from sglang_moe_ext.engines.sglang import naming
 from sglang_moe_ext.engines.vllm import naming as vllm_naming
 from sglang_moe_ext.roofline import pair_floor_us
+from sglang_moe_ext.sorted_path import SortedPath
 from sglang_moe_ext.terminal import Grid
 from sglang_moe_ext.tuning.comparison import Compared
 from sglang_moe_ext.tuning.pipeline import Outcome
 from sglang_moe_ext.tuning.plan import Plan
 from sglang_moe_ext.tuning.predict import Predicted
+from sglang_moe_ext.tuning.questions import Pair
 from sglang_moe_ext.tuning.rematch import Measured
 from sglang_moe_ext.tuning.request import Request
 from sglang_moe_ext.tuning.space import RULES
@@ -69,8 +71,13 @@ def results(request: Request, outcome: Outcome) -> Grid:
         rows = [
             row
             for m, result in _measured(outcome).items()
-            for row in report_entries.measured_rows(m, result, floors[m])
+            for row in (
+                *report_entries.measured_rows(m, result, floors[m]),
+                *report_entries.path_rows(outcome.paths.get(m), floors[m]),
+            )
         ]
+        if any(isinstance(raced.pair, SortedPath) for raced in outcome.paths.values()):
+            title += "\nkernel: our own kernels, which a server with this plugin runs there; gain: over what is above"
         title += "\nus: whole layer; roof: how much of the GEMM roofline that is; gain: with its 95 % interval"
         columns = ["M", "", "configuration", "us", "gain", "roof", "error"]
         return Grid(title, columns, rows, frozenset({"", "configuration", "gain"}))
@@ -80,7 +87,7 @@ def results(request: Request, outcome: Outcome) -> Grid:
     return Grid(title, columns, rows, frozenset({"configuration"}))
 
 
-def _measured(outcome: Outcome) -> dict[int, Measured]:
+def _measured(outcome: Outcome) -> dict[int, Measured[Pair]]:
     return {m: result for m, result in outcome.results.items() if isinstance(result, Measured)}
 
 
@@ -101,6 +108,7 @@ def document(request: Request, outcome: Outcome) -> Mapping[str, Any]:
         "environment": {} if outcome.destination is None else outcome.destination.environment,
         "picked_up": None if outcome.answer is None else True,
         "entries": len(outcome.results),
+        "paths": [report_entries.raced_path(m, raced) for m, raced in outcome.paths.items()],
         "measurements": [report_entries.measurement(m, result) for m, result in _measured(outcome).items()],
     }
 

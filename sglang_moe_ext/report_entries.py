@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from sglang_moe_ext.core import Failure, MoEShape, TileConfig
-from sglang_moe_ext.store import tables
+from sglang_moe_ext.sorted_path import SortedPath
+from sglang_moe_ext.store import path_tables, tables
 from sglang_moe_ext.tuning.comparison import TODAY, Timed
 from sglang_moe_ext.tuning.predict import Predicted
-from sglang_moe_ext.tuning.questions import Pair
+from sglang_moe_ext.tuning.questions import Pair, Runner
 from sglang_moe_ext.tuning.rematch import Measured, is_right
 from sglang_moe_ext.tuning.statistics import Interval
 
@@ -26,7 +27,7 @@ def predicted_row(tokens: int, result: Predicted, floor_us: float) -> list[str]:
     return [str(tokens), str(result.config), f"{result.us:.1f}", f"{floor_us:.1f}", f"{smem} B", str(registers)]
 
 
-def measured_rows(tokens: int, result: Measured, floor_us: float) -> list[list[str]]:
+def measured_rows(tokens: int, result: Measured[Pair], floor_us: float) -> list[list[str]]:
     """The incumbent above the choice, so that a terminal of 100 columns has room for both; once where it stays."""
     error = f"{result.error:.0e}"
     if result.pair == result.incumbent:
@@ -44,6 +45,16 @@ def measured_rows(tokens: int, result: Measured, floor_us: float) -> list[list[s
         *pair_rows([str(tokens), "before"], result.incumbent, before),
         *pair_rows(["", "after"], result.pair, after),
     ]
+
+
+def path_rows(raced: Measured[Runner] | None, floor_us: float) -> list[list[str]]:
+    """Our own path, below the pair that it beat; nothing where it did not."""
+    if raced is None or not isinstance(raced.pair, SortedPath):
+        return []
+    up, down = raced.pair.up, raced.pair.down
+    engines = "engine's " if isinstance(up, TileConfig) else ""
+    figures = [f"{raced.us:.1f}", _interval(raced.gain), f"{floor_us / raced.us:.0%}", f"{raced.error:.0e}"]
+    return [["", "kernel", f"up   {engines}{up}", *figures], ["", "", f"down {down}", *("" for _ in figures)]]
 
 
 def pair_rows(left: list[str], pair: Pair, right: list[str]) -> list[list[str]]:
@@ -76,7 +87,7 @@ def _interval(gain: Interval) -> str:
     return f"{gain.value:.2f}x [{gain.low:.2f}, {gain.high:.2f}]"
 
 
-def measurement(tokens: int, result: Measured) -> Mapping[str, Any]:
+def measurement(tokens: int, result: Measured[Pair]) -> Mapping[str, Any]:
     """One M for programs; null where the incumbent cannot run, since JSON knows no infinity."""
     had_incumbent = math.isfinite(result.incumbent_us)
     return {
@@ -92,6 +103,23 @@ def measurement(tokens: int, result: Measured) -> Mapping[str, Any]:
         "tried": result.tried,
         "failures": dict(result.failures),
         "throttled": result.throttled,
+    }
+
+
+def raced_path(tokens: int, raced: Measured[Runner]) -> Mapping[str, Any]:
+    """The race of one M between our own path and the chosen pair, for programs; `path` null where the pair won."""
+    is_won = isinstance(raced.pair, SortedPath)
+    return {
+        "m": tokens,
+        "path": path_tables.document_of(raced.pair) if isinstance(raced.pair, SortedPath) else None,
+        "us": round(raced.us, 2),
+        "pair_us": round(raced.incumbent_us, 2),
+        "gain": round(raced.gain.value, 4) if is_won else None,
+        "low": round(raced.gain.low, 4) if is_won else None,
+        "high": round(raced.gain.high, 4) if is_won else None,
+        "error": raced.error,
+        "tried": raced.tried,
+        "failures": dict(raced.failures),
     }
 
 

@@ -55,7 +55,7 @@ REQUEST = Request(
 def outcome(*results: Measured) -> Outcome:
     kernel = KernelSource("sglang 0.5.23", "kernel", "0", is_engines_own=True)
     by_tokens = {16_384 - place: result for place, result in enumerate(results)}
-    return Outcome(results=by_tokens, written=(), refused={}, destination=None, answer=None, kernel=kernel)
+    return Outcome(results=by_tokens, paths={}, written=(), refused={}, destination=None, answer=None, kernel=kernel)
 
 
 def rows(*results: Measured) -> list[list[str]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from sglang_moe_ext.core import Gpu, MoEShape, Projection, Quantisation, Table, TableKey, TileConfig
 from sglang_moe_ext.engines.lookups import Answer, Question
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
+from sglang_moe_ext.sorted_path import SortedPath
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +77,9 @@ class Tunable(Protocol):
     def gemms_with_tma(self, quantisation: Quantisation, version: Version, sm: int) -> tuple[Projection, ...]:
         """The GEMMs that run right with USE_TMA in that release, on a GPU of that architecture."""
 
+    def has_own_path(self, version: Version, sm: int) -> bool:
+        """Whether our own kernels can take the place of that release's, on a GPU of that architecture."""
+
     # What follows is called in the measuring process alone; `load` imports the engine, the others take what it gives.
 
     def load(self) -> Any: ...
@@ -96,3 +100,6 @@ class Tunable(Protocol):
         self, loaded: Any, shape: MoEShape, tensors: LayerTensors, up: TileConfig, down: TileConfig
     ) -> torch.Tensor:
         """[tokens, hidden], by the engine's own layer."""
+
+    def run_path(self, loaded: Any, shape: MoEShape, tensors: LayerTensors, path: SortedPath) -> torch.Tensor:
+        """The same by our own kernels, behind the engine's sort. Raises EngineError where there is no such path."""

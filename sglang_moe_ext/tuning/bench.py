@@ -12,7 +12,19 @@ from typing import TYPE_CHECKING
 
 from sglang_moe_ext.core import MoEShape
 from sglang_moe_ext.engines.tunable import EngineName
-from sglang_moe_ext.tuning.questions import Answer, Check, Checked, Pair, Question, Race, Raced, Screen, Screened
+from sglang_moe_ext.sorted_path import SortedPath
+from sglang_moe_ext.tuning.questions import (
+    Answer,
+    Check,
+    Checked,
+    Question,
+    Race,
+    Raced,
+    Runner,
+    Screen,
+    Screened,
+    ScreenPath,
+)
 from sglang_moe_ext.tuning.routing import Source
 
 if TYPE_CHECKING:
@@ -59,7 +71,7 @@ class GpuBench:
         engine = tunable.load()
         # Beside the screening, which does without: the first rematch would wait for it.
         threading.Thread(target=tunable.warm_up, args=(engine, setup.shape), daemon=True).start()
-        self._layer = Layer(engine, setup.shape, setup.routing, setup.seed, tunable=tunable)
+        self.layer = Layer(engine, setup.shape, setup.routing, setup.seed, tunable=tunable)
         queue = cuda_queue()
         self._gemms, self._layers = Stopwatch(queue), Stopwatch(queue)
         self._clocks = Watch(0)
@@ -93,6 +105,8 @@ class GpuBench:
         match question:
             case Screen():
                 answer: Answer = self._screen(question)
+            case ScreenPath():
+                answer = self._screen_path(question)
             case Race():
                 answer = self._race(question)
             case Check():
@@ -104,7 +118,7 @@ class GpuBench:
         seed = self._seed + data
         if self._batch is None or (self._batch.tokens, self._batch.seed) != (tokens, seed):
             self._batch = None  # two of them may not fit
-            self._batch = self._layer.batch(tokens, seed)
+            self._batch = self.layer.batch(tokens, seed)
         return self._batch
 
     def _screen(self, screen: Screen) -> Screened:
@@ -131,9 +145,9 @@ class GpuBench:
         from sglang_moe_ext.kernels.relaunch import recorded
         from sglang_moe_ext.tuning.layer import ROUTINGS
 
-        layer = self._layer
+        layer = self.layer
         config = screen.key.with_group(screen.groups[0])
-        first, *others = (self._layer.gemm(batch, screen.projection, config, turn) for turn in range(ROUTINGS))
+        first, *others = (self.layer.gemm(batch, screen.projection, config, turn) for turn in range(ROUTINGS))
         with any_group(layer.engine.kernels), recorded() as launches:
             layer.tunable.launch(layer.engine, layer.shape, screen.projection, first, config)
         launch = launches[-1]  # those before it quantise the activations
@@ -142,13 +156,21 @@ class GpuBench:
     def _forget_binaries(self) -> None:
         from sglang_moe_ext.engines.any_group import forget_binaries
 
-        forget_binaries(self._layer.engine.kernels)
+        forget_binaries(self.layer.engine.kernels)
 
-    def _whole(self, batch: Batch, pair: Pair) -> Callable[[int], torch.Tensor]:
-        layer = self._layer
-        return lambda turn: layer.tunable.run_layer(
-            layer.engine, layer.shape, layer.whole(batch, turn), pair["up"], pair["down"]
-        )
+    def _screen_path(self, screen: ScreenPath) -> Screened:
+        batch = self._batch_of(screen.tokens)
+        batch.drop_gemms()
+        launch = self._whole(batch, screen.path)
+        launch(0)
+        return Screened((tuple(us for [us] in self._layers.rounds([launch], range(screen.samples))),))
+
+    def _whole(self, batch: Batch, runner: Runner) -> Callable[[int], torch.Tensor]:
+        layer, tunable = self.layer, self.layer.tunable
+        if isinstance(runner, SortedPath):
+            return lambda turn: tunable.run_path(layer.engine, layer.shape, layer.whole(batch, turn), runner)
+        up, down = runner["up"], runner["down"]
+        return lambda turn: tunable.run_layer(layer.engine, layer.shape, layer.whole(batch, turn), up, down)
 
     def _race(self, race: Race) -> Raced:
         from sglang_moe_ext.tuning.layer import ROUTINGS
@@ -174,13 +196,13 @@ class GpuBench:
         from sglang_moe_ext.tuning.poison import Poisoned
 
         self._batch = None
-        batch = self._layer.batch(check.tokens, self._seed + 1)
+        batch = self.layer.batch(check.tokens, self._seed + 1)
         run = self._whole(batch, check.pair)
         errors = []
-        for turn in range(min(len(self._layer.source.makers), ROUTINGS)):
+        for turn in range(min(len(self.layer.source.makers), ROUTINGS)):
             with Poisoned():
                 out = run(turn)
-            errors.append(self._layer.error(batch, turn, out))
+            errors.append(self.layer.error(batch, turn, out))
         return Checked(max(errors))
 
 

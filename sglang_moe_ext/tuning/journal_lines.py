@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-from sglang_moe_ext.core import CompileKey, Failure, StoreError, TileConfig
-from sglang_moe_ext.tuning.questions import Answer, Check, Checked, Pair, Question, Race, Raced, Screen, Screened
+from sglang_moe_ext.core import CompileKey, Failure, StoreError, TableError, TileConfig
+from sglang_moe_ext.sorted_path import SortedPath
+from sglang_moe_ext.store import path_tables
+from sglang_moe_ext.tuning import questions
+from sglang_moe_ext.tuning.questions import (
+    Answer,
+    Check,
+    Checked,
+    Pair,
+    Question,
+    Race,
+    Raced,
+    Runner,
+    Screen,
+    Screened,
+    ScreenPath,
+)
 
 _LARGEST = 2**31 - 1
 _LONGEST_MESSAGE = 1000
@@ -21,11 +36,13 @@ def identity(question: Question) -> Hashable:
     match question:
         case Screen():
             return Screen, question.tokens, question.projection, question.key, question.groups, question.samples
+        case ScreenPath():
+            return question
         case Race():
-            pairs = tuple((pair["up"], pair["down"]) for pair in question.pairs)
-            return Race, question.tokens, pairs, question.rounds, question.attempt, question.data
+            runners = tuple(map(questions.identity, question.pairs))
+            return Race, question.tokens, runners, question.rounds, question.attempt, question.data
         case Check():
-            return Check, question.tokens, question.pair["up"], question.pair["down"]
+            return Check, question.tokens, questions.identity(question.pair)
 
 
 def to_json(question: Question, answer: Answer) -> str:
@@ -38,14 +55,18 @@ def _of_question(question: Question) -> dict[str, object]:
         case Screen(tokens, projection, key, groups, samples):
             numbers = [key.block_m, key.block_n, key.block_k, key.num_warps, key.num_stages, key.use_tma]
             return {"s": [tokens, projection, numbers, groups, samples]}
-        case Race(tokens, pairs, rounds, attempt, data):
-            return {"r": [tokens, [_of_pair(pair) for pair in pairs], rounds, attempt, data]}
-        case Check(tokens, pair):
-            return {"c": [tokens, _of_pair(pair)]}
+        case ScreenPath(tokens, path, samples):
+            return {"p": [tokens, path_tables.document_of(path), samples]}
+        case Race(tokens, runners, rounds, attempt, data):
+            return {"r": [tokens, [_of_runner(runner) for runner in runners], rounds, attempt, data]}
+        case Check(tokens, runner):
+            return {"c": [tokens, _of_runner(runner)]}
 
 
-def _of_pair(pair: Pair) -> list[list[int]]:
-    return [_of_config(pair["up"]), _of_config(pair["down"])]
+def _of_runner(runner: Runner) -> object:
+    if isinstance(runner, SortedPath):
+        return path_tables.document_of(runner)
+    return [_of_config(runner["up"]), _of_config(runner["down"])]
 
 
 def _of_config(config: TileConfig) -> list[int]:
@@ -77,23 +98,30 @@ def parse(document: object) -> tuple[Question, Answer]:
         StoreError: it means none.
     """
     match document:
-        case {"s": question, "us": us, **rest} if not rest:
-            screen = _screen(question)
-            return screen, Screened(_times(us, len(screen.groups), range(screen.samples + 1)))
-        case {"r": question, "us": us, "n": routings, "why": throttled, "mhz": sm_clock_mhz, **rest} if not rest:
-            race = _race(question)
+        case {"f": failure, **of_failure}:
+            return _question(of_failure), _failure(failure)
+        case {"us": us, "n": routings, "why": throttled, "mhz": sm_clock_mhz, "r": of_race, **rest} if not rest:
+            race = _race(of_race)
             times = _times(us, len(race.pairs), range(race.rounds, race.rounds + 1))
             _whole(routings)
             return race, Raced(times, routings, _text(throttled), _clock(sm_clock_mhz))
-        case {"c": question, "e": error, **rest} if not rest:
-            return _check(question), Checked(_figure(error))
-        case {"s": question, "f": failure, **rest} if not rest:
-            return _screen(question), _failure(failure)
-        case {"r": question, "f": failure, **rest} if not rest:
-            return _race(question), _failure(failure)
-        case {"c": question, "f": failure, **rest} if not rest:
-            return _check(question), _failure(failure)
+        case {"us": us, **of_screen}:
+            match screen := _question(of_screen):
+                case Screen():
+                    return screen, Screened(_times(us, len(screen.groups), range(screen.samples + 1)))
+                case ScreenPath():
+                    return screen, Screened(_times(us, 1, range(screen.samples, screen.samples + 1)))
+        case {"e": error, "c": of_check, **rest} if not rest:
+            return _check(of_check), Checked(_figure(error))
     raise StoreError(f"expected a question and its answer, found {_shown(document)}")
+
+
+def _question(document: Any) -> Question:
+    parsers: dict[str, Callable[[Any], Question]] = {"s": _screen, "p": _screen_path, "r": _race, "c": _check}
+    match list(document.items()):
+        case [(name, asked)] if name in parsers:
+            return parsers[name](asked)
+    raise StoreError(f"expected a question, found {_shown(document)}")
 
 
 def _screen(document: Any) -> Screen:
@@ -110,12 +138,20 @@ def _screen(document: Any) -> Screen:
     raise StoreError(f"expected tokens, projection, key, groups and samples, found {_shown(document)}")
 
 
+def _screen_path(document: Any) -> ScreenPath:
+    match document:
+        case [tokens, path, samples]:
+            _whole(tokens, samples)
+            return ScreenPath(tokens, _path(path), samples)
+    raise StoreError(f"expected tokens, a path and samples, found {_shown(document)}")
+
+
 def _race(document: Any) -> Race:
     match document:
-        case [tokens, [_, *_] as pairs, rounds, attempt, data]:
+        case [tokens, [_, *_] as runners, rounds, attempt, data]:
             _whole(tokens, rounds)
             _whole(attempt, data, least=0)
-            return Race(tokens, tuple(map(_pair, pairs)), rounds, attempt, data)
+            return Race(tokens, tuple(map(_runner, runners)), rounds, attempt, data)
     raise StoreError(f"expected tokens, pairs, rounds, attempt and data, found {_shown(document)}")
 
 
@@ -123,8 +159,19 @@ def _check(document: Any) -> Check:
     match document:
         case [tokens, pair]:
             _whole(tokens)
-            return Check(tokens, _pair(pair))
+            return Check(tokens, _runner(pair))
     raise StoreError(f"expected tokens and a pair, found {_shown(document)}")
+
+
+def _runner(document: Any) -> Runner:
+    return _path(document) if isinstance(document, dict) else _pair(document)
+
+
+def _path(document: Any) -> SortedPath:
+    try:
+        return path_tables.parse_path(document)
+    except TableError as error:
+        raise StoreError(str(error)) from error
 
 
 def _pair(document: Any) -> Pair:

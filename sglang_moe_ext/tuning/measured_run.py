@@ -16,9 +16,9 @@ from sglang_moe_ext.tuning.bench import Setup
 from sglang_moe_ext.tuning.binaries import KernelSource
 from sglang_moe_ext.tuning.compile_cache import CompileCache, default_path
 from sglang_moe_ext.tuning.farm import Farm
+from sglang_moe_ext.tuning.on_gpu import Found
 from sglang_moe_ext.tuning.recording import Circumstances
 from sglang_moe_ext.tuning.records import driver_version, version_of
-from sglang_moe_ext.tuning.rematch import Measured
 from sglang_moe_ext.tuning.request import Measuring, Progress, Request
 from sglang_moe_ext.tuning.runs import Run
 from sglang_moe_ext.tuning.sources import kernel_source
@@ -63,7 +63,7 @@ def results(
     today: Asked,
     source: KernelSource,
     progress: Progress,
-) -> dict[int, Measured]:
+) -> Found:
     """What was chosen for each M; `today` says what the engine runs now.
 
     Raises:

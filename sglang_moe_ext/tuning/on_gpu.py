@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEExtError, Projection, Resources
-from sglang_moe_ext.tuning import candidates, fleet, one_config, rematch, search
+from sglang_moe_ext.tuning import candidates, fleet, one_config, path_search, rematch, search
 from sglang_moe_ext.tuning.budget import Budget
 from sglang_moe_ext.tuning.candidates import Candidates
 from sglang_moe_ext.tuning.crew import UNABLE
 from sglang_moe_ext.tuning.journal import Journal
-from sglang_moe_ext.tuning.questions import Answer, Ask, Pair, Question, Screen
+from sglang_moe_ext.tuning.questions import Answer, Ask, Pair, Question, Runner, Screen
 from sglang_moe_ext.tuning.rematch import Measured
 from sglang_moe_ext.tuning.request import Measuring, Progress, Request
 from sglang_moe_ext.tuning.search import EFFORTS, Effort, Screening, Times
@@ -38,6 +38,14 @@ def largest_first(listed: dict[int, Candidates]) -> list[Task]:
     return [Task(m, listed[m]) for m in sorted(listed, reverse=True)]
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """By M, what was chosen of the engine's kernels, and where our own path was raced with that, who won."""
+
+    pairs: dict[int, Measured[Pair]]
+    paths: dict[int, Measured[Runner]]
+
+
 def measure_all(
     request: Request,
     measuring: Measuring,
@@ -46,7 +54,7 @@ def measure_all(
     stations: Sequence[Station],
     journal: Journal,
     progress: Progress,
-) -> dict[int, Measured]:
+) -> Found:
     """What was chosen for each M. `incumbents` are asked for when the screening is over: the engine may still think.
 
     Raises:
@@ -55,7 +63,7 @@ def measure_all(
     counted = _Counted(progress, sum(len({c.compile_key for c in of}) for task in tasks for of in task.listed.values()))
     _get_ready(stations, request, tasks, measuring)
     budget = Budget(measuring.budget_s, len(tasks), len(stations))
-    search_of = _Search(request, EFFORTS[measuring.effort], journal, budget, counted)
+    search_of = _Search(request, EFFORTS[measuring.effort], journal, budget, counted, measuring.with_own_path)
     screenings = fleet.on_all(
         stations,
         [partial(_screen, search_of, task) for task in tasks],
@@ -70,12 +78,13 @@ def measure_all(
         ],
         lambda done, of: progress("rematch", done, of),
     )
-    results = {task.tokens: result for task, result in zip(tasks, decided, strict=True) if result is not None}
+    results = {task.tokens: result for task, (result, _) in zip(tasks, decided, strict=True) if result is not None}
+    paths = {task.tokens: path for task, (_, path) in zip(tasks, decided, strict=True) if path is not None}
     if not results:
         failures = sum((Counter(screening.failures) for screening in screenings), Counter[str]())
         why = ", ".join(f"{kind} {count} times" for kind, count in failures.most_common(3)) or "no candidate was timed"
         raise MoEExtError(f"nothing ran right on {request.gpu.device_name} for any batch size ({why}): -v says more")
-    return dict(sorted(results.items()))
+    return Found(dict(sorted(results.items())), dict(sorted(paths.items())))
 
 
 def _get_ready(stations: Sequence[Station], request: Request, tasks: Sequence[Task], measuring: Measuring) -> None:
@@ -119,6 +128,7 @@ class _Search:
     journal: Journal
     budget: Budget
     counted: _Counted
+    with_own_path: bool
 
     def fastest_keys(self, times: Times, count: int) -> dict[Projection, list[CompileKey]]:
         of_both = one_config.fastest_keys
@@ -156,11 +166,14 @@ def _screen(of: _Search, task: Task, station: Station) -> Screening:
     return screening
 
 
-def _decide(of: _Search, tokens: int, screening: Screening, incumbent: Pair, station: Station) -> Measured | None:
+def _decide(
+    of: _Search, tokens: int, screening: Screening, incumbent: Pair, station: Station
+) -> tuple[Measured[Pair] | None, Measured[Runner] | None]:
+    """What was chosen of the engine's kernels, and who won the race of that with our own path."""
     pairs = of.finalists(screening, 1 if of.budget.is_spent() else of.effort.finalists)
     if not pairs:
         log.warning("M=%d: left out: no candidate ran (%s)", tokens, ", ".join(screening.failures) or "none was timed")
-        return None
+        return None, None
     shape, sm, engine = of.request.shape, of.request.gpu.sm, of.request.tunable
     jobs = [candidates.pair_jobs(pair, shape, tokens, sm, engine) for pair in (incumbent, *pairs)]
     station.want(job for of_pair in jobs for job in of_pair)  # another station may have screened
@@ -172,13 +185,11 @@ def _decide(of: _Search, tokens: int, screening: Screening, incumbent: Pair, sta
             runnable.append(pair)
         elif failure is not None:
             log.info("M=%d: up %s, down %s left out: %s", tokens, pair["up"], pair["down"], failure.message)
-    return rematch.rematch(
-        shape,
-        tokens,
-        runnable,
-        incumbent,
-        of.journal.through(station.ask),
-        rounds=of.effort.rounds,
-        tried=screening.tried,
-        failures=screening.failures,
+    ask, rounds = of.journal.through(station.ask), of.effort.rounds
+    chosen = rematch.rematch(
+        shape, tokens, runnable, incumbent, ask, rounds=rounds, tried=screening.tried, failures=screening.failures
     )
+    if chosen is None or not of.with_own_path or of.budget.is_spent():
+        return chosen, None
+    ups = [pair["up"] for pair in runnable]
+    return chosen, path_search.raced(shape, tokens, chosen.pair, ups, ask, rounds=rounds)

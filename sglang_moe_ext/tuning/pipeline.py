@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ from sglang_moe_ext.core import EngineError, TileConfig
 from sglang_moe_ext.engines import releases
 from sglang_moe_ext.engines.lookups import Answer
 from sglang_moe_ext.engines.tunable import Asked, Installation
-from sglang_moe_ext.store import merge, provenance
+from sglang_moe_ext.store import merge, path_tables, provenance
 from sglang_moe_ext.store.merge import Refused, Stored
+from sglang_moe_ext.store.path_tables import PathTable
 from sglang_moe_ext.tuning import destinations, measured_run, pickup, plan, predict, records
 from sglang_moe_ext.tuning.binaries import KernelSource
 from sglang_moe_ext.tuning.compile import compile_all
@@ -20,16 +22,22 @@ from sglang_moe_ext.tuning.compile_cache import CompileCache, default_path
 from sglang_moe_ext.tuning.destinations import Destination
 from sglang_moe_ext.tuning.plan import Plan
 from sglang_moe_ext.tuning.predict import Predicted
+from sglang_moe_ext.tuning.questions import Runner
 from sglang_moe_ext.tuning.records import Results
+from sglang_moe_ext.tuning.rematch import Measured
 from sglang_moe_ext.tuning.request import Progress, Request
 from sglang_moe_ext.tuning.sources import kernel_source
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a run. `answer` is the engine's proof of the pick-up, None where there is no engine to ask."""
+    """What came of a run. `paths`: who won the race of our own path with what was chosen.
+
+    `answer` is the engine's proof of the pick-up, None where there is no engine to ask.
+    """
 
     results: Results
+    paths: Mapping[int, Measured[Runner]]
     written: tuple[Path, ...]
     refused: dict[Path, str]
     destination: Destination | None
@@ -89,12 +97,16 @@ def run(request: Request, progress: Progress) -> Outcome:
         proof = ask_later(read_by_engine.environment) if read_by_engine and request.measuring else None
         if request.measuring is not None and today is not None:
             folder = processes.enter_context(measured_run.opened(request, request.measuring, source))
-            results: Results = measured_run.results(request, request.measuring, folder, kept, today, source, progress)
+            found = measured_run.results(request, request.measuring, folder, kept, today, source, progress)
+            results: Results = found.pairs
+            paths = found.paths
         else:
-            folder = None
+            folder, paths = None, {}
             results = _predicted(request, kept, destination, today, source, progress)
         progress("writing", 0, 1)
-        stored = _put(request, results, records.circumstances(request, engine, source.name), destination, triton)
+        circumstances = records.circumstances(request, engine, source.name)
+        stored = _put(request, results, circumstances, destination, triton)
+        own = _put_paths(request, records.paths(paths, circumstances), triton)
         progress("writing", 1, 1)
         if folder is not None:
             folder.finish()
@@ -104,7 +116,8 @@ def run(request: Request, progress: Progress) -> Outcome:
             answer = _proven(request, stored, read_by_engine, proof, progress)
     return Outcome(
         results=results,
-        written=tuple(path for path, result in stored.items() if isinstance(result, Stored)),
+        paths=paths,
+        written=(*(path for path, result in stored.items() if isinstance(result, Stored)), *own),
         refused={path: result.why for path, result in stored.items() if isinstance(result, Refused)},
         destination=destination,
         answer=answer,
@@ -168,6 +181,16 @@ def _put(
             changes |= {path: tables[down] for down, path in place.items()}
             pairs += [(up, place[True])] if True in place else []
     return merge.put(changes, pairs, lambda table: request.tunable.table_text(table, triton))
+
+
+def _put_paths(request: Request, table: PathTable, triton: str) -> list[Path]:
+    """Write the table of our own path where our plugin reads it, and no engine; the file, if there is something."""
+    if not table:
+        return []
+    up = destinations.table_names(request.tunable, request.shape, request.gpu.device_name)[False]
+    file = path_tables.beside(destinations.store_folder(request.engine, triton) / up)
+    path_tables.put(file, table)
+    return [file]
 
 
 def _places(request: Request, destination: Destination | None, triton: str) -> list[dict[bool, Path]]:

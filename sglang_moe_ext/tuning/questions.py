@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from sglang_moe_ext.core import CompileKey, Failure, Projection, TileConfig
+from sglang_moe_ext.sorted_path import SortedPath
 
 Pair = dict[Projection, TileConfig]
 """The configurations of the up and the down GEMM; they share one BLOCK_SIZE_M."""
+Runner = Pair | SortedPath
+"""What a layer can run: the engine's own kernels with a pair, or our path."""
+
+
+def identity(runner: Runner) -> Hashable:
+    """What makes two runners the same one."""
+    return runner if isinstance(runner, SortedPath) else (runner["up"], runner["down"])
+
+
+def named(runner: Runner) -> str:
+    """As a log names it."""
+    return str(runner) if isinstance(runner, SortedPath) else f"up {runner['up']}, down {runner['down']}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +40,15 @@ class Screen:
 
 
 @dataclass(frozen=True, slots=True)
+class ScreenPath:
+    """Time whole layers that run our path, which is compiled first. Answered by Screened, as of one group."""
+
+    tokens: int
+    path: SortedPath
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
 class Screened:
     """Microseconds of each sample of each group, in the order of the groups."""
 
@@ -35,13 +57,13 @@ class Screened:
 
 @dataclass(frozen=True, slots=True)
 class Race:
-    """Time whole layers in turn, each with its pair: align, quantise, up, activation, down, sum. Answered by Raced.
+    """Time whole layers in turn, each with its runner: align, quantise, up, activation, down, sum. Answered by Raced.
 
     `attempt` tells a race from a repetition of it; `data` is which inputs and routings it runs on.
     """
 
     tokens: int
-    pairs: tuple[Pair, ...]
+    pairs: tuple[Runner, ...]
     rounds: int
     attempt: int = 0
     data: int = 0
@@ -66,7 +88,7 @@ class Check:
     """Compare the layer's result with the reference: fresh inputs, poisoned outputs. Answered by Checked."""
 
     tokens: int
-    pair: Pair
+    pair: Runner
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +98,7 @@ class Checked:
     error: float
 
 
-Question = Screen | Race | Check
+Question = Screen | ScreenPath | Race | Check
 Answer = Screened | Raced | Checked | Failure
 Ask = Callable[[Question], Answer]
 """The GPU's side. A test passes a table, a resumed run its journal."""

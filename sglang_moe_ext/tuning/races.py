@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from sglang_moe_ext.core import Failure
-from sglang_moe_ext.tuning.questions import Ask, Pair, Race, Raced
+from sglang_moe_ext.tuning.questions import Ask, Race, Raced, Runner, named
 from sglang_moe_ext.tuning.statistics import Interval, gain, typical_us
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class _Card:
     """Who is to race, by place; place 0 is the incumbent's, and empty where there is none."""
 
     tokens: int
-    starters: dict[int, Pair]
+    starters: dict[int, Runner]
     rounds: int
     data: int
 
@@ -58,7 +58,9 @@ class _Card:
         return Race(self.tokens, tuple(self.starters[place] for place in entered), self.rounds, data=self.data)
 
 
-def heat(tokens: int, incumbent: Pair | None, rivals: Sequence[Pair], ask: Ask, *, rounds: int, data: int = 0) -> Heat:
+def heat(
+    tokens: int, incumbent: Runner | None, rivals: Sequence[Runner], ask: Ask, *, rounds: int, data: int = 0
+) -> Heat:
     """One race of all; where it fails, of those that run alone; then of the incumbent and ever fewer of them."""
     starters = {place: pair for place, pair in enumerate((incumbent, *rivals)) if pair is not None}
     card = _Card(tokens, starters, rounds, data)
@@ -88,8 +90,7 @@ def _failing_alone(card: _Card, ask: Ask) -> dict[int, Failure]:
         answer = ask(Race(card.tokens, (pair,), rounds=1, data=card.data))
         if isinstance(answer, Failure):
             found[place] = answer
-            named = f"up {pair['up']}, down {pair['down']}"
-            log.warning("M=%d: %s fails: %s: %s", card.tokens, named, answer.kind, answer.message)
+            log.warning("M=%d: %s fails: %s: %s", card.tokens, named(pair), answer.kind, answer.message)
     return found
 
 

@@ -8,22 +8,26 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sglang_moe_ext import __version__
 from sglang_moe_ext.core import MoEShape, Origin, Table
 from sglang_moe_ext.engines import releases
 from sglang_moe_ext.engines.tunable import Installation
 from sglang_moe_ext.roofline import pair_floor_us
+from sglang_moe_ext.sorted_path import SortedPath
+from sglang_moe_ext.store import path_tables
 from sglang_moe_ext.store.merge import Stored
+from sglang_moe_ext.store.path_tables import PathTable
 from sglang_moe_ext.store.provenance import Entry, Provenance, Run
 from sglang_moe_ext.tuning.predict import Predicted
-from sglang_moe_ext.tuning.questions import Pair
+from sglang_moe_ext.tuning.questions import Pair, Runner
 from sglang_moe_ext.tuning.recording import Recording
 from sglang_moe_ext.tuning.rematch import Measured
 from sglang_moe_ext.tuning.request import Request
 from sglang_moe_ext.tuning.transfer import Source
 
-Results = Mapping[int, Predicted] | Mapping[int, Measured]
+Results = Mapping[int, Predicted] | Mapping[int, Measured[Pair]]
 
 
 def circumstances(request: Request, engine: Installation | None, kernel: str) -> Run:
@@ -120,6 +124,14 @@ def of_transfer(run: Run, times_us: Mapping[int, float]) -> dict[int, Entry]:
     return {m: _entry("transferred", run, {"gemms_us": round(us, 2)}) for m, us in times_us.items()}
 
 
+def paths(found: Mapping[int, Measured[Runner]], run: Run) -> PathTable:
+    """Where our own path won, and where it did not."""
+    return {
+        m: path_tables.Entry(result.pair if isinstance(result.pair, SortedPath) else None, run, _of_measurement(result))
+        for m, result in found.items()
+    }
+
+
 def _entry(origin: Origin, run: Run, figures: dict[str, float]) -> Entry:
     return Entry(origin, run, figures)
 
@@ -132,7 +144,7 @@ def _of_prediction(result: Predicted) -> dict[str, float]:
     return figures
 
 
-def _of_measurement(result: Measured) -> dict[str, float]:
+def _of_measurement(result: Measured[Any]) -> dict[str, float]:
     """What is known and finite: of an incumbent that cannot run, nothing is."""
     figures = {
         "us": (result.us, 2),

@@ -10,15 +10,18 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from sglang_moe_ext.core import Failure, MoEShape, Scheme, TileConfig
+from sglang_moe_ext.core import Failure, MoEShape, Scheme
 from sglang_moe_ext.tuning import races
-from sglang_moe_ext.tuning.questions import Ask, Check, Checked, Pair, Raced
+from sglang_moe_ext.tuning.questions import Ask, Check, Checked, Raced, Runner, identity, named
 from sglang_moe_ext.tuning.statistics import Interval
 
 log = logging.getLogger(__name__)
+
+R = TypeVar("R", bound=Runner)
 
 LEAST_GAIN = 0.01
 """The incumbent stays unless it is beaten by more than this, and by more than it differs from itself."""
@@ -39,16 +42,16 @@ _NEVER = Interval(math.inf, math.inf, math.inf)
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class Measured(Generic[R]):
     """What was chosen for one M. Times in microseconds, of the whole layer, from one race.
 
     Of an incumbent that cannot run, `incumbent_us` and `gain` are infinite, and `noise` is None; else it is by how much
     the incumbent differs from itself. `tried` and `failures`: candidates of the screening, and kinds of failure there.
     """
 
-    pair: Pair
+    pair: R
     us: float
-    incumbent: Pair
+    incumbent: R
     incumbent_us: float
     gain: Interval
     noise: float | None
@@ -60,10 +63,10 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
-class _Verdict:
+class _Verdict(Generic[R]):
     """Who is to serve, and the race that says how fast it is beside the incumbent."""
 
-    pair: Pair
+    pair: R
     us: float
     incumbent_us: float
     gain: Interval
@@ -72,15 +75,15 @@ class _Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class _Bout:
+class _Bout(Generic[R]):
     """What all steps of the rematch of one M need; `errors` of the pairs that were checked, None of the wrong ones."""
 
     shape: MoEShape
     tokens: int
-    incumbent: Pair
+    incumbent: R
     rounds: int
     ask: Ask
-    errors: dict[tuple[TileConfig, TileConfig], float | None]
+    errors: dict[Hashable, float | None]
 
 
 def is_right(shape: MoEShape, error: float | Failure) -> bool:
@@ -91,14 +94,14 @@ def is_right(shape: MoEShape, error: float | Failure) -> bool:
 def rematch(  # noqa: PLR0913 - the last two only pass through, into the noun that tells all of an M
     shape: MoEShape,
     tokens: int,
-    finalists: Sequence[Pair],
-    incumbent: Pair,
+    finalists: Sequence[R],
+    incumbent: R,
     ask: Ask,
     *,
     rounds: int,
     tried: int,
     failures: Mapping[str, int],
-) -> Measured | None:
+) -> Measured[R] | None:
     """A right finalist that led and beats the incumbent beyond doubt when they meet again, or the incumbent.
 
     A wrong incumbent gives way to the fastest right finalist. None where nothing that runs is right: nothing is known
@@ -127,7 +130,7 @@ def rematch(  # noqa: PLR0913 - the last two only pass through, into the noun th
     )
 
 
-def _ranked(bout: _Bout, rivals: Sequence[Pair], data: int) -> list[_Verdict]:
+def _ranked(bout: _Bout[R], rivals: Sequence[R], data: int) -> list[_Verdict[R]]:
     """Who came to the end of a race, by gain over the incumbent, which is one of them where it runs."""
     heat = races.heat(bout.tokens, bout.incumbent, rivals, bout.ask, rounds=bout.rounds, data=data)
     if heat.raced is None:
@@ -142,7 +145,7 @@ def _ranked(bout: _Bout, rivals: Sequence[Pair], data: int) -> list[_Verdict]:
     return sorted(verdicts, key=lambda verdict: (-verdict.gain.value, verdict.us))
 
 
-def _winner(bout: _Bout, ranked: Iterable[_Verdict]) -> _Verdict | None:
+def _winner(bout: _Bout[R], ranked: Iterable[_Verdict[R]]) -> _Verdict[R] | None:
     """The first right one of those that led which beats the incumbent again, alone and on other data."""
     led = (one for one in ranked if one.noise is not None and one.gain.low > 1 and one.gain.value > 1 + LEAST_GAIN)
     right = (one for one in led if _tolerable_error(bout, one.pair) is not None)
@@ -150,30 +153,30 @@ def _winner(bout: _Bout, ranked: Iterable[_Verdict]) -> _Verdict | None:
         for again in _ranked(bout, [one.pair], data=1):
             if again.pair == one.pair and _is_beyond_doubt(again):
                 return again
-        log.info("M=%d: %s led, but does not beat the incumbent alone", bout.tokens, _named(one.pair))
+        log.info("M=%d: %s led, but does not beat the incumbent alone", bout.tokens, named(one.pair))
     return None
 
 
-def _is_beyond_doubt(met: _Verdict) -> bool:
+def _is_beyond_doubt(met: _Verdict[R]) -> bool:
     return met.noise is not None and met.gain.low > 1 and met.gain.value > 1 + max(LEAST_GAIN, met.noise)
 
 
-def _first_right(bout: _Bout, ranked: Sequence[_Verdict]) -> _Verdict | None:
+def _first_right(bout: _Bout[R], ranked: Sequence[_Verdict[R]]) -> _Verdict[R] | None:
     """The incumbent where it runs and is right, else the fastest that is."""
     order = sorted(ranked, key=lambda verdict: verdict.pair != bout.incumbent)
     return next((verdict for verdict in order if _tolerable_error(bout, verdict.pair) is not None), None)
 
 
-def _tolerable_error(bout: _Bout, pair: Pair) -> float | None:
+def _tolerable_error(bout: _Bout[R], pair: R) -> float | None:
     """The relative error of a pair that is right; None, with a warning the first time, of one that is not."""
-    configs = pair["up"], pair["down"]
-    if configs not in bout.errors:
-        bout.errors[configs] = _checked(bout, pair)
-    return bout.errors[configs]
+    key = identity(pair)
+    if key not in bout.errors:
+        bout.errors[key] = _checked(bout, pair)
+    return bout.errors[key]
 
 
-def _checked(bout: _Bout, pair: Pair) -> float | None:
-    tokens, name = bout.tokens, _named(pair)
+def _checked(bout: _Bout[R], pair: R) -> float | None:
+    tokens, name = bout.tokens, named(pair)
     answer = bout.ask(Check(tokens, pair))
     if isinstance(answer, Checked):
         if is_right(bout.shape, answer.error):
@@ -184,7 +187,3 @@ def _checked(bout: _Bout, pair: Pair) -> float | None:
     else:
         raise TypeError(f"a Check was answered by {answer}")
     return None
-
-
-def _named(pair: Pair) -> str:
-    return f"up {pair['up']}, down {pair['down']}"

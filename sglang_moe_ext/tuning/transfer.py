@@ -11,6 +11,7 @@ from sglang_moe_ext.core import PROJECTIONS, MoEShape, Projection, StoreError, T
 from sglang_moe_ext.engines.known import ENGINES
 from sglang_moe_ext.engines.tunable import EngineName
 from sglang_moe_ext.shapes import parse_shape
+from sglang_moe_ext.sorted_path import SortedPath
 from sglang_moe_ext.tuning import one_config
 from sglang_moe_ext.tuning.questions import Check, Checked, Screen, Screened
 from sglang_moe_ext.tuning.recording import Recording
@@ -93,5 +94,7 @@ def _times(journal: Recording) -> dict[int, Times]:
 
 def _wrong(journal: Recording, shape: MoEShape) -> Iterable[TileConfig]:
     for question, answer in journal.answers.values():
-        if isinstance(question, Check) and isinstance(answer, Checked) and not is_right(shape, answer.error):
+        if not isinstance(question, Check) or isinstance(question.pair, SortedPath):
+            continue  # our own path runs no tile of a table
+        if isinstance(answer, Checked) and not is_right(shape, answer.error):
             yield from question.pair.values()

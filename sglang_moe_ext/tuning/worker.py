@@ -13,12 +13,12 @@ from typing import Any, Protocol
 
 from sglang_moe_ext import SWITCH
 from sglang_moe_ext.core import Failure, MoEExtError
-from sglang_moe_ext.tuning.questions import Answer, Check, Question, Race, Screen
+from sglang_moe_ext.tuning.questions import Answer, Check, Question, Race, Screen, ScreenPath
 
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 300.0
-TIMEOUTS_S: Mapping[type[Question], float] = {Screen: 60.0, Race: 300.0, Check: 300.0}
+TIMEOUTS_S: Mapping[type[Question], float] = {Screen: 60.0, ScreenPath: 180.0, Race: 300.0, Check: 300.0}
 """Seconds are enough, but for whole layers of many tokens on a slow GPU; a kernel that hangs takes for ever."""
 _FATAL = "CudaError"
 """Kind of a failure after which the process can do nothing more on the GPU, and ends itself."""

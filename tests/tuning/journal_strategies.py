@@ -9,7 +9,19 @@ from collections.abc import Callable
 from hypothesis import strategies as st
 
 from sglang_moe_ext.core import CompileKey, Failure, Projection, TileConfig
-from sglang_moe_ext.tuning.questions import Answer, Check, Checked, Pair, Question, Race, Raced, Screen, Screened
+from sglang_moe_ext.tuning.questions import (
+    Answer,
+    Check,
+    Checked,
+    Pair,
+    Question,
+    Race,
+    Raced,
+    Screen,
+    Screened,
+    ScreenPath,
+)
+from tests.store.generated import paths
 
 whole = st.integers(1, 2**31 - 1)
 times = st.floats(allow_nan=False)
@@ -35,14 +47,20 @@ def screens(draw: st.DrawFn) -> tuple[Question, Answer]:
 
 @st.composite
 def races(draw: st.DrawFn) -> tuple[Question, Answer]:
-    racers, rounds = draw(st.lists(pairs(), min_size=1, max_size=3)), draw(st.integers(1, 4))
+    racers, rounds = draw(st.lists(pairs() | paths, min_size=1, max_size=3)), draw(st.integers(1, 4))
     race = Race(draw(whole), tuple(racers), rounds, draw(st.integers(0, 9)), draw(st.integers(0, 9)))
     us = tuple(tuple(draw(times) for _ in range(rounds)) for _ in racers)
     return race, Raced(us, draw(whole), draw(st.none() | st.text(max_size=9)), draw(st.none() | whole))
 
 
-checks = st.tuples(st.builds(Check, whole, pairs()), st.builds(Checked, times))
-answered = screens() | races() | checks
+@st.composite
+def path_screens(draw: st.DrawFn) -> tuple[Question, Answer]:
+    samples = draw(st.integers(1, 3))
+    return ScreenPath(draw(whole), draw(paths), samples), Screened((tuple(draw(times) for _ in range(samples)),))
+
+
+checks = st.tuples(st.builds(Check, whole, pairs() | paths), st.builds(Checked, times))
+answered = screens() | path_screens() | races() | checks
 trials = answered | st.tuples(answered.map(lambda trial: trial[0]), failures)
 """A question with an answer to it, or with a failure."""
 
@@ -59,6 +77,8 @@ def answer_of(question: Question) -> Answer:
             return Failure("OutOfResources", f"shared memory, {dice.random()}")
         case Screen():
             return Screened(tuple(tuple(_us(dice) for _ in range(question.samples)) for _ in question.groups))
+        case ScreenPath():
+            return Screened((tuple(_us(dice) for _ in range(question.samples)),))
         case Race():
             return Raced(tuple(tuple(_us(dice) for _ in range(question.rounds)) for _ in question.pairs), 4)
         case Check():

@@ -150,4 +150,4 @@ def measured(
         stations,
         run,
         unseen,
-    )
+    ).pairs

@@ -103,7 +103,7 @@ def bench(stopwatch: TableStopwatch | None = None, layer: FakeLayer | None = Non
     """One without an engine and a GPU."""
     one: Any = GpuBench.__new__(GpuBench)
     one._gemms = one._layers = stopwatch or TableStopwatch()
-    one._layer, one._seed, one._batch, one._screens = layer or FakeLayer(), 100, None, 0
+    one.layer, one._seed, one._batch, one._screens = layer or FakeLayer(), 100, None, 0
     one._relaunches = lambda batch, screen: [Relaunch(routing) for routing in range(ROUTINGS)]
     one._whole = lambda batch, pair: lambda turn: turn
     one._clocks = SimpleNamespace(read=lambda: None)

@@ -188,7 +188,7 @@ def results(run: Run, gpus: tuple[str, ...] = ("0",)) -> dict[int, Measured]:
     request = request_of(LAYER, FEW, measuring)
     kept = plan.sifted(request.shape, request.gpu).kept
     today: lookup.Asked = EngineThatIsAsked()  # type: ignore[assignment]
-    return measured_run.results(request, measuring, run, kept, today, SOURCE, unseen)
+    return measured_run.results(request, measuring, run, kept, today, SOURCE, unseen).pairs
 
 
 def starts(run: Run) -> list[str]:

@@ -268,7 +268,7 @@ class Isolated:
                 stations,
                 self.run,
                 unseen,
-            )
+            ).pairs
         finally:
             for station in stations:
                 station.close()

@@ -71,7 +71,7 @@ def measured() -> dict[int, Measured]:
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal.create(Path(folder, "run.jsonl"), {})
         station = ReplayingStation(formula)
-        return on_gpu.measure_all(request, MEASURING, tasks, lambda: today, [station], journal, unseen)
+        return on_gpu.measure_all(request, MEASURING, tasks, lambda: today, [station], journal, unseen).pairs
 
 
 def test_a_run_for_vllm_chooses_one_configuration_without_tma_for_both_gemms() -> None:

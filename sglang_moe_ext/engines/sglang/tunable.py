@@ -13,6 +13,8 @@ from sglang_moe_ext.engines.sglang import (
     kernel,
     lookup,
     naming,
+    sequence,
+    sorted_layer,
     specialisation,
     tma,
     whole_layer,
@@ -21,6 +23,7 @@ from sglang_moe_ext.engines.sglang.installation import Installation
 from sglang_moe_ext.engines.sglang.kernel import Engine
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
 from sglang_moe_ext.engines.tunable import EngineName, Sorted, Version
+from sglang_moe_ext.sorted_path import FIRST_SM, SortedPath
 from sglang_moe_ext.store import tables
 
 if TYPE_CHECKING:
@@ -73,6 +76,10 @@ def gemms_with_tma(quantisation: Quantisation, version: Version, sm: int) -> tup
     return tma.gemms_with_tma(quantisation, version, sm)
 
 
+def has_own_path(version: Version, sm: int) -> bool:
+    return version >= sequence.FIRST_RELEASE and sm >= FIRST_SM
+
+
 def load() -> Engine:
     return kernel.load()
 
@@ -96,3 +103,7 @@ def launch(loaded: Engine, shape: MoEShape, projection: Projection, tensors: Gem
 
 def run_layer(loaded: Engine, shape: MoEShape, tensors: LayerTensors, up: TileConfig, down: TileConfig) -> torch.Tensor:
     return whole_layer.run(loaded, shape, tensors, up, down)
+
+
+def run_path(loaded: Engine, shape: MoEShape, tensors: LayerTensors, path: SortedPath) -> torch.Tensor:
+    return sorted_layer.result(loaded, shape, tensors, path)

@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sglang_moe_ext.core import Gpu, MoEShape, Projection, Quantisation, Table, TableKey, TileConfig
+from sglang_moe_ext.core import EngineError, Gpu, MoEShape, Projection, Quantisation, Table, TableKey, TileConfig
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
 from sglang_moe_ext.engines.tunable import EngineName, Sorted, Version
 from sglang_moe_ext.engines.vllm import backends, installation, kernel, lookup, naming, specialisation, whole_layer
 from sglang_moe_ext.engines.vllm.installation import Installation
 from sglang_moe_ext.engines.vllm.kernel import Engine
+from sglang_moe_ext.sorted_path import SortedPath
 from sglang_moe_ext.store import tables
 
 if TYPE_CHECKING:
@@ -68,6 +69,10 @@ def gemms_with_tma(quantisation: Quantisation, version: Version, sm: int) -> tup
     return ()
 
 
+def has_own_path(version: Version, sm: int) -> bool:
+    return False
+
+
 def load() -> Engine:
     return kernel.load()
 
@@ -90,3 +95,7 @@ def launch(loaded: Engine, shape: MoEShape, projection: Projection, tensors: Gem
 
 def run_layer(loaded: Engine, shape: MoEShape, tensors: LayerTensors, up: TileConfig, down: TileConfig) -> torch.Tensor:
     return whole_layer.run(loaded, shape, tensors, up, down)
+
+
+def run_path(loaded: Engine, shape: MoEShape, tensors: LayerTensors, path: SortedPath) -> torch.Tensor:
+    raise EngineError(f"vLLM runs no kernels of ours: {path} is for SGLang")

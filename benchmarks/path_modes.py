@@ -1,0 +1,224 @@
+"""Our path in SGLang's real layer, hooked as in a server: eager, in place, CUDA graphs, torch.compile, streams, layers.
+
+usage, from the repository root, on a GPU: python -m benchmarks.path_modes
+
+Each way of running must give the bits that the eager one gives, and that must be right. One line for each; exit status
+1 where one is not so.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sglang_moe_ext.core import MoEShape, Quantisation
+from sglang_moe_ext.sorted_path import DownConfig, SortedPath, UpConfig
+
+TOKENS, LAYERS, TURNS = 1024, 130, 16
+FEW = TOKENS // 2 - 1
+"""Of tokens, which the engine's own kernels take."""
+CASES = {
+    "16 bits": (
+        MoEShape(16, 768, 1024, 4),
+        SortedPath(UpConfig(128, 128, 64, 8, 8, 4), DownConfig(128, 256, 64, 8, 8, 4, half_stores=True)),
+        1e-2,
+    ),
+    "float8 in blocks": (
+        MoEShape(16, 768, 1024, 4, Quantisation("fp8_w8a8", (128, 128))),
+        SortedPath(
+            UpConfig(64, 128, 128, 8, 8, 2, persistent=False), DownConfig(64, 128, 128, 8, 4, 4, programs_per_sm=2)
+        ),
+        5e-2,
+    ),
+}
+
+
+@dataclass
+class Runs:
+    """How often our path came to its last kernel."""
+
+    count: int = 0
+
+    def watch(self) -> None:
+        from sglang_moe_ext.kernels import gather_sum
+
+        launch = gather_sum.launch_gather_sum
+
+        def counted(*args: Any, **kwargs: Any) -> None:
+            self.count += 1
+            launch(*args, **kwargs)
+
+        gather_sum.launch_gather_sum = counted
+
+
+def hooked(store: Path) -> Any:
+    """The engine's layer module, with our hooks and tables that choose our path."""
+    from sglang_moe_ext.engines.sglang import kernel, naming, whole_layer
+    from sglang_moe_ext.engines.sglang.installation import find
+    from sglang_moe_ext.serving import hooks, plugin
+    from sglang_moe_ext.store import path_tables, user_store
+    from sglang_moe_ext.store.provenance import Run
+
+    engine, installed = kernel.load(), find()
+    assert installed is not None
+    assert installed.triton is not None
+    whole_layer.alone(engine.layer)
+    config = sys.modules[installed.config_module]
+    folder = user_store.tables_folder("sglang", naming.version_folder(installed.triton))
+    assert folder.is_relative_to(store)
+    for shape, path, _ in CASES.values():
+        name = naming.file_name(naming.table_key(shape, config.get_device_name()))
+        run = Run("", "", "", str(shape), "", "", None, None, None, None, 0, "")
+        entries = {m: path_tables.Entry(path, run) for m in (TOKENS // 2, 4 * TOKENS)}
+        path_tables.put(path_tables.beside(folder / name), entries)
+    plugin.attach_patched()
+    assert hooks.state().is_active, hooks.state().why
+    return engine.layer
+
+
+class Problem:
+    """Weights of some layers, and inputs."""
+
+    def __init__(self, shape: MoEShape, layers: int) -> None:
+        import torch
+
+        from sglang_moe_ext.kernels.scales import quantise_weights
+
+        self.shape = shape
+        torch.manual_seed(0)
+        self.inputs = [self.batch() for _ in range(2)]
+        self.weights = []
+        for _ in range(layers):
+            stored = [
+                torch.randn(shape.experts, *shape.gemm(it), device="cuda", dtype=torch.bfloat16) / 32
+                for it in ("up", "down")
+            ]
+            scheme = shape.quantisation
+            self.weights.append([quantise_weights(it, scheme) if scheme.scheme else (it, None) for it in stored])
+
+    def batch(self) -> tuple[Any, Any, Any]:
+        import torch
+
+        hidden = torch.randn(TOKENS, self.shape.hidden_size, device="cuda", dtype=torch.bfloat16)
+        topk_ids = torch.rand(TOKENS, self.shape.experts, device="cuda").topk(self.shape.top_k, dim=1).indices.int()
+        return hidden, torch.rand(TOKENS, self.shape.top_k, device="cuda"), topk_ids
+
+    def run(self, operator: Callable[..., Any], batch: tuple[Any, Any, Any], layer: int = 0) -> Any:
+        """What the engine's operator makes of a batch; in place it returns nothing."""
+        hidden, weights, ids = batch
+        (w1, w1_scale), (w2, w2_scale) = self.weights[layer]
+        is_scaled = w1_scale is not None
+        return operator(
+            hidden, w1, w2, weights, ids, use_fp8_w8a8=is_scaled, w1_scale=w1_scale, w2_scale=w2_scale,
+            block_shape=[128, 128] if is_scaled else None, filter_expert=False,
+        )  # fmt: skip
+
+    def error(self, out: Any, batch: tuple[Any, Any, Any], layer: int = 0) -> float:
+        from sglang_moe_ext.kernels import reference
+
+        hidden, weights, ids = batch
+        (w1, w1_scale), (w2, w2_scale) = self.weights[layer]
+        expected = reference.moe_layer(
+            hidden, w1, w2, weights, ids, quantisation=self.shape.quantisation,
+            w1_scale=w1_scale, w2_scale=w2_scale, activation="silu", gated=True,
+        )  # fmt: skip
+        return reference.relative_error(out, expected)
+
+
+def in_place(module: Any, problem: Problem) -> Any:
+    hidden, *rest = problem.inputs[0]
+    copy = hidden.clone()
+    problem.run(module.inplace_fused_experts, (copy, *rest))
+    return copy
+
+
+def graph(module: Any, problem: Problem) -> Any:
+    """Captured on one batch, replayed on another that was copied into its place."""
+    import torch
+
+    static = tuple(it.clone() for it in problem.inputs[1])
+    problem.run(module.outplace_fused_experts, static)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        out = problem.run(module.outplace_fused_experts, static)
+    for place, value in zip(static, problem.inputs[0], strict=True):
+        place.copy_(value)
+    captured.replay()
+    return out
+
+
+def compiled(module: Any, problem: Problem) -> Any:
+    import torch
+
+    def doubled(hidden: Any) -> Any:
+        return problem.run(module.outplace_fused_experts, (hidden, *problem.inputs[0][1:])) * 2
+
+    return torch.compile(doubled, fullgraph=True)(problem.inputs[0][0]) / 2
+
+
+def streams(module: Any, problem: Problem) -> Any:
+    """Two at once; the last result whose bits differ from those of the first, or the first."""
+    import torch
+
+    torch.cuda.synchronize()
+    sides = [torch.cuda.Stream() for _ in range(2)]  # type: ignore[no-untyped-call]
+    outs = []
+    for _ in range(TURNS):
+        for side in sides:
+            with torch.cuda.stream(side):
+                outs.append(problem.run(module.outplace_fused_experts, problem.inputs[0]))
+    torch.cuda.synchronize()
+    return next((out for out in reversed(outs) if not torch.equal(out, outs[0])), outs[0])
+
+
+MODES: dict[str, Callable[[Any, Problem], Any]] = {
+    "again": lambda module, problem: problem.run(module.outplace_fused_experts, problem.inputs[0]),
+    "in place": in_place,
+    "CUDA graph, replayed on other data": graph,
+    "torch.compile": compiled,
+    f"two streams, {TURNS} times each": streams,
+}
+
+
+def checked(name: str, module: Any, runs: Runs) -> bool:
+    """Print a line for each mode; whether all are as they must be."""
+    import torch
+
+    shape, _, bound = CASES[name]
+    problem = Problem(shape, LAYERS)
+    before = runs.count
+    eager = problem.run(module.outplace_fused_experts, problem.inputs[0])
+    error = problem.error(eager, problem.inputs[0])
+    is_right = runs.count > before and error < bound
+    print(f"{name}: eager: error {error:.2e}: {'right' if is_right else 'WRONG, or not our path'}")
+    for mode, run in MODES.items():
+        before = runs.count
+        out = run(module, problem)
+        torch.cuda.synchronize()
+        is_same = runs.count > before and torch.equal(out, eager)
+        is_right &= is_same
+        print(f"{name}: {mode}: {'the same bits' if is_same else 'OTHER BITS, or not our path'}")
+    errors = [problem.error(problem.run(module.outplace_fused_experts, problem.inputs[0], at), problem.inputs[0], at)
+              for at in range(LAYERS)]  # fmt: skip
+    are_right = max(errors) < bound
+    print(f"{name}: {LAYERS} layers in turn: errors up to {max(errors):.2e}: {'right' if are_right else 'WRONG'}")
+    return is_right and are_right
+
+
+def main() -> int:
+    """Exit status: 0 all is as it must be, 1 something is not."""
+    with tempfile.TemporaryDirectory() as store:
+        os.environ["SGLANG_MOE_EXT_STORE"] = store
+        module, runs = hooked(Path(store)), Runs()
+        runs.watch()
+        results = [checked(name, module, runs) for name in CASES]
+    return 0 if all(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
