@@ -11,10 +11,10 @@ from sglang_moe_ext.engines import names
 from sglang_moe_ext.engines.sglang import naming, warning_line
 from sglang_moe_ext.shapes import parse_shape
 from sglang_moe_ext.shared_memory import smem_bytes
-from sglang_moe_ext.store import provenance, tables
+from sglang_moe_ext.store import path_tables, provenance, tables
 
 CONFIGS = Path(__file__).resolve().parents[1] / "tuned_configs" / "configs"
-TABLES = sorted(path for path in CONFIGS.glob("triton_*/*.json") if not path.name.endswith(".provenance.json"))
+TABLES = sorted(path for path in CONFIGS.glob("triton_*/*.json") if tables.is_table(path.name))
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -30,5 +30,21 @@ def test_a_shipped_table_is_measured_fits_its_gpu_and_has_its_own_name(path: Pat
     assert all(entry.figures["us"] <= entry.figures["incumbent_us"] for entry in known.entries.values())
 
 
+PATHS = [path_tables.beside(path) for path in TABLES if path_tables.beside(path).exists()]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_shipped_path_was_faster_and_right_in_the_run_that_made_the_table_beside_it(path: Path) -> None:
+    entries = path_tables.read(path)
+    table = provenance.read(path.with_name(path.name.replace(path_tables.SUFFIX, ".json")))
+    assert table is not None
+    assert {entry.run for entry in entries.values()} == {entry.run for entry in table.entries.values()}
+    won = [entry.figures for entry in entries.values() if entry.path is not None]
+    assert won
+    assert all(figures["gain_low"] > 1 and figures["gain"] > 1.01 for figures in won)
+    assert all(figures["relative_error"] < 5e-2 for figures in won)
+
+
 def test_tables_are_shipped() -> None:
     assert TABLES
+    assert PATHS
