@@ -61,6 +61,7 @@ def hooked(store: Path) -> Any:
     from sglang_moe_ext.engines.sglang import kernel, naming, whole_layer
     from sglang_moe_ext.engines.sglang.installation import find
     from sglang_moe_ext.serving import hooks, plugin
+    from sglang_moe_ext.serving.own_path import SHORTEST_US
     from sglang_moe_ext.store import path_tables, user_store
     from sglang_moe_ext.store.provenance import Run
 
@@ -74,7 +75,7 @@ def hooked(store: Path) -> Any:
     for shape, path, _ in CASES.values():
         name = naming.file_name(naming.table_key(shape, config.get_device_name()))
         run = Run("", "", "", str(shape), "", "", None, None, None, None, 0, "")
-        entries = {m: path_tables.Entry(path, run) for m in (TOKENS // 2, 4 * TOKENS)}
+        entries = {m: path_tables.Entry(path, run, {"us": SHORTEST_US}) for m in (TOKENS // 2, 4 * TOKENS)}
         path_tables.put(path_tables.beside(folder / name), entries)
     plugin.attach_patched()
     assert hooks.state().is_active, hooks.state().why

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sglang_moe_ext.core import MoEExtError
 from sglang_moe_ext.kernels.gather_sum_kernel import gather_sum_kernel, inverse_kernel
+from sglang_moe_ext.kernels.launching import launch
 
 ROWS_PER_PROGRAM = 256
 FEW_TOKENS = 256
@@ -56,16 +57,17 @@ def launch_inverse(
     """
     if experts_elsewhere:
         positions.fill_(-1)
-    inverse_kernel[(triton.cdiv(sorted_token_ids.numel(), ROWS_PER_PROGRAM),)](
-        sorted_token_ids,
-        expert_ids,
-        num_tokens_post_padded,
-        positions,
-        positions.numel(),
-        BLOCK_SIZE_M=align_block_m,
-        ROWS=ROWS_PER_PROGRAM,
-        num_warps=ROWS_PER_PROGRAM // 32,
-    )
+    arguments = {
+        "sorted_token_ids_ptr": sorted_token_ids,
+        "expert_ids_ptr": expert_ids,
+        "num_tokens_post_padded_ptr": num_tokens_post_padded,
+        "positions_ptr": positions,
+        "pairs": positions.numel(),
+        "BLOCK_SIZE_M": align_block_m,
+        "ROWS": ROWS_PER_PROGRAM,
+        "num_warps": ROWS_PER_PROGRAM // 32,
+    }
+    launch(inverse_kernel, (triton.cdiv(sorted_token_ids.numel(), ROWS_PER_PROGRAM),), arguments)
 
 
 def launch_gather_sum(
@@ -94,7 +96,7 @@ def launch_gather_sum(
         return
     config = config or gather_config(tokens, hidden)
     grid = (triton.cdiv(tokens, config.tokens), triton.cdiv(hidden, config.columns))
-    gather_sum_kernel[grid](**sum_arguments(rows, positions, routed_weights, out, routed_scaling_factor, config))
+    launch(gather_sum_kernel, grid, sum_arguments(rows, positions, routed_weights, out, routed_scaling_factor, config))
 
 
 def sum_arguments(

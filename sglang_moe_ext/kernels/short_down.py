@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sglang_moe_ext.core import MoEExtError, Quantisation
 from sglang_moe_ext.kernels import tma_operands as tma
+from sglang_moe_ext.kernels.launching import launch
 from sglang_moe_ext.kernels.scales import Scales
 from sglang_moe_ext.kernels.short_down_kernel import short_down_kernel
 from sglang_moe_ext.sorted_path import LONGEST_K, ShortDownConfig
@@ -36,7 +37,7 @@ def launch_short_down(
     )
     blocks_m = expert_ids.numel() * arguments["TILES_PER_BLOCK"]
     tiles_n = -(-weights.shape[1] // config.block_n)
-    short_down_kernel[(blocks_m, -(-tiles_n // config.tiles_per_program))](**arguments)
+    launch(short_down_kernel, (blocks_m, -(-tiles_n // config.tiles_per_program)), arguments)
 
 
 def short_arguments(
@@ -66,7 +67,7 @@ def short_arguments(
     a_scale, b_scale = (None, None) if scales is None else (scales.activations, scales.weights)
     return {
         "a_desc": tma.descriptor(a, config.block_m, config.block_k),
-        "b_desc": tma.kept_descriptor(weights, 1, config.block_n, config.block_k),
+        "b_desc": tma.descriptor(weights, 1, config.block_n, config.block_k),
         "c_desc": tma.descriptor(out, config.block_m, config.block_n),
         "a_scale_ptr": a_scale,
         "b_scale_ptr": b_scale,

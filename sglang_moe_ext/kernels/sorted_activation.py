@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sglang_moe_ext.core import MoEExtError
+from sglang_moe_ext.kernels.launching import launch
 
 GROUP = 128
 """Columns that share one scale."""
@@ -40,9 +41,8 @@ def launch_swiglu(
             f"gate_up {tuple(gate_up.shape)} and out {tuple(out.shape)}: expected [rows, 2 * columns] and "
             f"[rows, columns], columns a multiple of {GROUP}"
         )
-    swiglu_kernel[(triton.cdiv(rows, _ROWS), columns // GROUP)](
-        **swiglu_arguments(gate_up, num_tokens_post_padded, out, scales)
-    )
+    arguments = swiglu_arguments(gate_up, num_tokens_post_padded, out, scales)
+    launch(swiglu_kernel, (triton.cdiv(rows, _ROWS), columns // GROUP), arguments)
 
 
 def launch_swiglu_of_rows(gate_up: Tensor, num_tokens_post_padded: Tensor, out: Tensor, scales: Tensor) -> None:
@@ -56,17 +56,31 @@ def launch_swiglu_of_rows(gate_up: Tensor, num_tokens_post_padded: Tensor, out: 
             f"gate_up {tuple(gate_up.shape)}, out {tuple(out.shape)} and scales {tuple(scales.shape)}: expected "
             f"[rows, 2 * columns], [rows, columns] and [rows, 1], at most {LONGEST_ROW} columns"
         )
-    swiglu_of_rows_kernel[(rows,)](
-        gate_up, num_tokens_post_padded, out, scales, columns, gate_up.stride(0), out.stride(0),
-        WIDTH=triton.next_power_of_2(columns), LEAST_SCALE=LEAST_SCALE, LARGEST=LARGEST_FP8, num_warps=4,
-    )  # fmt: skip
+    launch(swiglu_of_rows_kernel, (rows,), rows_arguments(gate_up, num_tokens_post_padded, out, scales))
+
+
+def rows_arguments(gate_up: Tensor, num_tokens_post_padded: Tensor, out: Tensor, scales: Tensor) -> dict[str, Any]:
+    """Every argument and option of the kernel, by name."""
+    return {
+        "gate_up_ptr": gate_up,
+        "num_tokens_post_padded_ptr": num_tokens_post_padded,
+        "out_ptr": out,
+        "scales_ptr": scales,
+        "columns": out.shape[1],
+        "stride_in": gate_up.stride(0),
+        "stride_out": out.stride(0),
+        "WIDTH": triton.next_power_of_2(out.shape[1]),
+        "LEAST_SCALE": LEAST_SCALE,
+        "LARGEST": LARGEST_FP8,
+        "num_warps": 4,
+    }
 
 
 def launch_quantise(values: Tensor, out: Tensor, scales: Tensor) -> None:
     """out float8_e4m3fn [rows, columns] and scales [rows, columns / 128] of all rows of `values`."""
     rows, columns = out.shape
     arguments = swiglu_arguments(values, None, out, scales)
-    swiglu_kernel[(triton.cdiv(rows, _ROWS), columns // GROUP)](**arguments)
+    launch(swiglu_kernel, (triton.cdiv(rows, _ROWS), columns // GROUP), arguments)
 
 
 def swiglu_arguments(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sglang_moe_ext.core import Quantisation
 from sglang_moe_ext.kernels import tma_operands as tma
+from sglang_moe_ext.kernels.launching import launch
 from sglang_moe_ext.kernels.scales import Scales
 from sglang_moe_ext.kernels.sorted_down_kernel import sorted_down_kernel
 from sglang_moe_ext.sorted_path import DownConfig
@@ -49,7 +50,7 @@ def launch_down(
     )
     tiles = expert_ids.numel() * arguments["TILES_PER_BLOCK"] * -(-weights.shape[1] // config.block_n)
     crew = tma.multiprocessors(a.device) * config.programs_per_sm
-    sorted_down_kernel[(min(tiles, crew) if config.persistent else tiles,)](**arguments)
+    launch(sorted_down_kernel, (min(tiles, crew) if config.persistent else tiles,), arguments)
 
 
 def kernel_arguments(
@@ -76,7 +77,7 @@ def kernel_arguments(
     a_scale, b_scale = (None, None) if scales is None else (scales.activations, scales.weights)
     return {
         "a_desc": tma.descriptor(a, config.block_m, config.block_k),
-        "b_desc": tma.kept_descriptor(weights, 1, group_n if two_groups else config.block_n, config.block_k),
+        "b_desc": tma.descriptor(weights, 1, group_n if two_groups else config.block_n, config.block_k),
         "c_desc": tma.descriptor(out, config.block_m, stored_n),
         "a_scale_ptr": a_scale,
         "b_scale_ptr": b_scale,

@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sglang_moe_ext.core import MoEExtError, Quantisation
 from sglang_moe_ext.kernels import tma_operands as tma
+from sglang_moe_ext.kernels.launching import launch
 from sglang_moe_ext.kernels.scales import Scales
 from sglang_moe_ext.kernels.sorted_activation import GROUP, LARGEST_FP8, LEAST_SCALE
 from sglang_moe_ext.kernels.sorted_up_kernel import sorted_up_kernel
@@ -48,7 +49,7 @@ def launch_up(
     )  # fmt: skip
     tiles = expert_ids.numel() * arguments["TILES_PER_BLOCK"] * -(-out.shape[1] // config.block_n)
     crew = tma.multiprocessors(a.device) * config.programs_per_sm
-    sorted_up_kernel[(min(tiles, crew) if config.persistent else tiles,)](**arguments)
+    launch(sorted_up_kernel, (min(tiles, crew) if config.persistent else tiles,), arguments)
 
 
 def up_arguments(
@@ -111,10 +112,10 @@ def up_arguments(
 def _weights_descriptor(weights: Tensor, config: UpConfig, *, is_scaled: bool) -> TensorDescriptor:
     """Where fused, over gates and ups as they alternate [2 * E, columns, K]: a box holds both, or one where scaled."""
     if not config.is_fused:
-        return tma.kept_descriptor(weights, 1, config.block_n, config.block_k)
+        return tma.descriptor(weights, 1, config.block_n, config.block_k)
     experts, rows, k = weights.shape
     halves = weights.view(2 * experts, rows // 2, k)
-    return tma.kept_descriptor(halves, 1 if is_scaled else 2, config.block_n, config.block_k)
+    return tma.descriptor(halves, 1 if is_scaled else 2, config.block_n, config.block_k)
 
 
 def _check(

@@ -21,7 +21,7 @@ WIDEST_BOX = 256
 """Elements along one side of what one TMA instruction moves."""
 BLACKWELL = (10, 0)
 DESCRIPTORS_KEPT = 8192
-"""Weights times boxes, 128 layers with 64 each; one is about 1 KB."""
+"""Weights times boxes, 128 layers with 32 each, and what lies between the GEMMs; one is about 1 KB."""
 
 
 def scaling_of(quantisation: Quantisation) -> str:
@@ -102,7 +102,7 @@ def check_tile(
 
 @dataclass(frozen=True, slots=True)
 class _Address:
-    """As much of a tensor as a descriptor asks for, so that a kept descriptor keeps no weights alive."""
+    """As much of a tensor as a descriptor asks for, so that a kept descriptor keeps nothing alive."""
 
     address: int
     dtype: torch.dtype
@@ -115,21 +115,16 @@ _kept: dict[tuple[Any, ...], TensorDescriptor] = {}
 
 
 def descriptor(tensor: Tensor, *box: int) -> TensorDescriptor:
-    """For a tensor that is another one at the next call."""
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(box))
-
-
-def kept_descriptor(weights: Tensor, *box: int) -> TensorDescriptor:
-    """Made once for each layer and box. The key is all that it holds: one of weights that were freed does no harm."""
-    if weights.device.type == "cpu":  # Triton's interpreter asks for the tensor itself
-        return descriptor(weights, *box)
-    address, shape, strides = weights.data_ptr(), tuple(weights.shape), weights.stride()
-    key = (address, weights.dtype, shape, strides, box)
+    """Made once for each address, shape and box, which are all that it holds: one of what was freed does no harm."""
+    address, shape, strides = tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+    if tensor.device.type == "cpu":  # Triton's interpreter asks for the tensor itself
+        return TensorDescriptor(tensor, list(shape), list(strides), list(box))
+    key = (address, tensor.dtype, shape, strides, box)
     found = _kept.get(key)
     if found is None:
         if len(_kept) >= DESCRIPTORS_KEPT:
             _kept.clear()
-        found = TensorDescriptor(_Address(address, weights.dtype), list(shape), list(strides), list(box))
+        found = TensorDescriptor(_Address(address, tensor.dtype), list(shape), list(strides), list(box))
         _kept[key] = found
     return found
 

@@ -7,13 +7,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from sglang_moe_ext import SWITCH, __version__
 from sglang_moe_ext.engines.asked import Layer
 from sglang_moe_ext.serving.guard import warn_once
 from sglang_moe_ext.serving.overlay import Choice
 from sglang_moe_ext.sorted_path import SortedPath
+
+if TYPE_CHECKING:
+    from sglang_moe_ext.serving.lookup import Resolver
 
 Engine = Literal["sglang", "vllm"]
 _OUR_NAME = "sglang_moe_ext"
@@ -59,21 +62,21 @@ def choices(layer: Layer, tokens: Sequence[int], engine: Engine = "sglang") -> d
     return {} if chooser is None else {m: chooser.choice(layer, m) for m in tokens}
 
 
+def resolver() -> Resolver | None:
+    """What answers SGLang's layers in this process; None where our functions are not in place."""
+    return cast("Resolver | None", _choosers.get("sglang"))
+
+
 def paths(layer: Layer, tokens: Sequence[int]) -> dict[int, SortedPath | None]:
     """Which of our own paths SGLang's layers take at each M; empty where our functions are not in place."""
-    from sglang_moe_ext.serving.lookup import Resolver
-
-    chooser = _choosers.get("sglang")
-    return {m: chooser.path(layer, m) for m in tokens} if isinstance(chooser, Resolver) else {}
+    found = resolver()
+    return {} if found is None else {m: found.path(layer, m) for m in tokens}
 
 
 def decline_path(layer: Layer) -> None:
     """Let SGLang's own kernels run for layers of such weights from now on."""
-    from sglang_moe_ext.serving.lookup import Resolver
-
-    chooser = _choosers.get("sglang")
-    if isinstance(chooser, Resolver):
-        chooser.decline_path(layer.w1_shape, layer.w2_shape)
+    if (found := resolver()) is not None:
+        found.decline_path(layer.w1_shape, layer.w2_shape)
 
 
 def half_of(engine: Engine) -> Half:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from sglang_moe_ext.core import MoEShape, TableError
 from sglang_moe_ext.engines import running
@@ -15,12 +16,15 @@ from sglang_moe_ext.serving.overlay import SATURATED_TOKENS
 from sglang_moe_ext.serving.shelf import Place, Shelf, is_of
 from sglang_moe_ext.sorted_path import FIRST_SM, SortedPath
 from sglang_moe_ext.store import path_tables
-from sglang_moe_ext.store.path_tables import PathTable
+from sglang_moe_ext.store.path_tables import Entry, PathTable
 
 log = logging.getLogger(__name__)
 
 SWITCH = "SGLANG_MOE_EXT_KERNELS"
 """0 leaves the configurations to us, and the kernels to the engine."""
+SHORTEST_US = 400.0
+"""Of a layer by our path, which costs the host 285 to 395 us, 43 to 73 us more than the engine's kernels do: where the
+GPU waits for the host, a faster kernel wins nothing (H200, SGLang 0.5.15, Triton 3.6.0, 2026-11-21, launch_cost)."""
 
 
 def is_on() -> bool:
@@ -70,7 +74,7 @@ class Paths:
 def gathered(shape: MoEShape, device_name: str, triton: str, places: Sequence[Place]) -> PathTable:
     """What the places say of that layer on that very GPU with that very Triton, the first of them last.
 
-    What cannot be read is passed over, with a line: the engine's own kernels run.
+    What cannot be read is passed over, with a line: the engine's own kernels run, as they do where a layer is short.
     """
     name = naming.file_name(naming.table_key(shape, device_name))
     found: PathTable = {}
@@ -82,7 +86,11 @@ def gathered(shape: MoEShape, device_name: str, triton: str, places: Sequence[Pl
             log.warning("sglang-moe-ext passes over a table of paths: %s", error)
             continue
         found |= {m: entry for m, entry in table.items() if is_of(entry.run.shape, shape)}
-    return found
+    return {m: entry if _is_long(entry) else replace(entry, path=None) for m, entry in found.items()}
+
+
+def _is_long(entry: Entry) -> bool:
+    return entry.figures.get("us", 0.0) >= SHORTEST_US
 
 
 def chosen(table: PathTable, tokens: int) -> SortedPath | None:

@@ -14,6 +14,7 @@ import triton
 from sglang_moe_ext import SWITCH, gpus
 from sglang_moe_ext.core import TileConfig
 from sglang_moe_ext.engines.sglang import lookup, naming
+from sglang_moe_ext.serving import own_path
 from sglang_moe_ext.sorted_path import DownConfig, SortedPath, UpConfig
 from sglang_moe_ext.store import path_tables, user_store
 from sglang_moe_ext.store.path_tables import Entry
@@ -40,7 +41,10 @@ def store() -> Path:
     for name, shape in child.SHAPES.items():
         run = dataclasses.replace(A_RUN, shape=str(shape))
         table = folder / naming.file_name(naming.table_key(shape, DEVICE))
-        entries = {child.TOKENS // 2: Entry(None, run), child.TOKENS: Entry(PATHS[name], run)}
+        entries = {
+            child.TOKENS // 2: Entry(None, run),
+            child.TOKENS: Entry(PATHS[name], run, {"us": own_path.SHORTEST_US}),
+        }
         path_tables.put(path_tables.beside(table), entries)
     return root
 

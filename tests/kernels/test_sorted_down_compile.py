@@ -134,7 +134,7 @@ def test_a_descriptor_of_weights_is_made_once_and_keeps_no_weights(monkeypatch: 
     assert not any(isinstance(descriptor.base, torch.Tensor) for descriptor in kept.values())
 
 
-def test_the_kept_descriptors_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_descriptors_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: dict[tuple[Any, ...], Any] = {}
     monkeypatch.setattr(tma_operands, "_kept", kept)
     monkeypatch.setattr(tma_operands, "DESCRIPTORS_KEPT", 3)

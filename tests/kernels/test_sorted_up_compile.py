@@ -12,8 +12,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from offline_down import KINDS, check_needs, compiled
 
+from sglang_moe_ext.kernels.compiled import resources_of
 from sglang_moe_ext.kernels.scales import Scales
-from sglang_moe_ext.kernels.sorted_activation import GROUP, swiglu_arguments, swiglu_kernel
+from sglang_moe_ext.kernels.sorted_activation import (
+    GROUP,
+    LONGEST_ROW,
+    rows_arguments,
+    swiglu_arguments,
+    swiglu_kernel,
+    swiglu_of_rows_kernel,
+)
 from sglang_moe_ext.kernels.sorted_up import up_arguments
 from sglang_moe_ext.kernels.sorted_up_kernel import sorted_up_kernel
 from sglang_moe_ext.sorted_path import UpConfig
@@ -88,6 +96,14 @@ def test_gate_and_up_are_one_product_of_what_tma_brought() -> None:
     ptx = compiled(90, sorted_up_kernel, arguments("bf16", UpConfig(128, 128, 64, 8, 8, 4), False)).asm["ptx"]
     assert set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\w+)", ptx)) == {"m64n256k16"}
     assert "st.shared" not in ptx
+
+
+def test_a_row_of_the_longest_is_held_without_spills() -> None:
+    with torch.device("meta"):
+        tensors = torch.empty(4096, 2 * LONGEST_ROW, dtype=torch.bfloat16), torch.empty(1, dtype=torch.int32)
+        out, scales = torch.empty(4096, LONGEST_ROW, dtype=torch.float8_e4m3fn), torch.empty(4096, 1)
+    needs = resources_of(compiled(90, swiglu_of_rows_kernel, rows_arguments(*tensors, out, scales)))
+    assert needs.spill_bytes == 0
 
 
 def test_the_activation_loads_and_stores_whole_vectors() -> None:

@@ -29,8 +29,11 @@ def path(block_m: int = 64) -> SortedPath:
     return SortedPath(UpConfig(block_m, 128, 64, 8, 8, 4), DownConfig(block_m, 128, 64, 8, 8, 4))
 
 
+LONG = {"us": own_path.SHORTEST_US}
+
+
 def table(**by_tokens: SortedPath | None) -> PathTable:
-    return {int(m[1:]): Entry(found, RUN) for m, found in by_tokens.items()}
+    return {int(m[1:]): Entry(found, RUN, LONG) for m, found in by_tokens.items()}
 
 
 CASES = table(m256=None, m1024=path(64), m4096=path(128))
@@ -93,6 +96,15 @@ def test_entries_of_a_layer_that_only_shares_the_name_of_the_file_are_passed_ove
     write(places(tmp_path)[0], CASES)
     unlike = dataclasses.replace(SHAPE, **{name: 4})
     assert own_path.gathered(unlike, DEVICE, TRITON, places(tmp_path)) == {}
+
+
+@pytest.mark.parametrize("figures", [{"us": own_path.SHORTEST_US - 1}, {}], ids=["short", "nobody knows"])
+def test_a_layer_that_is_shorter_than_what_it_costs_the_host_is_left_to_the_engine(
+    figures: dict[str, float], tmp_path: Path
+) -> None:
+    write(places(tmp_path)[0], {1024: Entry(path(), RUN, figures), 4096: Entry(path(), RUN, LONG)})
+    found = own_path.gathered(SHAPE, DEVICE, TRITON, places(tmp_path))
+    assert {m: entry.path for m, entry in found.items()} == {1024: None, 4096: path()}
 
 
 def test_a_broken_table_is_passed_over_with_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
