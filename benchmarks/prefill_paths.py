@@ -40,7 +40,7 @@ def main() -> int:
     resolver = hooks.resolver()
     assert isinstance(resolver, Resolver)
     chooses = resolver.path
-    kinds: dict[str, Callable[..., object]] = {"our paths": chooses, "the engine's": lambda *_: None}
+    kinds: dict[str, Callable[..., object]] = {"our": chooses, "the engine's": lambda *_: None}
     taken: dict[str, list[float]] = {kind: [] for kind in kinds}
     for turn in range(TURNS):
         for kind, chosen in kinds.items():

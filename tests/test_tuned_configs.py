@@ -9,6 +9,7 @@ import pytest
 from sglang_moe_ext import gpus
 from sglang_moe_ext.engines import names
 from sglang_moe_ext.engines.sglang import naming, warning_line
+from sglang_moe_ext.engines.vllm import naming as vllm_naming
 from sglang_moe_ext.shapes import parse_shape
 from sglang_moe_ext.shared_memory import smem_bytes
 from sglang_moe_ext.store import path_tables, provenance, tables
@@ -30,6 +31,25 @@ def test_a_shipped_table_is_measured_fits_its_gpu_and_has_its_own_name(path: Pat
     assert all(entry.figures["us"] <= entry.figures["incumbent_us"] for entry in known.entries.values())
 
 
+FOR_VLLM = sorted(
+    path for path in (CONFIGS.parent / "vllm").glob("triton_*/*.json") if not path.name.endswith(".provenance.json")
+)
+
+
+@pytest.mark.parametrize("path", FOR_VLLM, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_shipped_table_of_vllm_was_measured_with_vllm_and_has_the_name_that_it_asks_for(path: Path) -> None:
+    table, known = tables.read(path), provenance.read(path)
+    assert known is not None
+    assert {known.origin(m) for m in table} == {"measured"}
+    (run,) = {entry.run for entry in known.entries.values()}
+    assert str(run.engine).startswith("vllm ")
+    shape = parse_shape(run.shape)
+    assert vllm_naming.file_name(vllm_naming.table_key(shape, run.gpu)) == path.name
+    assert naming.version_folder(str(run.triton)) == path.parent.name
+    gpu = gpus.find(run.gpu.removeprefix("NVIDIA "))
+    assert all(smem_bytes(config, shape, gpu.sm) <= gpu.smem_per_block for config in table.values())
+
+
 PATHS = [path_tables.beside(path) for path in TABLES if path_tables.beside(path).exists()]
 
 
@@ -47,4 +67,5 @@ def test_a_shipped_path_was_faster_and_right_in_the_run_that_made_the_table_besi
 
 def test_tables_are_shipped() -> None:
     assert TABLES
+    assert FOR_VLLM
     assert PATHS

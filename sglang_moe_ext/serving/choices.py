@@ -38,12 +38,16 @@ class Choices:
         """Which configuration runs, before any guard looks at it."""
         if self._engine.is_deterministic():
             return Engines("deterministic inference reads no table")
-        if layer not in self._shelves:
-            self._shelves[layer] = self.shelf(layer)
-        found = self._shelves[layer]
+        found = self.known_shelf(layer)
         if found is None:
             return Engines("no tables are known for this kind of layer or GPU")
         return overlay.chosen(found, tokens)
+
+    def known_shelf(self, layer: Layer) -> Shelf | None:
+        """The tables for it, read once."""
+        if layer not in self._shelves:
+            self._shelves[layer] = self.shelf(layer)
+        return self._shelves[layer]
 
     def shelf(self, layer: Layer, *, any_layer: bool = False) -> Shelf | None:
         """The tables for it, read now; None where it is of a kind, or on a GPU, that has none."""

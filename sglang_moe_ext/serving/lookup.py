@@ -64,7 +64,7 @@ class Resolver:
     ) -> None:
         self._engine, self._choices = engine, Choices(engine, places)
         self._at_first_call: Callable[[], None] | None = at_first_call
-        self._paths, self.answers = Paths(engine, places, self._choices.shelf), Answers()
+        self._paths, self.answers = Paths(engine, places, self._choices.known_shelf), Answers()
         self._guards: dict[str, Guard] = {}
 
     def __call__(self, call: Call, original: Callable[[], Any]) -> Answer:
