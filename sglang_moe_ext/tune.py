@@ -58,6 +58,8 @@ def request_of(arguments: argparse.Namespace, command: str) -> Request:
     gpu, is_here = layer_arguments.gpu_of(arguments, layer)
     tunable = ENGINES[arguments.engine]
     engine = tunable.find()
+    if engine is not None and (why := tunable.why_not_tuned(layer.shape.quantisation, engine.version)):
+        raise MoEExtError(f"{tunable.TITLE} {engine.version_text} takes no table for {layer.shape.quantisation}: {why}")
     measures = not arguments.predict and (is_here or arguments.ray is not None) and engine is not None
     if not measures:
         measuring_arguments.refuse_without_measuring(arguments, _why_not_measured(tunable.TITLE, gpu, is_here))

@@ -77,6 +77,9 @@ class Tunable(Protocol):
     def gemms_with_tma(self, quantisation: Quantisation, version: Version, sm: int) -> tuple[Projection, ...]:
         """The GEMMs that run right with USE_TMA in that release, on a GPU of that architecture."""
 
+    def why_not_tuned(self, quantisation: Quantisation, version: Version) -> str | None:
+        """Why a table for such weights would do that release's servers harm."""
+
     def has_own_path(self, version: Version, sm: int) -> bool:
         """Whether our own kernels can take the place of that release's, on a GPU of that architecture."""
 

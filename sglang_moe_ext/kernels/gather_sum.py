@@ -114,6 +114,7 @@ def sum_arguments(
         "routed_weights_ptr": routed_weights,
         "out_ptr": out,
         "tokens": positions.shape[0],
+        "rows": rows.shape[0],
         "hidden": rows.shape[1],
         "stride_row": rows.stride(0),
         "stride_wt": routed_weights.stride(0),

@@ -24,13 +24,14 @@ def inverse_kernel(  # type: ignore[no-untyped-def]
     tl.store(positions_ptr + pair, tl.where(expert >= 0, row, -1), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["tokens", "rows"])  # type: ignore[untyped-decorator]
 def gather_sum_kernel(  # type: ignore[no-untyped-def]
     rows_ptr,
     positions_ptr,
     routed_weights_ptr,
     out_ptr,
     tokens,
+    rows,
     hidden,
     stride_row,
     stride_wt,
@@ -49,7 +50,9 @@ def gather_sum_kernel(  # type: ignore[no-untyped-def]
         position = tl.load(positions_ptr + token * SLOTS + slot, mask=there, other=-1)
         weight = tl.load(routed_weights_ptr + token * stride_wt + slot * stride_ws, mask=there, other=0.0)
         row_ptrs = rows_ptr + position.to(tl.int64)[:, None] * stride_row + column
-        row = tl.load(row_ptrs, mask=(position >= 0)[:, None] & wanted, other=0.0)
+        # Of a pair that the engine's sort left out, nobody wrote the position.
+        is_row = (position >= 0) & (position < rows)
+        row = tl.load(row_ptrs, mask=is_row[:, None] & wanted, other=0.0)
         acc += row.to(tl.float32) * weight.to(tl.float32)[:, None]
     sums = (acc * routed_scaling_factor).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + token[:, None] * stride_out + column, sums, mask=there[:, None] & wanted)

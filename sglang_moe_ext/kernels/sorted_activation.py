@@ -77,8 +77,13 @@ def rows_arguments(gate_up: Tensor, num_tokens_post_padded: Tensor, out: Tensor,
 
 
 def launch_quantise(values: Tensor, out: Tensor, scales: Tensor) -> None:
-    """out float8_e4m3fn [rows, columns] and scales [rows, columns / 128] of all rows of `values`."""
+    """out float8_e4m3fn [rows, columns] and scales [rows, columns / 128] of all rows of `values`.
+
+    Raises: MoEExtError where the columns are no whole groups.
+    """
     rows, columns = out.shape
+    if columns % GROUP:
+        raise MoEExtError(f"{columns} columns: expected a multiple of {GROUP}")
     arguments = swiglu_arguments(values, None, out, scales)
     launch(swiglu_kernel, (triton.cdiv(rows, _ROWS), columns // GROUP), arguments)
 
@@ -107,7 +112,7 @@ def swiglu_arguments(
     }
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
 def swiglu_kernel(  # type: ignore[no-untyped-def]
     gate_up_ptr,
     num_tokens_post_padded_ptr,

@@ -11,7 +11,7 @@ import triton.language as tl
 from sglang_moe_ext.kernels.sorted_down_kernel import UNSPECIALISED, position_of, store_tile
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=(*UNSPECIALISED, "pairs"))  # type: ignore[untyped-decorator]
 def sorted_up_kernel(  # type: ignore[no-untyped-def]
     a_ptr, b_desc, c_desc, a_scale_ptr, b_scale_ptr, c_scale_ptr,
     sorted_token_ids_ptr, expert_ids_ptr, num_tokens_post_padded_ptr, pairs, columns, K, group_m,

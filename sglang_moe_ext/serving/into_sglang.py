@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 from sglang_moe_ext import __version__
+from sglang_moe_ext.core import EngineError
 from sglang_moe_ext.engines import running
+from sglang_moe_ext.engines.sglang import sequence as known_sequence
 from sglang_moe_ext.engines.sglang import targets
 from sglang_moe_ext.engines.sglang.targets import Targets
 from sglang_moe_ext.serving import launch, lookup, sequence
@@ -33,7 +36,7 @@ def put_in(layer: ModuleType, way: str) -> lookup.Resolver:
     Raises:
         EngineError: something of the engine is not as it was.
     """
-    engine = targets.found(layer)
+    engine = _with_known_sequence(targets.found(layer))
     resolver = lookup.Resolver(engine, lambda: places(engine.engine), lambda: _first_call(engine, way))
     launcher = Launcher(engine.launch, targets.CONFIG_POSITION, engine.override)
     replaced = [(engine.lookup, lookup.replacement(engine, resolver)), (engine.launch, launch.replacement(launcher))]
@@ -42,6 +45,17 @@ def put_in(layer: ModuleType, way: str) -> lookup.Resolver:
     for original, ours in replaced:
         running.replace("sglang", original, ours)
     return resolver
+
+
+def _with_known_sequence(engine: Targets) -> Targets:
+    """Without the sequence of kernels where it takes other arguments: all else can still be put in."""
+    try:
+        if engine.sequence is not None:
+            known_sequence.parameters(engine.sequence)
+    except EngineError as error:
+        warn_once(f"the engine's own kernels run: {error}")
+        return replace(engine, sequence=None)
+    return engine
 
 
 def _first_call(engine: Targets, way: str) -> None:

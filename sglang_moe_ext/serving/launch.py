@@ -78,13 +78,13 @@ def _key(position: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
 def _known(
     known: dict[Any, Entry | None], launcher: Launcher, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Entry | None:
+    if launcher.override():
+        return None
     try:
         key = _key(launcher.config_position, args, kwargs)
         if launcher.fitted is None or key in known:
             return known.get(key)
     except (TypeError, KeyError, AttributeError):  # called in a way that is not the engine's
-        return None
-    if launcher.override():
         return None
     try:
         known[key] = launcher.fitted(args, kwargs)

@@ -115,8 +115,8 @@ class Resolver:
 
     def decline_path(self, w1_shape: tuple[int, ...], w2_shape: tuple[int, ...]) -> None:
         """Never again choose our path for layers of such weights."""
-        self._paths.decline(w1_shape, w2_shape)
-        self.answers.clear()
+        if self._paths.decline(w1_shape, w2_shape):
+            self.answers.clear()
 
     def _safe(self, answer: Answer, layer: Layer) -> Answer:
         shape, device_name = layer.shape(), self._engine.device_name()

@@ -80,9 +80,13 @@ def chosen(shelf: Shelf, tokens: int) -> Choice:
 
 
 def _read_by_engine(shelf: Shelf) -> Candidate | None:
-    """What the engine's own lookup takes: of its place and this GPU's name, its Triton's table or else the newest."""
+    """What the engine's own lookup takes of its places, for this GPU's name.
+
+    Where Tritons have folders, its Triton's table or else the newest; where they have none, the first that there is.
+    """
     own = [one for one in shelf.candidates if one.place.is_engines and not one.is_alias]
-    return next((one for one in own if one.is_exact_triton), own[0] if own else None)
+    exact = next((one for one in own if one.is_exact_triton and not one.place.is_flat), None)
+    return exact or (own[0] if own else None)
 
 
 def first(shelf: Shelf) -> Candidate | None:
@@ -93,8 +97,6 @@ def first(shelf: Shelf) -> Candidate | None:
 
 
 def _origin(candidate: Candidate, tokens: int) -> str:
-    if candidate.place.is_transferred:
-        return "transferred"
     return (candidate.known and candidate.known.origin(tables.nearest(candidate.up, tokens))) or "origin unknown"
 
 

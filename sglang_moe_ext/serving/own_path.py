@@ -53,9 +53,11 @@ class Paths:
             self._tables[layer] = self._table(layer)
         return chosen(self._tables[layer], tokens)
 
-    def decline(self, w1_shape: tuple[int, ...], w2_shape: tuple[int, ...]) -> None:
-        """Never again choose our path for layers of such weights."""
+    def decline(self, w1_shape: tuple[int, ...], w2_shape: tuple[int, ...]) -> bool:
+        """Never again choose our path for layers of such weights; False where that is so already."""
+        is_new = (w1_shape, w2_shape) not in self._declined
         self._declined.add((w1_shape, w2_shape))
+        return is_new
 
     def _table(self, layer: Layer) -> PathTable:
         shape, device_name, triton = layer.shape(), self._engine.device_name(), self._engine.triton

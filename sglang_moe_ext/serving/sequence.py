@@ -15,6 +15,10 @@ Declines = Callable[[tuple[int, ...], tuple[int, ...]], None]
 """What hears of the weights, [experts, ...] of both GEMMs, for which our path is not to be chosen again."""
 
 
+_OUT_OF_MEMORY = "OutOfMemoryError"
+"""Torch's, which says something of this moment, and nothing of the layer."""
+
+
 def replacement(engine: Targets, original: Callable[..., Any], decline: Declines) -> Callable[..., Any]:
     """A function to stand where `engine.sequence` stood.
 
@@ -35,9 +39,9 @@ def replacement(engine: Targets, original: Callable[..., Any], decline: Declines
             gate = sequence.refusal(parameters, given, engine)
             if gate is None:
                 return sequence.run(given, path, engine)
-            why, is_lasting = gate.why, gate.is_lasting
+            why, is_lasting = gate.why, True
         except Exception as error:  # the engine's own kernels have all that they need
-            why, is_lasting = f"{type(error).__name__}: {error}", True
+            why, is_lasting = f"{type(error).__name__}: {error}", type(error).__name__ != _OUT_OF_MEMORY
         w1, w2 = (tuple(parameters.given(args, kwargs)[name].shape) for name in ("w1", "w2"))
         warn_once(f"the engine's own kernels run for a layer with weights of {w1} and {w2}: {why}")
         if is_lasting:

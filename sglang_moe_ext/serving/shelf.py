@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_moe_ext import gpus
@@ -25,7 +25,6 @@ class Place:
     """Folders `triton_X_Y_Z` of tables under one root, or tables themselves where it `is_flat`.
 
     `is_engines`: what the engine itself reads; `is_asked_for`: the user named it to the engine, so it comes first.
-    `is_transferred`: measured in another engine, whose names they have, and of that the entries of the up projection.
     """
 
     name: str
@@ -33,7 +32,6 @@ class Place:
     is_engines: bool = False
     is_asked_for: bool = False
     is_flat: bool = False
-    is_transferred: bool = False
     dialect: Dialect = naming.DIALECT
 
 
@@ -116,25 +114,15 @@ def _candidate(
         known = provenance.read(path)
         up, down = tables.read(path), None
         down_path = path.with_name(f"{path.stem}_down.json")
-        if dialect.has_down and not place.is_transferred and down_path.exists():
+        if dialect.has_down and down_path.exists():
             down = tables.read(down_path)
             down = down if any_layer else _of_layer(down, provenance.read(down_path), shape)
     except (TableError, OSError) as error:
         log.warning("sglang-moe-ext passes over a table: %s", error)
         return None
     up = up if any_layer else _of_layer(up, known, shape)
-    up = _transferred(up, known) if place.is_transferred else up
     is_exact = _made_with(place, folder, known) == running
     return Candidate(place, path, device_name, is_alias, is_exact, up, known, down)
-
-
-def _transferred(table: Table, known: Provenance | None) -> Table:
-    """What another engine's kernel takes of it: measured entries, without a TMA that it may not have."""
-    return {
-        m: replace(config, use_tma=False)
-        for m, config in table.items()
-        if known is not None and known.origin(m) == "measured"
-    }
 
 
 def _made_with(place: Place, folder: Path, known: Provenance | None) -> str:

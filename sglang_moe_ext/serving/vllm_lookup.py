@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_moe_ext.core import TileConfig
 from sglang_moe_ext.engines import asked, entries
 from sglang_moe_ext.engines.asked import Layer
 from sglang_moe_ext.engines.entries import Entry
+from sglang_moe_ext.engines.vllm.entries import entry_of
 from sglang_moe_ext.engines.vllm.targets import Targets
 from sglang_moe_ext.serving import overlay
 from sglang_moe_ext.serving.choices import Choices
@@ -106,11 +106,6 @@ class Overlay:
         """Read all tables anew."""
         self.answers.clear()
         self._choices.forget()
-
-
-def entry_of(config: TileConfig) -> Entry:
-    """As the engine has entries: its kernel knows no USE_TMA, and for groups along K needs a SPLIT_K."""
-    return entries.launched(config) | {"SPLIT_K": 1}
 
 
 def _unless_broken(own: Callable[[], Rows]) -> Rows:

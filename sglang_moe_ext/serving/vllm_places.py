@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 from sglang_moe_ext import shipped
-from sglang_moe_ext.engines.sglang.naming import DIALECT as SGLANGS
 from sglang_moe_ext.engines.vllm.installation import VARIABLE, Installation
 from sglang_moe_ext.engines.vllm.naming import DIALECT
 from sglang_moe_ext.serving.shelf import Place
@@ -14,7 +13,7 @@ from sglang_moe_ext.store import user_store
 
 
 def places(engine: Installation) -> list[Place]:
-    """In order. Tables measured in SGLang come after all that are vLLM's own, but before its defaults.
+    """In order. What SGLang's tables are worth to vLLM nobody has measured: `export` makes them into tables of vLLM's.
 
     The engine's variable is read and never set, since a value of it has LoRA layers ask for other tables.
     """
@@ -25,8 +24,6 @@ def places(engine: Installation) -> list[Place]:
         *([] if own is None else [Place("your", own / "tables" / "vllm", dialect=DIALECT)]),
         *([] if tuned is None else [Place("the shipped", tuned / "vllm", dialect=DIALECT)]),
         _flat("the engine's", engine.configs_folder),
-        *([] if own is None else [Place("your", own / "tables" / "sglang", is_transferred=True, dialect=SGLANGS)]),
-        *([] if tuned is None else [Place("the shipped", tuned / "configs", is_transferred=True, dialect=SGLANGS)]),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,10 +15,14 @@ from sglang_moe_ext.store import files, provenance, user_store
 from sglang_moe_ext.store.provenance import Run
 
 FORMAT = 1
+"""Of the file, and of our kernels: where one comes to do something else, nothing measured before may choose it."""
 SUFFIX = ".paths.json"
 _UP: dict[str, type[TileConfig] | type[UpConfig]] = {"engine": TileConfig, "sorted_up": UpConfig}
 _DOWN: dict[str, type[DownConfig] | type[ShortDownConfig]] = {"sorted_down": DownConfig, "short_down": ShortDownConfig}
-_LARGEST = 65536
+_LARGEST = {"num_warps": 32, "num_stages": 16, "programs_per_sm": 8, "group_m": 4096, "tiles_per_program": 4096}
+_LARGEST_SIDE = 256
+_POWERS_OF_TWO = ("block_m", "block_n", "block_k", "num_warps")
+_TOKENS = re.compile(r"[1-9][0-9]{0,18}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +70,19 @@ def _config(document: Any, kernels: Mapping[str, type[Any]]) -> Any:
     values = {name: value for name, value in document.items() if name != "kernel"}
     if values.keys() != {item.name for item in fields(kind)}:
         raise TableError(f"a configuration of {document['kernel']} with {', '.join(sorted(values))}: not its fields")
-    for name, value in values.items():
-        is_flag = next(item for item in fields(kind) if item.name == name).type == "bool"
-        if type(value) is not (bool if is_flag else int) or not (is_flag or 1 <= value <= _LARGEST):
-            raise TableError(f"{name}={value!r}: expected {'true or false' if is_flag else 'a whole number'}")
-        if name.startswith("block_") and value & (value - 1):
-            raise TableError(f"{name}={value}: expected a power of two")
+    for item in fields(kind):
+        _check(item.name, values[item.name], is_flag=item.type == "bool")
+    if values.get("use_tma"):
+        raise TableError("an up GEMM of the engine with use_tma: our path takes it without")
     return kind(**values)
+
+
+def _check(name: str, value: object, *, is_flag: bool) -> None:
+    largest = _LARGEST.get(name, _LARGEST_SIDE)
+    if type(value) is not (bool if is_flag else int) or not (is_flag or 1 <= value <= largest):
+        raise TableError(f"{name}={value!r}: expected {'true or false' if is_flag else f'1 to {largest}'}")
+    if name in _POWERS_OF_TWO and value & (value - 1):
+        raise TableError(f"{name}={value}: expected a power of two")
 
 
 def to_json(table: PathTable) -> str:
@@ -99,15 +110,21 @@ def parse(document: Any) -> PathTable:
             raise TableError(f"a table of paths of format {document['format']!r}: expected {FORMAT}")
         runs = [provenance.parse_run(run) for run in document["runs"]]
         return {
-            int(m): Entry(
+            _tokens(m): Entry(
                 None if entry["path"] is None else parse_path(entry["path"]),
-                runs[entry["run"]],
+                dict(enumerate(runs))[entry["run"]],
                 {name: float(figure) for name, figure in entry["figures"].items()},
             )
             for m, entry in document["entries"].items()
         }
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise TableError(f"no table of paths: {type(error).__name__} {error}") from error
+
+
+def _tokens(text: str) -> int:
+    if not _TOKENS.fullmatch(text):
+        raise TableError(f"key {text!r}: expected a number of tokens such as 4096")
+    return int(text)
 
 
 def read(path: Path) -> PathTable:

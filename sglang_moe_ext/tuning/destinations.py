@@ -71,7 +71,8 @@ def chosen(install: Install, output_dir: Path | None, engine: Installation | Non
         EngineError: no engine could read a folder named after that Triton.
         StoreError: an overlay is needed and cannot be made.
     """
-    if install != "none" and not naming.is_version_folder(naming.version_folder(triton)):
+    writes_one = install != "none" or output_dir is not None
+    if writes_one and not naming.is_version_folder(naming.version_folder(triton)):
         raise EngineError(
             f"Triton {triton} is a build of its own: since 0.5.12 a folder of that name ends SGLang's lookup; "
             "--install none keeps the tables in your own store"

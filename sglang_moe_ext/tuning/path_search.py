@@ -39,7 +39,7 @@ def screened(
     times: dict[SortedPath, float] = {}
     failures: dict[str, int] = {}
 
-    def time(path: SortedPath) -> None:
+    def runs(path: SortedPath) -> bool:
         answer = ask(ScreenPath(tokens, path, _SAMPLES))
         if isinstance(answer, Screened):
             times[path] = statistics.median(answer.us[0])
@@ -48,14 +48,21 @@ def screened(
             log.info("M=%d: %s cannot run: %s", tokens, path, answer.message)
         else:
             raise TypeError(f"a ScreenPath was answered by {answer}")
+        return path in times
 
-    downs = {block_m: path_space.downs(shape, block_m) for block_m in (64, 128)}
+    downs = {block_m: path_space.downs(shape, block_m) for block_m in path_space.BLOCKS_M}
     for up in path_space.ups(shape, engines_ups):
-        time(SortedPath(up, downs[up.block_m][0]))
+        of_block = downs[up.block_m]
+        # Until one runs, it may be the down tile that is too large for this GPU.
+        while not runs(SortedPath(up, of_block[0])) and len(of_block) > 1 and not _any_of(times, up.block_m):
+            of_block.pop(0)
     for block_m, of_block in downs.items():
-        timed = [path for path in times if path.block_m == block_m]
-        if timed:
+        if timed := _any_of(times, block_m):
             best = min(timed, key=times.__getitem__)
             for down in of_block[1:]:
-                time(SortedPath(best.up, down))
+                runs(SortedPath(best.up, down))
     return times, failures
+
+
+def _any_of(times: Iterable[SortedPath], block_m: int) -> list[SortedPath]:
+    return [path for path in times if path.block_m == block_m]

@@ -12,7 +12,7 @@ from sglang_moe_ext.sorted_path import LONGEST_K, Down, DownConfig, ShortDownCon
 
 _GROUP = 128
 """Columns that share a scale of block-wise float8."""
-_BLOCKS_M = (64, 128)
+BLOCKS_M = (64, 128)
 _FEWEST_ROWS = 32
 
 
@@ -32,6 +32,7 @@ def _is_multiplied(shape: MoEShape, _: int) -> bool:
 
 RULES = (
     Rule("our kernels multiply 16 bits, and float8 in blocks of 128 or per channel", _is_multiplied),
+    Rule("with expert parallelism nobody measured our path", lambda shape, _: shape.ep == 1),
     Rule("our activation is SwiGLU", lambda shape, _: shape.gated),
     Rule(
         f"our tiles take whole groups of {_GROUP} columns",
@@ -39,7 +40,7 @@ RULES = (
     ),
     # H200, 2026-11-21: below, ours lost at every M of four layers (docs/down_projection.md).
     Rule(
-        f"with fewer than {_FEWEST_ROWS} rows an expert, tiles of {_BLOCKS_M[0]} rows are padding",
+        f"with fewer than {_FEWEST_ROWS} rows an expert, tiles of {BLOCKS_M[0]} rows are padding",
         lambda shape, tokens: tokens * shape.top_k >= _FEWEST_ROWS * shape.experts,
     ),
 )
@@ -102,7 +103,7 @@ _SHORT_DOWNS_BLOCK_FP8 = ((64, 64, 128, 28, 4, 3), (64, 64, 128, 112, 4, 3))
 
 def ups(shape: MoEShape, engines: Iterable[TileConfig]) -> list[Up]:
     """The engine's up GEMM as it runs, where its blocks of the sort suit our down GEMM, and ours."""
-    plain = dict.fromkeys(replace(config, use_tma=False) for config in engines if config.block_m in _BLOCKS_M)
+    plain = dict.fromkeys(replace(config, use_tma=False) for config in engines if config.block_m in BLOCKS_M)
     columns = shape.intermediate_size
     return [
         *plain,

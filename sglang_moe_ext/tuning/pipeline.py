@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +86,7 @@ def run(request: Request, progress: Progress) -> Outcome:
     kept = plan.sifted(request.shape, request.gpu, request.tunable).kept
     for place in itertools.chain.from_iterable(of.values() for of in _places(request, destination, triton)):
         merge.read(place)  # what cannot be merged is better known before the work than after it
+    path_tables.read(_paths_file(request, triton))
     with ExitStack() as processes:
 
         def ask_later(environment: dict[str, str]) -> Asked:
@@ -106,7 +107,7 @@ def run(request: Request, progress: Progress) -> Outcome:
         progress("writing", 0, 1)
         circumstances = records.circumstances(request, engine, source.name)
         stored = _put(request, results, circumstances, destination, triton)
-        own = _put_paths(request, records.paths(paths, circumstances), triton)
+        own = _put_paths(request, records.paths(paths, _ours_to_say(request, engine, results), circumstances), triton)
         progress("writing", 1, 1)
         if folder is not None:
             folder.finish()
@@ -187,10 +188,19 @@ def _put_paths(request: Request, table: PathTable, triton: str) -> list[Path]:
     """Write the table of our own path where our plugin reads it, and no engine; the file, if there is something."""
     if not table:
         return []
-    up = destinations.table_names(request.tunable, request.shape, request.gpu.device_name)[False]
-    file = path_tables.beside(destinations.store_folder(request.engine, triton) / up)
-    path_tables.put(file, table)
+    path_tables.put(file := _paths_file(request, triton), table)
     return [file]
+
+
+def _ours_to_say(request: Request, engine: Installation | None, results: Results) -> Iterable[int]:
+    """The numbers of tokens of which this run knows best whether our own path is to run."""
+    can_run = engine is not None and request.tunable.has_own_path(engine.version, request.gpu.sm)
+    return results if request.measuring is not None and can_run else ()
+
+
+def _paths_file(request: Request, triton: str) -> Path:
+    up = destinations.table_names(request.tunable, request.shape, request.gpu.device_name)[False]
+    return path_tables.beside(destinations.store_folder(request.engine, triton) / up)
 
 
 def _places(request: Request, destination: Destination | None, triton: str) -> list[dict[bool, Path]]:

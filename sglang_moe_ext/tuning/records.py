@@ -6,7 +6,7 @@ import datetime
 import importlib.metadata
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +124,10 @@ def of_transfer(run: Run, times_us: Mapping[int, float]) -> dict[int, Entry]:
     return {m: _entry("transferred", run, {"gemms_us": round(us, 2)}) for m, us in times_us.items()}
 
 
-def paths(found: Mapping[int, Measured[Runner]], run: Run) -> PathTable:
-    """Where our own path won, and where it did not."""
-    return {
+def paths(found: Mapping[int, Measured[Runner]], tokens: Iterable[int], run: Run) -> PathTable:
+    """Where our own path won, and where it did not, or was not tried: what was known there is known no more."""
+    untried = {m: path_tables.Entry(None, run) for m in tokens}
+    return untried | {
         m: path_tables.Entry(result.pair if isinstance(result.pair, SortedPath) else None, run, _of_measurement(result))
         for m, result in found.items()
     }

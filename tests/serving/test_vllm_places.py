@@ -39,7 +39,7 @@ def config(mark: int) -> TileConfig:
 def put(place: Place, mark: int, origin: Origin | None, *, triton: str = TRITON, keys: tuple[int, ...] = (64,)) -> Path:
     folder = place.root if place.is_flat else place.root / sglangs.version_folder(triton)
     path = folder / place.dialect.file_name(place.dialect.key(SHAPE, H200.device_name))
-    table: Table = dict.fromkeys(keys, dataclasses.replace(config(mark), use_tma=place.is_transferred))
+    table: Table = dict.fromkeys(keys, config(mark))
     run = dataclasses.replace(A_RUN, shape=str(SHAPE), triton=triton)
     known = {} if origin is None else {provenance.sidecar(path): Provenance(dict.fromkeys(table, Entry(origin, run)))}
     files.write_together(
@@ -60,24 +60,22 @@ def furnished(tmp_path: Path) -> dict[str, Place]:
         "named": dataclasses.replace(flat, name="your", root=tmp_path / "named", is_asked_for=True),
         "own": Place("your", tmp_path / "own", dialect=naming.DIALECT),
         "engine": flat,
-        "transferred": Place("your", tmp_path / "sglang", is_transferred=True),
+        "shipped": Place("the shipped", tmp_path / "shipped", dialect=naming.DIALECT),
     }
 
 
-def test_the_folder_that_the_user_names_comes_first_and_sglangs_tables_last(
+def test_the_folder_that_the_user_names_comes_first_and_vllms_own_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VARIABLE, str(tmp_path / "named"))
     found = places(ENGINE)
-    roots = [
-        tmp_path / "named",
-        tmp_path / "store/tables/vllm",
-        ENGINE.configs_folder,
-        tmp_path / "store/tables/sglang",
-    ]
+    roots = [tmp_path / "named", tmp_path / "store/tables/vllm", ENGINE.configs_folder]
     assert [place.root for place in found if "tuned" not in str(place.root)] == roots
-    assert [place.is_transferred for place in found] == [False] * 4 + [True] * 2
-    assert [place.is_asked_for for place in found] == [True] + [False] * 5
+    assert [place.is_asked_for for place in found] == [True] + [False] * 3
+
+
+def test_no_table_of_sglang_is_served_that_nobody_exported() -> None:
+    assert {place.dialect for place in places(ENGINE)} == {naming.DIALECT}
 
 
 def test_without_a_named_folder_the_engine_reads_its_own_alone() -> None:
@@ -87,9 +85,9 @@ def test_without_a_named_folder_the_engine_reads_its_own_alone() -> None:
 @pytest.mark.parametrize(
     ("tables_in", "winner"),
     [
-        ({"transferred": "measured"}, "transferred"),
-        ({"own": "predicted", "transferred": "measured"}, "transferred"),
-        ({"own": "measured", "transferred": "measured"}, "own"),
+        ({"shipped": "transferred"}, "shipped"),
+        ({"own": "predicted", "shipped": "transferred"}, "shipped"),
+        ({"own": "transferred", "shipped": "measured"}, "shipped"),
         ({"named": "predicted", "own": "measured"}, "named"),
     ],
     ids=["nothing-else", "before-predicted", "after-measured", "named-first"],
@@ -104,21 +102,16 @@ def test_the_better_table_is_taken(furnished: dict[str, Place], tables_in: dict[
 
 def test_a_table_that_the_engine_ships_goes_before_one_of_another_engine(furnished: dict[str, Place]) -> None:
     put(furnished["engine"], 1, None)
-    put(furnished["transferred"], 2, "measured")
+    put(furnished["own"], 2, "transferred")
     assert isinstance(choice(list(furnished.values())), Engines)
 
 
-def test_a_transferred_entry_has_lost_its_tma_and_says_where_it_comes_from(furnished: dict[str, Place]) -> None:
-    put(furnished["transferred"], 1, "measured")
-    chosen = choice(list(furnished.values()))
-    assert isinstance(chosen, Ours)
-    assert (chosen.up, chosen.down, chosen.origin) == (config(1), None, "transferred")
-
-
-@pytest.mark.parametrize("origin", ["predicted", None])
-def test_what_was_not_measured_is_not_transferred(furnished: dict[str, Place], origin: Origin | None) -> None:
-    put(furnished["transferred"], 1, origin)
-    assert isinstance(choice(list(furnished.values())), Engines)
+def test_a_named_table_goes_before_one_of_ours_in_vllms_folder_made_with_the_running_triton(
+    furnished: dict[str, Place],
+) -> None:
+    put(furnished["named"], 1, None)
+    put(furnished["engine"], 2, "measured")
+    assert isinstance(choice(list(furnished.values()), 4000), Engines)
 
 
 def test_a_flat_table_of_ours_is_for_the_triton_of_its_run(furnished: dict[str, Place]) -> None:

@@ -48,12 +48,12 @@ def config(block_n: int = 64) -> TileConfig:
     return TileConfig(16, block_n, 64, 1, 4, 3)
 
 
-_side, _count = powers_of_two(16, 128), st.integers(1, 8)
+_side, _warps, _count = powers_of_two(16, 128), powers_of_two(1, 16), st.integers(1, 8)
 _crew = (st.booleans(), _count)
 paths = st.builds(
     SortedPath,
-    st.builds(TileConfig, st.just(128), _side, _side, _count, _side, _count, st.booleans())
-    | st.builds(UpConfig, st.just(128), _side, _side, *[_count] * 3, *_crew, st.booleans(), st.booleans()),
-    st.builds(DownConfig, _side, _side, _side, *[_count] * 3, *_crew, st.booleans())
-    | st.builds(ShortDownConfig, _side, _side, _side, *[_count] * 3),
+    st.builds(TileConfig, st.just(128), _side, _side, _count, _warps, _count)
+    | st.builds(UpConfig, st.just(128), _side, _side, _count, _warps, _count, *_crew, st.booleans(), st.booleans()),
+    st.builds(DownConfig, _side, _side, _side, _count, _warps, _count, *_crew, st.booleans())
+    | st.builds(ShortDownConfig, _side, _side, _side, _count, _warps, _count),
 )

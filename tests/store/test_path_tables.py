@@ -61,12 +61,27 @@ def changed(**new: Any) -> dict[str, Any]:
         changed(is_fused=1),
         changed(cluster=2),
         changed(group_m=10**9),
+        changed(num_warps=12),
+        changed(num_stages=64),
     ],
     ids=str,
 )
 def test_what_is_no_path_is_refused(document: Any) -> None:
     with pytest.raises(TableError):
         path_tables.parse_path(document)
+
+
+def test_an_up_gemm_of_the_engine_that_asks_for_tma_is_refused() -> None:
+    with pytest.raises(TableError, match="without"):
+        path_tables.parse_path(path_tables.document_of(replace(PATH, up=TileConfig(128, 64, 64, 1, 4, 3, True))))
+
+
+@pytest.mark.parametrize(("key", "run"), [("0", 0), ("-4", 0), ("1_0", 0), ("64", -1), ("64", 1)], ids=str)
+def test_entries_without_a_number_of_tokens_or_a_run_are_refused(key: str, run: int) -> None:
+    document = json.loads(path_tables.to_json({64: Entry(PATH, RUN)}))
+    document["entries"] = {key: {**document["entries"]["64"], "run": run}}
+    with pytest.raises(TableError):
+        path_tables.parse(document)
 
 
 def test_a_file_cut_at_any_byte_is_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ it is not given; else the engine's own kernels run.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ _BY_POSITION = (
 )  # fmt: skip
 _TAKEN = frozenset(_BY_POSITION) | {
     "w1_scale", "w2_scale", "block_shape", "use_fp8_w8a8", "per_channel_quant",
-    "inplace", "routed_scaling_factor", "filter_expert",
+    "inplace", "routed_scaling_factor",
     # Of the engine's own configurations.
     "down_moe_use_tma", "up_moe_use_tma",
     # Of gemm1_alpha alone, which is refused.
@@ -43,6 +44,7 @@ _NEEDED = {
     "inplace", "routed_scaling_factor", "filter_expert",
 }  # fmt: skip
 _FP8_BLOCK = [128, 128]
+_SYMMETRIC_MEMORY = "sglang.srt.distributed.device_communicators.pynccl_allocator"
 _NOTHING = object()
 
 Arguments = Mapping[str, Any]
@@ -50,12 +52,11 @@ Arguments = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """A reason why the engine's own kernels run. `is_lasting`: the next batches of the layer will meet it as well."""
+    """A reason why the engine's own kernels run, for this layer's next batches as well."""
 
     why: str
     refuses: Callable[[Arguments], bool]
     names: tuple[str, ...] = ()
-    is_lasting: bool = True
 
 
 def _is_scaled_as_known(given: Arguments) -> bool:
@@ -72,8 +73,8 @@ def _any_set(*names: str) -> Callable[[Arguments], bool]:
     return lambda given: any(given.get(name) for name in names)
 
 
-def _unless_given(why: str, *names: str, is_lasting: bool = True) -> Gate:
-    return Gate(why, _any_given(*names), names, is_lasting)
+def _unless_given(why: str, *names: str) -> Gate:
+    return Gate(why, _any_given(*names), names)
 
 
 def _unless_set(why: str, *names: str) -> Gate:
@@ -98,7 +99,8 @@ GATES = (
     _unless_given("its activations come quantised", "a1_scale", "a2_scale", "a1_q"),
     _unless_set("it weighs the input of the experts", "apply_router_weight_on_input"),
     _unless_set("its sum is somebody else's", "no_combine", "no_combine_keep_router_weight", "defer_sum"),
-    _unless_given("LoRA adapters look between its kernels", "hooks", is_lasting=False),
+    _unless_set("some of its experts are of other ranks, where our path was never measured", "filter_expert"),
+    _unless_given("LoRA adapters look between its kernels", "hooks"),
 )
 _KNOWN = _TAKEN.union(*(gate.names for gate in GATES))
 
@@ -151,10 +153,17 @@ def refusal(of: Parameters, given: Arguments, engine: Targets) -> Gate | None:
             return gate
     if engine.sums_in_the_down_gemm():
         return Gate("the server sums in the down GEMM", bool)
-    is_symmetric = getattr(engine.layer, "is_allocation_symmetric", None)
-    if is_symmetric is not None and not given["inplace"] and is_symmetric():
+    if not given["inplace"] and _allocates_for_all_ranks(engine):
         return Gate("its result is allocated for all ranks", bool)
     return _of_tensors(given)
+
+
+def _allocates_for_all_ranks(engine: Targets) -> bool:
+    """Whether results lie in memory that NCCL shares; since 0.5.16 the layer allocates its own there."""
+    if not hasattr(engine.layer, "use_symmetric_memory"):
+        return False
+    is_enabled = getattr(sys.modules.get(_SYMMETRIC_MEMORY), "is_symmetric_memory_enabled", None)
+    return is_enabled is None or bool(is_enabled())
 
 
 def _of_tensors(given: Arguments) -> Gate | None:
@@ -165,6 +174,8 @@ def _of_tensors(given: Arguments) -> Gate | None:
         scales = given["w1_scale"], given["w2_scale"]
         if any(scale is None or scale.dtype != torch.float32 for scale in scales):
             return Gate("its scales are not float32", bool)
+        if hidden.shape[1] % _FP8_BLOCK[1] or w2.shape[2] % _FP8_BLOCK[1]:
+            return Gate("its columns are no whole groups of 128", bool)
         wanted = torch.float8_e4m3fn
     else:
         wanted = hidden.dtype
@@ -183,7 +194,7 @@ def run(given: Arguments, path: SortedPath, engine: Targets) -> torch.Tensor:
 
     hidden, factor = given["hidden_states"], given["routed_scaling_factor"]
     out: torch.Tensor = hidden if given["inplace"] else torch.empty_like(hidden)
-    sorted_layer.run(_layer(given, path, engine), out, 1.0 if factor is None else factor)
+    sorted_layer.run(_layer(given, path, engine), out, 1.0 if factor is None else float(factor))
     return out
 
 
@@ -206,7 +217,6 @@ def _layer(given: Arguments, path: SortedPath, engine: Targets) -> Layer:
             top_k=topk_ids.shape[1],
             quantisation=quantisation,
             dtype=_dtype(hidden),
-            ep=2 if given["filter_expert"] else 1,  # how many ranks nothing here asks
         ),
         tensors=LayerTensors(hidden, w1, w2, given["w1_scale"], given["w2_scale"], given["topk_weights"], topk_ids),
         aligned=(given["sorted_token_ids"], given["expert_ids"], given["num_tokens_post_padded"]),

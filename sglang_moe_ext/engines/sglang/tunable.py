@@ -76,6 +76,10 @@ def gemms_with_tma(quantisation: Quantisation, version: Version, sm: int) -> tup
     return tma.gemms_with_tma(quantisation, version, sm)
 
 
+def why_not_tuned(quantisation: Quantisation, version: Version) -> str | None:
+    return None
+
+
 def has_own_path(version: Version, sm: int) -> bool:
     return version >= sequence.FIRST_RELEASE and sm >= FIRST_SM
 

@@ -47,8 +47,8 @@ def load() -> Engine:
     if not torch.cuda.is_available():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else it takes a Triton that finds no driver for none at all
     kernels = bootstrap.import_engine(installation.LAYER_MODULE)
-    # A server runs weights of groups through TritonWNA16Experts, whatever the number of tokens; the function that we
-    # call would take a CUDA kernel at few of them, which reads no table.
+    # A server of 0.33 runs weights of groups through TritonWNA16Experts at every M; what we call would take a CUDA
+    # kernel at few tokens, which reads no table.
     kernels.should_moe_wna16_use_cuda = lambda *_, **__: False
     return Engine(engine.version, kernels)
 

@@ -16,7 +16,9 @@ from sglang_moe_ext.engines.running import AnyFunction
 from sglang_moe_ext.engines.vllm import installation
 from sglang_moe_ext.engines.vllm.installation import Installation
 
-LOOKUP, TABLE, DEFAULT = "try_get_optimal_moe_config", "get_moe_configs", "get_default_config"
+LOOKUP, TABLE = "try_get_optimal_moe_config", "get_moe_configs"
+GROUPS_RUN_TRITON = (0, 33, 0)
+"""From there on weights of groups run a Triton kernel at every M; 0.20 and 0.25 take a CUDA kernel at few tokens."""
 LAUNCH, LAUNCH_GROUPS = "invoke_fused_moe_triton_kernel", "invoke_fused_moe_wna16_triton_kernel"
 KERNEL_MODULE, KERNEL_CLASS = "vllm.model_executor.layers.fused_moe.modular_kernel", "FusedMoEKernel"
 CONFIG_POSITION = 11
@@ -73,6 +75,8 @@ class Targets:
 
     def runs_cuda(self, layer: Layer, tokens: int) -> bool:
         """Whether a CUDA kernel runs the layer, whose tiles are not those of a Triton kernel."""
+        if self.engine.version >= GROUPS_RUN_TRITON:
+            return False
         if layer.dtype not in ("int4_w4a16", "int8_w8a16") or not layer.block_shape or not layer.block_shape[1]:
             return False
         bits = 4 if layer.dtype == "int4_w4a16" else 8

@@ -13,6 +13,7 @@ from sglang_moe_ext.engines.tunable import EngineName, Sorted, Version
 from sglang_moe_ext.engines.vllm import backends, installation, kernel, lookup, naming, specialisation, whole_layer
 from sglang_moe_ext.engines.vllm.installation import Installation
 from sglang_moe_ext.engines.vllm.kernel import Engine
+from sglang_moe_ext.engines.vllm.targets import GROUPS_RUN_TRITON
 from sglang_moe_ext.sorted_path import SortedPath
 from sglang_moe_ext.store import tables
 
@@ -67,6 +68,13 @@ def representative_tokens(shape: MoEShape, tokens: int) -> int:
 def gemms_with_tma(quantisation: Quantisation, version: Version, sm: int) -> tuple[Projection, ...]:
     """None: a variable of the environment decides on tensor descriptors, and no table does."""
     return ()
+
+
+def why_not_tuned(quantisation: Quantisation, version: Version) -> str | None:
+    in_groups = quantisation.block_shape is not None and not quantisation.is_block_wise
+    if not in_groups or version >= GROUPS_RUN_TRITON:
+        return None
+    return "up to 0.32 it may hand the tiles of a table for weights of groups to a CUDA kernel, for few tokens"
 
 
 def has_own_path(version: Version, sm: int) -> bool:

@@ -29,6 +29,7 @@ from tests.kernels.interpreter import repair
 SHAPES = {
     "16 bits": MoEShape(6, 128, 64, 2),
     "block": MoEShape(6, 128, 256, 2, Quantisation("fp8_w8a8", (128, 128))),
+    "elsewhere": MoEShape(5, 128, 64, 2),
     "channel": MoEShape(6, 128, 128, 2, Quantisation("fp8_w8a8", per_channel=True)),
 }
 TOKENS = 33
@@ -143,7 +144,6 @@ def without_ranks(layer: ModuleType) -> None:
     """Since 0.5.18 the layer asks for the ranks of a server, of which this process has not one."""
     vars(layer).update(
         use_symmetric_memory=lambda *_, **__: nullcontext(),
-        is_allocation_symmetric=lambda: False,
         get_tp_group=lambda: None,
         get_parallel=lambda: SimpleNamespace(tp_group=None),
     )
@@ -182,7 +182,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     ran("block", Problem(SHAPES["block"]))
     with our_quantiser(sys.modules[found.kernel_module], SHAPES["channel"].quantisation):
         ran("channel", Problem(SHAPES["channel"]))
-    ran("experts elsewhere", Problem(SHAPES["16 bits"], ids_elsewhere=True), filter_expert=True)
+    ran("experts elsewhere", Problem(SHAPES["elsewhere"], ids_elsewhere=True), filter_expert=True)
     few = Problem(SHAPES["16 bits"], TOKENS // 3)
     ran("few tokens", few)
     given = recorded_arguments(layer, lambda: problem.run(layer))

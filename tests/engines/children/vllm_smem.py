@@ -17,9 +17,9 @@ import triton
 from sglang_moe_ext.core import TileConfig
 from sglang_moe_ext.engines.entries import tile_of
 from sglang_moe_ext.engines.vllm import bootstrap, gemm
+from sglang_moe_ext.engines.vllm.entries import entry_of
 from sglang_moe_ext.engines.vllm.installation import LAYER_MODULE
 from sglang_moe_ext.kernels.compiled import TargetOnlyDriver
-from sglang_moe_ext.serving.vllm_lookup import entry_of
 from sglang_moe_ext.shared_memory import smem_bytes
 
 EXPERTS, COLUMNS, REDUCTION, TOKENS, TOP_K = 8, 512, 1024, 64, 2
