@@ -159,7 +159,7 @@ def refusal(of: Parameters, given: Arguments, engine: Targets) -> Gate | None:
 
 
 def _allocates_for_all_ranks(engine: Targets) -> bool:
-    """Whether results lie in memory that NCCL shares; since 0.5.16 the layer allocates its own there."""
+    """Whether results lie in memory that NCCL shares, which the layers of 0.5.18 and newer allocate for it."""
     if not hasattr(engine.layer, "use_symmetric_memory"):
         return False
     is_enabled = getattr(sys.modules.get(_SYMMETRIC_MEMORY), "is_symmetric_memory_enabled", None)
