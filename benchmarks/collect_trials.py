@@ -21,13 +21,14 @@ from pathlib import Path
 from benchmarks.racing import here
 from sglang_moe_ext.core import PROJECTIONS, Gpu, MoEExtError, MoEShape, Quantisation, TileConfig
 from sglang_moe_ext.engines.sglang import installation
-from sglang_moe_ext.tuning import candidates, predict, routing, space
-from sglang_moe_ext.tuning.bench import Setup
-from sglang_moe_ext.tuning.compile import compile_all
-from sglang_moe_ext.tuning.compile_cache import CompileCache
-from sglang_moe_ext.tuning.questions import Ask, Check, Pair, Screen, Screened
-from sglang_moe_ext.tuning.sources import kernel_source
-from sglang_moe_ext.tuning.worker import Worker
+from sglang_moe_ext.tuning.bench import routing
+from sglang_moe_ext.tuning.bench.gpu_bench import Setup
+from sglang_moe_ext.tuning.bench.messages import Ask, Check, Pair, Screen, Screened
+from sglang_moe_ext.tuning.bench.worker import Worker
+from sglang_moe_ext.tuning.compile.cache import CompileCache
+from sglang_moe_ext.tuning.compile.kernel_source import kernel_source
+from sglang_moe_ext.tuning.compile.pool import compile_all
+from sglang_moe_ext.tuning.search import candidates, predict, space
 
 LAYERS = {
     "glm_4_7_flash_bf16": MoEShape(65, 1536, 2048, 5, fused_shared=1),

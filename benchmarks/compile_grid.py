@@ -1,4 +1,4 @@
-"""Compile the grid of binaries for some architectures: the truth that the rules of tuning/space.py are held against.
+"""Compile the grid of binaries for some architectures: the truth for the rules of tuning/search/space.py.
 
 usage, from the repository root: python -m benchmarks.compile_grid OUT [SM ...]    (3 minutes an SM on 2 cores)
 
@@ -13,14 +13,14 @@ import json
 from dataclasses import astuple
 from pathlib import Path
 
+from sglang_moe_ext.cli.console import Bar
 from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEShape, Quantisation
 from sglang_moe_ext.engines.sglang import installation
-from sglang_moe_ext.gpus import ARCHITECTURES
-from sglang_moe_ext.terminal import Bar
-from sglang_moe_ext.tuning import space
-from sglang_moe_ext.tuning.compile import compile_all
-from sglang_moe_ext.tuning.compile_cache import CompileCache
-from sglang_moe_ext.tuning.sources import kernel_source
+from sglang_moe_ext.gpu.specs import ARCHITECTURES
+from sglang_moe_ext.tuning.compile.cache import CompileCache
+from sglang_moe_ext.tuning.compile.kernel_source import kernel_source
+from sglang_moe_ext.tuning.compile.pool import compile_all
+from sglang_moe_ext.tuning.search import space
 
 LAYERS = {
     "bf16": MoEShape(128, 768, 2048, 8),

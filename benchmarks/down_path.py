@@ -23,14 +23,16 @@ from typing import Any, TypeVar
 
 from benchmarks.vs_upstream.report import here
 from sglang_moe_ext.core import EngineError, Failure, MoEExtError, MoEShape, Quantisation
-from sglang_moe_ext.engines.sglang import lookup, sorted_layer
-from sglang_moe_ext.roofline import pair_floor_us
-from sglang_moe_ext.sorted_path import SortedPath
-from sglang_moe_ext.store import path_tables
-from sglang_moe_ext.tuning import path_search, pickup, routing, statistics
-from sglang_moe_ext.tuning.bench import GpuBench, Setup
-from sglang_moe_ext.tuning.questions import Answer, Check, Checked, Pair, Question, Race, Raced, Runner, named
-from sglang_moe_ext.tuning.timing import Stopwatch, cuda_queue
+from sglang_moe_ext.engines.sglang import lookup_probe, sorted_layer
+from sglang_moe_ext.gpu.roofline import pair_floor_us
+from sglang_moe_ext.sorted_kernels import SortedPath
+from sglang_moe_ext.tables import kernel_table
+from sglang_moe_ext.tuning import verify_install
+from sglang_moe_ext.tuning.bench import routing
+from sglang_moe_ext.tuning.bench.gpu_bench import GpuBench, Setup
+from sglang_moe_ext.tuning.bench.messages import Answer, Check, Checked, Pair, Question, Race, Raced, Runner, named
+from sglang_moe_ext.tuning.bench.timer import Stopwatch, cuda_queue
+from sglang_moe_ext.tuning.search import sorted_kernels, statistics
 
 _BLOCK = Quantisation("fp8_w8a8", (128, 128))
 LAYERS = {
@@ -90,7 +92,7 @@ class Racer:
         Raises:
             EngineError: none of our paths runs, or the engine's own layer does not.
         """
-        times, _ = path_search.screened(self.shape, tokens, [tuned["up"]], self._ask)
+        times, _ = sorted_kernels.screened(self.shape, tokens, [tuned["up"]], self._ask)
         if not times:
             raise EngineError(f"none of our paths runs for M={tokens}")
         path = min(times, key=times.__getitem__)
@@ -171,7 +173,7 @@ def _document(row: Row) -> dict[str, Any]:
         "gain": [row.gain.value, row.gain.low, row.gain.high],
         "errors": row.errors,
         "stages_us": row.stages_us,
-        "path": path_tables.document_of(row.path),
+        "path": kernel_table.document_of(row.path),
     }
 
 
@@ -201,8 +203,11 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     document: dict[str, Any] = {}
     for name in arguments.layers:
         shape = LAYERS[name]
-        question = lookup.Question(shape, arguments.batch_size)
-        shipped, tuned = (pickup.pairs_of(lookup.ask(question, who=who)) for who in (lookup.ALONE, lookup.AS_SERVED))
+        question = lookup_probe.Question(shape, arguments.batch_size)
+        shipped, tuned = (
+            verify_install.pairs_of(lookup_probe.ask(question, who=who))
+            for who in (lookup_probe.ALONE, lookup_probe.AS_SERVED)
+        )
         print(f"\n## {name}\n\n{_HEADER}", flush=True)
         with tempfile.TemporaryDirectory() as cache:
             racer, rows = Racer(shape, Path(cache)), []

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_moe_ext.core import MoEShape, Quantisation
-from sglang_moe_ext.sorted_path import DownConfig, SortedPath, UpConfig
+from sglang_moe_ext.sorted_kernels import DownConfig, SortedPath, UpConfig
 
 TOKENS, LAYERS, TURNS = 1024, 130, 16
 FEW = TOKENS // 2 - 1
@@ -58,27 +58,27 @@ class Runs:
 
 def hooked(store: Path) -> Any:
     """The engine's layer module, with our hooks and tables that choose our path."""
-    from sglang_moe_ext.engines.sglang import kernel, naming, whole_layer
+    from sglang_moe_ext.engines.sglang import runner, table_names
     from sglang_moe_ext.engines.sglang.installation import find
-    from sglang_moe_ext.serving import hooks, plugin
-    from sglang_moe_ext.serving.own_path import SHORTEST_US
-    from sglang_moe_ext.store import path_tables, user_store
-    from sglang_moe_ext.store.provenance import Run
+    from sglang_moe_ext.serving import attach, plugin
+    from sglang_moe_ext.serving.kernel_selection import SHORTEST_US
+    from sglang_moe_ext.tables import kernel_table, user_store
+    from sglang_moe_ext.tables.provenance import Run
 
-    engine, installed = kernel.load(), find()
+    engine, installed = runner.load(), find()
     assert installed is not None
     assert installed.triton is not None
-    whole_layer.alone(engine.layer)
+    runner.alone(engine.layer)
     config = sys.modules[installed.config_module]
-    folder = user_store.tables_folder("sglang", naming.version_folder(installed.triton))
+    folder = user_store.tables_folder("sglang", table_names.version_folder(installed.triton))
     assert folder.is_relative_to(store)
     for shape, path, _ in CASES.values():
-        name = naming.file_name(naming.table_key(shape, config.get_device_name()))
+        name = table_names.file_name(table_names.table_key(shape, config.get_device_name()))
         run = Run("", "", "", str(shape), "", "", None, None, None, None, 0, "")
-        entries = {m: path_tables.Entry(path, run, {"us": SHORTEST_US}) for m in (TOKENS // 2, 4 * TOKENS)}
-        path_tables.put(path_tables.beside(folder / name), entries)
+        entries = {m: kernel_table.Entry(path, run, {"us": SHORTEST_US}) for m in (TOKENS // 2, 4 * TOKENS)}
+        kernel_table.put(kernel_table.beside(folder / name), entries)
     plugin.attach_patched()
-    assert hooks.state().is_active, hooks.state().why
+    assert attach.state().is_active, attach.state().why
     return engine.layer
 
 
@@ -88,7 +88,7 @@ class Problem:
     def __init__(self, shape: MoEShape, layers: int) -> None:
         import torch
 
-        from sglang_moe_ext.kernels.scales import quantise_weights
+        from sglang_moe_ext.kernels.quantize import quantise_weights
 
         self.shape = shape
         torch.manual_seed(0)

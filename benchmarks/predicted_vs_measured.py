@@ -12,18 +12,19 @@ import sys
 import time
 
 from benchmarks.racing import Outcome, geomean, here, raced, track_of
-from sglang_moe_ext import tune
+from sglang_moe_ext.cli import tune
+from sglang_moe_ext.cli.console import Bar
 from sglang_moe_ext.core import MoEExtError
 from sglang_moe_ext.engines.sglang import installation
-from sglang_moe_ext.roofline import pair_floor_us
-from sglang_moe_ext.terminal import Bar
-from sglang_moe_ext.tuning import pipeline, plan, predict
-from sglang_moe_ext.tuning.compile import compile_all
-from sglang_moe_ext.tuning.compile_cache import CompileCache
-from sglang_moe_ext.tuning.questions import Pair
-from sglang_moe_ext.tuning.rematch import Measured
+from sglang_moe_ext.gpu.roofline import pair_floor_us
+from sglang_moe_ext.tuning import pipeline, plan
+from sglang_moe_ext.tuning.bench.messages import Pair
+from sglang_moe_ext.tuning.compile.cache import CompileCache
+from sglang_moe_ext.tuning.compile.kernel_source import kernel_source
+from sglang_moe_ext.tuning.compile.pool import compile_all
 from sglang_moe_ext.tuning.request import Request
-from sglang_moe_ext.tuning.sources import kernel_source
+from sglang_moe_ext.tuning.search import predict
+from sglang_moe_ext.tuning.search.final_comparison import Measured
 
 COLUMNS = (
     "M",

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.collect_trials import LAYERS
-from sglang_moe_ext import gpus
 from sglang_moe_ext.core import PROJECTIONS, Gpu, Projection, Resources, TileConfig
-from sglang_moe_ext.tuning import wave_model
+from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.tuning.search import cost_model
 
 TRIALS = Path(__file__).parent.parent / "tests/data/trials/h200_sglang_0_5_15_triton_3_6_0"
-GPU = gpus.find("H200")
+GPU = specs.find("H200")
 SHORTLIST = 8
 FITTED = (
     "_LAUNCH_US",
@@ -58,7 +58,7 @@ class Cell:
 
     def predicted_us(self, config: TileConfig, gpu: Gpu = GPU) -> float:
         resources = dict.fromkeys(PROJECTIONS, self.resources[config])
-        return wave_model.pair_us(config, LAYERS[self.layer], gpu, self.tokens, resources)
+        return cost_model.pair_us(config, LAYERS[self.layer], gpu, self.tokens, resources)
 
     def ranked(self) -> list[TileConfig]:
         """Predicted fastest first; of equals the smaller, as the tuner takes it."""
@@ -92,7 +92,7 @@ def cells(trials: Path = TRIALS) -> list[Cell]:
                 pairs.setdefault(TileConfig(*record["config"]), {})[record["projection"]] = record["us"]
         for tokens, pairs in by_tokens.items():
             whole = {config: pair for config, pair in pairs.items() if len(pair) == len(PROJECTIONS)}
-            resources = {config: wave_model.estimated(config, shape, GPU) for config in whole}
+            resources = {config: cost_model.estimated(config, shape, GPU) for config in whole}
             found.append(Cell(layer, tokens, whole, resources))
     return found
 
@@ -147,9 +147,9 @@ def _fit(trials: Sequence[Cell], chance: random.Random) -> None:
     best = _loss(trials)
     steps = dict.fromkeys(FITTED, 0.2)
     for _ in range(_ROUNDS):
-        kept = {name: getattr(wave_model, name) for name in chance.sample(FITTED, chance.randint(1, 3))}
+        kept = {name: getattr(cost_model, name) for name in chance.sample(FITTED, chance.randint(1, 3))}
         for name, value in kept.items():
-            setattr(wave_model, name, value * math.exp(chance.gauss(0, steps[name])))
+            setattr(cost_model, name, value * math.exp(chance.gauss(0, steps[name])))
         loss = _loss(trials)
         grow = 1.3 if loss < best else 0.95
         steps |= {name: min(0.5, max(0.02, steps[name] * grow)) for name in kept}
@@ -157,7 +157,7 @@ def _fit(trials: Sequence[Cell], chance: random.Random) -> None:
             best = loss
         else:
             for name, value in kept.items():
-                setattr(wave_model, name, value)
+                setattr(cost_model, name, value)
 
 
 def leave_one_out(trials: Sequence[Cell]) -> str:
@@ -165,19 +165,19 @@ def leave_one_out(trials: Sequence[Cell]) -> str:
         f"| fitted without | regret there, mean | worst | best of first 8, mean | worst | {' | '.join(FITTED)} |",
         "|---" * (5 + len(FITTED)) + "|",
     ]
-    shipped = {name: getattr(wave_model, name) for name in FITTED}
+    shipped = {name: getattr(cost_model, name) for name in FITTED}
     for layer in LAYERS:
         chance = random.Random(0)
         for name, value in shipped.items():
-            setattr(wave_model, name, value * math.exp(chance.gauss(0, 0.5)))
+            setattr(cost_model, name, value * math.exp(chance.gauss(0, 0.5)))
         _fit([cell for cell in trials if cell.layer != layer], chance)
         ranked = [(cell, cell.ranked()) for cell in trials if cell.layer == layer]
         regrets = [[cell.regret(configs[:size]) for cell, configs in ranked] for size in (1, SHORTLIST)]
         found = [f"{of(regret):.1%}" for regret in regrets for of in (geomean, max)]
-        found += [f"{getattr(wave_model, name):.3g}" for name in FITTED]
+        found += [f"{getattr(cost_model, name):.3g}" for name in FITTED]
         rows.append(f"| {layer} | {' | '.join(found)} |")
     for name, value in shipped.items():
-        setattr(wave_model, name, value)
+        setattr(cost_model, name, value)
     return "\n".join(rows)
 
 

@@ -31,13 +31,13 @@ def main() -> int:
     attached.begin()
     engine = attached.engine_here()
     from benchmarks.serving.served_model import Plan, ServedModel
-    from sglang_moe_ext.serving import hooks
-    from sglang_moe_ext.serving.lookup import Resolver
+    from sglang_moe_ext.serving import attach
+    from sglang_moe_ext.serving.sglang_lookup_hook import Resolver
 
     with tempfile.TemporaryDirectory() as folder:
         dummy_model.write(Path(folder), asked.model, asked.layers)
         model = ServedModel(engine, Plan(folder, "spread", asked.tokens + 1024, (), 1))
-    resolver = hooks.resolver()
+    resolver = attach.resolver()
     assert isinstance(resolver, Resolver)
     chooses = resolver.path
     kinds: dict[str, Callable[..., object]] = {"our": chooses, "the engine's": lambda *_: None}

@@ -8,20 +8,20 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sglang_moe_ext import gpus
 from sglang_moe_ext.core import EngineError, Failure, Gpu, GpuError, MoEShape
 from sglang_moe_ext.engines.sglang import installation
 from sglang_moe_ext.engines.sglang.installation import Installation
-from sglang_moe_ext.tuning import candidates, races, statistics
-from sglang_moe_ext.tuning.bench import Setup
-from sglang_moe_ext.tuning.compile import compile_all
-from sglang_moe_ext.tuning.compile_cache import CompileCache
-from sglang_moe_ext.tuning.questions import Ask, Check, Checked, Pair
+from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.tuning.bench.gpu_bench import Setup
+from sglang_moe_ext.tuning.bench.messages import Ask, Check, Checked, Pair
+from sglang_moe_ext.tuning.bench.routing import Source
+from sglang_moe_ext.tuning.bench.worker import Worker
+from sglang_moe_ext.tuning.compile.cache import CompileCache
+from sglang_moe_ext.tuning.compile.kernel_source import kernel_source
+from sglang_moe_ext.tuning.compile.pool import compile_all
 from sglang_moe_ext.tuning.request import Request
-from sglang_moe_ext.tuning.routing import Source
-from sglang_moe_ext.tuning.sources import kernel_source
-from sglang_moe_ext.tuning.statistics import Interval
-from sglang_moe_ext.tuning.worker import Worker
+from sglang_moe_ext.tuning.search import candidates, final_comparison, statistics
+from sglang_moe_ext.tuning.search.statistics import Interval
 
 ROUNDS = 32
 SEED = 1000
@@ -35,7 +35,7 @@ def here() -> tuple[Gpu, Installation]:
         GpuError: there is no GPU here, or an unknown one.
         EngineError: there is no engine.
     """
-    gpu, engine = gpus.detect(), installation.find()
+    gpu, engine = specs.detect(), installation.find()
     if gpu is None:
         raise GpuError("this machine has no GPU: this benchmark needs one, so run it where it is")
     if engine is None:
@@ -151,11 +151,11 @@ def _by_tokens(choices: Mapping[str, Mapping[int, Pair]]) -> dict[int, dict[str,
 def compare(tokens: int, choices: Mapping[str, Pair], ask: Ask, rounds: int) -> Outcome:
     """Race those that run, the first choice first and last; check each. A Failure is told, and stops no other."""
     first, *rivals = choices.values()
-    heat = races.heat(tokens, first, rivals, ask, rounds=rounds)
+    heat = final_comparison.interleave(tokens, first, rivals, ask, rounds=rounds)
     runners: dict[str, Runner] = {}
     for (name, pair), result in zip(choices.items(), (heat.incumbent, *heat.rivals), strict=True):
         match result:
-            case races.Entrant(samples):
+            case final_comparison.Entrant(samples):
                 runners[name] = Runner(pair, samples, _error(tokens, pair, ask))
             case Failure():
                 runners[name] = Runner(pair, result)

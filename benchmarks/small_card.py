@@ -27,8 +27,8 @@ from benchmarks.serving.workloads import TOKENS, WORKLOADS, write_tables
 from benchmarks.serving_speed import CHILD, refuse_impostor
 from benchmarks.vs_upstream.report import Place, here
 from sglang_moe_ext.core import MoEExtError
-from sglang_moe_ext.engines.sglang import installation, overlay
-from sglang_moe_ext.store import user_store
+from sglang_moe_ext.engines.sglang import config_dir, installation
+from sglang_moe_ext.tables import user_store
 
 LAYER_CHILD = "benchmarks.serving.layer_child"
 NAMES = ("stock", "plugin")
@@ -40,7 +40,7 @@ Start = Callable[[str, str], Child]
 
 def starter(scratch: Path, out: Path) -> Start:
     """Children that find the workloads' tables where a user would name them, and an empty store."""
-    more = {overlay.VARIABLE: str(scratch / "tables"), user_store.VARIABLE: str(scratch / "store")}
+    more = {config_dir.VARIABLE: str(scratch / "tables"), user_store.VARIABLE: str(scratch / "store")}
 
     def start(name: str, module: str) -> Child:
         log = out / f"{name}_{module.rpartition('.')[2]}.log"

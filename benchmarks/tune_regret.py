@@ -20,16 +20,16 @@ import time
 from pathlib import Path
 
 from benchmarks.racing import Outcome, geomean, here, raced, track_of
-from sglang_moe_ext import tune
+from sglang_moe_ext.cli import tune
+from sglang_moe_ext.cli.console import Bar
 from sglang_moe_ext.core import MoEExtError
 from sglang_moe_ext.engines.sglang import installation
-from sglang_moe_ext.roofline import pair_floor_us
-from sglang_moe_ext.store import user_store
-from sglang_moe_ext.terminal import Bar
+from sglang_moe_ext.gpu.roofline import pair_floor_us
+from sglang_moe_ext.tables import user_store
 from sglang_moe_ext.tuning import pipeline
-from sglang_moe_ext.tuning.questions import Pair
-from sglang_moe_ext.tuning.rematch import Measured
+from sglang_moe_ext.tuning.bench.messages import Pair
 from sglang_moe_ext.tuning.request import Request
+from sglang_moe_ext.tuning.search.final_comparison import Measured
 
 LAYERS = {
     "GLM-4.7-Flash bf16": ["--model", "GLM-4.7-Flash"],

@@ -27,9 +27,9 @@ from benchmarks.vs_upstream import effort, model_folder, ours, report, theirs
 from benchmarks.vs_upstream.effort import Effort
 from benchmarks.vs_upstream.theirs import Asked, Task, Upstream
 from sglang_moe_ext.core import Gpu, MoEExtError, Table
-from sglang_moe_ext.tuning import routing
-from sglang_moe_ext.tuning.given_configs import pairs_of_tables
-from sglang_moe_ext.tuning.questions import Pair
+from sglang_moe_ext.tuning.bench import routing
+from sglang_moe_ext.tuning.bench.messages import Pair
+from sglang_moe_ext.tuning.config_args import pairs_of_tables
 
 ROUNDS = 96
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from sglang_moe_ext.core import MoEExtError
-from sglang_moe_ext.engines.known import VLLM
-from sglang_moe_ext.store import user_store
+from sglang_moe_ext.engines.registry import VLLM
+from sglang_moe_ext.tables import user_store
 
 LAYERS: Mapping[str, tuple[str, ...]] = {
     "GLM-4.7-Flash bf16": ("--model", "GLM-4.7-Flash"),

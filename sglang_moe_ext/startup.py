@@ -5,7 +5,7 @@ Nothing is imported before they are, not even `__future__`: all processes of the
 
 import os
 
-from sglang_moe_ext import SWITCH, arrivals
+from sglang_moe_ext import SWITCH, import_hook
 
 TYPE_CHECKING = False  # typing's own would load typing
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ FUNCTION = "get_model_config"
 
 def _attach(layer: "ModuleType") -> None:
     try:
-        from sglang_moe_ext.serving.plugin import attach
+        from sglang_moe_ext.serving.plugin import attach_engine
 
-        attach(layer, "the startup file")
+        attach_engine(layer, "the startup file")
     except Exception as error:  # the engine runs as if we were not installed
         _say(f"cannot hook {layer.__name__}: {error!r}")
 
@@ -55,6 +55,6 @@ def install() -> None:
     """Wait from now on; SGLANG_MOE_EXT_DISABLE=1 keeps us out."""
     if os.environ.get(SWITCH, "0") not in ("", "0"):
         return
-    arrivals.expect(MODULE, _patch)
+    import_hook.expect(MODULE, _patch)
     for name in LAYER_MODULES:
-        arrivals.expect(name, _attach)
+        import_hook.expect(name, _attach)

@@ -18,11 +18,12 @@ REPO_ROOT = Path(__file__).resolve().parents[1]
 NEVER_MOVED = {"torch", "triton", "transformers", "sglang", "vllm", "numpy"}
 HEAVY = {"torch", "triton", "transformers", "rich", "numpy"}
 ATTACHED = {
-    "": "arrivals core engines gpus serving shared_memory shipped sorted_path startup store",
-    "engines.": "asked dialect entries releases running sglang",
-    "engines.sglang.": "installation naming overlay sequence targets tma",
-    "serving.": "choices guard hooks into_sglang launch lookup overlay own_path places plugin sequence shelf",
-    "store.": "files locks path_tables provenance tables user_store",
+    "": "core engines gpu import_hook package_data serving sorted_kernels startup tables",
+    "engines.": "config_dict lookup_args running sglang table_names installed",
+    "engines.sglang.": "config_dir hook_points installation kernel_sequence support table_names",
+    "gpu.": "shared_memory specs",
+    "serving.": "attach guard kernel_selection plugin selection sglang_hooks sglang_lookup_hook table_search",
+    "tables.": "config_table files kernel_table provenance user_store",
 }
 """By package, the modules of ours that a server has once its engine's layer is hooked."""
 ATTACH = """
@@ -30,8 +31,8 @@ import site, sys
 site.addsitedir("packaging")
 from importlib import import_module
 import_module("sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe")
-from sglang_moe_ext.serving import hooks
-assert hooks.state().is_active, hooks.state()
+from sglang_moe_ext.serving import attach
+assert attach.state().is_active, attach.state()
 print(*sorted(name for name in sys.modules if name.partition(".")[0] == "sglang_moe_ext"), sep=chr(10))
 """
 
@@ -65,7 +66,7 @@ def test_the_wheel_asks_for_nothing_but_extras(wheel: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["sglang_moe_ext_startup.pth", "sglang_moe_ext/py.typed", "sglang_moe_ext/shapes/models.json"],
+    ["sglang_moe_ext_startup.pth", "sglang_moe_ext/py.typed", "sglang_moe_ext/models/models.json"],
     ids=["startup file", "type marker", "model facts"],
 )
 def test_the_wheel_carries(wheel: Path, name: str) -> None:
@@ -80,7 +81,7 @@ def test_the_wheel_carries_no_tests_and_names_its_entry_points(wheel: Path) -> N
         entry_points = archive.read(name).decode()
     assert "sglang_moe_ext = sglang_moe_ext.serving.plugin:register_sglang" in entry_points
     assert "sglang_moe_ext = sglang_moe_ext.serving.plugin:register_vllm" in entry_points
-    assert "sglang-moe-ext = sglang_moe_ext.cli:main" in entry_points
+    assert "sglang-moe-ext = sglang_moe_ext.cli.main:main" in entry_points
 
 
 def test_a_fresh_environment_without_torch_gets_help_and_one_line_errors(wheel: Path, tmp_path: Path) -> None:
@@ -113,7 +114,7 @@ def test_a_way_in_loads_four_modules_of_ours_and_nothing_heavy() -> None:
     )
     ours = {name for name in loaded if name.startswith("sglang_moe_ext")}
     # Where the startup file of an installation has run, it has loaded itself and these two.
-    here_before = {"sglang_moe_ext", "sglang_moe_ext.arrivals"}
+    here_before = {"sglang_moe_ext", "sglang_moe_ext.import_hook"}
     assert ours | here_before == here_before | {"sglang_moe_ext.serving", "sglang_moe_ext.serving.plugin"}
     assert not {name.partition(".")[0] for name in loaded} & HEAVY
 

@@ -6,27 +6,28 @@ from pathlib import Path
 
 import pytest
 
-from sglang_moe_ext import gpus
-from sglang_moe_ext.engines import names
-from sglang_moe_ext.engines.sglang import naming, warning_line
-from sglang_moe_ext.engines.vllm import naming as vllm_naming
-from sglang_moe_ext.shapes import parse_shape
-from sglang_moe_ext.shared_memory import smem_bytes
-from sglang_moe_ext.store import path_tables, provenance, tables
+from sglang_moe_ext.engines import table_names
+from sglang_moe_ext.engines.sglang import missing_config_log
+from sglang_moe_ext.engines.sglang import table_names as sglang_table_names
+from sglang_moe_ext.engines.vllm import table_names as vllm_naming
+from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.shared_memory import smem_bytes
+from sglang_moe_ext.models import parse_shape
+from sglang_moe_ext.tables import config_table, kernel_table, provenance
 
 CONFIGS = Path(__file__).resolve().parents[1] / "tuned_configs" / "configs"
-TABLES = sorted(path for path in CONFIGS.glob("triton_*/*.json") if tables.is_table(path.name))
+TABLES = sorted(path for path in CONFIGS.glob("triton_*/*.json") if config_table.is_table(path.name))
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_shipped_table_is_measured_fits_its_gpu_and_has_its_own_name(path: Path) -> None:
-    table, known = tables.read(path), provenance.read(path)
+    table, known = config_table.read(path), provenance.read(path)
     assert known is not None
     assert {known.origin(m) for m in table} == {"measured"}
-    key = names.parse(path.name)
+    key = table_names.parse(path.name)
     (run,) = {entry.run for entry in known.entries.values()}
-    shape, gpu = parse_shape(run.shape), gpus.find(warning_line.device_of(key))
-    assert naming.file_name(naming.table_key(shape, run.gpu, down=key.down)) == path.name
+    shape, gpu = parse_shape(run.shape), specs.find(missing_config_log.device_of(key))
+    assert sglang_table_names.file_name(sglang_table_names.table_key(shape, run.gpu, down=key.down)) == path.name
     assert all(smem_bytes(config, shape, gpu.sm) <= gpu.smem_per_block for config in table.values())
     assert all(entry.figures["us"] <= entry.figures["incumbent_us"] for entry in known.entries.values())
 
@@ -38,25 +39,25 @@ FOR_VLLM = sorted(
 
 @pytest.mark.parametrize("path", FOR_VLLM, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_shipped_table_of_vllm_was_measured_with_vllm_and_has_the_name_that_it_asks_for(path: Path) -> None:
-    table, known = tables.read(path), provenance.read(path)
+    table, known = config_table.read(path), provenance.read(path)
     assert known is not None
     assert {known.origin(m) for m in table} == {"measured"}
     (run,) = {entry.run for entry in known.entries.values()}
     assert str(run.engine).startswith("vllm ")
     shape = parse_shape(run.shape)
     assert vllm_naming.file_name(vllm_naming.table_key(shape, run.gpu)) == path.name
-    assert naming.version_folder(str(run.triton)) == path.parent.name
-    gpu = gpus.find(run.gpu.removeprefix("NVIDIA "))
+    assert sglang_table_names.version_folder(str(run.triton)) == path.parent.name
+    gpu = specs.find(run.gpu.removeprefix("NVIDIA "))
     assert all(smem_bytes(config, shape, gpu.sm) <= gpu.smem_per_block for config in table.values())
 
 
-PATHS = [path_tables.beside(path) for path in TABLES if path_tables.beside(path).exists()]
+PATHS = [kernel_table.beside(path) for path in TABLES if kernel_table.beside(path).exists()]
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_shipped_path_was_faster_and_right_in_the_run_that_made_the_table_beside_it(path: Path) -> None:
-    entries = path_tables.read(path)
-    table = provenance.read(path.with_name(path.name.replace(path_tables.SUFFIX, ".json")))
+    entries = kernel_table.read(path)
+    table = provenance.read(path.with_name(path.name.replace(kernel_table.SUFFIX, ".json")))
     assert table is not None
     assert {entry.run for entry in entries.values()} == {entry.run for entry in table.entries.values()}
     won = [entry.figures for entry in entries.values() if entry.path is not None]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sglang_moe_ext.engines.sglang import ways_in
+from sglang_moe_ext.engines.sglang import source_patch
 from sglang_moe_ext.engines.sglang.installation import Installation
 
 CALLS = "load_plugins"
@@ -110,7 +110,7 @@ def returns_routed_experts(server_args: Iterable[ast.Module]) -> bool:
 def calls_in(module: ast.Module) -> Iterator[str]:
     """The functions that call the engine's own `load_plugins`; `the module` outside of any."""
     imports = (node for node in ast.walk(module) if isinstance(node, ast.ImportFrom))
-    if not any(node.module == ways_in.GROUP and CALLS in {name.name for name in node.names} for node in imports):
+    if not any(node.module == source_patch.GROUP and CALLS in {name.name for name in node.names} for node in imports):
         return
     yield from _calls(module.body, "")
 
@@ -151,7 +151,7 @@ def read(engine: Installation) -> Facts:
     here = [file for file in BESIDE_SERVERS if (engine.root / file).is_file()]
     return Facts(
         release=engine.version_text,
-        has_plugins=ways_in.calls_plugins(engine),
+        has_plugins=source_patch.calls_plugins(engine),
         calls=calls,
         uncalled=tuple(file for file in here if not any(call.startswith(f"{file}: ") for call in calls)),
         layer_package=engine.layer_module.rpartition(".")[0],

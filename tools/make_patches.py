@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from sglang_moe_ext.engines.sglang import patching
+from sglang_moe_ext.engines.sglang import source_patch
 from sglang_moe_ext.engines.sglang.installation import Installation
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,7 +50,7 @@ def made() -> dict[Path, str]:
     """All patches, by file."""
     roots = [folder / "sglang" for folder in sorted(ENGINES.iterdir())]
     engines = [Installation(root.parent.name, root, triton=None) for root in roots]
-    return {PATCHES / engine.version_text / patching.NAME: text(engine) for engine in engines}
+    return {PATCHES / engine.version_text / source_patch.NAME: text(engine) for engine in engines}
 
 
 def main() -> None:

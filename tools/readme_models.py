@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sglang_moe_ext.core import ModelError, Parallelism
-from sglang_moe_ext.engines.sglang import naming
+from sglang_moe_ext.engines.sglang import table_names
 from sglang_moe_ext.engines.sglang.sharding import launched_shape
-from sglang_moe_ext.engines.vllm import naming as vllm_naming
 from sglang_moe_ext.engines.vllm import sharding as vllm_sharding
-from sglang_moe_ext.shapes import builtin_models
+from sglang_moe_ext.engines.vllm import table_names as vllm_naming
+from sglang_moe_ext.models import builtin_models
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- models: made by tools/readme_models.py -->\n", "<!-- end of models -->\n"
@@ -26,7 +26,7 @@ def rows() -> Iterator[str]:
     one = Parallelism()
     for model in builtin_models().values():
         try:
-            ours = naming.file_name(naming.table_key(launched_shape(model, one), GPU))
+            ours = table_names.file_name(table_names.table_key(launched_shape(model, one), GPU))
         except ModelError:
             ours = "-"
         vllm = vllm_naming.file_name(vllm_naming.table_key(vllm_sharding.launched_shape(model, one), GPU))

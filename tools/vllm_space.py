@@ -1,4 +1,4 @@
-"""Print how many configurations vLLM's own tuner tries, from its script: what tests/tuning/test_rocm_space.py holds.
+"""Print how many configurations vLLM's own tuner tries, for tests/tuning/search/test_rocm_space.py.
 
 usage: python -m tools.vllm_space BENCHMARK_MOE_PY. The script lies in vLLM's sdist (benchmarks/kernels), in no wheel.
 Only its functions of the space are run, on a made-up platform; neither vLLM nor Ray need be there.

@@ -11,12 +11,12 @@ from typing import Any
 
 from sglang_moe_ext.core import EngineError
 from sglang_moe_ext.engines.sglang import installation
+from sglang_moe_ext.engines.sglang.hook_points import LAUNCH, LOOKUP
 from sglang_moe_ext.engines.sglang.installation import Installation
-from sglang_moe_ext.engines.sglang.targets import LAUNCH, LOOKUP
 
 PACKAGING = Path(__file__).parents[2] / "packaging"
 HOOKED = (LOOKUP, LAUNCH)
-HOOKS = "sglang_moe_ext.serving.hooks"
+HOOKS = "sglang_moe_ext.serving.attach"
 _TABLES = "MoE kernel config"
 """In what the engine says of a table that it read, or did not find."""
 

@@ -15,14 +15,14 @@ from typing import Any
 
 from sglang_moe_ext import SWITCH
 from sglang_moe_ext.core import EngineError
-from sglang_moe_ext.engines.sglang import overlay
+from sglang_moe_ext.engines.sglang import config_dir
 
 ANSWER_S = 540.0
 """A first load compiles for a minute; whatever takes this long hangs."""
 _LEAVE_S = 20.0
 _POLL_S = 1.0
 _TAIL_LINES = 3
-_NOT_HANDED_ON = (SWITCH, "SGLANG_PLUGINS", overlay.VARIABLE)
+_NOT_HANDED_ON = (SWITCH, "SGLANG_PLUGINS", config_dir.VARIABLE)
 """What would change which configurations a child finds: each is set by us, or not at all."""
 
 

@@ -8,13 +8,13 @@ from benchmarks.serving import attached, small_limit
 from benchmarks.serving.answering import answer_all, take_standard_output
 from benchmarks.serving.workloads import WORKLOADS
 from sglang_moe_ext.core import TileConfig
-from sglang_moe_ext.engines.entries import tile_of
-from sglang_moe_ext.engines.sglang import kernel
-from sglang_moe_ext.engines.sglang.kernel import Engine
-from sglang_moe_ext.engines.sglang.targets import LOOKUP
+from sglang_moe_ext.engines.config_dict import tile_of
+from sglang_moe_ext.engines.sglang import runner
+from sglang_moe_ext.engines.sglang.hook_points import LOOKUP
+from sglang_moe_ext.engines.sglang.runner import Engine
 from sglang_moe_ext.engines.tensors import LayerTensors
-from sglang_moe_ext.tuning import routing
-from sglang_moe_ext.tuning.layer import Layer
+from sglang_moe_ext.tuning.bench import routing
+from sglang_moe_ext.tuning.bench.layer import Layer
 
 _KERNEL = "fused_moe_kernel"
 
@@ -51,7 +51,7 @@ class LayerChild:
 
     def load(self, request: dict[str, Any]) -> dict[str, Any]:
         """`limit` of shared memory in bytes that the MoE kernels shall meet, None for the card's own."""
-        engine = kernel.load()
+        engine = runner.load()
         is_active = attached.is_active(attached.engine_here())
         if request["limit"] is not None:
             small_limit.simulate(request["limit"])

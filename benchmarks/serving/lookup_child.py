@@ -11,7 +11,7 @@ from benchmarks.serving import attached
 from benchmarks.serving.answering import answer_all, take_standard_output
 from sglang_moe_ext.core import MoEShape
 from sglang_moe_ext.engines.sglang import bootstrap
-from sglang_moe_ext.engines.sglang.targets import LOOKUP
+from sglang_moe_ext.engines.sglang.hook_points import LOOKUP
 
 LAYERS = {
     "no table of the engine (GLM-4.7-Flash bf16)": MoEShape(65, 1536, 2048, 5),

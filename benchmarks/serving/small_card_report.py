@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.serving.workloads import Workload
 from benchmarks.vs_upstream.report import Place
-from sglang_moe_ext.tuning.rematch import TOLERATED_ERROR
+from sglang_moe_ext.tuning.search.final_comparison import TOLERATED_ERROR
 
 _LONGEST = 90
 """Characters of what the engine raised that fit a cell; the document has all of them."""

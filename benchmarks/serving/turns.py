@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.serving.cases import WARM_UPS, Case
-from sglang_moe_ext.tuning import statistics
-from sglang_moe_ext.tuning.statistics import Interval
+from sglang_moe_ext.tuning.search import statistics
+from sglang_moe_ext.tuning.search.statistics import Interval
 
 Run = Callable[[Case, int], float]
 """Milliseconds of a case as one child runs it; runs of one number have the same prompt."""

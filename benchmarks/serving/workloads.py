@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_moe_ext.core import MoEShape, Quantisation, TileConfig
-from sglang_moe_ext.engines.sglang import naming
-from sglang_moe_ext.store import files, tables
+from sglang_moe_ext.engines.sglang import table_names
+from sglang_moe_ext.tables import config_table, files
 
 TOKENS = (1, 64, 1024, 4096, 16384)
 
@@ -48,7 +48,7 @@ def write_tables(folder: Path, device_name: str, triton: str) -> None:
     tables_folder = folder / "configs" / f"triton_{triton.replace('.', '_')}"
     tables_folder.mkdir(parents=True, exist_ok=True)
     contents = {
-        tables_folder / naming.file_name(naming.table_key(workload.shape, device_name)): tables.to_json(
+        tables_folder / table_names.file_name(table_names.table_key(workload.shape, device_name)): config_table.to_json(
             dict.fromkeys(TOKENS, workload.table)
         )
         for workload in WORKLOADS

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.vs_upstream.timed_run import Run, timed
-from sglang_moe_ext import layer_arguments, layer_flags
+from sglang_moe_ext.cli import layer_args
 from sglang_moe_ext.core import EngineError, Gpu, MoEShape
-from sglang_moe_ext.engines.known import ENGINES
-from sglang_moe_ext.engines.sglang import lookup
-from sglang_moe_ext.tuning import destinations, pickup
-from sglang_moe_ext.tuning.given_configs import pairs_of_tables, parse_tables
-from sglang_moe_ext.tuning.questions import Pair
+from sglang_moe_ext.engines.registry import ENGINES
+from sglang_moe_ext.engines.sglang import lookup_probe
+from sglang_moe_ext.tuning import install_target, verify_install
+from sglang_moe_ext.tuning.bench.messages import Pair
+from sglang_moe_ext.tuning.config_args import pairs_of_tables, parse_tables
 
 COMMAND = (sys.executable, "-m", "sglang_moe_ext.tune")
 
@@ -35,8 +35,8 @@ def flags_of(arguments: argparse.Namespace, model: str) -> list[str]:
 def shape_of(flags: Sequence[str]) -> MoEShape:
     """Raises MoEExtError where the flags mean no layer."""
     parser = argparse.ArgumentParser()
-    layer_flags.add_to(parser)
-    return layer_arguments.stated(parser.parse_args(flags)).shape
+    layer_args.add_to(parser)
+    return layer_args.stated(parser.parse_args(flags)).shape
 
 
 def tuned(flags: Sequence[str], environment: Mapping[str, str], output_dir: Path) -> Run:
@@ -57,7 +57,7 @@ def choice(output_dir: Path, shape: MoEShape, gpu: Gpu, tokens: int) -> Pair:
     Raises:
         EngineError: it wrote no table of that name.
     """
-    name = destinations.table_names(ENGINES["sglang"], shape, gpu.device_name)[False]
+    name = install_target.table_names(ENGINES["sglang"], shape, gpu.device_name)[False]
     written = [path for path in output_dir.rglob("*.json") if path.name == name]
     if not written:
         raise EngineError(f"our own command wrote no {name} below {output_dir}")
@@ -67,4 +67,4 @@ def choice(output_dir: Path, shape: MoEShape, gpu: Gpu, tokens: int) -> Pair:
 
 def engines_choice(shape: MoEShape, tokens: int) -> Pair:
     """Raises EngineError where the engine cannot be asked."""
-    return pickup.pairs_of(lookup.ask(lookup.Question(shape, [tokens])))[tokens]
+    return verify_install.pairs_of(lookup_probe.ask(lookup_probe.Question(shape, [tokens])))[tokens]

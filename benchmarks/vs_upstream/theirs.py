@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.vs_upstream.timed_run import Run, timed
 from sglang_moe_ext import SWITCH
 from sglang_moe_ext.core import EngineError, MoEShape, Table
-from sglang_moe_ext.store import tables
+from sglang_moe_ext.tables import config_table
 
 SCRIPT = "tuning_fused_moe_triton.py"
 LIBRARY = "common_utils.py"
@@ -163,4 +163,4 @@ def table(folder: Path) -> Table | None:
         TableError: it is no table.
     """
     written = sorted(folder.glob("*.json"))
-    return tables.read(written[0]) if written else None
+    return config_table.read(written[0]) if written else None

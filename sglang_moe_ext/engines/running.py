@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from sglang_moe_ext import gpus
 from sglang_moe_ext.core import Gpu, GpuError
+from sglang_moe_ext.gpu import specs
 
 AnyFunction = Callable[..., Any]
 
@@ -33,12 +33,12 @@ def gpu(device_name: str) -> Gpu | None:
     if torch.version.hip is not None:
         return None  # a gfx90a says 9.0 as an H100 does, and a gfx1201 12.0
     if not torch.cuda.is_available():
-        return gpus.known().get(device_name)
+        return specs.known().get(device_name)
     from triton.runtime import driver
 
     device = torch.cuda.current_device()
     try:
-        here = gpus.described(torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device))
+        here = specs.described(torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device))
     except GpuError:
         return None
     limit = driver.active.utils.get_device_properties(device)["max_shared_mem"]

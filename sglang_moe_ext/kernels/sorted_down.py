@@ -7,14 +7,195 @@ from __future__ import annotations
 
 from typing import Any
 
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from sglang_moe_ext.core import Quantisation
-from sglang_moe_ext.kernels import tma_operands as tma
-from sglang_moe_ext.kernels.launching import launch
-from sglang_moe_ext.kernels.scales import Scales
-from sglang_moe_ext.kernels.sorted_down_kernel import sorted_down_kernel
-from sglang_moe_ext.sorted_path import DownConfig
+from sglang_moe_ext.kernels import tma
+from sglang_moe_ext.kernels.launcher import launch
+from sglang_moe_ext.kernels.quantize import Scales
+from sglang_moe_ext.sorted_kernels import DownConfig
+
+# It follows the configuration alone: specialising on it would make binaries that differ in nothing.
+UNSPECIALISED = ("group_m",)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)  # type: ignore[untyped-decorator]
+def sorted_down_kernel(  # type: ignore[no-untyped-def]
+    a_desc, b_desc, c_desc, a_scale_ptr, b_scale_ptr, expert_ids_ptr, num_tokens_post_padded_ptr, N, K, group_m,
+    stride_asm, stride_ask, stride_bse, stride_bsn, stride_bsk,
+    BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, TILES_PER_BLOCK: tl.constexpr,
+    SCALING: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, HALF_STORES: tl.constexpr,
+    EXPERTS_ELSEWHERE: tl.constexpr, PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    tiles_m = tl.load(num_tokens_post_padded_ptr) // BLOCK_SIZE_M
+    tiles_n = tl.cdiv(N, BLOCK_SIZE_N)
+    if PERSISTENT:
+        first_m = 0
+        if EXPERTS_ELSEWHERE:
+            first_m = _first_block_here(expert_ids_ptr, tiles_m // TILES_PER_BLOCK) * TILES_PER_BLOCK
+            tiles_m -= first_m
+        # Flat: the loads of the next tile are under way while this one is stored.
+        for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+            tile_m, tile_n = position_of(tile, tiles_m, tiles_n, group_m)
+            row = (first_m + tile_m) * BLOCK_SIZE_M
+            expert = tl.load(expert_ids_ptr + (first_m + tile_m) // TILES_PER_BLOCK)
+            _multiply(
+                a_desc, b_desc, c_desc, a_scale_ptr, b_scale_ptr, expert, row, tile_n * BLOCK_SIZE_N, N, K,
+                stride_asm, stride_ask, stride_bse, stride_bsn, stride_bsk,
+                BLOCK_SIZE_M, BLOCK_SIZE_N, BLOCK_SIZE_K, SCALING, GROUP_N, GROUP_K, HALF_STORES,
+            )  # fmt: skip
+    else:
+        if tl.program_id(0) >= tiles_m * tiles_n:
+            return
+        tile_m, tile_n = position_of(tl.program_id(0), tiles_m, tiles_n, group_m)
+        row = tile_m * BLOCK_SIZE_M
+        expert = tl.load(expert_ids_ptr + tile_m // TILES_PER_BLOCK)
+        if EXPERTS_ELSEWHERE:  # noqa: SIM102 - a constant: where all are here, nothing is asked
+            if expert < 0:
+                return
+        _multiply(
+            a_desc, b_desc, c_desc, a_scale_ptr, b_scale_ptr, expert, row, tile_n * BLOCK_SIZE_N, N, K,
+            stride_asm, stride_ask, stride_bse, stride_bsn, stride_bsk,
+            BLOCK_SIZE_M, BLOCK_SIZE_N, BLOCK_SIZE_K, SCALING, GROUP_N, GROUP_K, HALF_STORES,
+        )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _multiply(  # type: ignore[no-untyped-def]
+    a_desc, b_desc, c_desc, a_scale_ptr, b_scale_ptr, expert, row, column, N, K,
+    stride_asm, stride_ask, stride_bse, stride_bsn, stride_bsk,
+    BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
+    SCALING: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, HALF_STORES: tl.constexpr,
+):  # fmt: skip
+    """One tile of C. TMA reads zeros past the ends of K and N and for expert -1, and stores nothing past them."""
+    if SCALING != "none":
+        # Read through a pointer, which expert -1 would lead astray.
+        b_scale_ptr += tl.maximum(expert, 0).to(tl.int64) * stride_bse
+    if SCALING == "block":
+        a_scale_ptrs = a_scale_ptr + (row + tl.arange(0, BLOCK_SIZE_M)).to(tl.int64) * stride_asm
+        if BLOCK_SIZE_N > GROUP_N:
+            left, right = _block_scaled_halves(
+                a_desc, b_desc, a_scale_ptrs, b_scale_ptr, expert, row, column, N, K,
+                stride_ask, stride_bsn, stride_bsk, BLOCK_SIZE_M, GROUP_N, BLOCK_SIZE_K, GROUP_K,
+            )  # fmt: skip
+            c_desc.store([row, column], left.to(c_desc.dtype))
+            c_desc.store([row, column + GROUP_N], right.to(c_desc.dtype))
+        else:
+            acc = _block_scaled(
+                a_desc, b_desc, a_scale_ptrs, b_scale_ptr + column // GROUP_N * stride_bsn, expert, row, column, K,
+                stride_ask, stride_bsk, BLOCK_SIZE_M, BLOCK_SIZE_N, BLOCK_SIZE_K, GROUP_K,
+            )  # fmt: skip
+            store_tile(
+                c_desc, acc, a_scale_ptr, b_scale_ptr, row, column, N, stride_asm, stride_bsn,
+                BLOCK_SIZE_M, BLOCK_SIZE_N, "none", HALF_STORES,
+            )  # fmt: skip
+    else:
+        acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), tl.float32)
+        for k in tl.range(0, K, BLOCK_SIZE_K):
+            a = a_desc.load([row, k])
+            b = b_desc.load([expert, column, k]).reshape(BLOCK_SIZE_N, BLOCK_SIZE_K)
+            acc = tl.dot(a, b.T, acc)
+        store_tile(
+            c_desc, acc, a_scale_ptr, b_scale_ptr, row, column, N, stride_asm, stride_bsn,
+            BLOCK_SIZE_M, BLOCK_SIZE_N, SCALING, HALF_STORES,
+        )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _block_scaled(  # type: ignore[no-untyped-def]
+    a_desc, b_desc, a_scale_ptrs, b_scale_ptr, expert, row, column, K, stride_ask, stride_bsk,
+    BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, GROUP_K: tl.constexpr,
+):  # fmt: skip
+    """One scale of B at each step, multiplied into the scales of A first: BLOCK_SIZE_M products, not a tile's."""
+    acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), tl.float32)
+    for k in tl.range(0, K, BLOCK_SIZE_K):
+        a = a_desc.load([row, k])
+        b = b_desc.load([expert, column, k]).reshape(BLOCK_SIZE_N, BLOCK_SIZE_K)
+        group = k // GROUP_K
+        scale = tl.load(a_scale_ptrs + group * stride_ask) * tl.load(b_scale_ptr + group * stride_bsk)
+        acc += tl.dot(a, b.T) * scale[:, None]
+    return acc
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _block_scaled_halves(  # type: ignore[no-untyped-def]
+    a_desc, b_desc, a_scale_ptrs, b_scale_ptr, expert, row, column, N, K, stride_ask, stride_bsn, stride_bsk,
+    BLOCK_SIZE_M: tl.constexpr, HALF_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, GROUP_K: tl.constexpr,
+):  # fmt: skip
+    """A tile over two scales of B, as two of one each that share A: only a half's partial products are held at once."""
+    left_group = column // HALF_N
+    right_group = tl.minimum(left_group + 1, tl.cdiv(N, HALF_N) - 1)
+    left = tl.zeros((BLOCK_SIZE_M, HALF_N), tl.float32)
+    right = tl.zeros((BLOCK_SIZE_M, HALF_N), tl.float32)
+    for k in tl.range(0, K, BLOCK_SIZE_K):
+        a = a_desc.load([row, k])
+        b_left = b_desc.load([expert, column, k]).reshape(HALF_N, BLOCK_SIZE_K)
+        b_right = b_desc.load([expert, column + HALF_N, k]).reshape(HALF_N, BLOCK_SIZE_K)
+        group = k // GROUP_K
+        a_scale = tl.load(a_scale_ptrs + group * stride_ask)
+        left_scale = a_scale * tl.load(b_scale_ptr + left_group * stride_bsn + group * stride_bsk)
+        right_scale = a_scale * tl.load(b_scale_ptr + right_group * stride_bsn + group * stride_bsk)
+        left += tl.dot(a, b_left.T) * left_scale[:, None]
+        right += tl.dot(a, b_right.T) * right_scale[:, None]
+    return left, right
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def store_tile(  # type: ignore[no-untyped-def]
+    c_desc, acc, a_scale_ptr, b_scale_ptr, row, column, N, stride_asm, stride_bsn,
+    BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, SCALING: tl.constexpr, HALF_STORES: tl.constexpr,
+):  # fmt: skip
+    """Through shared memory; two halves need half of it, which may be what a further stage of the pipeline lacks."""
+    if HALF_STORES:
+        HALF_N: tl.constexpr = BLOCK_SIZE_N // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_SIZE_M, 2, HALF_N)), (0, 2, 1)))
+        left = scaled(left, a_scale_ptr, b_scale_ptr, row, column, N, stride_asm, stride_bsn, SCALING)
+        c_desc.store([row, column], left.to(c_desc.dtype))
+        right = scaled(right, a_scale_ptr, b_scale_ptr, row, column + HALF_N, N, stride_asm, stride_bsn, SCALING)
+        c_desc.store([row, column + HALF_N], right.to(c_desc.dtype))
+    else:
+        acc = scaled(acc, a_scale_ptr, b_scale_ptr, row, column, N, stride_asm, stride_bsn, SCALING)
+        c_desc.store([row, column], acc.to(c_desc.dtype))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def scaled(  # type: ignore[no-untyped-def]
+    acc, a_scale_ptr, b_scale_ptr, row, column, N, stride_asm, stride_bsn, SCALING: tl.constexpr
+):  # fmt: skip
+    """Scales that do not change along K."""
+    if SCALING == "channel":
+        rows = (row + tl.arange(0, acc.shape[0])).to(tl.int64)
+        columns = column + tl.arange(0, acc.shape[1])
+        a_scale = tl.load(a_scale_ptr + rows * stride_asm)
+        b_scale = tl.load(b_scale_ptr + columns * stride_bsn, mask=columns < N, other=0.0)
+        return acc * a_scale[:, None] * b_scale[None, :]
+    elif SCALING == "tensor":
+        return acc * (tl.load(a_scale_ptr) * tl.load(b_scale_ptr))
+    else:
+        return acc
+
+
+@triton.jit
+def position_of(tile, tiles_m, tiles_n, group_m):  # type: ignore[no-untyped-def]
+    """Tiles walk down group_m rows of tiles before the next column: its weights are still in L2."""
+    first_m = tile // (group_m * tiles_n) * group_m
+    height = min(tiles_m - first_m, group_m)
+    within = tile % (group_m * tiles_n)
+    return first_m + within % height, within // height
+
+
+@triton.jit
+def _first_block_here(expert_ids_ptr, blocks):  # type: ignore[no-untyped-def]
+    """The engine sorts the pairs of experts of other ranks to the front; any that follow cost time, not truth."""
+    CHUNK: tl.constexpr = 1024
+    first = blocks
+    for start in tl.range(0, blocks, CHUNK):
+        block = start + tl.arange(0, CHUNK)
+        expert = tl.load(expert_ids_ptr + block, mask=block < blocks, other=-1)
+        first = min(first, tl.min(tl.where(expert >= 0, block, blocks)))
+    return first
 
 
 def launch_down(

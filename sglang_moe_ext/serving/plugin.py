@@ -7,7 +7,7 @@ import sys
 import time
 from types import ModuleType
 
-from sglang_moe_ext import __version__, arrivals
+from sglang_moe_ext import __version__, import_hook
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +35,10 @@ def _attach_or_expect(way: str, engine: str) -> None:
         return
     layer = next((sys.modules[name] for name in modules if name in sys.modules), None)
     if layer is not None:
-        attach(layer, way)
+        attach_engine(layer, way)
         return
     for name in modules:
-        arrivals.expect(name, lambda module: attach(module, way))
+        import_hook.expect(name, lambda module: attach_engine(module, way))
 
 
 def _layer_modules(engine: str) -> tuple[str, ...]:
@@ -47,20 +47,20 @@ def _layer_modules(engine: str) -> tuple[str, ...]:
         from sglang_moe_ext.engines.vllm.installation import LAYER_MODULE
 
         return (LAYER_MODULE,)
-    from sglang_moe_ext.engines.sglang.targets import LAYER_MODULES
+    from sglang_moe_ext.engines.sglang.hook_points import LAYER_MODULES
 
     return LAYER_MODULES
 
 
-def attach(layer: ModuleType, way: str) -> None:
+def attach_engine(layer: ModuleType, way: str) -> None:
     """Hook the engine whose layer module this is, unless that has been done or is switched off."""
     started = time.perf_counter()
     try:
-        from sglang_moe_ext.serving import hooks
+        from sglang_moe_ext.serving import attach
     except Exception as error:
         _say_off(error)
     else:
-        hooks.attach(layer, way, started)
+        attach.attach(layer, way, started)
 
 
 def _say_off(error: Exception) -> None:

@@ -9,24 +9,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_moe_ext.core import EngineError, TileConfig
-from sglang_moe_ext.engines import releases
-from sglang_moe_ext.engines.lookups import Answer
-from sglang_moe_ext.engines.tunable import Asked, Installation
-from sglang_moe_ext.store import merge, path_tables, provenance
-from sglang_moe_ext.store.merge import Refused, Stored
-from sglang_moe_ext.store.path_tables import PathTable
-from sglang_moe_ext.tuning import destinations, measured_run, pickup, plan, predict, records
-from sglang_moe_ext.tuning.binaries import KernelSource
-from sglang_moe_ext.tuning.compile import compile_all
-from sglang_moe_ext.tuning.compile_cache import CompileCache, default_path
-from sglang_moe_ext.tuning.destinations import Destination
+from sglang_moe_ext.engines import installed
+from sglang_moe_ext.engines.adapter import Asked, Installation
+from sglang_moe_ext.engines.lookup_probe import Answer
+from sglang_moe_ext.tables import kernel_table, merge, provenance
+from sglang_moe_ext.tables.kernel_table import PathTable
+from sglang_moe_ext.tables.merge import Refused, Stored
+from sglang_moe_ext.tuning import install_target, plan, results_to_tables, verify_install
+from sglang_moe_ext.tuning.bench.messages import Runner
+from sglang_moe_ext.tuning.compile.cache import CompileCache, default_path
+from sglang_moe_ext.tuning.compile.kernel_source import KernelSource, kernel_source
+from sglang_moe_ext.tuning.compile.pool import compile_all
+from sglang_moe_ext.tuning.install_target import Destination
 from sglang_moe_ext.tuning.plan import Plan
-from sglang_moe_ext.tuning.predict import Predicted
-from sglang_moe_ext.tuning.questions import Runner
-from sglang_moe_ext.tuning.records import Results
-from sglang_moe_ext.tuning.rematch import Measured
 from sglang_moe_ext.tuning.request import Progress, Request
-from sglang_moe_ext.tuning.sources import kernel_source
+from sglang_moe_ext.tuning.results_to_tables import Results
+from sglang_moe_ext.tuning.run import session
+from sglang_moe_ext.tuning.search import predict
+from sglang_moe_ext.tuning.search.final_comparison import Measured
+from sglang_moe_ext.tuning.search.predict import Predicted
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +53,10 @@ def destination_of(request: Request, engine: Installation | None) -> Destination
         EngineError: there is no Triton, or one that no engine reads tables of.
         StoreError: an overlay is needed and cannot be made.
     """
-    triton = releases.running_triton()
+    triton = installed.running_triton()
     if triton is None:
         raise EngineError("no Triton is installed: `pip install triton` brings the compiler that tuning needs")
-    return destinations.CHOSEN[request.engine](request.install, request.output_dir, engine, triton)
+    return install_target.CHOSEN[request.engine](request.install, request.output_dir, engine, triton)
 
 
 def plan_of(request: Request, progress: Progress) -> Plan:
@@ -67,10 +68,10 @@ def plan_of(request: Request, progress: Progress) -> Plan:
     if request.tunable.find() is None:
         return plan.made(request, None)
     progress("asking", 0, 1)
-    with closing(request.tunable.asked(pickup.environment({}))) as today:
-        answer = today.answer(pickup.question(request))
+    with closing(request.tunable.asked(verify_install.environment({}))) as today:
+        answer = today.answer(verify_install.question(request))
     progress("asking", 1, 1)
-    return plan.made(request, pickup.pairs_of(answer))
+    return plan.made(request, verify_install.pairs_of(answer))
 
 
 def run(request: Request, progress: Progress) -> Outcome:
@@ -82,32 +83,34 @@ def run(request: Request, progress: Progress) -> Outcome:
     engine = request.tunable.find()
     destination = destination_of(request, engine)
     source = kernel_source(engine, request.tunable)
-    triton = releases.running_triton() or ""
+    triton = installed.running_triton() or ""
     kept = plan.sifted(request.shape, request.gpu, request.tunable).kept
     for place in itertools.chain.from_iterable(of.values() for of in _places(request, destination, triton)):
         merge.read(place)  # what cannot be merged is better known before the work than after it
-    path_tables.read(_paths_file(request, triton))
+    kernel_table.read(_paths_file(request, triton))
     with ExitStack() as processes:
 
         def ask_later(environment: dict[str, str]) -> Asked:
-            return processes.enter_context(closing(request.tunable.asked(pickup.environment(environment))))
+            return processes.enter_context(closing(request.tunable.asked(verify_install.environment(environment))))
 
         today = None if engine is None else ask_later({} if destination is None else destination.environment_today)
         read_by_engine = None if engine is None else destination
         # A measuring run has cores to spare for an engine that gets ready meanwhile; a predicting one needs them all.
         proof = ask_later(read_by_engine.environment) if read_by_engine and request.measuring else None
         if request.measuring is not None and today is not None:
-            folder = processes.enter_context(measured_run.opened(request, request.measuring, source))
-            found = measured_run.results(request, request.measuring, folder, kept, today, source, progress)
+            folder = processes.enter_context(session.opened(request, request.measuring, source))
+            found = session.results(request, request.measuring, folder, kept, today, source, progress)
             results: Results = found.pairs
             paths = found.paths
         else:
             folder, paths = None, {}
             results = _predicted(request, kept, destination, today, source, progress)
         progress("writing", 0, 1)
-        circumstances = records.circumstances(request, engine, source.name)
+        circumstances = results_to_tables.circumstances(request, engine, source.name)
         stored = _put(request, results, circumstances, destination, triton)
-        own = _put_paths(request, records.paths(paths, _ours_to_say(request, engine, results), circumstances), triton)
+        own = _put_paths(
+            request, results_to_tables.paths(paths, _ours_to_say(request, engine, results), circumstances), triton
+        )
         progress("writing", 1, 1)
         if folder is not None:
             folder.finish()
@@ -151,7 +154,7 @@ def _predicted(
 ) -> dict[int, Predicted]:
     if today is not None:
         progress("asking", 0, 1)
-        answer = today.answer(pickup.question(request))
+        answer = today.answer(verify_install.question(request))
         progress("asking", 1, 1)
         is_new_folder = destination is not None and not destination.is_there
         if not (request.output_dir is not None and is_new_folder):
@@ -170,8 +173,8 @@ def _predicted(
 def _put(
     request: Request, results: Results, run_of: provenance.Run, destination: Destination | None, triton: str
 ) -> dict[Path, Stored | Refused]:
-    ours = records.tables(request, results, run_of)
-    others = records.tables(request, records.for_any_engine(results), run_of)
+    ours = results_to_tables.tables(request, results, run_of)
+    others = results_to_tables.tables(request, results_to_tables.for_any_engine(results), run_of)
     changes: dict[Path, Stored] = {}
     pairs: list[tuple[Path, Path]] = []
     for place in _places(request, destination, triton):
@@ -188,7 +191,7 @@ def _put_paths(request: Request, table: PathTable, triton: str) -> list[Path]:
     """Write the table of our own path where our plugin reads it, and no engine; the file, if there is something."""
     if not table:
         return []
-    path_tables.put(file := _paths_file(request, triton), table)
+    kernel_table.put(file := _paths_file(request, triton), table)
     return [file]
 
 
@@ -199,15 +202,15 @@ def _ours_to_say(request: Request, engine: Installation | None, results: Results
 
 
 def _paths_file(request: Request, triton: str) -> Path:
-    up = destinations.table_names(request.tunable, request.shape, request.gpu.device_name)[False]
-    return path_tables.beside(destinations.store_folder(request.engine, triton) / up)
+    up = install_target.table_names(request.tunable, request.shape, request.gpu.device_name)[False]
+    return kernel_table.beside(install_target.store_folder(request.engine, triton) / up)
 
 
 def _places(request: Request, destination: Destination | None, triton: str) -> list[dict[bool, Path]]:
     """The up table (False), and the down table (True) where there is one, in each folder that the run writes to."""
-    names = destinations.table_names(request.tunable, request.shape, request.gpu.device_name)
+    names = install_target.table_names(request.tunable, request.shape, request.gpu.device_name)
     folders = [] if destination is None else [destination.folder]
-    stored = destinations.store_folder(request.engine, triton)
+    stored = install_target.store_folder(request.engine, triton)
     return [{down: folder / name for down, name in names.items()} for folder in (*folders, stored)]
 
 
@@ -219,13 +222,13 @@ def _proven(
     progress: Progress,
 ) -> Answer | None:
     """The engine's own answer to what was written, None where nothing was."""
-    names = destinations.table_names(request.tunable, request.shape, request.gpu.device_name)
+    names = install_target.table_names(request.tunable, request.shape, request.gpu.device_name)
     files = {down: destination.folder / name for down, name in names.items()}
     found = {down: result.table for down, file in files.items() if isinstance(result := stored.get(file), Stored)}
     if found.keys() != files.keys():
         return None
     progress("pick-up", 0, 1)
-    written = pickup.Written(found[False], files[False], found.get(True), files.get(True))
-    answer = pickup.prove(written, request, proof)
+    written = verify_install.Written(found[False], files[False], found.get(True), files.get(True))
+    answer = verify_install.prove(written, request, proof)
     progress("pick-up", 1, 1)
     return answer

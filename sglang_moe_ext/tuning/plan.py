@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sglang_moe_ext.core import CompileJob, Gpu, GpuError, ModelError, MoEShape, TileConfig
-from sglang_moe_ext.engines.known import SGLANG
-from sglang_moe_ext.engines.tunable import Tunable
-from sglang_moe_ext.roofline import pair_floor_us
-from sglang_moe_ext.tuning import candidates, predict, space, wave_model
-from sglang_moe_ext.tuning.farm import default_workers
-from sglang_moe_ext.tuning.questions import Pair
+from sglang_moe_ext.engines.adapter import Tunable
+from sglang_moe_ext.engines.registry import SGLANG
+from sglang_moe_ext.gpu.roofline import pair_floor_us
+from sglang_moe_ext.tuning.bench.messages import Pair
+from sglang_moe_ext.tuning.compile.pool import default_workers
 from sglang_moe_ext.tuning.request import Request
+from sglang_moe_ext.tuning.search import candidates, cost_model, predict, space
 
 DEFAULT_TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 8192, 16384)
 """Upstream's 18 batch sizes, and the two that a chunked prefill asks for: the engine takes the nearest, however far."""
@@ -110,6 +110,6 @@ def _row(kept: tuple[TileConfig, ...], shape: MoEShape, gpu: Gpu, tokens: int, i
 
 def _estimate(pair: Pair, shape: MoEShape, gpu: Gpu, tokens: int) -> float:
     return sum(
-        wave_model.gemm(config, shape, gpu, tokens, projection, wave_model.estimated(config, shape, gpu)).us
+        cost_model.gemm(config, shape, gpu, tokens, projection, cost_model.estimated(config, shape, gpu)).us
         for projection, config in pair.items()
     )

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_moe_ext.core import Gpu, MoEShape, Projection
-from sglang_moe_ext.engines.known import ENGINES
-from sglang_moe_ext.engines.tunable import EngineName, Tunable
-from sglang_moe_ext.tuning.destinations import Install
-from sglang_moe_ext.tuning.routing import Source
-from sglang_moe_ext.tuning.search import EffortName
+from sglang_moe_ext.engines.adapter import EngineName, Tunable
+from sglang_moe_ext.engines.registry import ENGINES
+from sglang_moe_ext.tuning.bench.routing import Source
+from sglang_moe_ext.tuning.install_target import Install
+from sglang_moe_ext.tuning.search.screening import EffortName
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of the stage, how much of it is done, and how much there is; from any thread."""

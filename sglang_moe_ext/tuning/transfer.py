@@ -8,15 +8,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from sglang_moe_ext.core import PROJECTIONS, MoEShape, Projection, StoreError, TileConfig
-from sglang_moe_ext.engines.known import ENGINES
-from sglang_moe_ext.engines.tunable import EngineName
-from sglang_moe_ext.shapes import parse_shape
-from sglang_moe_ext.sorted_path import SortedPath
-from sglang_moe_ext.tuning import one_config
-from sglang_moe_ext.tuning.questions import Check, Checked, Screen, Screened
-from sglang_moe_ext.tuning.recording import Recording
-from sglang_moe_ext.tuning.rematch import is_right
-from sglang_moe_ext.tuning.search import Times
+from sglang_moe_ext.engines.adapter import EngineName
+from sglang_moe_ext.engines.registry import ENGINES
+from sglang_moe_ext.models import parse_shape
+from sglang_moe_ext.sorted_kernels import SortedPath
+from sglang_moe_ext.tuning.bench.messages import Check, Checked, Screen, Screened
+from sglang_moe_ext.tuning.run.journal_reader import Recording
+from sglang_moe_ext.tuning.search import screening
+from sglang_moe_ext.tuning.search.final_comparison import is_right
+from sglang_moe_ext.tuning.search.screening import Times
 
 _KERNEL = re.compile(r"(?P<title>\w+) (?P<version>\S+)'s own kernel, Triton (?P<triton>\S+)")
 
@@ -69,7 +69,7 @@ def best(journal: Recording, source: Source, engine: EngineName) -> dict[int, Tr
     effective, quantisation = ENGINES[engine].effective, source.shape.quantisation
     found: dict[int, Transferred] = {}
     for tokens, times in sorted(_times(journal).items()):
-        fit = (config for config in one_config.ranked(times) if not config.use_tma and config not in wrong)
+        fit = (config for config in screening.ranked(times) if not config.use_tma and config not in wrong)
         if (config := next(fit, None)) is not None:
             us = sum(times[projection][config] for projection in PROJECTIONS)
             found[tokens] = Transferred(effective(config, quantisation), us)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sglang_moe_ext.core import Quantisation
-from sglang_moe_ext.kernels.scales import Scales, quantise_activations, quantise_weights
+from sglang_moe_ext.kernels.quantize import Scales, quantise_activations, quantise_weights
 
 QUANTISATIONS = {
     "bf16": (torch.bfloat16, Quantisation()),

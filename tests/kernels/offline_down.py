@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sglang_moe_ext.core import Quantisation
 from sglang_moe_ext.kernels.compiled import TargetOnlyDriver, resources_of
-from sglang_moe_ext.kernels.scales import Scales
+from sglang_moe_ext.kernels.quantize import Scales
 
 KINDS = {
     "bf16": (torch.bfloat16, Quantisation()),

@@ -12,8 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from offline_down import compiled
 
 from sglang_moe_ext.kernels.compiled import resources_of
-from sglang_moe_ext.kernels.gather_sum import gather_config, sum_arguments
-from sglang_moe_ext.kernels.gather_sum_kernel import gather_sum_kernel
+from sglang_moe_ext.kernels.gather_sum import gather_config, gather_sum_kernel, sum_arguments
 
 
 @pytest.mark.parametrize("slots", [1, 8, 9])

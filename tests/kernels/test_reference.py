@@ -5,8 +5,8 @@ import torch
 from moe_problems import QUANTISATIONS, naive_gemm, problem, routing
 
 from sglang_moe_ext.core import MoEExtError, Quantisation
+from sglang_moe_ext.kernels.quantize import Scales, quantise_activations, quantise_weights, real_weights
 from sglang_moe_ext.kernels.reference import Alignment, grouped_gemm, moe_align, moe_layer, relative_error
-from sglang_moe_ext.kernels.scales import Scales, quantise_activations, quantise_weights, real_weights
 
 ROUTES = ["spread", "one", "elsewhere", "nobody"]
 

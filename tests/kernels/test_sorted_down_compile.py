@@ -12,10 +12,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from offline_down import check_needs, compiled, operands
 
-from sglang_moe_ext.kernels import tma_operands
-from sglang_moe_ext.kernels.sorted_down import kernel_arguments
-from sglang_moe_ext.kernels.sorted_down_kernel import sorted_down_kernel
-from sglang_moe_ext.sorted_path import DownConfig
+from sglang_moe_ext.kernels import tma
+from sglang_moe_ext.kernels.sorted_down import kernel_arguments, sorted_down_kernel
+from sglang_moe_ext.sorted_kernels import DownConfig
 
 # (sm, kind, tile, registers, bytes of shared memory) of Triton 3.7.1, 2026-11-21. Triton 3.6.0 needs the same memory,
 # up to 51 registers more, and on sm_120 a frame of 8 bytes.
@@ -125,7 +124,7 @@ def test_looking_for_experts_of_this_rank_costs_nothing_where_all_are_here() -> 
 
 def test_a_descriptor_of_weights_is_made_once_and_keeps_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: dict[tuple[Any, ...], Any] = {}
-    monkeypatch.setattr(tma_operands, "_kept", kept)
+    monkeypatch.setattr(tma, "_kept", kept)
     config = DownConfig(64, 128, 64, 8, 4, 3)
     first, again = (arguments("bf16", config)["b_desc"] for _ in range(2))
     other = arguments("bf16", DownConfig(64, 64, 64, 8, 4, 3))["b_desc"]
@@ -136,8 +135,8 @@ def test_a_descriptor_of_weights_is_made_once_and_keeps_no_weights(monkeypatch: 
 
 def test_the_descriptors_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: dict[tuple[Any, ...], Any] = {}
-    monkeypatch.setattr(tma_operands, "_kept", kept)
-    monkeypatch.setattr(tma_operands, "DESCRIPTORS_KEPT", 3)
+    monkeypatch.setattr(tma, "_kept", kept)
+    monkeypatch.setattr(tma, "DESCRIPTORS_KEPT", 3)
     for experts in range(1, 9):
         arguments("bf16", DownConfig(64, 128, 64, 8, 4, 3), experts=experts)
     assert 0 < len(kept) <= 3

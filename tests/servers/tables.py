@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from sglang_moe_ext.core import MoEShape, Table, TileConfig
-from sglang_moe_ext.engines.sglang import installation, naming
-from sglang_moe_ext.store import tables
+from sglang_moe_ext.engines.sglang import installation, table_names
+from sglang_moe_ext.tables import config_table
 from tests.servers import tiny_model
 
 SHAPE = MoEShape(
@@ -25,11 +25,11 @@ def path_in(store: Path) -> Path:
     """Where the table lies, for the Triton of the tests."""
     triton = installation.running_triton()
     assert triton is not None
-    name = naming.file_name(naming.table_key(SHAPE, DEVICE_NAME))
-    return store / "tables" / "sglang" / naming.version_folder(triton) / name
+    name = table_names.file_name(table_names.table_key(SHAPE, DEVICE_NAME))
+    return store / "tables" / "sglang" / table_names.version_folder(triton) / name
 
 
-def put(store: Path, text: str = tables.to_json(TABLE)) -> Path:
+def put(store: Path, text: str = config_table.to_json(TABLE)) -> Path:
     """The file with that text, in that store."""
     path = path_in(store)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from sglang_moe_ext.tuning import captured
-from sglang_moe_ext.tuning.captured import Captured
+from sglang_moe_ext.tuning.bench import captured_routing
+from sglang_moe_ext.tuning.bench.captured_routing import Captured
 from tests.servers import tables, tiny_model
 from tests.servers.runs import PROMPTS
 from tests.servers.server import Server, Site, starting
@@ -69,7 +69,7 @@ def killed(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Killed:
 
 
 def test_the_tuner_reads_what_a_killed_server_captured(killed: Killed) -> None:
-    source = captured.source(killed.folder, tables.SHAPE)
+    source = captured_routing.source(killed.folder, tables.SHAPE)
     (maker,) = source.makers
     assert isinstance(maker, Captured)
     assert sum(maker.lengths) >= len(PROMPTS[1])

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import pytest
 
-from sglang_moe_ext.engines import entries
+from sglang_moe_ext.engines import config_dict
 from tests.servers import runs, tables
 from tests.servers.runs import Run
 from tests.servers.server import Site
 
 VERSIONS = ("0.5.12", "0.5.15", "0.5.18", "0.5.20", "0.5.23")
-OURS = entries.entry_of(tables.OURS)
+OURS = config_dict.entry_of(tables.OURS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,11 +21,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load, load_file
 
 from sglang_moe_ext.core import MoEShape
-from sglang_moe_ext.engines.sglang.runner_hook import Batch
-from sglang_moe_ext.serving import capture, capture_writer
-from sglang_moe_ext.serving.capture import VARIABLE, Recorder, Wish
-from sglang_moe_ext.serving.capture_writer import Bounds, Table
-from sglang_moe_ext.tuning import captured, routing
+from sglang_moe_ext.engines.sglang.routing_hook import Batch
+from sglang_moe_ext.serving import capture
+from sglang_moe_ext.serving.capture import VARIABLE, Bounds, Recorder, Table, Wish
+from sglang_moe_ext.tuning.bench import captured_routing, routing
 
 CHILD = Path(__file__).parent / "children" / "capturing.py"
 SHAPE = MoEShape(16, 64, 64, 2)
@@ -139,7 +138,7 @@ class TestWhatLiesThere:
         capture.install(module, Wish(tmp_path))
         run(module, ids)
         wait_until(lambda: rows_kept(tmp_path))
-        [made] = routing.routings(captured.source(tmp_path, SHAPE), SHAPE, 20, 1, 0, "cpu")
+        [made] = routing.routings(captured_routing.source(tmp_path, SHAPE), SHAPE, 20, 1, 0, "cpu")
         assert torch.equal(made.topk_ids.cpu(), ids)
 
     def test_fused_shared_experts_are_the_tuners_too(self, tmp_path: Path) -> None:
@@ -148,7 +147,7 @@ class TestWhatLiesThere:
         capture.install(module, Wish(tmp_path))
         run(module, ids)
         wait_until(lambda: rows_kept(tmp_path))
-        [made] = routing.routings(captured.source(tmp_path, SHARED), SHARED, 20, 1, 0, "cpu")
+        [made] = routing.routings(captured_routing.source(tmp_path, SHARED), SHARED, 20, 1, 0, "cpu")
         assert torch.equal(made.topk_ids.cpu(), ids)
 
     def test_a_batch_is_written_as_it_was_when_the_layer_began(self, tmp_path: Path) -> None:
@@ -173,7 +172,7 @@ class TestWhatLiesThere:
     )
     def test_safetensors_reads_the_table_that_was_encoded(self, rows: list[list[int]], layer: int) -> None:
         ids = torch.tensor(rows, dtype=torch.int32).view(-1, 3)
-        read = load(capture_writer.encoded(Table(layer, 3, ids.numpy().tobytes())))["topk_ids"]
+        read = load(capture.encoded(Table(layer, 3, ids.numpy().tobytes())))["topk_ids"]
         assert torch.equal(read, ids)
 
 
@@ -183,24 +182,24 @@ class TestTheBound:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             for index, size in enumerate(sizes):
-                capture_writer.keep(folder, table(size), index, "0123abcd", Bounds(most))
+                capture.keep(folder, table(size), index, "0123abcd", Bounds(most))
             assert rows_kept(folder) == sorted(sizes)[-most:]
 
     def test_all_files_together_are_no_larger_than_that(self, tmp_path: Path) -> None:
         bounds = Bounds(1000, most_bytes=4000)
         for index in range(20):
-            capture_writer.keep(tmp_path, table(50 + index), index, "0123abcd", bounds)
+            capture.keep(tmp_path, table(50 + index), index, "0123abcd", bounds)
             assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 4000
         assert rows_kept(tmp_path)[-1] == 69
 
     def test_a_table_that_is_larger_than_all_room_is_left_out(self, tmp_path: Path) -> None:
-        assert capture_writer.keep(tmp_path, table(5000), 0, "0123abcd", Bounds(10, most_bytes=4000)) == 4000
+        assert capture.keep(tmp_path, table(5000), 0, "0123abcd", Bounds(10, most_bytes=4000)) == 4000
         assert rows_kept(tmp_path) == []
 
     def test_two_runs_share_the_bound_and_take_no_name_from_each_other(self, tmp_path: Path) -> None:
         for run_name in ("00000000", "11111111", "22222222"):
             for index in range(2):
-                capture_writer.keep(tmp_path, table(10), index, run_name, Bounds(5))
+                capture.keep(tmp_path, table(10), index, run_name, Bounds(5))
         assert rows_kept(tmp_path) == [10] * 5
 
     def test_files_of_others_are_neither_counted_nor_removed(self, tmp_path: Path) -> None:
@@ -208,7 +207,7 @@ class TestTheBound:
         for other in others:
             other.touch()
         for index in range(3):
-            capture_writer.keep(tmp_path, table(10 + index), index, "0123abcd", Bounds(1))
+            capture.keep(tmp_path, table(10 + index), index, "0123abcd", Bounds(1))
         assert all(other.exists() for other in others)
         assert len(list(tmp_path.iterdir())) == 3
 
@@ -320,11 +319,11 @@ class TestFaults:
                 wait_until(lambda before=before: len(list(tmp_path.glob("topk_ids_layer*"))) > before)
                 time.sleep(0.1)  # it is in the middle of the next file
                 child.send_signal(signal.SIGKILL)
-        whole = len(capture_writer.encoded(table(2_000)))
+        whole = len(capture.encoded(table(2_000)))
         sizes = [file.stat().st_size for file in tmp_path.iterdir()]
         assert any(0 < size < whole for size in sizes), "no kill met a half-written file"
-        [made] = captured.source(tmp_path, SHAPE).makers
-        assert isinstance(made, captured.Captured)
+        [made] = captured_routing.source(tmp_path, SHAPE).makers
+        assert isinstance(made, captured_routing.Captured)
         assert sum(made.lengths) == sum(rows_kept(tmp_path))
 
     def test_half_written_files_of_a_killed_server_are_removed_when_they_are_old(self, tmp_path: Path) -> None:
@@ -332,7 +331,7 @@ class TestFaults:
         for path in (old, new):
             path.touch()
         os.utime(old, (0, 0))
-        capture_writer.clear_abandoned(tmp_path)
+        capture.clear_abandoned(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [new.name]
 
 

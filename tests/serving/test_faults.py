@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from sglang_moe_ext.core import Table
-from sglang_moe_ext.engines.sglang import naming
-from sglang_moe_ext.store import merge, user_store
-from sglang_moe_ext.store.merge import Stored
+from sglang_moe_ext.engines.sglang import table_names
+from sglang_moe_ext.tables import merge, user_store
+from sglang_moe_ext.tables.merge import Stored
 from tests.engines.installed import REPO_ROOT
-from tests.serving.test_overlay import H200, SHAPE, TRITON, config, known
+from tests.serving.test_selection import H200, SHAPE, TRITON, config, known
 
 READERS, WRITES = 8, 60
 TOKENS = (1, 64, 4096)
@@ -27,19 +27,19 @@ TOKENS = (1, 64, 4096)
 LOOKUP = """
 import json, logging, sys
 from pathlib import Path
-from sglang_moe_ext import gpus
-from sglang_moe_ext.serving import overlay, shelf
-from sglang_moe_ext.serving.overlay import Ours
-from sglang_moe_ext.serving.shelf import Place
-from sglang_moe_ext.shapes.stated import parse_shape
+from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.serving import selection, table_search
+from sglang_moe_ext.serving.selection import Ours
+from sglang_moe_ext.serving.table_search import Place
+from sglang_moe_ext.models.shape_string import parse_shape
 
-root, shape, triton, gpu = Path(sys.argv[1]), parse_shape(sys.argv[2]), sys.argv[3], gpus.find("H200")
+root, shape, triton, gpu = Path(sys.argv[1]), parse_shape(sys.argv[2]), sys.argv[3], specs.find("H200")
 lines = []
-logging.getLogger("sglang_moe_ext.serving.shelf").addFilter(lambda record: lines.append(record.getMessage()))
+logging.getLogger("sglang_moe_ext.serving.table_search").addFilter(lambda record: lines.append(record.getMessage()))
 
 def looked_up():
-    found = shelf.gathered(shape, gpu.device_name, gpu, triton, [Place("your", root)])
-    chosen = [overlay.chosen(found, tokens) for tokens in (1, 64, 4096)]
+    found = table_search.gathered(shape, gpu.device_name, gpu, triton, [Place("your", root)])
+    chosen = [selection.chosen(found, tokens) for tokens in (1, 64, 4096)]
     ours = [it for it in chosen if isinstance(it, Ours)]
     return [sorted({it.up.group_m for it in ours}), sorted({it.down.group_m for it in ours if it.down}), len(ours)]
 """
@@ -101,9 +101,9 @@ def table(mark: int) -> Table:
 
 def put(root: Path, mark: int) -> None:
     """Store the tables of both projections as a tuner does."""
-    folder = root / naming.version_folder(TRITON)
-    keys = [naming.table_key(SHAPE, H200.device_name, down=down) for down in (False, True)]
-    up, down = (folder / naming.file_name(key) for key in keys)
+    folder = root / table_names.version_folder(TRITON)
+    keys = [table_names.table_key(SHAPE, H200.device_name, down=down) for down in (False, True)]
+    up, down = (folder / table_names.file_name(key) for key in keys)
     stored = Stored(table(mark), known(table(mark)))
     merge.put({up: stored, down: stored}, pairs=[(up, down)])
 

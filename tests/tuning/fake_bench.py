@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from sglang_moe_ext.tuning.questions import Answer, Check, Checked, Question, Race, Raced, Screen, Screened
+from sglang_moe_ext.tuning.bench.messages import Answer, Check, Checked, Question, Race, Raced, Screen, Screened
 
 FINE, RAISES, HANGS, EXITS, SEGFAULTS, STICKY, OUT_OF_MEMORY, POISONS, WARNS = range(1, 10)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from hypothesis import strategies as st
 
 from sglang_moe_ext.core import CompileKey, Failure, Projection, TileConfig
-from sglang_moe_ext.tuning.questions import (
+from sglang_moe_ext.tuning.bench.messages import (
     Answer,
     Check,
     Checked,
@@ -21,7 +21,7 @@ from sglang_moe_ext.tuning.questions import (
     Screened,
     ScreenPath,
 )
-from tests.store.generated import paths
+from tests.tables.generated import paths
 
 whole = st.integers(1, 2**31 - 1)
 times = st.floats(allow_nan=False)

@@ -9,24 +9,37 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sglang_moe_ext import gpus
 from sglang_moe_ext.core import CompileJob, Failure, MoEShape, Projection, Quantisation, Resources, TileConfig
-from sglang_moe_ext.tuning import candidates, journal, on_gpu, plan, recording
-from sglang_moe_ext.tuning.journal import Journal
-from sglang_moe_ext.tuning.on_gpu import Task
-from sglang_moe_ext.tuning.questions import Answer, Ask, Check, Checked, Pair, Question, Race, Raced, Screen, Screened
-from sglang_moe_ext.tuning.recording import Recording
-from sglang_moe_ext.tuning.rematch import Measured
+from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.tuning import plan
+from sglang_moe_ext.tuning.bench.messages import (
+    Answer,
+    Ask,
+    Check,
+    Checked,
+    Pair,
+    Question,
+    Race,
+    Raced,
+    Screen,
+    Screened,
+)
+from sglang_moe_ext.tuning.bench.routing import MIXED
 from sglang_moe_ext.tuning.request import Measuring, Request
-from sglang_moe_ext.tuning.routing import MIXED
-from sglang_moe_ext.tuning.station import Station
+from sglang_moe_ext.tuning.run import journal, journal_reader, search_loop
+from sglang_moe_ext.tuning.run.executor import Station
+from sglang_moe_ext.tuning.run.journal import Journal
+from sglang_moe_ext.tuning.run.journal_reader import Recording
+from sglang_moe_ext.tuning.run.search_loop import Task
+from sglang_moe_ext.tuning.search import candidates
+from sglang_moe_ext.tuning.search.final_comparison import Measured
 
 JOURNALS = Path(__file__).resolve().parents[1] / "data" / "journals"
 LAYERS = {
     "glm_4_7_flash_bf16": MoEShape(65, 1536, 2048, 5, fused_shared=1),
     "qwen3_30b_a3b_fp8_block": MoEShape(128, 768, 2048, 8, Quantisation("fp8_w8a8", (128, 128))),
 }
-GPU = gpus.find("H200")
+GPU = specs.find("H200")
 FITS = Resources(smem_bytes=65536, registers=128, spill_bytes=0)
 MEASURING = Measuring(effort="full", with_tma=("down",), budget_s=None, routing=MIXED, gpus=("0",))
 
@@ -37,7 +50,7 @@ def path_of(layer: str) -> Path:
 
 @functools.cache
 def recorded(layer: str) -> Recording:
-    return recording.read(path_of(layer))
+    return journal_reader.read(path_of(layer))
 
 
 def request_of(layer: str, tokens: Sequence[int] = plan.DEFAULT_TOKENS, measuring: Measuring = MEASURING) -> Request:
@@ -61,7 +74,7 @@ def request_of(layer: str, tokens: Sequence[int] = plan.DEFAULT_TOKENS, measurin
 def tasks_of(layer: str, tokens: Sequence[int] = plan.DEFAULT_TOKENS, measuring: Measuring = MEASURING) -> list[Task]:
     request = request_of(layer, tokens, measuring)
     kept = plan.sifted(request.shape, GPU).kept
-    return on_gpu.largest_first({m: candidates.of_request(request, measuring, kept, m) for m in tokens})
+    return search_loop.largest_first({m: candidates.of_request(request, measuring, kept, m) for m in tokens})
 
 
 @functools.cache
@@ -142,7 +155,7 @@ def measured(
     today: dict[int, Pair] | None = None,
 ) -> dict[int, Measured]:
     """What a run over these stations chooses, by M; in place of the recorded incumbents those of `today`."""
-    return on_gpu.measure_all(
+    return search_loop.measure_all(
         request_of(layer, tokens, measuring),
         measuring,
         tasks_of(layer, tokens, measuring),

@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_moe_ext import cli
+from sglang_moe_ext.cli import main
 from sglang_moe_ext.core import PROJECTIONS, CompileKey, MoEShape, Quantisation, StoreError, TileConfig
-from sglang_moe_ext.engines.known import ENGINES
-from sglang_moe_ext.engines.tunable import EngineName
-from sglang_moe_ext.store import provenance, tables
+from sglang_moe_ext.engines.adapter import EngineName
+from sglang_moe_ext.engines.registry import ENGINES
+from sglang_moe_ext.tables import config_table, provenance
 from sglang_moe_ext.tuning import transfer
-from sglang_moe_ext.tuning.journal import Journal
-from sglang_moe_ext.tuning.questions import Answer, Check, Checked, Question, Screen, Screened
-from sglang_moe_ext.tuning.recording import Recording
+from sglang_moe_ext.tuning.bench.messages import Answer, Check, Checked, Question, Screen, Screened
+from sglang_moe_ext.tuning.run.journal import Journal
+from sglang_moe_ext.tuning.run.journal_reader import Recording
 from sglang_moe_ext.tuning.transfer import Source
 from tests.tuning.recorded_runs import LAYERS, path_of, recorded
 
@@ -116,7 +116,7 @@ def test_a_layer_comes_back_from_the_other_engine_as_it_was(shape: MoEShape, fus
 
 
 def exported(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    assert cli.main(("export", *arguments)) == 0
+    assert main.main(("export", *arguments)) == 0
     document: dict[str, Any] = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     return document
 
@@ -162,16 +162,16 @@ def test_a_journal_of_vllm_becomes_a_table_of_sglang(
     written = store / "tables/sglang/triton_3_6_0/E=65,N=1536,device_name=NVIDIA_H200.json"
     assert done["written"] == [str(written)]
     assert list(json.loads(written.read_text())) == ["64"]
-    assert tables.read(written) == {64: FAST.with_group(1)}
+    assert config_table.read(written) == {64: FAST.with_group(1)}
 
 
 def test_an_engines_own_journal_is_not_transferred(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(("export", str(path_of(GLM)), "--engine", "sglang")) == 1
+    assert main.main(("export", str(path_of(GLM)), "--engine", "sglang")) == 1
     assert "was measured in SGLang itself" in capsys.readouterr().err
 
 
 def test_without_a_run_the_command_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(("export", "--engine", "vllm")) == 1
+    assert main.main(("export", "--engine", "vllm")) == 1
     assert "there is no run" in capsys.readouterr().err
 
 
@@ -190,4 +190,4 @@ def test_without_a_run_the_command_says_so(capsys: pytest.CaptureFixture[str]) -
     )
 )
 def test_a_table_is_read_as_it_was_written_in_either_dialect(engine: EngineName, table: dict[int, TileConfig]) -> None:
-    assert tables.parse(json.loads(ENGINES[engine].table_text(table, "3.6.0"))) == table
+    assert config_table.parse(json.loads(ENGINES[engine].table_text(table, "3.6.0"))) == table

@@ -18,10 +18,9 @@ from typing import Any
 from sglang_moe_ext.core import ModelError, Parallelism
 from sglang_moe_ext.engines.sglang import installation
 from sglang_moe_ext.engines.sglang.sharding import NEWEST, launched_shape
-from sglang_moe_ext.shapes.autoconfig import config_of_class
-from sglang_moe_ext.shapes.experts import located
-from sglang_moe_ext.shapes.fields import read
-from sglang_moe_ext.shapes.resolve import resolve
+from sglang_moe_ext.models.config_fields import read
+from sglang_moe_ext.models.hf_config import located
+from sglang_moe_ext.models.resolve import config_of_class, resolve
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_moe_ext.core import EngineError
-from sglang_moe_ext.engines import releases
-from sglang_moe_ext.engines.releases import parse_version, running_triton
+from sglang_moe_ext.engines import installed
+from sglang_moe_ext.engines.installed import parse_version, running_triton
 
 __all__ = ["OLDEST", "Installation", "find", "parse_version", "running_triton"]
 
@@ -86,7 +86,7 @@ def find() -> Installation | None:
     Raises:
         EngineError: it is older than anything we know.
     """
-    found = releases.found("sglang")
+    found = installed.found("sglang")
     if found is None:
         return None
     version_text, root = found

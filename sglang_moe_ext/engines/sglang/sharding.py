@@ -2,8 +2,99 @@
 
 from __future__ import annotations
 
-from sglang_moe_ext.core import ModelError, MoEModel, MoEShape, Parallelism
-from sglang_moe_ext.engines.sglang.fusion import fused_shared_experts
+from dataclasses import dataclass
+
+from sglang_moe_ext.core import EngineError, ModelError, MoEModel, MoEShape, Parallelism
+
+Version = tuple[int, int, int]
+
+OLDEST_STUDIED: Version = (0, 5, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class FusionRule:
+    """When one architecture fuses its single shared expert; `until` is the first studied version that no longer does.
+
+    `architecture` is architectures[0] of config.json, before the engine renames it; `source` is under sglang/srt.
+    """
+
+    architecture: str
+    since: Version
+    source: str
+    why: str
+    routed_experts: int | None = None
+    under_ep: bool = False
+    until: Version | None = None
+
+    def holds_in(self, engine_version: Version) -> bool:
+        return self.since <= engine_version and (self.until is None or engine_version < self.until)
+
+    def covers(self, model: MoEModel, ep: int) -> bool:
+        return (
+            model.architecture == self.architecture
+            and model.shared_experts == 1  # CUDA routers append one shared slot; more than one is refused or asserted
+            and self.routed_experts in (None, model.routed_experts)
+            and (ep == 1 or self.under_ep)
+        )
+
+
+_NO_EP = "the gate asks for one shared expert and no expert parallelism"
+_V3 = "the gate of DeepSeek V3/R1: 256 routed experts, one shared, no expert parallelism"
+_BAILING = "the gate asks for one shared expert of the routed experts' size; expert parallelism does not matter"
+
+RULES: tuple[FusionRule, ...] = (
+    FusionRule("DeepseekV3ForCausalLM", (0, 5, 8), "models/deepseek_v2.py", _V3, routed_experts=256),
+    FusionRule(
+        "DeepseekV32ForCausalLM",
+        (0, 5, 8),
+        "utils/hf_transformers_utils.py",
+        "the pinned transformers does not know deepseek_v32, so the config is renamed to DeepseekV3ForCausalLM; "
+        "0.5.12 registers the type, the name stays, and the gate of V3 turns it down",
+        routed_experts=256,
+        until=(0, 5, 12),
+    ),
+    FusionRule("GlmMoeDsaForCausalLM", (0, 5, 10), "models/glm4_moe.py", _V3, routed_experts=256),
+    FusionRule("Glm4MoeForCausalLM", (0, 5, 8), "models/glm4_moe.py", _NO_EP),
+    FusionRule("Glm4MoeLiteForCausalLM", (0, 5, 8), "models/glm4_moe_lite.py", _NO_EP),
+    FusionRule("Glm4vMoeForConditionalGeneration", (0, 5, 8), "models/glm4v_moe.py", _NO_EP),
+    FusionRule(
+        "Qwen3NextForCausalLM",
+        (0, 5, 15),
+        "models/qwen2_moe.py, models/qwen3_next.py",
+        "alone in enabling the MoE block's fusion on CUDA; asks for a shared expert of the routed experts' size",
+        under_ep=True,
+    ),
+    FusionRule("MiniMaxM3SparseForCausalLM", (0, 5, 18), "models/minimax_m3.py", _NO_EP),
+    FusionRule("MiniMaxM3SparseForConditionalGeneration", (0, 5, 18), "models/minimax_m3_vl.py", _NO_EP),
+    FusionRule("BailingMoeV3ForCausalLM", (0, 5, 20), "models/bailing_moe_v3.py", _BAILING, under_ep=True),
+    FusionRule(
+        "BailingMoeV3VLForConditionalGeneration", (0, 5, 23), "models/bailing_mm_v3.py", _BAILING, under_ep=True
+    ),
+    FusionRule("Dots3NoteForCausalLM", (0, 5, 20), "models/dots3_common/modeling.py", _V3, routed_experts=256),
+    FusionRule("Glm5NextForConditionalGeneration", (0, 5, 20), "models/glm5_next.py", _NO_EP),
+)
+
+
+def fused_shared_experts(model: MoEModel, ep: int, engine_version: Version) -> int:
+    """Experts, and top-k slots, that the engine adds for shared experts.
+
+    `model.shared_experts` counts experts of the routed experts' intermediate size: one twice as wide counts as 2.
+
+    Raises:
+        EngineError: the engine is older than the oldest one studied.
+    """
+    if engine_version < OLDEST_STUDIED:
+        raise EngineError(
+            f"sglang {_text(engine_version)} is not supported: what it fuses is known from {_text(OLDEST_STUDIED)} on; "
+            "upgrade sglang"
+        )
+    fuses = any(rule.holds_in(engine_version) and rule.covers(model, ep) for rule in RULES)
+    return model.shared_experts if fuses else 0
+
+
+def _text(version: Version) -> str:
+    return ".".join(map(str, version))
+
 
 NEWEST = (0, 5, 23)
 """The newest release whose rules were checked."""

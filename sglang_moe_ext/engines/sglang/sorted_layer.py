@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sglang_moe_ext.core import MoEShape, TileConfig
-from sglang_moe_ext.engines.sglang import kernel
-from sglang_moe_ext.engines.sglang.kernel import Engine
+from sglang_moe_ext.engines.sglang import runner
+from sglang_moe_ext.engines.sglang.runner import Engine
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors, sorted_rows
-from sglang_moe_ext.sorted_path import ShortDownConfig, SortedPath, UpConfig
+from sglang_moe_ext.sorted_kernels import ShortDownConfig, SortedPath, UpConfig
 
 if TYPE_CHECKING:
     import torch
 
-    from sglang_moe_ext.kernels.scales import Scales
+    from sglang_moe_ext.kernels.quantize import Scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Layer:
 
     def scales(self, activations: torch.Tensor | None, weights: torch.Tensor | None) -> Scales | None:
         """Of a GEMM of ours."""
-        from sglang_moe_ext.kernels.scales import Scales
+        from sglang_moe_ext.kernels.quantize import Scales
 
         return None if activations is None or weights is None else Scales(self.shape.quantisation, activations, weights)
 
@@ -83,13 +83,13 @@ def read(layer: Layer) -> Values:
     """The hidden states [tokens, hidden], quantised where our up GEMM wants them so; the engine's does it itself."""
     import torch
 
-    from sglang_moe_ext.kernels import sorted_activation
+    from sglang_moe_ext.kernels import swiglu
 
     hidden = layer.tensors.hidden
     if isinstance(layer.path.up, TileConfig) or layer.shape.quantisation.scheme is None:
         return Values(hidden)
     values, scale = torch.empty_like(hidden, dtype=torch.float8_e4m3fn), _scale_for(hidden)
-    sorted_activation.launch_quantise(hidden, values, scale)
+    swiglu.launch_quantise(hidden, values, scale)
     return Values(values, scale)
 
 
@@ -101,14 +101,14 @@ def multiplied_up(layer: Layer, hidden: Values) -> Values:
     match layer.path.up:
         case TileConfig() as config:
             gate_up = hidden.values.new_empty(layer.rows, width)
-            kernel.launch(layer.engine, layer.shape, "up", _engines_gemm(layer, gate_up), config, writes_sorted=True)
+            runner.launch(layer.engine, layer.shape, "up", _engines_gemm(layer, gate_up), config, writes_sorted=True)
             return Values(gate_up)
         case UpConfig() as config:
-            from sglang_moe_ext.kernels import sorted_activation, sorted_up
+            from sglang_moe_ext.kernels import sorted_up, swiglu
 
             tensors, shape = layer.tensors, layer.shape
             # A tile is quantised in the kernel where it has all the columns of a scale.
-            quantises = config.is_fused and hidden.scale is not None and config.block_n == sorted_activation.GROUP
+            quantises = config.is_fused and hidden.scale is not None and config.block_n == swiglu.GROUP
             size = layer.rows, columns if config.is_fused else width
             gate_up = tensors.hidden.new_empty(*size, dtype=torch.float8_e4m3fn if quantises else tensors.hidden.dtype)
             scale = _scale_for(gate_up) if quantises else None
@@ -124,7 +124,7 @@ def activated(layer: Layer, gate_up: Values) -> Values:
     """What the down GEMM reads [rows, I]: what the up kernel left, activated and quantised where it is not yet."""
     import torch
 
-    from sglang_moe_ext.kernels import sorted_activation
+    from sglang_moe_ext.kernels import swiglu
 
     columns, is_scaled = layer.shape.intermediate_size, layer.shape.quantisation.scheme is not None
     if gate_up.values.shape[1] == columns and is_scaled == (gate_up.scale is not None):
@@ -133,16 +133,16 @@ def activated(layer: Layer, gate_up: Values) -> Values:
     inner = gate_up.values.new_empty(layer.rows, columns, dtype=dtype)
     if layer.shape.quantisation.per_channel:
         of_rows = inner.new_empty(layer.rows, 1, dtype=torch.float32)
-        sorted_activation.launch_swiglu_of_rows(gate_up.values, layer.aligned[2], inner, of_rows)
+        swiglu.launch_swiglu_of_rows(gate_up.values, layer.aligned[2], inner, of_rows)
         return Values(inner, of_rows)
     scale = _scale_for(inner) if is_scaled else None
-    sorted_activation.launch_swiglu(gate_up.values, layer.aligned[2], inner, scales=scale)
+    swiglu.launch_swiglu(gate_up.values, layer.aligned[2], inner, scales=scale)
     return Values(inner, scale)
 
 
 def multiplied_down(layer: Layer, inner: Values) -> torch.Tensor:
     """[rows, hidden], not yet weighted."""
-    from sglang_moe_ext.kernels import short_down, sorted_down
+    from sglang_moe_ext.kernels import sorted_down, sorted_down_short_k
 
     _, experts, padded = layer.aligned
     down = layer.tensors.hidden.new_empty(layer.rows, layer.shape.hidden_size)
@@ -150,7 +150,7 @@ def multiplied_down(layer: Layer, inner: Values) -> torch.Tensor:
     align = layer.path.block_m
     match layer.path.down:
         case ShortDownConfig() as short:
-            short_down.launch_short_down(
+            sorted_down_short_k.launch_short_down(
                 inner.values, weights, down, experts, padded, short, align_block_m=align, scales=scales
             )
         case config:
@@ -181,7 +181,7 @@ def write_sum(layer: Layer, down: torch.Tensor, out: torch.Tensor, routed_scalin
 def _scale_for(values: torch.Tensor) -> torch.Tensor:
     import torch
 
-    from sglang_moe_ext.kernels.sorted_activation import GROUP
+    from sglang_moe_ext.kernels.swiglu import GROUP
 
     rows, columns = values.shape
     return values.new_empty(rows, columns // GROUP, dtype=torch.float32)

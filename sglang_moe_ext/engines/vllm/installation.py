@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_moe_ext.core import EngineError
-from sglang_moe_ext.engines import releases
+from sglang_moe_ext.engines import installed
 
 OLDEST = (0, 20, 0)
 """The oldest release whose layout is known."""
@@ -28,7 +28,7 @@ class Installation:
 
     @property
     def version(self) -> tuple[int, int, int]:
-        return releases.parse_version(self.version_text)
+        return installed.parse_version(self.version_text)
 
     @property
     def configs_folder(self) -> Path:
@@ -42,11 +42,11 @@ def find() -> Installation | None:
     Raises:
         EngineError: it is older than anything we know.
     """
-    found = releases.found("vllm")
+    found = installed.found("vllm")
     if found is None:
         return None
     version_text, root = found
-    if releases.parse_version(version_text) < OLDEST:
+    if installed.parse_version(version_text) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise EngineError(f"vLLM {version_text} at {root} is too old: expected {oldest} or newer")
-    return Installation(version_text, root, releases.running_triton())
+    return Installation(version_text, root, installed.running_triton())

@@ -12,7 +12,7 @@ import tempfile
 from typing import Any
 
 from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEShape, Quantisation, Resources
-from sglang_moe_ext.engines.sglang import offline
+from sglang_moe_ext.engines.sglang import compile as sglang_compile
 
 
 def parsed(document: dict[str, Any]) -> CompileJob:
@@ -46,4 +46,4 @@ def said(result: Resources | Failure) -> dict[str, Any]:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
-        print(json.dumps([said(offline.compile_job(parsed(document))) for document in json.load(sys.stdin)]))
+        print(json.dumps([said(sglang_compile.compile_job(parsed(document))) for document in json.load(sys.stdin)]))

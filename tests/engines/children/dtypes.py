@@ -23,9 +23,9 @@ from torch import Tensor
 from triton.runtime.interpreter import ASTTransformer
 
 from sglang_moe_ext.core import MoEShape, Projection, Quantisation, TileConfig
-from sglang_moe_ext.engines.sglang import bootstrap, installation, kernel
+from sglang_moe_ext.engines.sglang import bootstrap, installation, runner
 from sglang_moe_ext.kernels import reference
-from sglang_moe_ext.kernels.scales import as_the_gemm_reads, quantise_activations, quantise_weights
+from sglang_moe_ext.kernels.quantize import as_the_gemm_reads, quantise_activations, quantise_weights
 from tests.kernels.interpreter import repair
 
 TOKENS = 17
@@ -68,7 +68,7 @@ def in_order_of_experts(rows: Tensor, sorted_token_ids: Tensor, filler: float) -
     return padded[sorted_token_ids.long()]
 
 
-def error_of(engine: kernel.Engine, case: dict[str, Any]) -> float | None:
+def error_of(engine: runner.Engine, case: dict[str, Any]) -> float | None:
     """Relative error of one GEMM; what the kernel left unwritten is NaN."""
     torch.manual_seed(0)
     shape, projection, change = read_shape(case["shape"]), case["projection"], case["change"]
@@ -79,7 +79,7 @@ def error_of(engine: kernel.Engine, case: dict[str, Any]) -> float | None:
     sorted_rows = tile.use_tma and projection == "down" and change != "rows in the order of pairs"
     # What nobody wrote may hold anything.
     filler = torch.finfo(a.dtype).max if change == "unwritten padding" else 0.0
-    tensors = kernel.GemmTensors(
+    tensors = runner.GemmTensors(
         a=in_order_of_experts(a, aligned.sorted_token_ids, filler) if sorted_rows else a,
         weights=with_room_behind((stored >> 4) + (stored << 4) if change == "nibbles swapped" else stored),
         out=torch.full((aligned.sorted_token_ids.numel(), stored.shape[1]), math.nan, dtype=a.dtype),
@@ -91,7 +91,7 @@ def error_of(engine: kernel.Engine, case: dict[str, Any]) -> float | None:
         num_tokens_post_padded=aligned.num_tokens_post_padded,
     )
     with our_quantiser(engine.kernels, shape.quantisation), told_to_sort(engine.kernels, change == "told to sort"):
-        kernel.launch(engine, shape, projection, tensors, tile)
+        runner.launch(engine, shape, projection, tensors, tile)
     rows, scales = (a, None) if scale is None else as_the_gemm_reads(a, scale, shape.quantisation)
     routed = topk_weights if projection == "down" else None
     expected = reference.grouped_gemm(rows, stored, topk_ids, top_k=top_k, scales=scales, routed_weights=routed)
@@ -159,7 +159,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     assert found is not None
     config = bootstrap.import_engine(found.config_module)
     bootstrap.publish_server_args()
-    engine = kernel.load() if request["gemms"] else None
+    engine = runner.load() if request["gemms"] else None
     return {
         "errors": [error_of(engine, case) for case in request["gemms"] if engine is not None],
         "names": [names_looked_for(config, case) for case in request["names"]],

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sglang_moe_ext.core import MoEShape, TileConfig
-from sglang_moe_ext.engines.sglang import bootstrap, installation, kernel, lookup_child, whole_layer
+from sglang_moe_ext.engines.sglang import bootstrap, installation, lookup_probe, runner
 from sglang_moe_ext.engines.sglang.installation import Installation
 from sglang_moe_ext.engines.tensors import LayerTensors
 
@@ -43,20 +43,20 @@ def misfit(function: Callable[..., Any], name: str) -> str | None:
 
 def record_our_calls(engine: Installation, config: Any, lookup: dict[str, Any]) -> None:
     layer = SimpleNamespace(fused_experts_impl=recorded("fused_experts_impl", None), moe_sum_reduce=None)
-    recorder = kernel.Engine(
+    recorder = runner.Engine(
         engine.version,
         kernels=SimpleNamespace(invoke_fused_moe_kernel=recorded("invoke_fused_moe_kernel", None)),
         aligner=SimpleNamespace(moe_align_block_size=recorded("moe_align_block_size", (None, None, None))),
         layer=layer,
     )
     recorder.align(None, 16, 8)  # type: ignore[arg-type]
-    tensors = kernel.GemmTensors(*[None] * 9)  # type: ignore[arg-type]
+    tensors = runner.GemmTensors(*[None] * 9)  # type: ignore[arg-type]
     shape, tile = MoEShape(8, 64, 64, 2), TileConfig(16, 32, 64, 1, 4, 2)
-    kernel.launch(recorder, shape, "up", tensors, tile)
-    whole_layer.run(recorder, shape, LayerTensors(*[None] * 7), tile, tile)  # type: ignore[arg-type]
+    runner.launch(recorder, shape, "up", tensors, tile)
+    runner.run(recorder, shape, LayerTensors(*[None] * 7), tile, tile)  # type: ignore[arg-type]
     real = config.try_get_optimal_moe_config
     config.try_get_optimal_moe_config = recorded("try_get_optimal_moe_config", ({}, (None, None)))
-    lookup_child.answer(engine, config, lookup)
+    lookup_probe.answer(engine, config, lookup)
     config.try_get_optimal_moe_config = real
 
 
@@ -87,7 +87,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     lookups = {}
     for name, lookup in request["lookups"].items():
         config.get_moe_configs.cache_clear()
-        lookups[name] = lookup_child.answer(engine, config, lookup)
+        lookups[name] = lookup_probe.answer(engine, config, lookup)
     return {
         "names": [file_name(config, case) for case in request["names"]],
         "misfits": {name: misfit(function, name) for name, function in functions.items()},

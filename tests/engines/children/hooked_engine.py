@@ -22,8 +22,8 @@ from typing import Any
 from sglang_moe_ext import SWITCH
 from sglang_moe_ext.core import MoEShape, Quantisation
 from sglang_moe_ext.engines import running
-from sglang_moe_ext.engines.sglang import bootstrap, installation, kernel, targets
-from sglang_moe_ext.serving import guard, hooks, plugin
+from sglang_moe_ext.engines.sglang import bootstrap, hook_points, installation, runner
+from sglang_moe_ext.serving import attach, guard, plugin
 
 SHAPES = {
     "bf16": MoEShape(12, 320, 512, 3),
@@ -35,7 +35,7 @@ SHAPES = {
 }
 TOKENS = 64
 OVERRIDE = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 16, "BLOCK_SIZE_K": 16, "GROUP_SIZE_M": 3}
-NAMES = (targets.LOOKUP, targets.LAUNCH)
+NAMES = (hook_points.LOOKUP, hook_points.LAUNCH)
 LINES: list[str] = []
 
 
@@ -59,13 +59,13 @@ class Engine:
         """Take our functions out, as if this process had never been hooked."""
         for name in NAMES:
             running.replace("sglang", getattr(self.layer, name), self.own[name])
-        hooks._states.clear()
+        attach._states.clear()
         guard.warn_once.cache_clear()
         LINES.clear()
 
     def ask(self, name: str, tokens: int = TOKENS, *, down: bool = True, own: bool = False) -> Any:
         """What the function says that the layer calls, or the engine's own behind it."""
-        shape, function = SHAPES[name], getattr(self.layer, targets.LOOKUP)
+        shape, function = SHAPES[name], getattr(self.layer, hook_points.LOOKUP)
         columns = shape.intermediate_size // (2 if name == "int4" else 1)
         hidden = shape.hidden_size // (2 if name == "int4" else 1)
         block = shape.quantisation.block_shape
@@ -136,7 +136,7 @@ def state_by(engine: Engine, way: Callable[[], object]) -> list[Any]:
     """(active, why, lines) of a process that comes to be hooked this way."""
     engine.put_back()
     way()
-    state = hooks.state()
+    state = attach.state()
     return [state.is_active, state.why, list(LINES)]
 
 
@@ -158,7 +158,7 @@ def moved(engine: Engine, module: ModuleType, name: str, function: object) -> li
         plugin.register_sglang()
     untouched = all(getattr(sys.modules[at], key) is value for (at, key), value in bound.items())
     setattr(module, name, before)
-    return [untouched, hooks.state().is_active, list(LINES)]
+    return [untouched, attach.state().is_active, list(LINES)]
 
 
 def all_modules() -> list[tuple[str, ModuleType]]:
@@ -204,7 +204,7 @@ def imported(packaging: str) -> Engine:
 def main(request: dict[str, Any]) -> dict[str, Any]:
     engine = imported(request["packaging"])
     importlib.import_module("sglang.srt.layers.moe.moe_runner.triton")
-    started = hooks.state()
+    started = attach.state()
     bootstrap.publish_server_args()
     engine.config.get_device_name = lambda *_: request["device"]
     engine.config._get_cuda_shared_memory_per_block_optin = lambda: 232448
@@ -222,7 +222,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     }
     plugin.register_sglang()
     plugin.attach_patched()
-    said["wrapped_once"] = [holders() == held, not hasattr(engine.own[targets.LOOKUP], "__wrapped__")]
+    said["wrapped_once"] = [holders() == held, not hasattr(engine.own[hook_points.LOOKUP], "__wrapped__")]
     said["ways"]["entry point"] = state_by(engine, plugin.register_sglang)
     said["ways"]["patch"] = state_by(engine, plugin.attach_patched)
     said["ways"]["load_plugins"] = by_load_plugins(engine, request["site"])
@@ -233,12 +233,12 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     }
     said["let_in"] = not kept_out(engine, "SGLANG_PLUGINS", "another, sglang_moe_ext")
     said["moved"] = {
-        "the lookup is gone": moved(engine, engine.config, targets.LOOKUP, None),
-        "the launcher is gone": moved(engine, engine.kernels, targets.LAUNCH, None),
-        "the lookup takes other arguments": moved(engine, engine.config, targets.LOOKUP, lambda shape: shape),
-        "the launcher takes other arguments": moved(engine, engine.kernels, targets.LAUNCH, lambda a, b: a),
+        "the lookup is gone": moved(engine, engine.config, hook_points.LOOKUP, None),
+        "the launcher is gone": moved(engine, engine.kernels, hook_points.LAUNCH, None),
+        "the lookup takes other arguments": moved(engine, engine.config, hook_points.LOOKUP, lambda shape: shape),
+        "the launcher takes other arguments": moved(engine, engine.kernels, hook_points.LAUNCH, lambda a, b: a),
         "the default takes other arguments": moved(engine, engine.config, "get_default_config", lambda m: m),
-        "the layer uses another launcher": moved(engine, engine.layer, targets.LAUNCH, lambda a, b: a),
+        "the layer uses another launcher": moved(engine, engine.layer, hook_points.LAUNCH, lambda a, b: a),
     }
     return said
 
@@ -270,7 +270,7 @@ def launched(request: dict[str, Any]) -> dict[str, Any]:
 
     repair()
     imported(request["packaging"])
-    engine = kernel.load()
+    engine = runner.load()
     refusing = engine.kernels.fused_moe_kernel = Refusing(engine.kernels.fused_moe_kernel, request["limit"])
     shape = dataclasses.asdict(MoEShape(4, 64, 128, 2))
     case = {"shape": shape, "projection": "up", "tile": request["tile"], "change": ""}

@@ -96,13 +96,13 @@ def holders() -> dict[str, dict[str, bool]]:
 
 def broken(layer: ModuleType) -> list[Any]:
     """What a layer runs, and what is said, while something of ours raises; then what of shapes that are none."""
-    from sglang_moe_ext.serving import overlay
+    from sglang_moe_ext.serving import selection
 
-    chosen, overlay.chosen = overlay.chosen, MagicMock(side_effect=RuntimeError("broken"))
-    first, overlay.first = overlay.first, MagicMock(side_effect=RuntimeError("broken"))
+    chosen, selection.chosen = selection.chosen, MagicMock(side_effect=RuntimeError("broken"))
+    first, selection.first = selection.first, MagicMock(side_effect=RuntimeError("broken"))
     LINES.taken()
     answers = [ask(layer, "bf16"), ask(layer, "fp8-block"), named(layer, "bf16")]
-    overlay.chosen, overlay.first = chosen, first
+    selection.chosen, selection.first = chosen, first
     lines = LINES.taken()
     layer.get_moe_configs.cache_clear()
     lists = [layer.try_get_optimal_moe_config([12, 640, HIDDEN], [12, HIDDEN, 320], TOP_K, None, 64)]
@@ -132,27 +132,27 @@ class Process:
         self.plugins.load_general_plugins()
 
     def remember(self, layer: ModuleType) -> None:
-        from sglang_moe_ext.engines.vllm import targets
+        from sglang_moe_ext.engines.vllm import hook_points
 
         self.layer = layer
         self.own = {name: getattr(layer, name).__wrapped__ for name in NAMES}
-        self.kernel = getattr(sys.modules[targets.KERNEL_MODULE], targets.KERNEL_CLASS)
+        self.kernel = getattr(sys.modules[hook_points.KERNEL_MODULE], hook_points.KERNEL_CLASS)
         self.building = self.kernel.__init__.__wrapped__
 
     def put_back(self) -> None:
         from sglang_moe_ext.engines import running
-        from sglang_moe_ext.serving import guard, hooks
+        from sglang_moe_ext.serving import attach, guard
 
         for name, own in self.own.items():
             running.replace("vllm", getattr(self.layer, name), own)
         self.kernel.__init__ = self.building
-        hooks._states.clear()
+        attach._states.clear()
         guard.warn_once.cache_clear()
         LINES.taken()
 
     def state_of(self, way: Callable[[], None], **environment: str) -> list[Any]:
         """(active, why, nothing is replaced) of a process that comes to know us this way."""
-        from sglang_moe_ext.serving import hooks
+        from sglang_moe_ext.serving import attach
 
         self.put_back()
         os.environ.update(environment)
@@ -160,11 +160,11 @@ class Process:
         for name in environment:
             del os.environ[name]
         untouched = all(getattr(self.layer, name) is own for name, own in self.own.items())
-        return [hooks.state("vllm").is_active, hooks.state("vllm").why, untouched]
+        return [attach.state("vllm").is_active, attach.state("vllm").why, untouched]
 
     def moved(self, module: Any, name: str, stand_in: object) -> list[Any]:
         """(nothing is replaced, active, lines) where something else, or nothing, stands at a name of the engine."""
-        from sglang_moe_ext.serving import hooks, plugin
+        from sglang_moe_ext.serving import attach, plugin
 
         self.put_back()
         before = vars(module)[name]
@@ -176,7 +176,7 @@ class Process:
         others = {key: own for key, own in self.own.items() if key != name}
         untouched = all(getattr(self.layer, key) is own for key, own in others.items())
         setattr(module, name, before)
-        return [untouched, hooks.state("vllm").is_active, LINES.taken()]
+        return [untouched, attach.state("vllm").is_active, LINES.taken()]
 
 
 def kinds(base: type) -> Iterator[type]:
@@ -196,7 +196,7 @@ def bare(kind: type) -> Any:
 
 def experts_that_read() -> dict[str, bool]:
     """Each class of experts that can be imported here, and whether it is said to read tables."""
-    from sglang_moe_ext.engines.vllm import experts
+    from sglang_moe_ext.engines.vllm import support
 
     base = sys.modules["vllm.model_executor.layers.fused_moe.modular_kernel"].FusedMoEExperts
     package = importlib.import_module("vllm.model_executor.layers.fused_moe.experts")
@@ -206,7 +206,7 @@ def experts_that_read() -> dict[str, bool]:
             importlib.import_module(name)
         except Exception:  # it needs what is not installed here
             continue
-    return {kind.__name__: experts.read_tables(bare(kind)) for kind in kinds(base)}
+    return {kind.__name__: support.read_tables(bare(kind)) for kind in kinds(base)}
 
 
 def built(engine: Process) -> list[str]:
@@ -308,9 +308,9 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     layer = importlib.import_module(LAYER)
     importlib.import_module("vllm.lora.layers.utils")
     engine.package = sys.modules[LAYER.rpartition(".")[0]]
-    from sglang_moe_ext.serving import hooks, plugin
+    from sglang_moe_ext.serving import attach, plugin
 
-    state = hooks.state("vllm")
+    state = attach.state("vllm")
     said: dict[str, Any] = {"early": early, "state": [state.is_active, state.why], "lines_before": LINES.taken()}
     said["names"] = [file_name(layer, *case) for case in request["names"]]
     pretend(request["device"])
@@ -356,7 +356,9 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         "switched off": engine.state_of(engine.load, **{SWITCH: "1"}),
         "other plugins": engine.state_of(engine.load, **{PLUGINS: "another"}),
         "named": engine.state_of(engine.load, **{PLUGINS: "another,sglang_moe_ext"}),
-        "the startup file": engine.state_of(lambda: plugin.attach(layer, "the startup file"), **{PLUGINS: "another"}),
+        "the startup file": engine.state_of(
+            lambda: plugin.attach_engine(layer, "the startup file"), **{PLUGINS: "another"}
+        ),
     }
     said["moved"] = {
         "the lookup is gone": engine.moved(layer, NAMES[0], None),

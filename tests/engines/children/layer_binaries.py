@@ -17,11 +17,12 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from sglang_moe_ext.core import TileConfig
-from sglang_moe_ext.engines import compile_only
-from sglang_moe_ext.engines.sglang import offline, whole_layer
+from sglang_moe_ext.engines import meta_compile
+from sglang_moe_ext.engines.sglang import compile as sglang_compile
+from sglang_moe_ext.engines.sglang import runner
 from sglang_moe_ext.engines.tensors import LayerTensors
 from sglang_moe_ext.kernels.compiled import TargetOnlyDriver
-from sglang_moe_ext.tuning import candidates
+from sglang_moe_ext.tuning.search import candidates
 from tests.engines.children.compile_jobs import parsed
 
 KERNELS = ("fused_moe_kernel", "fused_moe_kernel_gptq_awq")
@@ -41,10 +42,10 @@ def note(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> A
 
 def launched(job: Any, pair: Any, tokens: int) -> list[str]:
     """Of the engine's own layer at that many tokens."""
-    engine, shape = offline._engine(), job.shape
-    offline._prepare(engine.kernels, job.sm)
+    engine, shape = sglang_compile._engine(), job.shape
+    sglang_compile._prepare(engine.kernels, job.sm)
     triton.runtime.driver.set_active(TargetOnlyDriver(job.sm))
-    up, down = (offline._tensors(engine, shape, of, tokens, pair[of].compile_key) for of in ("up", "down"))
+    up, down = (sglang_compile._tensors(engine, shape, of, tokens, pair[of].compile_key) for of in ("up", "down"))
     # In place of CUDA operators, and of vLLM's that 0.5.8 takes where it sees no GPU.
     engine.layer.moe_sum_reduce = engine.layer.moe_sum_reduce_triton
     engine.layer.vllm_ops = SimpleNamespace(silu_and_mul=lambda *_: None, moe_sum=lambda *_: None)
@@ -61,7 +62,7 @@ def launched(job: Any, pair: Any, tokens: int) -> list[str]:
     hashes.clear()
     JITFunction.run = note
     try:
-        whole_layer.run(engine, shape, tensors, pair["up"], pair["down"])
+        runner.run(engine, shape, tensors, pair["up"], pair["down"])
     finally:
         JITFunction.run = run
     return sorted(hashes)
@@ -71,11 +72,11 @@ def made(job: Any, pair: Any, tokens: int) -> list[str]:
     """By the jobs that stand for the pair at that many tokens."""
     hashes.clear()
     for each in candidates.pair_jobs(pair, job.shape, tokens, job.sm):
-        resources_of, compile_only.resources_of = compile_only.resources_of, lambda made: hashes.append(made.hash)
+        resources_of, meta_compile.resources_of = meta_compile.resources_of, lambda made: hashes.append(made.hash)
         try:
-            offline.compile_job(each)
+            sglang_compile.compile_job(each)
         finally:
-            compile_only.resources_of = resources_of
+            meta_compile.resources_of = resources_of
     return sorted(hashes)
 
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from sglang_moe_ext.core import MoEShape, Quantisation
-from sglang_moe_ext.engines.sglang import bootstrap, installation, sequence, targets
-from sglang_moe_ext.engines.sglang.sequence import _TAKEN, GATES
+from sglang_moe_ext.engines.sglang import bootstrap, hook_points, installation, kernel_sequence
+from sglang_moe_ext.engines.sglang.kernel_sequence import _TAKEN, GATES
 from sglang_moe_ext.kernels import reference
-from sglang_moe_ext.kernels.scales import quantise_weights
-from sglang_moe_ext.serving import guard, hooks, plugin
+from sglang_moe_ext.kernels.quantize import quantise_weights
+from sglang_moe_ext.serving import attach, guard, plugin
 from tests.engines.children.dtypes import our_quantiser
 from tests.kernels.interpreter import repair
 
@@ -110,12 +110,12 @@ def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
     setattr(module, name, before)
 
 
-def refused(layer: ModuleType, engine: targets.Targets, given: dict[str, Any]) -> dict[str, bool]:
+def refused(layer: ModuleType, engine: hook_points.Targets, given: dict[str, Any]) -> dict[str, bool]:
     """For each argument of this release that our path does not take: whether it refuses a value that is not usual."""
-    parameters = sequence.parameters(getattr(layer, targets.SEQUENCE).__wrapped__)
+    parameters = kernel_sequence.parameters(getattr(layer, hook_points.SEQUENCE).__wrapped__)
     named = {name for gate in GATES for name in gate.names}
     return {
-        name: sequence.refusal(parameters, {**given, name: unusual(given[name])}, engine) is not None
+        name: kernel_sequence.refusal(parameters, {**given, name: unusual(given[name])}, engine) is not None
         for name in parameters.names
         if name not in _TAKEN and (name in named or name in parameters.unknown)
     }
@@ -128,14 +128,14 @@ def unusual(value: Any) -> Any:
 def recorded_arguments(layer: ModuleType, run: Callable[[], object]) -> dict[str, Any]:
     """What the engine hands to its sequence of kernels in that run."""
     found: dict[str, Any] = {}
-    ours = getattr(layer, targets.SEQUENCE)
-    parameters = sequence.parameters(ours.__wrapped__)
+    ours = getattr(layer, hook_points.SEQUENCE)
+    parameters = kernel_sequence.parameters(ours.__wrapped__)
 
     def note(*args: Any, **kwargs: Any) -> Any:
         found.update(parameters.given(args, kwargs))
         return ours(*args, **kwargs)
 
-    with replaced(layer, targets.SEQUENCE, note):
+    with replaced(layer, hook_points.SEQUENCE, note):
         run()
     return found
 
@@ -163,12 +163,12 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     logging.getLogger("sglang_moe_ext").addHandler(handler)
     problem = Problem(SHAPES["16 bits"])
     stock = problem.run(layer)
-    engine = targets.found(layer)
+    engine = hook_points.found(layer)
     traced: list[bool] = []
     with replaced(torch.compiler, "is_compiling", lambda: bool(traced)):
         plugin.attach_patched()
     counted = Counted()
-    said: dict[str, Any] = {"active": hooks.state().is_active, "stock_error": problem.error(stock)}
+    said: dict[str, Any] = {"active": attach.state().is_active, "stock_error": problem.error(stock)}
 
     def ran(what: str, of: Problem, factor: float = 1.0, **changed: Any) -> torch.Tensor:
         before = counted.runs
@@ -187,7 +187,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     ran("few tokens", few)
     given = recorded_arguments(layer, lambda: problem.run(layer))
     said["refused"] = refused(layer, engine, given)
-    said["taken"] = sequence.refusal(sequence.parameters(engine.sequence), given, engine) is None
+    said["taken"] = kernel_sequence.refusal(kernel_sequence.parameters(engine.sequence), given, engine) is None
     traced.append(True)
     ran("traced", problem)
     traced.clear()

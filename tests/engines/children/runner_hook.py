@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 
-from sglang_moe_ext.engines.sglang import runner_hook
+from sglang_moe_ext.engines.sglang import routing_hook
 from sglang_moe_ext.serving import capture
 
 EXPERTS = 16
@@ -58,7 +58,7 @@ def warming_up() -> Iterator[None]:
     """As the engine marks it; what of the engine marks it otherwise, or needs a GPU to be imported, is not asked."""
     entered = 0
     with contextlib.ExitStack() as stack:
-        for name, function in runner_hook._GRAPHS:
+        for name, function in routing_hook._GRAPHS:
             with contextlib.suppress(ImportError):
                 module: Any = importlib.import_module(name)
                 if function == "get_is_capture_mode" and hasattr(module, "model_capture_mode"):
@@ -99,9 +99,9 @@ def wait_for_a_file(folder: Path) -> None:
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
-    module: Any = importlib.import_module(runner_hook.MODULE)
+    module: Any = importlib.import_module(routing_hook.MODULE)
     folder, given = Path(request["folder"]), dispatched(request["ids"])
-    answer: dict[str, Any] = {"obstacle": runner_hook.obstacle(module)}
+    answer: dict[str, Any] = {"obstacle": routing_hook.obstacle(module)}
 
     def plain() -> None:
         watched = module.MoeRunner.run

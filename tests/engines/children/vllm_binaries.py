@@ -18,12 +18,13 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from sglang_moe_ext.core import CompileJob, Resources, TileConfig
-from sglang_moe_ext.engines import compile_only
-from sglang_moe_ext.engines.known import VLLM
+from sglang_moe_ext.engines import meta_compile
+from sglang_moe_ext.engines.registry import VLLM
 from sglang_moe_ext.engines.tensors import LayerTensors
-from sglang_moe_ext.engines.vllm import offline, whole_layer
+from sglang_moe_ext.engines.vllm import compile as vllm_compile
+from sglang_moe_ext.engines.vllm import runner
 from sglang_moe_ext.kernels.compiled import TargetOnlyDriver, resources_of
-from sglang_moe_ext.tuning import candidates
+from sglang_moe_ext.tuning.search import candidates
 from tests.engines.children.compile_jobs import parsed
 
 KERNELS = ("fused_moe_kernel", "fused_moe_kernel_gptq_awq")
@@ -43,13 +44,13 @@ def note(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> A
 
 def launched(job: CompileJob, config: TileConfig, tokens: int) -> list[str]:
     """Of the engine's own layer at that many tokens."""
-    engine, shape = offline._engine(), job.shape
-    offline._prepare(engine.kernels, job.sm)
+    engine, shape = vllm_compile._engine(), job.shape
+    vllm_compile._prepare(engine.kernels, job.sm)
     triton.runtime.driver.set_active(TargetOnlyDriver(job.sm))
     # In place of CUDA operators.
     engine.kernels.apply_moe_activation = lambda *_, **__: None
     engine.kernels.ops.moe_sum = lambda *_: None
-    up, down = (offline._tensors(engine, shape, of, tokens, config.compile_key) for of in ("up", "down"))
+    up, down = (vllm_compile._tensors(engine, shape, of, tokens, config.compile_key) for of in ("up", "down"))
     tensors = LayerTensors(
         hidden=up.a,
         w1=up.weights,
@@ -62,7 +63,7 @@ def launched(job: CompileJob, config: TileConfig, tokens: int) -> list[str]:
     hashes.clear()
     JITFunction.run = note
     try:
-        whole_layer.run(engine, shape, tensors, config, config)
+        runner.run(engine, shape, tensors, config, config)
     finally:
         JITFunction.run = run
     return sorted(hashes)
@@ -76,11 +77,11 @@ def compiled(job: CompileJob) -> Any:
         found.append(kernel)
         return resources_of(kernel)
 
-    compile_only.resources_of, before = keep, compile_only.resources_of
+    meta_compile.resources_of, before = keep, meta_compile.resources_of
     try:
-        offline.compile_job(job)
+        vllm_compile.compile_job(job)
     finally:
-        compile_only.resources_of = before
+        meta_compile.resources_of = before
     return found[-1]
 
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from sglang_moe_ext.core import MoEShape, Quantisation, TileConfig
-from sglang_moe_ext.engines.known import VLLM
+from sglang_moe_ext.engines.registry import VLLM
 from sglang_moe_ext.kernels import reference
-from sglang_moe_ext.kernels.scales import Scales, quantise_activations
-from sglang_moe_ext.tuning.layer import Layer
-from sglang_moe_ext.tuning.routing import MIXED
+from sglang_moe_ext.kernels.quantize import Scales, quantise_activations
+from sglang_moe_ext.tuning.bench.layer import Layer
+from sglang_moe_ext.tuning.bench.routing import MIXED
 from tests.kernels.interpreter import repair
 
 

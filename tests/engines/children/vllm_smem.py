@@ -15,12 +15,12 @@ import torch
 import triton
 
 from sglang_moe_ext.core import TileConfig
-from sglang_moe_ext.engines.entries import tile_of
-from sglang_moe_ext.engines.vllm import bootstrap, gemm
-from sglang_moe_ext.engines.vllm.entries import entry_of
+from sglang_moe_ext.engines.config_dict import tile_of
+from sglang_moe_ext.engines.vllm import bootstrap, launch_args
 from sglang_moe_ext.engines.vllm.installation import LAYER_MODULE
+from sglang_moe_ext.engines.vllm.launch_args import entry_of
+from sglang_moe_ext.gpu.shared_memory import smem_bytes
 from sglang_moe_ext.kernels.compiled import TargetOnlyDriver
-from sglang_moe_ext.shared_memory import smem_bytes
 
 EXPERTS, COLUMNS, REDUCTION, TOKENS, TOP_K = 8, 512, 1024, 64, 2
 DTYPES = {
@@ -92,8 +92,8 @@ def main(asked: list[Any]) -> list[list[int]]:
         layer.enable_swap_ab = lambda m, n, sm=sm: swaps and sm == 90 and m < 64 <= n
         arguments = arguments_of(kind, TileConfig(block_m, block_n, block_k, 1, warps, stages))
         layer.invoke_fused_moe_triton_kernel(**arguments)
-        shape = gemm.shape_of(arguments)
-        formula = smem_bytes(tile_of(gemm.clamped(arguments["config"], shape)), shape, sm)
+        shape = launch_args.shape_of(arguments)
+        formula = smem_bytes(tile_of(launch_args.clamped(arguments["config"], shape)), shape, sm)
         said.append([int(compiled.binary.metadata.shared), formula])
     return said
 

@@ -6,8 +6,8 @@ from moe_problems import QUANTISATIONS, Problem, problem
 
 from sglang_moe_ext.core import MoEExtError, Quantisation, TileConfig
 from sglang_moe_ext.kernels import fused_moe
+from sglang_moe_ext.kernels.quantize import Scales
 from sglang_moe_ext.kernels.reference import grouped_gemm, moe_align, relative_error
-from sglang_moe_ext.kernels.scales import Scales
 
 SMALL = TileConfig(block_m=16, block_n=16, block_k=32, group_m=1, num_warps=4, num_stages=2)
 TALL = TileConfig(block_m=64, block_n=32, block_k=16, group_m=8, num_warps=4, num_stages=2)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sglang_moe_ext.core import MoEExtError
-from sglang_moe_ext.kernels import sorted_reference
+from sglang_moe_ext.kernels import reference
 from sglang_moe_ext.kernels.gather_sum import GatherConfig, gather_config, launch_gather_sum
 
 NAN = float("nan")
@@ -20,7 +20,7 @@ def test_the_sum_of_a_tokens_rows_is_in_order_and_scaled(config: GatherConfig | 
     weights = torch.rand(tokens, 5)
     out = torch.full((tokens, hidden), NAN, dtype=torch.bfloat16)
     launch_gather_sum(rows, positions, weights, out, routed_scaling_factor=2.5, config=config)
-    want = sorted_reference.gather_sum(rows, positions, weights, 2.5)
+    want = reference.gather_sum(rows, positions, weights, 2.5)
     torch.testing.assert_close(out, want.bfloat16(), rtol=2**-7, atol=0)
 
 

@@ -8,13 +8,13 @@ import torch
 from moe_problems import QUANTISATIONS, Problem, problem
 
 from sglang_moe_ext.core import MoEExtError, Quantisation
-from sglang_moe_ext.kernels import sorted_reference, tma_operands
+from sglang_moe_ext.kernels import reference, tma
 from sglang_moe_ext.kernels.gather_sum import launch_gather_sum, launch_inverse
+from sglang_moe_ext.kernels.quantize import Scales
 from sglang_moe_ext.kernels.reference import Alignment, grouped_gemm, moe_align, relative_error
-from sglang_moe_ext.kernels.scales import Scales
-from sglang_moe_ext.kernels.short_down import launch_short_down
 from sglang_moe_ext.kernels.sorted_down import launch_down
-from sglang_moe_ext.sorted_path import DownConfig, ShortDownConfig
+from sglang_moe_ext.kernels.sorted_down_short_k import launch_short_down
+from sglang_moe_ext.sorted_kernels import DownConfig, ShortDownConfig
 
 NAN = float("nan")
 KINDS = ["bf16", "fp16", "fp8-block", "fp8-channel", "fp8-tensor"]
@@ -28,14 +28,14 @@ BOUND = {torch.bfloat16: 3.2e-3, torch.float16: 5e-4}
 def sorted_scales(case: Problem, alignment: Alignment) -> Scales | None:
     if case.scales is None or case.scales.activations is None or case.scales.activations.ndim == 1:
         return case.scales
-    in_order = sorted_reference.in_sorted_order(case.scales.activations, alignment, NAN)
+    in_order = reference.in_sorted_order(case.scales.activations, alignment, NAN)
     return Scales(case.scales.quantisation, in_order, case.scales.weights)
 
 
 def down(
     case: Problem, alignment: Alignment, config: DownConfig | ShortDownConfig, align: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    a = sorted_reference.in_sorted_order(case.a, alignment, NAN)
+    a = reference.in_sorted_order(case.a, alignment, NAN)
     out = torch.full((a.shape[0], case.weights.shape[1]), NAN, dtype=dtype)
     operands = (a, case.weights, out, alignment.expert_ids, alignment.num_tokens_post_padded)
     scales = sorted_scales(case, alignment)
@@ -81,7 +81,7 @@ def check(kind: str, case: Problem, config: DownConfig | ShortDownConfig, align:
 
 @pytest.fixture
 def crew_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tma_operands, "multiprocessors", lambda device: 3)
+    monkeypatch.setattr(tma, "multiprocessors", lambda device: 3)
 
 
 @pytest.mark.parametrize("persistent", [True, False], ids=["crew", "one-tile"])
@@ -167,7 +167,7 @@ def test_a_k_that_is_not_short_is_refused() -> None:
 
 @pytest.mark.parametrize("group_m", [1, 2, 8, 64])
 def test_neither_order_nor_crew_changes_a_bit(group_m: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tma_operands, "multiprocessors", lambda device: group_m + 1)
+    monkeypatch.setattr(tma, "multiprocessors", lambda device: group_m + 1)
     case = problem("bf16", 64, 40, 64, down=True)
     config = DownConfig(16, 16, 32, group_m, 4, 2)
     alone = DownConfig(16, 16, 32, 1, 4, 2, persistent=False)
@@ -178,10 +178,10 @@ def test_neither_order_nor_crew_changes_a_bit(group_m: int, monkeypatch: pytest.
 def test_the_reference_of_sorted_rows_agrees_with_that_of_pairs(kind: str) -> None:
     case = problem(kind, 33, 40, 64, down=True, route="elsewhere")
     alignment = moe_align(case.topk_ids, 16, 4)
-    a = sorted_reference.in_sorted_order(case.a, alignment)
-    rows = sorted_reference.down(a, case.weights, alignment, 16, sorted_scales(case, alignment))
-    positions = sorted_reference.pair_positions(alignment, 16, *case.topk_ids.shape)
-    torch.testing.assert_close(sorted_reference.gather_sum(rows, positions, case.topk_weights), expected(case))
+    a = reference.in_sorted_order(case.a, alignment)
+    rows = reference.down(a, case.weights, alignment, 16, sorted_scales(case, alignment))
+    positions = reference.pair_positions(alignment, 16, *case.topk_ids.shape)
+    torch.testing.assert_close(reference.gather_sum(rows, positions, case.topk_weights), expected(case))
 
 
 @pytest.mark.parametrize("route", ["spread", "one", "elsewhere", "nobody"])
@@ -189,9 +189,7 @@ def test_the_reference_of_sorted_rows_agrees_with_that_of_pairs(kind: str) -> No
 def test_the_inverse_names_the_row_of_every_pair(tokens: int, route: str) -> None:
     case = problem("bf16", tokens, 8, 8, down=True, route=route)
     alignment = moe_align(case.topk_ids, 16, 4)
-    assert torch.equal(
-        positions_of(case, alignment, 16), sorted_reference.pair_positions(alignment, 16, *case.topk_ids.shape)
-    )
+    assert torch.equal(positions_of(case, alignment, 16), reference.pair_positions(alignment, 16, *case.topk_ids.shape))
 
 
 def test_a_pair_that_the_alignment_leaves_out_has_no_position() -> None:
@@ -221,11 +219,11 @@ def test_what_does_not_go_together_is_refused(kind: str, columns: int, k: int, c
 
 
 def test_a_k_that_the_tile_does_not_divide_is_refused_on_blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tma_operands, "capability", lambda device: (10, 0))
+    monkeypatch.setattr(tma, "capability", lambda device: (10, 0))
     with pytest.raises(MoEExtError, match="K=80"):
         down_and_sum(problem("bf16", 17, 40, 80, down=True), SMALL, torch.bfloat16)
 
 
 def test_int8_is_refused() -> None:
     with pytest.raises(MoEExtError, match="int8_w8a8"):
-        tma_operands.scaling_of(Quantisation("int8_w8a8", per_channel=True))
+        tma.scaling_of(Quantisation("int8_w8a8", per_channel=True))

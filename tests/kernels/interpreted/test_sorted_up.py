@@ -5,18 +5,12 @@ import torch
 from moe_problems import Problem, problem
 
 from sglang_moe_ext.core import MoEExtError, Quantisation
-from sglang_moe_ext.kernels import sorted_reference, tma_operands
+from sglang_moe_ext.kernels import reference, tma
+from sglang_moe_ext.kernels.quantize import Scales
 from sglang_moe_ext.kernels.reference import Alignment, grouped_gemm, moe_align, relative_error
-from sglang_moe_ext.kernels.scales import Scales
-from sglang_moe_ext.kernels.sorted_activation import (
-    GROUP,
-    LONGEST_ROW,
-    launch_quantise,
-    launch_swiglu,
-    launch_swiglu_of_rows,
-)
 from sglang_moe_ext.kernels.sorted_up import launch_up
-from sglang_moe_ext.sorted_path import UpConfig
+from sglang_moe_ext.kernels.swiglu import GROUP, LONGEST_ROW, launch_quantise, launch_swiglu, launch_swiglu_of_rows
+from sglang_moe_ext.sorted_kernels import UpConfig
 
 NAN = float("nan")
 COLUMNS = 128
@@ -61,7 +55,7 @@ def error(case: Problem, alignment: Alignment, rows: torch.Tensor) -> float:
 
 @pytest.fixture(autouse=True)
 def crew_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tma_operands, "multiprocessors", lambda device: 3)
+    monkeypatch.setattr(tma, "multiprocessors", lambda device: 3)
 
 
 @pytest.mark.parametrize("persistent", [True, False], ids=["crew", "one-tile"])
@@ -172,4 +166,4 @@ def test_values_alone_are_quantised() -> None:
     launch_quantise(values, out, scales)
     real = Scales(Quantisation("fp8_w8a8", (GROUP, GROUP)), scales, scales)
     rows = torch.arange(5)
-    assert relative_error(sorted_reference.real_rows(out, rows, real), values.float()) < BOUND_FLOAT8
+    assert relative_error(reference.real_rows(out, rows, real), values.float()) < BOUND_FLOAT8

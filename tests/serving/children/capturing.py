@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sglang_moe_ext.engines.sglang.runner_hook import Batch
+from sglang_moe_ext.engines.sglang.routing_hook import Batch
 from sglang_moe_ext.serving.capture import Recorder, Wish
 
 _PIECES = 20

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from sglang_moe_ext.core import CompileKey, MoEShape, TileConfig
-from sglang_moe_ext.tuning.questions import Answer, Check, Checked, Question, Race, Raced, Screen, Screened
-from sglang_moe_ext.tuning.routing import Source
+from sglang_moe_ext.tuning.bench.messages import Answer, Check, Checked, Question, Race, Raced, Screen, Screened
+from sglang_moe_ext.tuning.bench.routing import Source
 
 HANGS, EXITS, SEGFAULTS, STICKY, RAISES, EXITS_IN_A_LAYER, WRONG = range(6, 13)
 """Values of num_stages; no real candidate has so many, and with any other nothing happens."""

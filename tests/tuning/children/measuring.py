@@ -11,8 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-from sglang_moe_ext.tuning import runs
-from sglang_moe_ext.tuning.questions import Answer, Question
+from sglang_moe_ext.tuning.bench.messages import Answer, Question
+from sglang_moe_ext.tuning.run import run_folder
 from tests.tuning.recorded_runs import TODAY, ReplayingStation, formula, measured
 
 
@@ -24,8 +24,8 @@ def main(layer: str, asked: Path, seconds: float, tokens: list[int]) -> None:
         return formula(question)
 
     circumstances = {"layer": layer}
-    folder = runs.unfinished(circumstances)
-    with runs.begin(circumstances) if folder is None else runs.resumed(circumstances, folder) as run:
+    folder = run_folder.unfinished(circumstances)
+    with run_folder.begin(circumstances) if folder is None else run_folder.resumed(circumstances, folder) as run:
         print("ready", flush=True)
         results = measured(
             layer, run.journal, [ReplayingStation(gpu, seconds=seconds)], tokens, today=dict.fromkeys(tokens, TODAY)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import sys
 
-from sglang_moe_ext.tuning import runs
-from sglang_moe_ext.tuning.questions import Answer, Question
+from sglang_moe_ext.tuning.bench.messages import Answer, Question
+from sglang_moe_ext.tuning.run import run_folder
 from tests.tuning.journal_strategies import answer_of, halving
 
 CIRCUMSTANCES = {"gpu": "table", "seed": 0}
@@ -23,8 +23,8 @@ def main(asked: str, last: str) -> None:
         os.write(descriptor, f"{question!r}\n".encode())
         return answer_of(question)
 
-    path = runs.unfinished(CIRCUMSTANCES)
-    with runs.begin(CIRCUMSTANCES) if path is None else runs.resumed(CIRCUMSTANCES, path) as run:
+    path = run_folder.unfinished(CIRCUMSTANCES)
+    with run_folder.begin(CIRCUMSTANCES) if path is None else run_folder.resumed(CIRCUMSTANCES, path) as run:
         print("ready", flush=True)
         ask = run.journal.through(gpu)
         results = [halving(ask, tokens) for tokens in range(1, int(last) + 1)]

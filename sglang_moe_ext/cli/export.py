@@ -1,0 +1,100 @@
+"""`sglang-moe-ext export`: from the journal of a measuring run in one engine to a table for the other."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from sglang_moe_ext.core import EngineError, MoEExtError, StoreError
+from sglang_moe_ext.engines.registry import ENGINES
+from sglang_moe_ext.tables import merge
+from sglang_moe_ext.tables.merge import Refused, Stored
+from sglang_moe_ext.tables.provenance import Provenance
+from sglang_moe_ext.tuning import install_target, results_to_tables, transfer
+from sglang_moe_ext.tuning.run import journal_reader, run_folder
+from sglang_moe_ext.tuning.transfer import Source
+
+_COMMAND = "sglang-moe-ext export"
+
+
+def add_to(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    parser.add_argument(
+        "journal", type=Path, nargs="?", help="a run's journal.jsonl, or its folder (default: the newest run)"
+    )
+    parser.add_argument("--engine", choices=tuple(ENGINES), required=True, help="the engine that the table is for")
+    parser.add_argument("--output-dir", "--save-dir", type=Path, help="write it there too, beside your own store")
+    parser.add_argument(
+        "--fused-shared-experts", type=int, default=0, metavar="N", help="as many as SGLang fuses (default 0)"
+    )
+
+
+def _journal(given: Path | None) -> Path:
+    """Raises StoreError where none is given and there is no run."""
+    if given is None:
+        newest = next(iter(run_folder.newest_first()), None)
+        if newest is None:
+            raise StoreError(f"there is no run in {run_folder.root()}: name a journal, or tune first")
+        given = newest
+    return given / run_folder.JOURNAL if given.is_dir() else given
+
+
+def _folders(arguments: argparse.Namespace, source: Source) -> list[Path]:
+    chosen = install_target.CHOSEN[arguments.engine]("none", arguments.output_dir, None, source.triton)
+    stored = install_target.store_folder(arguments.engine, source.triton)
+    return [stored] if chosen is None else [chosen.folder, stored]
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the table, marked as transferred; the last line printed is JSON.
+
+    Raises:
+        MoEExtError: the journal is none, has nothing for that engine, or a place cannot be written.
+    """
+    path, tunable = _journal(arguments.journal), ENGINES[arguments.engine]
+    journal = journal_reader.read(path)
+    source = transfer.source_of(journal)
+    theirs = ENGINES[source.engine]
+    if tunable is theirs:
+        raise EngineError(
+            f"{path} was measured in {theirs.TITLE} itself: tune has written its tables, or --resume would"
+        )
+    found = transfer.best(journal, source, arguments.engine)
+    if not found:
+        raise StoreError(f"{path} has no configuration that ran right in both GEMMs: let the run go further")
+    shape = transfer.shape_in(arguments.engine, source, arguments.fused_shared_experts)
+    command = shlex.join([*_COMMAND.split(), str(path), "--engine", arguments.engine])
+    run_of = results_to_tables.of_journal(journal, source, shape, command)
+    entries = results_to_tables.of_transfer(run_of, {m: of.us for m, of in found.items()})
+    table = Stored({m: of.config for m, of in found.items()}, Provenance(entries))
+    name = install_target.table_names(tunable, shape, source.device_name)[False]
+    places = [folder / name for folder in _folders(arguments, source)]
+    results = merge.put(dict.fromkeys(places, table), text=lambda of: tunable.table_text(of, source.triton))
+    print(f"{shape} on {source.device_name}, measured in {theirs.TITLE} {source.version}, for {tunable.TITLE}:")
+    for place, result in results.items():
+        print(f"kept  {place}: {result.why}" if isinstance(result, Refused) else f"wrote {place}")
+    print(
+        json.dumps(
+            {
+                "origin": "transferred",
+                "entries": {m: str(of.config) for m, of in found.items()},
+                "written": [str(place) for place, result in results.items() if isinstance(result, Stored)],
+                "kept": {str(place): result.why for place, result in results.items() if isinstance(result, Refused)},
+            }
+        )
+    )
+
+
+def main() -> int:
+    """Exit status: 0 done, 1 an error of ours in one line, 2 usage."""
+    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
+    add_to(parser)
+    try:
+        run(parser.parse_args())
+    except MoEExtError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,309 @@
+"""Turn plans, results and findings into tables for people and one JSON document for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from sglang_moe_ext.cli.console import Grid
+from sglang_moe_ext.core import CompileKey, Failure, MoEShape, Origin, TileConfig
+from sglang_moe_ext.engines.sglang import table_names
+from sglang_moe_ext.engines.vllm import table_names as vllm_naming
+from sglang_moe_ext.gpu.roofline import pair_floor_us
+from sglang_moe_ext.sorted_kernels import SortedPath
+from sglang_moe_ext.tables import config_table, kernel_table
+from sglang_moe_ext.tuning.bench.messages import Pair, Runner
+from sglang_moe_ext.tuning.compare_configs import TODAY, Compared, Timed
+from sglang_moe_ext.tuning.pipeline import Outcome
+from sglang_moe_ext.tuning.plan import Plan
+from sglang_moe_ext.tuning.request import Request
+from sglang_moe_ext.tuning.search.final_comparison import Measured, is_right
+from sglang_moe_ext.tuning.search.predict import Predicted
+from sglang_moe_ext.tuning.search.space import RULES
+from sglang_moe_ext.tuning.search.statistics import Interval
+
+_LONGEST_REASON = 160
+"""Characters of a failure in a table for people; the document has all."""
+
+
+def predicted_row(tokens: int, result: Predicted, floor_us: float) -> list[str]:
+    """The needs are the larger ones of both GEMMs."""
+    needs = result.resources.values()
+    smem, registers = max(need.smem_bytes for need in needs), max(need.registers for need in needs)
+    return [str(tokens), str(result.config), f"{result.us:.1f}", f"{floor_us:.1f}", f"{smem} B", str(registers)]
+
+
+def measured_rows(tokens: int, result: Measured[Pair], floor_us: float) -> list[list[str]]:
+    """The incumbent above the choice, so that a terminal of 100 columns has room for both; once where it stays."""
+    error = f"{result.error:.0e}"
+    if result.pair == result.incumbent:
+        return pair_rows(
+            [str(tokens), "stays"], result.pair, [f"{result.us:.1f}", "", f"{floor_us / result.us:.0%}", error]
+        )
+    gain, had_us = result.gain, result.incumbent_us
+    if math.isfinite(had_us):
+        before = [f"{had_us:.1f}", "", f"{floor_us / had_us:.0%}", ""]
+        interval = _interval(gain)
+    else:
+        before, interval = ["fails", "", "", ""], "now it runs"
+    after = [f"{result.us:.1f}", interval, f"{floor_us / result.us:.0%}", error]
+    return [
+        *pair_rows([str(tokens), "before"], result.incumbent, before),
+        *pair_rows(["", "after"], result.pair, after),
+    ]
+
+
+def path_rows(raced: Measured[Runner] | None, floor_us: float) -> list[list[str]]:
+    """Our own path, below the pair that it beat; nothing where it did not."""
+    if raced is None or not isinstance(raced.pair, SortedPath):
+        return []
+    up, down = raced.pair.up, raced.pair.down
+    engines = "engine's " if isinstance(up, TileConfig) else ""
+    figures = [f"{raced.us:.1f}", _interval(raced.gain), f"{floor_us / raced.us:.0%}", f"{raced.error:.0e}"]
+    return [["", "kernel", f"up   {engines}{up}", *figures], ["", "", f"down {down}", *("" for _ in figures)]]
+
+
+def pair_rows(left: list[str], pair: Pair, right: list[str]) -> list[list[str]]:
+    """One row where both GEMMs take one configuration, else one for each."""
+    if pair["up"] == pair["down"]:
+        return [[*left, f"both {pair['up']}", *right]]
+    return [
+        [*left, f"up   {pair['up']}", *right],
+        [*("" for _ in left), f"down {pair['down']}", *("" for _ in right)],
+    ]
+
+
+def compared_cells(shape: MoEShape, name: str, result: Timed | Failure) -> list[str]:
+    """The time, the gain and the error."""
+    if isinstance(result, Failure):
+        return ["fails", "", _on_one_line(result)]
+    over_today = "" if name == TODAY else "today fails" if result.gain is None else _interval(result.gain)
+    if isinstance(result.error, Failure):
+        error = f"unknown: {_on_one_line(result.error)}"
+    else:
+        error = f"{result.error:.0e}" + ("" if is_right(shape, result.error) else " WRONG")
+    return [f"{result.us:.1f}", over_today, error]
+
+
+def _on_one_line(failure: Failure) -> str:
+    return " ".join(f"{failure.kind}: {failure.message}".split())[:_LONGEST_REASON]
+
+
+def _interval(gain: Interval) -> str:
+    return f"{gain.value:.2f}x [{gain.low:.2f}, {gain.high:.2f}]"
+
+
+def measurement(tokens: int, result: Measured[Pair]) -> Mapping[str, Any]:
+    """One M for programs; null where the incumbent cannot run, since JSON knows no infinity."""
+    had_incumbent = math.isfinite(result.incumbent_us)
+    return {
+        "m": tokens,
+        **pair_entry(result.pair),
+        "us": round(result.us, 2),
+        "incumbent_us": round(result.incumbent_us, 2) if had_incumbent else None,
+        "gain": round(result.gain.value, 4) if had_incumbent else None,
+        "low": round(result.gain.low, 4) if had_incumbent else None,
+        "high": round(result.gain.high, 4) if had_incumbent else None,
+        "noise": None if result.noise is None else round(result.noise, 5),
+        "error": result.error,
+        "tried": result.tried,
+        "failures": dict(result.failures),
+        "throttled": result.throttled,
+    }
+
+
+def raced_path(tokens: int, raced: Measured[Runner]) -> Mapping[str, Any]:
+    """The race of one M between our own path and the chosen pair, for programs; `path` null where the pair won."""
+    is_won = isinstance(raced.pair, SortedPath)
+    return {
+        "m": tokens,
+        "path": kernel_table.document_of(raced.pair) if isinstance(raced.pair, SortedPath) else None,
+        "us": round(raced.us, 2),
+        "pair_us": round(raced.incumbent_us, 2),
+        "gain": round(raced.gain.value, 4) if is_won else None,
+        "low": round(raced.gain.low, 4) if is_won else None,
+        "high": round(raced.gain.high, 4) if is_won else None,
+        "error": raced.error,
+        "tried": raced.tried,
+        "failures": dict(raced.failures),
+    }
+
+
+def compared_entry(shape: MoEShape, result: Timed | Failure) -> Mapping[str, Any]:
+    """`failure` says why it does not run, or why it could not be checked; null where both could be done."""
+    failed = result if isinstance(result, Failure) else result.error if isinstance(result.error, Failure) else None
+    timed = result if isinstance(result, Timed) else None
+    gain = None if timed is None else timed.gain
+    error = None if timed is None or isinstance(timed.error, Failure) else timed.error
+    return {
+        "us": None if timed is None else round(timed.us, 2),
+        "gain": None if gain is None else round(gain.value, 4),
+        "low": None if gain is None else round(gain.low, 4),
+        "high": None if gain is None else round(gain.high, 4),
+        "error": error if error is not None and math.isfinite(error) else None,
+        "right": error is not None and is_right(shape, error),
+        "failure": None if failed is None else f"{failed.kind}: {failed.message}",
+    }
+
+
+def pair_entry(pair: Pair) -> Mapping[str, Any]:
+    """Each GEMM's configuration, spelled as the engine does."""
+    return {projection: _in_engines_spelling(config) for projection, config in pair.items()}
+
+
+def _in_engines_spelling(config: TileConfig) -> Any:
+    (entry,) = json.loads(config_table.to_json({1: config})).values()
+    return entry
+
+
+def names_of(request: Request) -> dict[str, str]:
+    """The names of the layer's tables in the tuned engine, and in vLLM; of a bare shape, for the same tensors."""
+    device = request.gpu.device_name
+    vllm_shape = request.vllm_shape or request.shape
+    of_vllm = {"vLLM": vllm_naming.file_name(vllm_naming.table_key(vllm_shape, device))}
+    if request.engine == "vllm":
+        return of_vllm
+    return {
+        "SGLang": table_names.file_name(table_names.table_key(request.shape, device)),
+        "SGLang, down projection": table_names.file_name(table_names.table_key(request.shape, device, down=True)),
+        **of_vllm,
+    }
+
+
+def candidates(plan: Plan) -> Grid:
+    """What each rule dropped, and what is left."""
+    whys = {rule.name: rule.why for rule in RULES}
+    keys: set[CompileKey] = {config.compile_key for config in plan.sifted.kept}
+    rows = [[f"dropped: {name}", str(count), whys[name]] for name, count in plan.sifted.dropped.items()]
+    rows.append(["kept", str(len(plan.sifted.kept)), f"{len(keys)} binaries a GEMM, apart from GROUP_SIZE_M"])
+    return Grid("candidates", ["rule", "count", "why"], rows, frozenset({"rule", "why"}))
+
+
+def forecast(plan: Plan) -> Grid:
+    """The floor, and the predicted times of today's choice and of the best candidate, by M."""
+    rows = [
+        [
+            str(row.tokens),
+            f"{row.floor_us:.1f}",
+            "-" if row.incumbent_us is None else f"{row.incumbent_us:.1f}",
+            f"{row.best_us:.1f}",
+            "-" if row.incumbent_us is None else f"{row.incumbent_us / row.best_us:.2f}x",
+            str(row.best),
+        ]
+        for row in plan.rows
+    ]
+    columns = ["M", "floor us", "today us", "best us", "gain", "best candidate"]
+    title = "forecast of the up and down GEMM together (all predicted)"
+    return Grid(title, columns, rows, frozenset({"best candidate"}))
+
+
+def results(request: Request, outcome: Outcome) -> Grid:
+    """What was chosen for each M."""
+    floors = {m: pair_floor_us(request.shape, request.gpu, m) for m in outcome.results}
+    title = f"{origin(outcome).upper()} for {request.gpu.device_name}, with {outcome.kernel.name}"
+    if origin(outcome) == "measured":
+        rows = [
+            row
+            for m, result in _measured(outcome).items()
+            for row in (
+                *measured_rows(m, result, floors[m]),
+                *path_rows(outcome.paths.get(m), floors[m]),
+            )
+        ]
+        if any(isinstance(raced.pair, SortedPath) for raced in outcome.paths.values()):
+            title += "\nkernel: our own kernels, which a server with this plugin runs there; gain: over what is above"
+        title += "\nus: whole layer; roof: how much of the GEMM roofline that is; gain: with its 95 % interval"
+        columns = ["M", "", "configuration", "us", "gain", "roof", "error"]
+        return Grid(title, columns, rows, frozenset({"", "configuration", "gain"}))
+    predicted = {m: result for m, result in outcome.results.items() if isinstance(result, Predicted)}
+    columns = ["M", "configuration", "predicted us", "floor us", "shared memory", "registers"]
+    rows = [predicted_row(m, result, floors[m]) for m, result in predicted.items()]
+    return Grid(title, columns, rows, frozenset({"configuration"}))
+
+
+def _measured(outcome: Outcome) -> dict[int, Measured[Pair]]:
+    return {m: result for m, result in outcome.results.items() if isinstance(result, Measured)}
+
+
+def origin(outcome: Outcome) -> Origin:
+    """Whether the results were measured or predicted."""
+    return "measured" if _measured(outcome) else "predicted"
+
+
+def document(request: Request, outcome: Outcome) -> Mapping[str, Any]:
+    """The outcome for programs."""
+    return {
+        "origin": origin(outcome),
+        "model": request.model,
+        "gpu": request.gpu.device_name,
+        "kernel": outcome.kernel.name,
+        "written": [str(path) for path in outcome.written],
+        "refused": {str(path): why for path, why in outcome.refused.items()},
+        "environment": {} if outcome.destination is None else outcome.destination.environment,
+        "picked_up": None if outcome.answer is None else True,
+        "entries": len(outcome.results),
+        "paths": [raced_path(m, raced) for m, raced in outcome.paths.items()],
+        "measurements": [measurement(m, result) for m, result in _measured(outcome).items()],
+    }
+
+
+def comparison(request: Request, found: Mapping[int, Compared]) -> Grid:
+    """Each choice at each M: what the engine takes today, and what was given."""
+    names = list(next(iter(found.values())).pairs)
+    short = {name: name if place == 0 else f"given {place}" for place, name in enumerate(names)}
+    legend = "".join(f"\n{short[name]}: {name}" for name in names[1:])
+    title = f"MEASURED for {request.gpu.device_name}{legend}"
+    title += "\nus: whole layer; gain: over today, with its 95 % interval; error: relative, against float32"
+    rows = [
+        row
+        for m, of_m in found.items()
+        for place, (name, pair) in enumerate(of_m.pairs.items())
+        for row in pair_rows(
+            [str(m) if place == 0 else "", short[name]],
+            pair,
+            compared_cells(request.shape, name, of_m.results[name]),
+        )
+    ]
+    columns = ["M", "choice", "configuration", "us", "gain", "error"]
+    return Grid(title, columns, rows, frozenset({"choice", "configuration", "gain", "error"}))
+
+
+def comparison_document(request: Request, found: Mapping[int, Compared]) -> Mapping[str, Any]:
+    """The comparison for programs."""
+    return {
+        "origin": "measured",
+        "model": request.model,
+        "gpu": request.gpu.device_name,
+        "comparisons": [
+            {
+                "m": m,
+                "noise": None if of_m.noise is None else round(of_m.noise, 5),
+                "throttled": of_m.throttled is not None,
+                "choices": [
+                    {
+                        "choice": name,
+                        **pair_entry(pair),
+                        **compared_entry(request.shape, of_m.results[name]),
+                    }
+                    for name, pair in of_m.pairs.items()
+                ],
+            }
+            for m, of_m in found.items()
+        ],
+    }
+
+
+def plan_document(request: Request, plan: Plan) -> Mapping[str, Any]:
+    """The plan for programs."""
+    return {
+        "dry_run": True,
+        "model": request.model,
+        "gpu": request.gpu.device_name,
+        "names": names_of(request),
+        "kept": len(plan.sifted.kept),
+        "dropped": plan.sifted.dropped,
+        "binaries": plan.binaries,
+        "estimated_s": round(plan.estimated_s),
+    }

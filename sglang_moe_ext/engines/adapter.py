@@ -1,0 +1,108 @@
+"""What the tuner asks of the engine that it tunes, whichever it is: modules of `sglang` and `vllm` answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from sglang_moe_ext.core import Gpu, MoEShape, Projection, Quantisation, Table, TableKey, TileConfig
+from sglang_moe_ext.engines.lookup_probe import Answer, Question
+from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
+from sglang_moe_ext.sorted_kernels import SortedPath
+
+if TYPE_CHECKING:
+    import torch
+
+EngineName = Literal["sglang", "vllm"]
+Version = tuple[int, int, int]
+Sorted = tuple["torch.Tensor | None", "torch.Tensor", "torch.Tensor"]
+"""(sorted_token_ids, expert_ids, num_tokens_post_padded); the first is None where the engine does not sort."""
+
+
+class Installation(Protocol):
+    """One engine that is installed."""
+
+    @property
+    def version_text(self) -> str: ...
+    @property
+    def version(self) -> Version: ...
+    @property
+    def triton(self) -> str | None: ...
+
+
+class Asked(Protocol):
+    """A process of the engine that is asked, once, what it takes for a layer."""
+
+    def answer(self, question: Question) -> Answer: ...
+    def close(self) -> None: ...
+
+
+class Tunable(Protocol):
+    """One engine. `OFFLINE`: the module that compiles its kernel.
+
+    `HAS_DOWN_TABLES`: the down projection has tables of its own; else one configuration serves both GEMMs.
+    """
+
+    NAME: EngineName
+    TITLE: str
+    OFFLINE: str
+    HAS_DOWN_TABLES: bool
+
+    def find(self) -> Installation | None:
+        """The one that is installed here. Raises EngineError where it is older than anything we know."""
+
+    def kernel_file(self, engine: Any) -> Path:
+        """The source of its kernel and launcher, in that installation."""
+
+    def asked(self, environment: Mapping[str, str]) -> Asked:
+        """A process of it under that environment, started now."""
+
+    def table_key(self, shape: MoEShape, device_name: str, *, down: bool) -> TableKey: ...
+
+    def file_name(self, key: TableKey) -> str: ...
+
+    def table_text(self, table: Table, triton: str) -> str:
+        """What a file of that table says, for that Triton."""
+
+    def effective(self, config: TileConfig, quantisation: Quantisation) -> TileConfig:
+        """What the engine makes of a configuration before it launches it."""
+
+    def why_no_table(self, shape: MoEShape, gpu: Gpu, architecture: str) -> str | None:
+        """Why a server that chooses its backend itself does not, or may not, read a table for the layer."""
+
+    def representative_tokens(self, shape: MoEShape, tokens: int) -> int:
+        """The smallest batch size whose launch runs the same binaries as this one's."""
+
+    def gemms_with_tma(self, quantisation: Quantisation, version: Version, sm: int) -> tuple[Projection, ...]:
+        """The GEMMs that run right with USE_TMA in that release, on a GPU of that architecture."""
+
+    def why_not_tuned(self, quantisation: Quantisation, version: Version) -> str | None:
+        """Why a table for such weights would do that release's servers harm."""
+
+    def has_own_path(self, version: Version, sm: int) -> bool:
+        """Whether our own kernels can take the place of that release's, on a GPU of that architecture."""
+
+    # What follows is called in the measuring process alone; `load` imports the engine, the others take what it gives.
+
+    def load(self) -> Any: ...
+
+    def warm_up(self, loaded: Any, shape: MoEShape) -> None: ...
+
+    def seen_ids(self, shape: MoEShape, topk_ids: torch.Tensor) -> torch.Tensor:
+        """From ids of this rank's experts, -1 for those elsewhere, to ids as the engine's layer is given them."""
+
+    def sort(self, loaded: Any, shape: MoEShape, topk_ids: torch.Tensor, block_m: int) -> Sorted: ...
+
+    def launch(
+        self, loaded: Any, shape: MoEShape, projection: Projection, tensors: GemmTensors, config: TileConfig
+    ) -> None:
+        """Run one GEMM through the engine's launcher."""
+
+    def run_layer(
+        self, loaded: Any, shape: MoEShape, tensors: LayerTensors, up: TileConfig, down: TileConfig
+    ) -> torch.Tensor:
+        """[tokens, hidden], by the engine's own layer."""
+
+    def run_path(self, loaded: Any, shape: MoEShape, tensors: LayerTensors, path: SortedPath) -> torch.Tensor:
+        """The same by our own kernels, behind the engine's sort. Raises EngineError where there is no such path."""

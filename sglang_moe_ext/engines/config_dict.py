@@ -1,0 +1,67 @@
+"""One entry of the engine's tables, a dict as its lookup returns it, and the configuration that it means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sglang_moe_ext.core import TileConfig
+from sglang_moe_ext.sorted_kernels import SortedPath
+
+Entry = dict[str, Any]
+
+USE_TMA = "USE_TMA"
+# What Triton takes where an entry names no warps or stages, as the engine's bf16 default does not.
+_TRITON_WARPS, _TRITON_STAGES = 4, 3
+
+
+def tile_of(entry: Mapping[str, Any]) -> TileConfig:
+    """The configuration that an entry means. Raises KeyError where it names no tile."""
+    return TileConfig(
+        block_m=entry["BLOCK_SIZE_M"],
+        block_n=entry["BLOCK_SIZE_N"],
+        block_k=entry["BLOCK_SIZE_K"],
+        group_m=entry["GROUP_SIZE_M"],
+        num_warps=entry.get("num_warps", _TRITON_WARPS),
+        num_stages=entry.get("num_stages", _TRITON_STAGES),
+        use_tma=bool(entry.get(USE_TMA, False)),
+    )
+
+
+def launched(config: TileConfig) -> Entry:
+    """What the kernel takes of a configuration: all but USE_TMA."""
+    return {
+        "BLOCK_SIZE_M": config.block_m,
+        "BLOCK_SIZE_N": config.block_n,
+        "BLOCK_SIZE_K": config.block_k,
+        "GROUP_SIZE_M": config.group_m,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def entry_of(config: TileConfig) -> Entry:
+    """A fresh entry, as a table has it: the engine takes USE_TMA out of what its lookup returns."""
+    return launched(config) | ({USE_TMA: True} if config.use_tma else {})
+
+
+def resized(entry: Mapping[str, Any], config: TileConfig) -> Entry:
+    """The entry with the tile and stages of that configuration; all else that it says stays."""
+    return {**entry, **launched(config)}
+
+
+def without_tma(entry: Mapping[str, Any]) -> Entry:
+    """A copy that does not ask for TMA."""
+    return {name: value for name, value in entry.items() if name != USE_TMA}
+
+
+class WithPath(Entry):
+    """An entry of the down GEMM that carries our path along.
+
+    The engine hands it from its lookup to its sequence of kernels as it is; its copies, and the engine's own kernels,
+    know the entry alone.
+    """
+
+    def __init__(self, entry: Mapping[str, Any], path: SortedPath) -> None:
+        super().__init__(entry)
+        self.path = path

@@ -1,0 +1,100 @@
+"""Compile what an engine's launcher launches, for a GPU that need not be here: tensors have no storage, nothing runs.
+
+For child processes only: it takes the place of Triton's driver and of its launches.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from sglang_moe_ext.core import Failure, MoEShape, Projection, Resources
+from sglang_moe_ext.kernels.compiled import TargetOnlyDriver, resources_of
+from sglang_moe_ext.kernels.quantize import quantise_weights
+
+if TYPE_CHECKING:
+    import torch
+
+
+def meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor without storage: its address is 0, aligned like a fresh CUDA tensor's."""
+    import torch
+
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@functools.lru_cache
+def weights(shape: MoEShape, projection: Projection) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weights as the engines store them, their scales)."""
+    import torch
+
+    columns, reduction = shape.gemm(projection)
+    dtype = getattr(torch, shape.dtype)
+    if shape.quantisation.scheme is None:
+        return meta((shape.experts, columns, reduction), dtype), None
+    stored, scale = quantise_weights(meta((1, columns, reduction), dtype), shape.quantisation)
+    return meta((shape.experts, *stored.shape[1:]), stored.dtype), meta((shape.experts, *scale.shape[1:]), scale.dtype)
+
+
+def last_launched(sm: int, launch: Callable[[], None]) -> Resources | Failure:
+    """What the last binary that `launch` launches needs on that architecture, or why the compiler refuses it."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    triton.runtime.driver.set_active(TargetOnlyDriver(sm))
+    compiled: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        self.device_caches.clear()  # Triton keeps the target of the first compilation for each device
+        compiled.append(run(self, *arguments, grid=grid, warmup=True, **options))
+
+    JITFunction.run = compile_only
+    try:
+        launch()
+    except Exception as error:  # noqa: BLE001 - the compiler fails in many ways; each costs this candidate alone
+        return Failure(type(error).__name__, (str(error).strip().splitlines() or ["no message"])[-1][:300])
+    finally:
+        JITFunction.run = run
+    return resources_of(compiled[-1])
+
+
+GROUP = "GROUP_SIZE_M"
+_KERNELS = ("fused_moe_kernel", "fused_moe_kernel_gptq_awq")
+"""Of SGLang and of vLLM, which share their origin."""
+
+
+@functools.cache
+def _taking_group(kernel: Any) -> Any:
+    """The same Triton function, with the same source, for which the group is not a constant."""
+    import triton
+
+    fn = kernel.fn
+    twin = types.FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+    twin.__kwdefaults__, twin.__qualname__, twin.__module__ = fn.__kwdefaults__, fn.__qualname__, fn.__module__
+    twin.__annotations__ = {name: kind for name, kind in fn.__annotations__.items() if name != GROUP}
+    return triton.jit(twin, do_not_specialize=[*(kernel.do_not_specialize or ()), GROUP])
+
+
+@contextmanager
+def any_group(kernels: Any) -> Iterator[None]:
+    """Within, the engine's launcher runs the kernels of that module with the group as an argument."""
+    own = {name: getattr(kernels, name) for name in _KERNELS}
+    for name, kernel in own.items():
+        setattr(kernels, name, _taking_group(kernel))
+    try:
+        yield
+    finally:
+        for name, kernel in own.items():
+            setattr(kernels, name, kernel)
+
+
+def forget_binaries(kernels: Any) -> None:
+    """Drop what Triton keeps in memory of each binary: thousands of them would take gigabytes."""
+    for name in _KERNELS:
+        kernel = getattr(kernels, name)
+        for each in (kernel, _taking_group(kernel)):
+            each.device_caches.clear()

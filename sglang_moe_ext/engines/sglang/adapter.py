@@ -1,0 +1,110 @@
+"""SGLang, as the tuner asks it: the functions of `engines.tunable.Tunable`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sglang_moe_ext.core import Gpu, MoEShape, Projection, Quantisation, Table, TableKey, TileConfig
+from sglang_moe_ext.engines.adapter import EngineName, Sorted, Version
+from sglang_moe_ext.engines.sglang import (
+    installation,
+    kernel_sequence,
+    lookup_probe,
+    runner,
+    sorted_layer,
+    support,
+    table_names,
+)
+from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.engines.sglang.runner import Engine
+from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
+from sglang_moe_ext.sorted_kernels import FIRST_SM, SortedPath
+from sglang_moe_ext.tables import config_table
+
+if TYPE_CHECKING:
+    import torch
+
+NAME: EngineName = "sglang"
+TITLE = "SGLang"
+OFFLINE = "sglang_moe_ext.engines.sglang.compile"
+HAS_DOWN_TABLES = True
+
+
+def find() -> Installation | None:
+    return installation.find()
+
+
+def kernel_file(engine: Installation) -> Path:
+    return engine.kernel_file
+
+
+def asked(environment: Mapping[str, str]) -> lookup_probe.Asked:
+    return lookup_probe.Asked(environment)
+
+
+def table_key(shape: MoEShape, device_name: str, *, down: bool) -> TableKey:
+    return table_names.table_key(shape, device_name, down=down)
+
+
+def file_name(key: TableKey) -> str:
+    return table_names.file_name(key)
+
+
+def table_text(table: Table, triton: str) -> str:
+    """The folder says which Triton; every key of the file must be a number."""
+    return config_table.to_json(table)
+
+
+def effective(config: TileConfig, quantisation: Quantisation) -> TileConfig:
+    return config
+
+
+def why_no_table(shape: MoEShape, gpu: Gpu, architecture: str) -> str | None:
+    return support.why_no_table(support.AUTO, shape, gpu, architecture)
+
+
+def representative_tokens(shape: MoEShape, tokens: int) -> int:
+    return runner.representative_tokens(shape, tokens)
+
+
+def gemms_with_tma(quantisation: Quantisation, version: Version, sm: int) -> tuple[Projection, ...]:
+    return support.gemms_with_tma(quantisation, version, sm)
+
+
+def why_not_tuned(quantisation: Quantisation, version: Version) -> str | None:
+    return None
+
+
+def has_own_path(version: Version, sm: int) -> bool:
+    return version >= kernel_sequence.FIRST_RELEASE and sm >= FIRST_SM
+
+
+def load() -> Engine:
+    return runner.load()
+
+
+def warm_up(loaded: Engine, shape: MoEShape) -> None:
+    runner.warm_up(loaded, shape)
+
+
+def seen_ids(shape: MoEShape, topk_ids: torch.Tensor) -> torch.Tensor:
+    """The server maps ids to the rank before it calls the layer."""
+    return topk_ids
+
+
+def sort(loaded: Engine, shape: MoEShape, topk_ids: torch.Tensor, block_m: int) -> Sorted:
+    return loaded.align(topk_ids, block_m, shape.experts)
+
+
+def launch(loaded: Engine, shape: MoEShape, projection: Projection, tensors: GemmTensors, config: TileConfig) -> None:
+    runner.launch(loaded, shape, projection, tensors, config)
+
+
+def run_layer(loaded: Engine, shape: MoEShape, tensors: LayerTensors, up: TileConfig, down: TileConfig) -> torch.Tensor:
+    return runner.run(loaded, shape, tensors, up, down)
+
+
+def run_path(loaded: Engine, shape: MoEShape, tensors: LayerTensors, path: SortedPath) -> torch.Tensor:
+    return sorted_layer.result(loaded, shape, tensors, path)

@@ -1,0 +1,108 @@
+"""Compile SGLang's own kernel for a GPU that need not be here, exactly as a launch on that GPU would specialise it.
+
+The engine's launcher runs on storage-free tensors with a driver that only says which GPU to compile for, so that
+signature, divisibility and constants are the engine's own, whatever its version. For child processes only.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEShape, Projection, Resources
+from sglang_moe_ext.engines import meta_compile
+from sglang_moe_ext.engines.meta_compile import any_group, meta
+from sglang_moe_ext.engines.sglang.runner import Engine, launch, load
+from sglang_moe_ext.engines.tensors import GemmTensors, sorted_rows
+
+if TYPE_CHECKING:
+    import torch
+
+
+@functools.cache
+def _engine() -> Engine:
+    engine = load()
+    engine.aligner.sgl_moe_align_block_size = lambda *_: None  # the sizes of its buffers are all that is asked for
+    return engine
+
+
+def warm_up() -> None:
+    """Import what a compilation needs; a process that forks calls this once."""
+    _engine()
+
+
+def _tensors(engine: Engine, shape: MoEShape, projection: Projection, tokens: int, key: CompileKey) -> GemmTensors:
+    import torch
+
+    columns, reduction = shape.gemm(projection)
+    rows_in = tokens * shape.top_k
+    if projection == "up":
+        rows_in = tokens
+    elif key.use_tma:
+        rows_in = sorted_rows(shape, tokens, key.block_m)
+    activations = getattr(torch, shape.dtype)
+    weights, weight_scale = meta_compile.weights(shape, projection)
+    topk_ids = meta((tokens, shape.top_k), torch.int32)
+    sorted_token_ids, expert_ids, num_tokens_post_padded = engine.align(topk_ids, key.block_m, shape.experts)
+    return GemmTensors(
+        a=meta((rows_in, reduction), activations),
+        weights=weights,
+        out=meta((tokens, shape.top_k, columns), activations),
+        weight_scale=weight_scale,
+        topk_weights=meta((tokens, shape.top_k), torch.float32),
+        topk_ids=topk_ids,
+        sorted_token_ids=sorted_token_ids,
+        expert_ids=expert_ids,
+        num_tokens_post_padded=num_tokens_post_padded,
+    )
+
+
+def _quantised(dtype_name: str, scale_columns: Callable[[torch.Tensor, int], int]) -> Callable[..., Any]:
+    """In place of a quantiser of activations: results of its types and shapes, without storage."""
+
+    def quantise(a: torch.Tensor, group: Any = None, *_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        columns = scale_columns(a, group if isinstance(group, int) else 0)
+        return meta(tuple(a.shape), getattr(torch, dtype_name)), meta((a.shape[0], columns), torch.float32)
+
+    return quantise
+
+
+def _groups(a: torch.Tensor, group: int) -> int:
+    return -(-int(a.shape[1]) // group)
+
+
+def _per_tensor_or_token(a: torch.Tensor, scale: object, use_per_token_if_dynamic: bool = False) -> Any:
+    import torch
+
+    rows = int(a.shape[0]) if use_per_token_if_dynamic else 1
+    scales = meta((rows, 1) if use_per_token_if_dynamic else (1,), torch.float32)
+    return meta(tuple(a.shape), torch.float8_e4m3fn), scales
+
+
+def _prepare(kernels: Any, sm: int) -> None:
+    """Set, in the engine's kernel module, what it would find on the GPU, and replace its CUDA-only quantisers."""
+    kernels.is_arch_support_pdl = lambda: sm >= 90
+    kernels.should_enable_swap_ab = lambda block_m, block_n: sm == 90 and block_m < 64 and block_n >= 64
+    kernels.scaled_fp8_quant = _per_tensor_or_token
+    kernels.per_token_quant_int8 = _quantised("int8", lambda a, _: 1)
+    for prefix in ("", "sglang_"):
+        setattr(kernels, f"{prefix}per_token_group_quant_fp8", _quantised("float8_e4m3fn", _groups))
+        setattr(kernels, f"{prefix}per_token_group_quant_int8", _quantised("int8", _groups))
+
+
+def compile_job(job: CompileJob) -> Resources | Failure:
+    """What the binary of this job needs, or why the compiler refuses it."""
+    engine = _engine()
+    _prepare(engine.kernels, job.sm)
+    config = job.key.with_group(job.group_m or 1)
+    tensors = _tensors(engine, job.shape, job.projection, job.tokens, job.key)
+
+    def launch_it() -> None:
+        with any_group(engine.kernels) if job.group_m is None else nullcontext():
+            launch(engine, job.shape, job.projection, tensors, config, writes_sorted=job.sorted_rows)
+
+    return meta_compile.last_launched(job.sm, launch_it)

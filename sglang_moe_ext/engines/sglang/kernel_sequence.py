@@ -1,0 +1,230 @@
+"""What SGLang hands to the kernels of a layer behind the sort: whether our path may run for it, and with what.
+
+The arguments of `_fused_moe_kernel_sequence` grow with the releases. One that is not known here must be what it is when
+it is not given; else the engine's own kernels run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sglang_moe_ext.core import ActivationDtype, EngineError, MoEShape, Quantisation
+from sglang_moe_ext.engines.config_dict import WithPath
+from sglang_moe_ext.engines.sglang.hook_points import SEQUENCE, Targets
+from sglang_moe_ext.sorted_kernels import SortedPath
+
+if TYPE_CHECKING:
+    import torch
+
+    from sglang_moe_ext.engines.sglang.sorted_layer import Layer
+
+FIRST_RELEASE = (0, 5, 11)
+"""The first with a function of all kernels behind the sort."""
+DOWN_POSITION = 9
+"""Of `down_config`, the entry that carries our path, in all releases from 0.5.11 to 0.5.23."""
+_DOWN = "down_config"
+_BY_POSITION = (
+    "hidden_states", "w1", "w2", "topk_weights", "topk_ids",
+    "sorted_token_ids", "expert_ids", "num_tokens_post_padded", "config", _DOWN,
+)  # fmt: skip
+_TAKEN = frozenset(_BY_POSITION) | {
+    "w1_scale", "w2_scale", "block_shape", "use_fp8_w8a8", "per_channel_quant",
+    "inplace", "routed_scaling_factor",
+    # Of the engine's own configurations.
+    "down_moe_use_tma", "up_moe_use_tma",
+    # Of gemm1_alpha alone, which is refused.
+    "gate_up_interleaved",
+}  # fmt: skip
+_NEEDED = {
+    "activation", "is_gated", "w1_scale", "w2_scale", "block_shape", "use_fp8_w8a8", "per_channel_quant",
+    "inplace", "routed_scaling_factor", "filter_expert",
+}  # fmt: skip
+_FP8_BLOCK = [128, 128]
+_SYMMETRIC_MEMORY = "sglang.srt.distributed.device_communicators.pynccl_allocator"
+_NOTHING = object()
+
+Arguments = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """A reason why the engine's own kernels run, for this layer's next batches as well."""
+
+    why: str
+    refuses: Callable[[Arguments], bool]
+    names: tuple[str, ...] = ()
+
+
+def _is_scaled_as_known(given: Arguments) -> bool:
+    if given["per_channel_quant"]:
+        return given["block_shape"] is None
+    return list(given["block_shape"] or ()) == _FP8_BLOCK
+
+
+def _any_given(*names: str) -> Callable[[Arguments], bool]:
+    return lambda given: any(given.get(name) is not None for name in names)
+
+
+def _any_set(*names: str) -> Callable[[Arguments], bool]:
+    return lambda given: any(given.get(name) for name in names)
+
+
+def _unless_given(why: str, *names: str) -> Gate:
+    return Gate(why, _any_given(*names), names)
+
+
+def _unless_set(why: str, *names: str) -> Gate:
+    return Gate(why, _any_set(*names), names)
+
+
+GATES = (
+    Gate(
+        "its activation is not SwiGLU",
+        lambda given: given["activation"] != "silu" or not given["is_gated"],
+        ("activation", "is_gated"),
+    ),
+    _unless_given("its SwiGLU has limits", "gemm1_alpha", "gemm1_limit", "swiglu_limit"),
+    _unless_set("its gate and up alternate", "fuse_swiglu_interleaved"),
+    _unless_given("it has biases", "b1", "b2"),
+    _unless_set("its weights are integers", "use_int8_w8a8", "use_int8_w8a16", "use_int4_w4a16"),
+    _unless_given("its weights have zero points", "w1_zp", "w2_zp"),
+    Gate(
+        "its scales are not those of float8 blocks of 128, or of channels",
+        lambda given: bool(given["use_fp8_w8a8"]) and not _is_scaled_as_known(given),
+    ),
+    _unless_given("its activations come quantised", "a1_scale", "a2_scale", "a1_q"),
+    _unless_set("it weighs the input of the experts", "apply_router_weight_on_input"),
+    _unless_set("its sum is somebody else's", "no_combine", "no_combine_keep_router_weight", "defer_sum"),
+    _unless_set("some of its experts are of other ranks, where our path was never measured", "filter_expert"),
+    _unless_given("LoRA adapters look between its kernels", "hooks"),
+)
+_KNOWN = _TAKEN.union(*(gate.names for gate in GATES))
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Of one release: names in order, what is meant where one is not given, and the names that are not known here."""
+
+    names: tuple[str, ...]
+    defaults: Arguments
+    unknown: tuple[str, ...]
+
+    def given(self, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
+        """All arguments by name, of a call that the engine can make."""
+        return {**self.defaults, **dict(zip(self.names, args, strict=False)), **kwargs}
+
+
+def parameters(function: Callable[..., Any]) -> Parameters:
+    """Those of this release's function, where it takes what our path needs in the order that is known.
+
+    Raises:
+        EngineError: it does not.
+    """
+    found = inspect.signature(function).parameters
+    names = tuple(found)
+    missing = _NEEDED - found.keys()
+    if names[: len(_BY_POSITION)] != _BY_POSITION or missing:
+        raise EngineError(f"{SEQUENCE} takes other arguments: {', '.join(names)}")
+    defaults = {name: it.default for name, it in found.items() if it.default is not inspect.Parameter.empty}
+    return Parameters(names, defaults, tuple(name for name in names if name not in _KNOWN))
+
+
+def path_of(args: tuple[Any, ...], kwargs: Arguments) -> SortedPath | None:
+    """The path that our lookup chose for this call, if it did."""
+    entry = args[DOWN_POSITION] if len(args) > DOWN_POSITION else kwargs.get(_DOWN)
+    return entry.path if isinstance(entry, WithPath) else None
+
+
+def refusal(of: Parameters, given: Arguments, engine: Targets) -> Gate | None:
+    """Why our path may not run for these arguments, defaults included.
+
+    Raises:
+        EngineError: this engine says of a setting in a way that is not known.
+    """
+    for name in of.unknown:
+        if given[name] is not of.defaults.get(name, _NOTHING):
+            return Gate(f"what {name} asks for is not known here", bool)
+    for gate in GATES:
+        if gate.refuses(given):
+            return gate
+    if engine.sums_in_the_down_gemm():
+        return Gate("the server sums in the down GEMM", bool)
+    if not given["inplace"] and _allocates_for_all_ranks(engine):
+        return Gate("its result is allocated for all ranks", bool)
+    return _of_tensors(given)
+
+
+def _allocates_for_all_ranks(engine: Targets) -> bool:
+    """Whether results lie in memory that NCCL shares, which the layers of 0.5.18 and newer allocate for it."""
+    if not hasattr(engine.layer, "use_symmetric_memory"):
+        return False
+    is_enabled = getattr(sys.modules.get(_SYMMETRIC_MEMORY), "is_symmetric_memory_enabled", None)
+    return is_enabled is None or bool(is_enabled())
+
+
+def _of_tensors(given: Arguments) -> Gate | None:
+    import torch
+
+    hidden, w1, w2 = given["hidden_states"], given["w1"], given["w2"]
+    if given["use_fp8_w8a8"]:
+        scales = given["w1_scale"], given["w2_scale"]
+        if any(scale is None or scale.dtype != torch.float32 for scale in scales):
+            return Gate("its scales are not float32", bool)
+        if hidden.shape[1] % _FP8_BLOCK[1] or w2.shape[2] % _FP8_BLOCK[1]:
+            return Gate("its columns are no whole groups of 128", bool)
+        wanted = torch.float8_e4m3fn
+    else:
+        wanted = hidden.dtype
+    if hidden.dtype not in (torch.bfloat16, torch.float16) or {w1.dtype, w2.dtype} != {wanted}:
+        return Gate(f"it multiplies {hidden.dtype} by {w1.dtype} and {w2.dtype}", bool)
+    if w2.shape[2] * 2 != w1.shape[1] or not (w1.is_contiguous() and w2.is_contiguous() and hidden.is_contiguous()):
+        return Gate("its weights are padded, or lie otherwise", bool)
+    return None
+
+
+def run(given: Arguments, path: SortedPath, engine: Targets) -> torch.Tensor:
+    """What the sequence returns: [tokens, hidden], the hidden states themselves where it works in place."""
+    import torch
+
+    from sglang_moe_ext.engines.sglang import sorted_layer
+
+    hidden, factor = given["hidden_states"], given["routed_scaling_factor"]
+    out: torch.Tensor = hidden if given["inplace"] else torch.empty_like(hidden)
+    sorted_layer.run(_layer(given, path, engine), out, 1.0 if factor is None else float(factor))
+    return out
+
+
+def _layer(given: Arguments, path: SortedPath, engine: Targets) -> Layer:
+    from sglang_moe_ext.engines.sglang.runner import Engine
+    from sglang_moe_ext.engines.sglang.sorted_layer import Layer
+    from sglang_moe_ext.engines.tensors import LayerTensors
+
+    hidden, w1, w2, topk_ids = (given[name] for name in ("hidden_states", "w1", "w2", "topk_ids"))
+    quantisation = Quantisation()
+    if given["use_fp8_w8a8"]:
+        per_channel = bool(given["per_channel_quant"])
+        quantisation = Quantisation("fp8_w8a8", None if per_channel else (128, 128), per_channel)
+    return Layer(
+        engine=Engine(engine.engine.version, engine.kernels, None, engine.layer),
+        shape=MoEShape(
+            experts=w1.shape[0],
+            intermediate_size=w2.shape[2],
+            hidden_size=w2.shape[1],
+            top_k=topk_ids.shape[1],
+            quantisation=quantisation,
+            dtype=_dtype(hidden),
+        ),
+        tensors=LayerTensors(hidden, w1, w2, given["w1_scale"], given["w2_scale"], given["topk_weights"], topk_ids),
+        aligned=(given["sorted_token_ids"], given["expert_ids"], given["num_tokens_post_padded"]),
+        path=path,
+    )
+
+
+def _dtype(hidden: torch.Tensor) -> ActivationDtype:
+    import torch
+
+    return "bfloat16" if hidden.dtype == torch.bfloat16 else "float16"

@@ -1,0 +1,179 @@
+"""Ask a running SGLang which model it serves, how that is split, and what of its flags decides about tables.
+
+`/get_server_info` in 0.5.5, `/server_info` as well in 0.5.8 to 0.5.23 (entrypoints/http_server.py): one JSON object
+with the server's arguments by name, as it resolved them, and its version. It tells neither the GPU nor the plugins.
+"""
+
+from __future__ import annotations
+
+import urllib.parse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sglang_moe_ext.core import EngineError, ModelError, Parallelism
+from sglang_moe_ext.engines.sglang import server_client
+from sglang_moe_ext.engines.sglang.installation import parse_version
+
+_PATHS = ("/server_info", "/get_server_info")
+"""The second is the older one, and leaves with some release to come."""
+_FIRST_WITH_PLUGINS = (0, 5, 11)
+# What --quantization makes of experts that the checkpoint does not quantise; with other values it has to.
+_DTYPES = {"fp8": ("fp8_w8a8", False), "w8a8_fp8": ("fp8_w8a8", True), "w8a8_int8": ("int8_w8a8", True)}
+
+
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """What a server says of itself. `parallelism` as its experts are split; `quantization` None: the checkpoint's."""
+
+    url: str
+    version_text: str
+    model_path: str
+    parallelism: Parallelism
+    moe_runner_backend: str = "auto"
+    moe_a2a_backend: str = "none"
+    quantization: str | None = None
+    device: str = "cuda"
+    fuses_shared_experts: bool = True
+    is_deterministic: bool = False
+
+    @property
+    def is_local(self) -> bool:
+        """True where it certainly runs on this machine."""
+        return urllib.parse.urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
+
+
+def ask(url: str, api_key: str | None = None) -> RunningServer:
+    """What the server at that address says.
+
+    Raises:
+        EngineError: nothing answers there, or something else than an SGLang server.
+    """
+    base = server_client.address(url)
+    for path in _PATHS:
+        document = server_client.get(base + path, api_key)
+        if document is not None:
+            return parse(document, base)
+    raise EngineError(f"{url} answers, but has no {_PATHS[0]}: --url takes the address of an SGLang server")
+
+
+def parse(document: object, url: str) -> RunningServer:
+    """What that answer of the server at `url` means.
+
+    Raises:
+        EngineError: it is not an SGLang server's.
+    """
+    if not isinstance(document, dict):
+        raise EngineError(f"{url} answers {type(document).__name__}, no object: is that an SGLang server's address?")
+    answer = _Answer(document, url)
+    tp, moe_dp = answer.size("tp_size"), answer.size("moe_dp_size", 1)  # the latter since 0.5.10
+    if tp % moe_dp:
+        raise EngineError(f"{url} answers tp_size {tp} with moe_dp_size {moe_dp}, which does not divide it")
+    return RunningServer(
+        url=url,
+        version_text=answer.text("version"),
+        model_path=answer.text("model_path"),
+        parallelism=Parallelism(tp // moe_dp, answer.size("ep_size", 1)),
+        moe_runner_backend=answer.text("moe_runner_backend", "auto"),
+        moe_a2a_backend=answer.text("moe_a2a_backend", "none"),
+        quantization=answer.text("quantization", "") or None,
+        device=answer.text("device", "cuda"),
+        fuses_shared_experts=not answer.switch("disable_shared_experts_fusion"),
+        is_deterministic=answer.switch("enable_deterministic_inference"),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    fields: Mapping[str, Any]
+    url: str
+
+    def text(self, name: str, default: str | None = None) -> str:
+        value = self.fields.get(name)
+        value = default if value is None else value
+        if not isinstance(value, str) or not (value or default == ""):
+            raise self._wrong(name, "a text")
+        return " ".join(value.split())
+
+    def size(self, name: str, default: int | None = None) -> int:
+        value = self.fields.get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self._wrong(name, "a positive number")
+        return value
+
+    def switch(self, name: str) -> bool:
+        value = self.fields.get(name, False)
+        if not isinstance(value, bool):
+            raise self._wrong(name, "true or false")
+        return value
+
+    def _wrong(self, name: str, expected: str) -> EngineError:
+        found = "nothing" if self.fields.get(name) is None else repr(self.fields[name])[:80]
+        return EngineError(
+            f"{self.url} answers {name}={found}, expected {expected}: is that an SGLang server's address?"
+        )
+
+
+def flags(server: RunningServer, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The server's answers, by the names of the flags that say the same of a layer; `given`: what the user says of it.
+
+    Raises:
+        ModelError: the user says what the server does, or the model's path is none of this machine's.
+    """
+    answers = {
+        "shape": None,
+        "from_log": None,
+        "tp_size": server.parallelism.tp,
+        "ep_size": server.parallelism.ep,
+        "disable_shared_experts_fusion": not server.fuses_shared_experts,
+        "moe_runner_backend": server.moe_runner_backend,
+        "enable_deterministic_inference": server.is_deterministic,
+    }
+    for name in answers:
+        if name in given:
+            raise ModelError(f"--{name.replace('_', '-')} goes without --url: the server itself says what it runs")
+    return answers | _model(server, given) | _dtype(server, given)
+
+
+def _model(server: RunningServer, given: Mapping[str, Any]) -> dict[str, Any]:
+    path = Path(server.model_path)
+    if "model" not in given and path.is_absolute() and not path.exists():
+        raise ModelError(
+            f"{server.url} serves {path}, which this machine does not have: add --model, a built-in name, "
+            "a folder with its config.json, or a hub id"
+        )
+    return {"model": given.get("model", server.model_path)}
+
+
+def _dtype(server: RunningServer, given: Mapping[str, Any]) -> dict[str, Any]:
+    if "dtype" in given or "per_channel_quant" in given:
+        return {}
+    dtype, per_channel = _DTYPES.get(server.quantization or "", ("auto", False))
+    return {"dtype": dtype, "per_channel_quant": per_channel}
+
+
+def why_no_table(server: RunningServer) -> str | None:
+    """Why that server reads no table, beyond what its `--moe-runner-backend` decides; None: it does."""
+    if server.device != "cuda":
+        return f"that server runs on {server.device}; tables are for GPUs"
+    if server.moe_a2a_backend != "none":
+        return f"--moe-a2a-backend {server.moe_a2a_backend} does not reach the Triton runner, which reads tables"
+    return None
+
+
+def report(server: RunningServer, version_here: str) -> list[str]:
+    """What to know of that server before what follows is read, in lines."""
+    split = f"--tp-size {server.parallelism.tp} --ep-size {server.parallelism.ep}"
+    quantised = f" --quantization {server.quantization}" if server.quantization else ""
+    is_same = server.version_text == version_here
+    old = parse_version(server.version_text) < _FIRST_WITH_PLUGINS
+    return [
+        f"{server.url}: SGLang {server.version_text} serves {server.model_path} on {server.device}, {split}{quantised}",
+        f"what follows is what the SGLang {version_here} here takes, with the Triton, tables and settings of here"
+        + ("" if is_same else f"; that server has another release, {server.version_text}, and may take something else"),
+        "whether sglang-moe-ext is active in that server it does not tell"
+        + (", and before 0.5.11 the startup file alone brings it in" if old else "")
+        + ': look for "sglang-moe-ext ... is active" in its log',
+        *([] if server.is_local else ["nor does it tell its GPU: without --gpu, this machine's is meant"]),
+    ]

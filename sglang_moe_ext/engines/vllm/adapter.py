@@ -1,0 +1,109 @@
+"""vLLM, as the tuner asks it: the functions of `engines.tunable.Tunable`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sglang_moe_ext.core import EngineError, Gpu, MoEShape, Projection, Quantisation, Table, TableKey, TileConfig
+from sglang_moe_ext.engines.adapter import EngineName, Sorted, Version
+from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
+from sglang_moe_ext.engines.vllm import installation, lookup_probe, runner, support, table_names
+from sglang_moe_ext.engines.vllm.hook_points import GROUPS_RUN_TRITON
+from sglang_moe_ext.engines.vllm.installation import Installation
+from sglang_moe_ext.engines.vllm.runner import Engine
+from sglang_moe_ext.sorted_kernels import SortedPath
+from sglang_moe_ext.tables import config_table
+
+if TYPE_CHECKING:
+    import torch
+
+NAME: EngineName = "vllm"
+TITLE = "vLLM"
+OFFLINE = "sglang_moe_ext.engines.vllm.compile"
+HAS_DOWN_TABLES = False
+
+
+def find() -> Installation | None:
+    return installation.find()
+
+
+def kernel_file(engine: Installation) -> Path:
+    return engine.configs_folder.with_name("fused_moe.py")
+
+
+def asked(environment: Mapping[str, str]) -> lookup_probe.Asked:
+    return lookup_probe.Asked(environment)
+
+
+def table_key(shape: MoEShape, device_name: str, *, down: bool) -> TableKey:
+    return table_names.table_key(shape, device_name)
+
+
+def file_name(key: TableKey) -> str:
+    return table_names.file_name(key)
+
+
+def table_text(table: Table, triton: str) -> str:
+    """With the Triton, which the engine takes out unread, and SPLIT_K, which its kernel for groups must be given."""
+    return config_table.to_json(table, triton_version=triton, with_split_k=True)
+
+
+def effective(config: TileConfig, quantisation: Quantisation) -> TileConfig:
+    """The launcher holds BLOCK_SIZE_K down to the block of the scales; the table says what runs."""
+    block = quantisation.block_shape
+    return replace(config, block_k=min(config.block_k, *block)) if block and quantisation.is_block_wise else config
+
+
+def why_no_table(shape: MoEShape, gpu: Gpu, architecture: str) -> str | None:
+    return support.why_no_table(shape, gpu, architecture)
+
+
+def representative_tokens(shape: MoEShape, tokens: int) -> int:
+    return runner.representative_tokens(shape, tokens)
+
+
+def gemms_with_tma(quantisation: Quantisation, version: Version, sm: int) -> tuple[Projection, ...]:
+    """None: a variable of the environment decides on tensor descriptors, and no table does."""
+    return ()
+
+
+def why_not_tuned(quantisation: Quantisation, version: Version) -> str | None:
+    in_groups = quantisation.block_shape is not None and not quantisation.is_block_wise
+    if not in_groups or version >= GROUPS_RUN_TRITON:
+        return None
+    return "up to 0.32 it may hand the tiles of a table for weights of groups to a CUDA kernel, for few tokens"
+
+
+def has_own_path(version: Version, sm: int) -> bool:
+    return False
+
+
+def load() -> Engine:
+    return runner.load()
+
+
+def warm_up(loaded: Engine, shape: MoEShape) -> None:
+    """Nothing: what the layer runs beside its GEMMs is compiled in the engine's libraries."""
+
+
+def seen_ids(shape: MoEShape, topk_ids: torch.Tensor) -> torch.Tensor:
+    return runner.global_ids(shape, topk_ids)
+
+
+def sort(loaded: Engine, shape: MoEShape, topk_ids: torch.Tensor, block_m: int) -> Sorted:
+    return runner.sort(loaded, shape, topk_ids, block_m)
+
+
+def launch(loaded: Engine, shape: MoEShape, projection: Projection, tensors: GemmTensors, config: TileConfig) -> None:
+    runner.launch(loaded, shape, projection, tensors, config)
+
+
+def run_layer(loaded: Engine, shape: MoEShape, tensors: LayerTensors, up: TileConfig, down: TileConfig) -> torch.Tensor:
+    return runner.run(loaded, shape, tensors, up, down)
+
+
+def run_path(loaded: Engine, shape: MoEShape, tensors: LayerTensors, path: SortedPath) -> torch.Tensor:
+    raise EngineError(f"vLLM runs no kernels of ours: {path} is for SGLang")

@@ -1,0 +1,41 @@
+"""What a launch of vLLM's kernel says of its GEMM: its weights as one of our shapes, and the tile that really runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sglang_moe_ext.core import MoEShape, Quantisation, Scheme, TileConfig
+from sglang_moe_ext.engines.config_dict import Entry, launched
+
+_FLAGS: tuple[tuple[str, Scheme], ...] = (
+    ("use_fp8_w8a8", "fp8_w8a8"),
+    ("use_int8_w8a8", "int8_w8a8"),
+    ("use_int8_w8a16", "int8_w8a16"),
+    ("use_int4_w4a16", "int4_w4a16"),
+)
+
+
+def shape_of(arguments: Mapping[str, Any]) -> MoEShape:
+    """The GEMM of a launcher's arguments by name; `intermediate_size` is the columns of this GEMM alone."""
+    scheme = next((scheme for flag, scheme in _FLAGS if arguments.get(flag)), None)
+    block = arguments.get("block_shape")
+    experts, columns, reduction = arguments["B"].shape
+    quantisation = Quantisation(scheme, (int(block[0]), int(block[1])) if block else None)
+    return MoEShape(experts, columns, reduction, arguments["top_k"], quantisation, gated=False)
+
+
+def clamped(entry: Mapping[str, Any], shape: MoEShape) -> Entry:
+    """The entry as the launcher cuts it: a tile reaches over no more of K than one block of scales."""
+    quantisation = shape.quantisation
+    if not quantisation.is_block_wise or quantisation.block_shape is None:
+        return dict(entry)
+    return {**entry, "BLOCK_SIZE_K": min(entry["BLOCK_SIZE_K"], *quantisation.block_shape)}
+
+
+SPLIT_K = "SPLIT_K"
+
+
+def entry_of(config: TileConfig) -> Entry:
+    """A fresh entry. `fused_moe_kernel_gptq_awq` has SPLIT_K as a constant without a default; there is only 1."""
+    return {**launched(config), SPLIT_K: 1}

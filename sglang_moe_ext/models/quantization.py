@@ -1,0 +1,299 @@
+"""Reads how a checkpoint stores the weights of its experts off the quantization section of its config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from sglang_moe_ext.core import ModelError, Quantisation, Scheme
+from sglang_moe_ext.models.config_fields import CONFIG_CLASS_ERRORS, Section, lineages, read, refusal, shown, whole
+
+EXCLUSIONS = ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules")
+NO_BLOCK = (None, 0, -1)
+WEIGHT_ONLY: dict[int, Scheme] = {4: "int4_w4a16", 8: "int8_w8a16"}
+
+
+def other_kernel(method: str, source: str) -> ModelError:
+    return refusal(
+        source,
+        f"experts quantised with {method} do not run the Triton kernel that JSON tables configure; "
+        "give a bf16, fp8 or int8 checkpoint of the model, or state the experts with --shape",
+    )
+
+
+def weight_block(stated: object, name: str, source: str) -> tuple[int, int] | None:
+    """(N, K) of a scale; None where none is stated, which ModelOpt also writes as [0, None]."""
+    if stated is None:
+        return None
+    if not isinstance(stated, (list, tuple)) or len(stated) != 2:
+        raise refusal(source, f"{name} is {shown(stated)}, expected [N, K], such as [128, 128]; correct it")
+    n, k = stated
+    if n in NO_BLOCK and k in NO_BLOCK:
+        return None
+    return whole(n, f"{name} N", source), whole(k, f"{name} K", source)
+
+
+def group_size(section: Section, source: str) -> int | None:
+    """Weights along K that share a scale; None (also written -1) where a whole channel does."""
+    for name in ("group_size", "q_group_size"):
+        stated = read(section, name)
+        if stated is not None:
+            return None if stated == -1 else whole(stated, name, source)
+    return None
+
+
+def in_groups(bits: object, group: int | None, source: str) -> Quantisation:
+    """Weights of 4 or 8 bits that the kernel unpacks; activations stay in 16."""
+    scheme = WEIGHT_ONLY.get(bits) if isinstance(bits, int) else None
+    if scheme is None:
+        raise refusal(source, f"weights of {shown(bits)} bits, expected 4 or 8; state the experts with --shape")
+    return Quantisation(scheme, per_channel=True) if group is None else Quantisation(scheme, (0, group))
+
+
+def experts_left_out(section: Section) -> bool:
+    """True where an exclusion covers the experts of every layer: it names experts, and not shared ones or a layer."""
+    for name in EXCLUSIONS:
+        excluded = read(section, name)
+        for entry in excluded if isinstance(excluded, (list, tuple)) else ():
+            if isinstance(entry, str) and not _is_narrower(entry):
+                return True
+    return False
+
+
+def names_experts(pattern: str) -> bool:
+    """True where a pattern speaks of routed experts; one with a negative lookahead speaks of all the rest.
+
+    Patterns are not run: one written by a stranger may never end.
+    """
+    return "experts" in pattern and "shared" not in pattern and "(?!" not in pattern
+
+
+def _is_narrower(entry: str) -> bool:
+    return not names_experts(entry) or any(letter.isdigit() for letter in entry.replace("[0-9]", ""))
+
+
+CLASS_TARGETS = ("Linear", "FusedMoE")
+
+_W8A8: dict[str, Scheme] = {"float": "fp8_w8a8", "int": "int8_w8a8"}
+
+
+def of_config_groups(section: Section, source: str) -> Quantisation:
+    stated = read(section, "config_groups")
+    if stated is None or stated == {}:
+        return Quantisation()
+    if not isinstance(stated, Mapping) or not all(isinstance(group, Mapping) for group in stated.values()):
+        raise refusal(source, f"config_groups is {shown(stated)}, expected an object of objects; correct it")
+    of_experts = {_of_group(group, source) for group in _for_experts(list(stated.values()))}
+    if len(of_experts) > 1:
+        raise refusal(source, "several config_groups may hold the experts, expected one; state them with --shape")
+    return of_experts.pop()
+
+
+def _for_experts(groups: list[Section]) -> list[Section]:
+    """Groups that target experts by name, else those that target linear layers by class, else all."""
+    named = [group for group in groups if any(names_experts(target) for target in _targets(group))]
+    by_class = [group for group in groups if any(target in CLASS_TARGETS for target in _targets(group))]
+    return named or by_class or groups
+
+
+def _targets(group: Section) -> list[str]:
+    targets = read(group, "targets")
+    return [target for target in targets if isinstance(target, str)] if isinstance(targets, (list, tuple)) else []
+
+
+def _of_group(group: Section, source: str) -> Quantisation:
+    weights, activations = read(group, "weights"), read(group, "input_activations")
+    if weights is None:
+        return Quantisation()
+    match read(weights, "type") or "int", read(weights, "num_bits"), activations is not None:
+        case "int", int(bits), False if bits in WEIGHT_ONLY:
+            return _group_weight_only(weights, bits, source)
+        case "float" | "int" as kind, 8, True if (read(activations, "type"), read(activations, "num_bits")) == (
+            kind,
+            8,
+        ):
+            return _w8a8(weights, _W8A8[kind], source)
+    stored = f"{shown(read(weights, 'type'))} weights of {shown(read(weights, 'num_bits'))} bits"
+    layout = read(group, "format")
+    packed = f" as {shown(layout)}" if layout is not None else ""
+    raise other_kernel(f"compressed-tensors, {stored}{packed},", source)
+
+
+def _group_weight_only(weights: Section, bits: int, source: str) -> Quantisation:
+    match read(weights, "strategy"):
+        case "channel":
+            return in_groups(bits, None, source)
+        case "group" | None:
+            return in_groups(bits, group_size(weights, source), source)
+        case strategy:
+            raise other_kernel(f"compressed-tensors, {bits} bits with strategy {shown(strategy)},", source)
+
+
+def _w8a8(weights: Section, scheme: Scheme, source: str) -> Quantisation:
+    match read(weights, "strategy"):
+        case "tensor" | None:
+            return Quantisation(scheme)
+        case "channel":
+            return Quantisation(scheme, per_channel=True)
+        case "block":
+            return Quantisation(scheme, _block(weights, source))
+        case strategy:
+            raise other_kernel(f"compressed-tensors, {scheme} with strategy {shown(strategy)},", source)
+
+
+def _block(weights: Section, source: str) -> tuple[int, int]:
+    stated = read(weights, "block_structure")
+    if isinstance(stated, str) and len(stated) < 20:
+        # older releases write "128x128"
+        stated = [int(side) if side.isdecimal() else side for side in stated.split("x")]
+    block = weight_block(stated, "block_structure", source)
+    if block is None:
+        raise refusal(source, f"strategy 'block' with block_structure {shown(stated)}, expected [N, K]; correct it")
+    return block
+
+
+MIXED = "MIXED_PRECISION"
+BLOCK_SIDE = 128
+"""Where a block-wise algorithm states no group_size (SGLang 0.5.23, modelopt_quant.py)."""
+
+
+def of_modelopt(section: Section, source: str) -> Quantisation:
+    inner = read(section, "quantization")
+    section = inner if isinstance(inner, Mapping) else section
+    if experts_left_out(section):
+        return Quantisation()
+    if read(section, "quant_algo") == MIXED:
+        return _of_mixed(read(section, "quantized_layers"), source)
+    return _of_algorithm(section, source)
+
+
+def _of_algorithm(section: Section, source: str) -> Quantisation:
+    match read(section, "quant_algo"):
+        case "FP8" | None:
+            return Quantisation("fp8_w8a8")
+        case "FP8_PER_CHANNEL_PER_TOKEN":
+            return Quantisation("fp8_w8a8", per_channel=True)
+        case "FP8_PB_WO" | "FP8_BLOCK_SCALES":
+            side = group_size(section, source) or BLOCK_SIDE
+            return Quantisation("fp8_w8a8", (side, side))
+        case algorithm:
+            raise other_kernel(f"modelopt {shown(algorithm)}", source)
+
+
+def _of_mixed(layers: object, source: str) -> Quantisation:
+    """An algorithm a layer; those without one are not quantised."""
+    of_experts = {
+        _of_algorithm(layer, source)
+        for name, layer in (layers.items() if isinstance(layers, Mapping) else ())
+        if isinstance(layer, Mapping) and names_experts(str(name))
+    }
+    if len(of_experts) > 1:
+        raise refusal(source, "modelopt stores the experts of different layers differently; state them with --shape")
+    return of_experts.pop() if of_experts else Quantisation()
+
+
+SECTIONS = ("quantization_config", "compression_config")
+
+OTHER_KERNELS = (
+    "mxfp4",
+    "mxfp8",
+    "nvfp4",
+    "gpt_oss_mxfp4",
+    "modelopt_fp4",
+    "nvfp4_online",
+    "petit_nvfp4",
+    "minimax_m3_nvfp4",
+    "mxfp_w4a8",
+    "w4afp8",
+    "bitsandbytes",
+    "gguf",
+    "humming",
+    "fp_quant",
+)
+"""Methods whose experts never reach the Triton kernel that reads JSON tables (SGLang 0.5.23, layers/quantization)."""
+
+
+def quantisation_from_config(config: Section, *, source: str = "config.json") -> Quantisation:
+    """Raises: ModelError when the method is unknown, malformed, or its experts run another kernel."""
+    parts = {id(lineage[-1]): lineage[-1] for lineage in lineages(config)}
+    for part in (config, *parts.values()):
+        expert_dtype = read(part, "expert_dtype")
+        if isinstance(expert_dtype, str) and "fp4" in expert_dtype.lower():
+            raise other_kernel(f"expert_dtype {shown(expert_dtype)}", source)
+    for part in (config, *parts.values()):
+        for name in SECTIONS:
+            stated = read(part, name)
+            if stated is not None and stated != {}:
+                return _of_section(stated, name, source)
+    return Quantisation()
+
+
+def _of_section(stated: object, name: str, source: str) -> Quantisation:
+    section = _opened(stated)
+    if section is None:
+        raise refusal(
+            source, f"{name} is {shown(stated)}, expected an object; correct it, or state the layer with --shape"
+        )
+    if experts_left_out(section):
+        return Quantisation()
+    method = _method(section)
+    if method is None:
+        raise refusal(source, f"{name} names no quant_method; add it, or state the experts with --shape")
+    if method in OTHER_KERNELS:
+        raise other_kernel(method, source)
+    if method not in METHODS:
+        raise refusal(source, f"unknown quant_method {shown(method)}; state the experts with --shape and its dtype")
+    return METHODS[method](section, source)
+
+
+def _opened(stated: object) -> Mapping[str, object] | None:
+    """The section as a mapping, also when a library has already made an object of it."""
+    to_dict = None if isinstance(stated, Mapping) else read(stated, "to_dict")
+    try:
+        opened = to_dict() if callable(to_dict) else stated
+    except CONFIG_CLASS_ERRORS:
+        return None
+    return opened if isinstance(opened, Mapping) else None
+
+
+def _method(section: Mapping[str, object]) -> str | None:
+    stated = read(section, "quant_method")
+    if stated is not None:
+        return stated.lower().replace("-", "_") if isinstance(stated, str) else None
+    marks = {"config_groups": "compressed_tensors", "quant_algo": "modelopt", "quantization": "modelopt"}
+    return next((method for mark, method in marks.items() if mark in section), None)
+
+
+def _fp8(section: Section, source: str) -> Quantisation:
+    return Quantisation("fp8_w8a8", weight_block(read(section, "weight_block_size"), "weight_block_size", source))
+
+
+def _blockwise_int8(section: Section, source: str) -> Quantisation:
+    return Quantisation("int8_w8a8", weight_block(read(section, "weight_block_size"), "weight_block_size", source))
+
+
+def _per_channel(scheme: Scheme) -> Callable[[Section, str], Quantisation]:
+    return lambda _section, _source: Quantisation(scheme, per_channel=True)
+
+
+def _weight_only(section: Section, source: str) -> Quantisation:
+    bits = next((read(section, name) for name in ("bits", "w_bit", "wbits") if read(section, name) is not None), None)
+    return in_groups(bits, group_size(section, source), source)
+
+
+METHODS: dict[str, Callable[[Section, str], Quantisation]] = {
+    "fp8": _fp8,
+    "w8a8_fp8": _per_channel("fp8_w8a8"),
+    "fbgemm_fp8": _per_channel("fp8_w8a8"),
+    "w8a8_int8": _per_channel("int8_w8a8"),
+    "blockwise_int8": _blockwise_int8,
+    "compressed_tensors": of_config_groups,
+    "awq": _weight_only,
+    "awq_marlin": _weight_only,
+    "gptq": _weight_only,
+    "gptq_marlin": _weight_only,
+    "auto_round": _weight_only,
+    "moe_wna16": _weight_only,
+    "modelopt": of_modelopt,
+    "modelopt_fp8": of_modelopt,
+    "modelopt_mixed": of_modelopt,
+}

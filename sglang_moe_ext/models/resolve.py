@@ -1,0 +1,219 @@
+"""From what a user calls a model to its experts: a folder, a built-in name, or a hub id."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from logging import ERROR
+from pathlib import Path
+
+from sglang_moe_ext.core import ModelError, MoEModel
+from sglang_moe_ext.models.builtin import builtin_records, find_builtin
+from sglang_moe_ext.models.config_fields import CONFIG_CLASS_ERRORS, Section, refusal, shown
+from sglang_moe_ext.models.hf_config import from_config, leaves_to_its_class
+from sglang_moe_ext.models.quantization import quantisation_from_config
+
+GO_ON = "give a folder that has its config.json, or state the experts with --shape"
+
+
+def downloaded(hub_id: str, name: str, *, must_exist: bool = True) -> Path:
+    """The file in the hub's cache, fetched when it is not there yet; a file that need not exist may not either.
+
+    Raises: ModelError when it cannot be had.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+    except ImportError as error:
+        raise refusal(hub_id, f"not built in, and the hub needs `pip install transformers`; or {GO_ON}") from error
+    try:
+        return Path(hf_hub_download(hub_id, name))
+    except (EntryNotFoundError, _network_error(), *CONFIG_CLASS_ERRORS) as error:
+        if not must_exist and isinstance(error, EntryNotFoundError):
+            return Path(name)
+        raise refusal(
+            hub_id, f"{name} cannot be had from the hub ({_kind(error)}); log in or check the name, or {GO_ON}"
+        ) from error
+
+
+def config_of_class(path: str, *, trust_remote_code: bool) -> Section:
+    """The config as its class completes it. `path`: a folder, a file or a hub id.
+
+    Raises: ModelError when transformers is not there, or does not know the class.
+    """
+    try:
+        from huggingface_hub import errors
+        from transformers import AutoConfig
+        from transformers.utils import logging
+    except ImportError as error:
+        raise refusal(
+            "transformers", "not installed; `pip install transformers` fills in what a config omits"
+        ) from error
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(ERROR)
+    try:
+        config: Section = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (
+        getattr(errors, "StrictDataclassError", ValueError),
+        ImportError,
+        AssertionError,
+        *CONFIG_CLASS_ERRORS,
+    ) as error:
+        raise _not_loaded(error, trust_remote_code=trust_remote_code) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    return config
+
+
+def _network_error() -> type[Exception]:
+    """Of httpx, which huggingface_hub >= 1.0 speaks through; what its older releases raise are OSErrors."""
+    try:
+        from httpx import HTTPError
+    except ImportError:
+        return OSError
+    return HTTPError
+
+
+def _not_loaded(error: Exception, *, trust_remote_code: bool) -> ModelError:
+    if "trust_remote_code" in str(error) and not trust_remote_code:
+        return refusal("transformers", "its config class is Python of its own; add --trust-remote-code if you trust it")
+    return refusal("transformers", f"cannot load it ({_kind(error)}); upgrade it, or complete the config")
+
+
+def _kind(error: Exception) -> str:
+    return f"{type(error).__name__}: {shown(str(error))}"
+
+
+CONFIG = "config.json"
+MODELOPT_CONFIG = "hf_quant_config.json"
+LARGEST_BYTES = 64 << 20
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def resolve(model: str, *, trust_remote_code: bool = False, section: str | None = None) -> MoEModel:
+    """A folder with a config.json comes first, then the built-in names, then the hub.
+
+    `trust_remote_code` lets transformers run Python that comes with the checkpoint; `section` names the part of a
+    config.json that is to be read alone.
+    Raises: ModelError
+    """
+    path = os.path.expanduser(model)
+    if section is not None:
+        return _of_section(model, section)
+    if os.path.isfile(os.path.join(path, CONFIG)):
+        return _of_folder(Path(path), trust_remote_code=trust_remote_code)
+    if os.path.isfile(path):
+        return _of_file(Path(path), trust_remote_code=trust_remote_code)
+    builtin = find_builtin(model)
+    if builtin is not None:
+        return builtin
+    if os.path.isdir(path):
+        raise refusal(model, f"the folder has no {CONFIG}; give the folder of a checkpoint, or --shape")
+    if HUB_ID.fullmatch(model) is None:
+        raise _unknown(model)
+    return _of_hub(model, trust_remote_code=trust_remote_code)
+
+
+def _unknown(model: str) -> ModelError:
+    names = {name.casefold(): name for record in builtin_records() for name in record.names}
+    close = [names[match] for match in difflib.get_close_matches(model.casefold()[:200], names, n=3, cutoff=0.5)]
+    meant = f"did you mean {' or '.join(close)}? " if close else ""
+    return refusal(
+        "model",
+        f"{shown(model)} is no folder, built-in name or hub id; {meant}else give a folder with a {CONFIG}, or --shape",
+    )
+
+
+def _of_section(model: str, section: str) -> MoEModel:
+    """Of a file that is here: the section, quantised as the whole is."""
+    path = Path(model).expanduser()
+    path = path / CONFIG if path.is_dir() else path
+    if not path.is_file():
+        raise refusal(model, f"a section can only be named in a {CONFIG} that is here; download it, or leave it out")
+    whole = _with_modelopt(_parsed(path), path.parent)
+    found = whole.get(section)
+    if not isinstance(found, dict):
+        sections = ", ".join(name for name, value in whole.items() if isinstance(value, dict)) or "none"
+        raise refusal(str(path), f"no section {shown(section)}; it has {sections}")
+    quantised = {name: whole[name] for name in ("quantization_config",) if name in whole and name not in found}
+    return from_config({**found, **quantised}, name=path.resolve().parent.name, source=f"{path}, {section}")
+
+
+def _of_folder(folder: Path, *, trust_remote_code: bool) -> MoEModel:
+    raw = _with_modelopt(_parsed(folder / CONFIG), folder)
+    return _of_raw(
+        raw,
+        name=folder.resolve().name,
+        source=str(folder / CONFIG),
+        of_class=lambda: config_of_class(str(folder), trust_remote_code=trust_remote_code),
+    )
+
+
+def _of_file(path: Path, *, trust_remote_code: bool) -> MoEModel:
+    return _of_raw(
+        _with_modelopt(_parsed(path), path.parent),
+        name=path.resolve().parent.name if path.name == CONFIG else path.stem,
+        source=str(path),
+        of_class=lambda: config_of_class(str(path), trust_remote_code=trust_remote_code),
+    )
+
+
+def _of_hub(hub_id: str, *, trust_remote_code: bool) -> MoEModel:
+    folder = downloaded(hub_id, CONFIG).parent
+    raw = _parsed(folder / CONFIG)
+    if not raw.get("quantization_config"):
+        downloaded(hub_id, MODELOPT_CONFIG, must_exist=False)
+    return _of_raw(
+        _with_modelopt(raw, folder),
+        name=hub_id,
+        source=f"{hub_id} on the hub",
+        of_class=lambda: config_of_class(hub_id, trust_remote_code=trust_remote_code),
+    )
+
+
+def _of_raw(raw: dict[str, object], *, name: str, source: str, of_class: Callable[[], Section]) -> MoEModel:
+    """The file itself says it all, as a rule; what it leaves to the defaults of its class is asked of transformers."""
+    if not leaves_to_its_class(raw):
+        return from_config(raw, name=name, source=source)
+    try:
+        config = of_class()
+    except ModelError as of_transformers:
+        return _without_its_class(raw, of_transformers, name=name, source=source)
+    model = from_config(config, name=name, source=source)
+    return replace(model, quantisation=quantisation_from_config(raw, source=source))
+
+
+def _without_its_class(raw: dict[str, object], of_transformers: ModelError, *, name: str, source: str) -> MoEModel:
+    try:
+        return from_config(raw, name=name, source=source)
+    except ModelError as of_file:
+        raise ModelError(f"{of_file}; {of_transformers}") from of_transformers
+
+
+def _with_modelopt(raw: dict[str, object], folder: Path) -> dict[str, object]:
+    """ModelOpt's older checkpoints state their quantisation in a file of its own."""
+    path = folder / MODELOPT_CONFIG
+    if raw.get("quantization_config") or not path.is_file():
+        return raw
+    return {**raw, "quantization_config": {"quant_method": "modelopt", **_parsed(path)}}
+
+
+def _parsed(path: Path) -> dict[str, object]:
+    source = str(path)
+    try:
+        if path.stat().st_size > LARGEST_BYTES:
+            raise refusal(source, f"larger than {LARGEST_BYTES >> 20} MiB, expected a config; give the right file")
+        parsed = json.loads(path.read_bytes())
+    except OSError as error:
+        raise refusal(source, f"cannot be read ({error.strerror}); check the path and its permissions") from error
+    except (ValueError, RecursionError) as error:
+        raise refusal(
+            source, f"not JSON ({shown(str(error))}); download it again, or state the experts with --shape"
+        ) from error
+    if not isinstance(parsed, dict):
+        raise refusal(source, f"{shown(parsed)} where an object was expected; give a model's {CONFIG}")
+    return parsed

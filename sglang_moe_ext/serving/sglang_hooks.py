@@ -1,0 +1,145 @@
+"""What our hooks put into SGLang: the answer to a layer's call, a launcher that fits, and the capture of routing."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from sglang_moe_ext import __version__, package_data
+from sglang_moe_ext.core import EngineError
+from sglang_moe_ext.engines import running
+from sglang_moe_ext.engines.sglang import config_dir as directory
+from sglang_moe_ext.engines.sglang import hook_points, kernel_sequence
+from sglang_moe_ext.engines.sglang import kernel_sequence as known_sequence
+from sglang_moe_ext.engines.sglang.hook_points import Targets
+from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.serving import guard, sglang_lookup_hook
+from sglang_moe_ext.serving.guard import Launcher, warn_once
+from sglang_moe_ext.serving.table_search import Place
+from sglang_moe_ext.tables import user_store
+
+Declines = Callable[[tuple[int, ...], tuple[int, ...]], None]
+"""What hears of the weights, [experts, ...] of both GEMMs, for which our path is not to be chosen again."""
+
+
+_OUT_OF_MEMORY = "OutOfMemoryError"
+"""Torch's, which says something of this moment, and nothing of the layer."""
+
+
+def sequence_hook(engine: Targets, original: Callable[..., Any], decline: Declines) -> Callable[..., Any]:
+    """A function to stand where `engine.sequence` stood.
+
+    Nothing that the engine's kernels read is written before our last kernel, so whatever fails, theirs can still run.
+
+    Raises:
+        EngineError: the original takes other arguments than those that are known.
+    """
+    parameters, is_traced = kernel_sequence.parameters(original), running.is_traced()
+
+    @functools.wraps(original)
+    def _fused_moe_kernel_sequence(*args: Any, **kwargs: Any) -> Any:
+        path = kernel_sequence.path_of(args, kwargs)
+        if path is None or is_traced():
+            return original(*args, **kwargs)
+        try:
+            given = parameters.given(args, kwargs)
+            gate = kernel_sequence.refusal(parameters, given, engine)
+            if gate is None:
+                return kernel_sequence.run(given, path, engine)
+            why, is_lasting = gate.why, True
+        except Exception as error:  # the engine's own kernels have all that they need
+            why, is_lasting = f"{type(error).__name__}: {error}", type(error).__name__ != _OUT_OF_MEMORY
+        w1, w2 = (tuple(parameters.given(args, kwargs)[name].shape) for name in ("w1", "w2"))
+        warn_once(f"the engine's own kernels run for a layer with weights of {w1} and {w2}: {why}")
+        if is_lasting:
+            decline(w1, w2)
+        return original(*args, **kwargs)
+
+    return _fused_moe_kernel_sequence
+
+
+ENGINE = "sglang"
+
+
+def places(engine: Installation) -> list[Place]:
+    """In order. A folder that the user names to the engine takes the place of the engine's own."""
+    named, own = os.environ.get(directory.VARIABLE), user_store.root_if_any()
+    tuned = package_data.folder("tuned_configs")
+    return [
+        *([] if own is None else [Place("your", own / "tables" / ENGINE)]),
+        *([] if tuned is None else [Place("the shipped", tuned / "configs")]),
+        Place(
+            "the engine's",
+            Path(named) / "configs" if named else engine.configs_root,
+            is_engines=True,
+            is_asked_for=bool(named) and not (own is not None and own / "overlay" in Path(named or "").parents),
+        ),
+    ]
+
+
+log = logging.getLogger(__name__)
+
+PLUGINS = "SGLANG_PLUGINS"
+CAPTURE = "SGLANG_MOE_EXT_CAPTURE"
+
+
+def keeps_out(wanted: str | None, name: str) -> bool:
+    """Whether that value of the engine's variable leaves out the plugin of that name."""
+    return bool(wanted) and name not in (it.strip() for it in (wanted or "").split(","))
+
+
+def put_in(layer: ModuleType, way: str) -> sglang_lookup_hook.Resolver:
+    """Replace the engine's functions, all or none.
+
+    Raises:
+        EngineError: something of the engine is not as it was.
+    """
+    engine = _with_known_sequence(hook_points.found(layer))
+    resolver = sglang_lookup_hook.Resolver(engine, lambda: places(engine.engine), lambda: _first_call(engine, way))
+    launcher = Launcher(engine.launch, hook_points.CONFIG_POSITION, engine.override)
+    replaced = [
+        (engine.lookup, sglang_lookup_hook.lookup_hook(engine, resolver)),
+        (engine.launch, guard.launch_hook(launcher)),
+    ]
+    if engine.sequence is not None:
+        replaced.append((engine.sequence, sequence_hook(engine, engine.sequence, resolver.decline_path)))
+    for original, ours in replaced:
+        running.replace("sglang", original, ours)
+    return resolver
+
+
+def _with_known_sequence(engine: Targets) -> Targets:
+    """Without the sequence of kernels where it takes other arguments: all else can still be put in."""
+    try:
+        if engine.sequence is not None:
+            known_sequence.parameters(engine.sequence)
+    except EngineError as error:
+        warn_once(f"the engine's own kernels run: {error}")
+        return replace(engine, sequence=None)
+    return engine
+
+
+def _first_call(engine: Targets, way: str) -> None:
+    """A layer runs: the server's log is open, and all of the engine has been imported."""
+    log.info("sglang-moe-ext %s is active in SGLang %s, by %s", __version__, engine.engine.version_text, way)
+    if os.environ.get(CAPTURE):
+        _capture()
+
+
+def _capture() -> None:
+    try:
+        from sglang_moe_ext.engines.sglang import routing_hook
+        from sglang_moe_ext.serving import capture
+
+        wish, runner = capture.wish(os.environ), sys.modules.get(routing_hook.MODULE)
+        if wish is not None and runner is not None:
+            capture.install(runner, wish)
+    except Exception as error:  # the layers run uncaptured
+        warn_once(f"{CAPTURE} is passed over: {type(error).__name__}: {error}")

@@ -1,0 +1,193 @@
+"""The function that stands in the place of SGLang's `try_get_optimal_moe_config`: it answers for every layer and M."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sglang_moe_ext.core import TileConfig
+from sglang_moe_ext.engines import config_dict, lookup_args, running
+from sglang_moe_ext.engines.config_dict import Entry, WithPath
+from sglang_moe_ext.engines.lookup_args import Layer
+from sglang_moe_ext.engines.sglang.hook_points import Targets
+from sglang_moe_ext.serving.guard import Guard, warn_once
+from sglang_moe_ext.serving.kernel_selection import Paths
+from sglang_moe_ext.serving.selection import Choice, Choices, Default, Engines, Ours
+from sglang_moe_ext.serving.table_search import Place
+from sglang_moe_ext.sorted_kernels import SortedPath
+
+_MOST_ANSWERS = 65536
+"""Of a process: every layer for every M up to 16384, a few times over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the engine's lookup returns, in parts; both entries are copied before they leave.
+
+    `path`: what runs instead of the engine's own kernels, which both entries are for.
+    """
+
+    up: Entry
+    down: Entry | None
+    most_block_m: int | None
+    path: SortedPath | None = None
+
+    def down_to_hand_on(self) -> Entry | None:
+        """A fresh entry of the down GEMM."""
+        if self.down is not None and self.path is not None:
+            return WithPath(self.down, self.path)
+        return None if self.down is None else self.down.copy()
+
+
+Answers = dict[Any, Answer]
+"""What was answered before, by what was asked; emptied where an answer is no longer to be given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of the lookup. `wants_down`: it asks for the entry of the down projection too."""
+
+    layer: Layer
+    tokens: int
+    is_marlin: bool
+    wants_down: bool
+
+
+class Resolver:
+    """Finds answers: reads the tables of a layer when it first asks, and says in a line what it found."""
+
+    def __init__(
+        self, engine: Targets, places: Callable[[], Sequence[Place]], at_first_call: Callable[[], None]
+    ) -> None:
+        self._engine, self._choices = engine, Choices(engine, places)
+        self._at_first_call: Callable[[], None] | None = at_first_call
+        self._paths, self.answers = Paths(engine, places, self._choices.known_shelf), Answers()
+        self._guards: dict[str, Guard] = {}
+
+    def __call__(self, call: Call, original: Callable[[], Any]) -> Answer:
+        """`original` is the engine's own lookup, called as this was called."""
+        if (at_first_call := self._at_first_call) is not None:
+            self._at_first_call = None
+            at_first_call()
+        choice = self.choice(call.layer, call.tokens)
+        self._choices.say(call.layer, choice)
+        match choice:
+            case Ours(up, down, most_block_m):
+                answer = Answer(
+                    config_dict.entry_of(up),
+                    config_dict.entry_of(down) if down is not None else None,
+                    most_block_m if down is not None else None,
+                )
+            case Default():
+                answer = self._default(call)
+            case Engines():
+                answer = self._of_engine(call, original)
+        if not call.wants_down:  # whoever asks so hands the entry to the kernel as it is, and that knows no USE_TMA
+            answer = replace(answer, up=config_dict.without_tma(answer.up))
+        elif (path := self.path(call.layer, call.tokens)) is not None:
+            answer = _behind(path, answer)
+        return self._safe(answer, call.layer)
+
+    def _default(self, call: Call) -> Answer:
+        layer, block = call.layer, call.layer.block_shape
+        rest = layer.top_k, layer.dtype, call.is_marlin, None if block is None else list(block)
+        return Answer(self._engine.default_entry(call.tokens, (layer.w1_shape, layer.w2_shape), rest), None, None)
+
+    def _of_engine(self, call: Call, original: Callable[[], Any]) -> Answer:
+        """A table of the engine's own that it cannot read ends a server: its default, if it has one, does not."""
+        try:
+            return of_engine(original(), call.wants_down)
+        except Exception as error:
+            answer = self._default(call)
+            warn_once(f"the engine's default runs, its own lookup failed: {type(error).__name__}: {error}")
+            return answer
+
+    def choice(self, layer: Layer, tokens: int) -> Choice:
+        """Which configuration runs, before the guard looks at it."""
+        return self._choices.of(layer, tokens)
+
+    def path(self, layer: Layer, tokens: int) -> SortedPath | None:
+        """What runs in place of the engine's own kernels, before anything is known of the batch but its size."""
+        return self._paths.of(layer, tokens)
+
+    def decline_path(self, w1_shape: tuple[int, ...], w2_shape: tuple[int, ...]) -> None:
+        """Never again choose our path for layers of such weights."""
+        if self._paths.decline(w1_shape, w2_shape):
+            self.answers.clear()
+
+    def _safe(self, answer: Answer, layer: Layer) -> Answer:
+        shape, device_name = layer.shape(), self._engine.device_name()
+        if shape is None or device_name is None:
+            return answer
+        if device_name not in self._guards:
+            self._guards[device_name] = Guard(self._engine.engine.version, running.gpu(device_name))
+        guard = self._guards[device_name]
+        down = None if answer.down is None else guard.safe(answer.down, shape, "down")
+        return replace(answer, up=guard.safe(answer.up, shape, "up"), down=down)
+
+
+def _behind(path: SortedPath, answer: Answer) -> Answer:
+    """The path, with entries for the engine's own kernels where it may not run: for its blocks of the sort."""
+    if answer.up["BLOCK_SIZE_M"] == path.block_m and answer.down is not None:
+        return replace(answer, path=path)
+    known = path.up if isinstance(path.up, TileConfig) else config_dict.tile_of(answer.up)
+    entry = config_dict.entry_of(replace(known, block_m=path.block_m, use_tma=False))
+    return Answer(entry, dict(entry), path.block_m, path)
+
+
+def of_engine(returned: Any, wants_down: bool) -> Answer:
+    """What the engine's own lookup returned, in parts."""
+    if not wants_down:
+        return Answer(returned, None, None)
+    up, (down, most_block_m) = returned
+    return Answer(up, down, most_block_m)
+
+
+def lookup_hook(engine: Targets, resolve: Resolver) -> Callable[..., Any]:
+    """A function to stand where `engine.lookup` stood. It never raises where that would not have."""
+    original, answers = engine.lookup, resolve.answers
+
+    def resolved(call: Call, own: Callable[[], Any]) -> Answer:
+        try:
+            return resolve(call, own)
+        except Exception as error:  # whatever is broken here, the engine's own lookup runs
+            warn_once(f"the engine's own lookup runs, ours failed: {type(error).__name__}: {error}")
+            return of_engine(own(), call.wants_down)
+
+    @functools.wraps(original)
+    def try_get_optimal_moe_config(
+        w1_shape: Any,
+        w2_shape: Any,
+        top_k: int,
+        dtype: str | None,
+        M: int,  # noqa: N803 - the engine's name
+        is_marlin: bool = False,
+        block_shape: Any = None,
+        *rest: Any,
+        **named: Any,
+    ) -> Any:
+        per_channel, wants_down = named.get("per_channel_quant", False), named.get("return_down_config", False)
+        block = tuple(block_shape) if block_shape else None
+        try:
+            key = (M, w1_shape, w2_shape, top_k, dtype, block, per_channel, wants_down, is_marlin)
+            answer = answers.get(key)
+        except TypeError:  # a shape that is a list
+            return original(w1_shape, w2_shape, top_k, dtype, M, is_marlin, block_shape, *rest, **named)
+        if rest or engine.override():
+            return original(w1_shape, w2_shape, top_k, dtype, M, is_marlin, block_shape, *rest, **named)
+        if answer is None:
+            layer = lookup_args.layer_of(w1_shape, w2_shape, top_k, dtype, block_shape, per_channel)
+            answer = resolved(
+                Call(layer, M, is_marlin, wants_down),
+                lambda: original(w1_shape, w2_shape, top_k, dtype, M, is_marlin, block_shape, **named),
+            )
+            if len(answers) >= _MOST_ANSWERS:
+                answers.clear()
+            answers[key] = answer
+        if wants_down:
+            return answer.up.copy(), (answer.down_to_hand_on(), answer.most_block_m)
+        return answer.up.copy()
+
+    return try_get_optimal_moe_config

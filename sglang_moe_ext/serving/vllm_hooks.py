@@ -1,0 +1,143 @@
+"""What our hooks put into vLLM: tables and what asks for them, launchers that fit, and one line on what it runs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from sglang_moe_ext import __version__, package_data
+from sglang_moe_ext.engines import running
+from sglang_moe_ext.engines.config_dict import Entry
+from sglang_moe_ext.engines.vllm import hook_points, launch_args, support
+from sglang_moe_ext.engines.vllm.hook_points import Targets
+from sglang_moe_ext.engines.vllm.installation import VARIABLE, Installation
+from sglang_moe_ext.engines.vllm.table_names import DIALECT
+from sglang_moe_ext.serving import guard, vllm_lookup_hook
+from sglang_moe_ext.serving.guard import Launcher, fitting, warn_once
+from sglang_moe_ext.serving.table_search import Place
+from sglang_moe_ext.serving.vllm_lookup_hook import Overlay
+from sglang_moe_ext.tables import user_store
+
+
+def places(engine: Installation) -> list[Place]:
+    """In order. What SGLang's tables are worth to vLLM nobody has measured: `export` makes them into tables of vLLM's.
+
+    The engine's variable is read and never set, since a value of it has LoRA layers ask for other tables.
+    """
+    named, own = os.environ.get(VARIABLE), user_store.root_if_any()
+    tuned = package_data.folder("tuned_configs")
+    return [
+        *([] if named is None else [_flat("your", Path(named), is_asked_for=True)]),
+        *([] if own is None else [Place("your", own / "tables" / "vllm", dialect=DIALECT)]),
+        *([] if tuned is None else [Place("the shipped", tuned / "vllm", dialect=DIALECT)]),
+        _flat("the engine's", engine.configs_folder),
+    ]
+
+
+def _flat(name: str, root: Path, *, is_asked_for: bool = False) -> Place:
+    return Place(name, root, is_engines=True, is_asked_for=is_asked_for, is_flat=True, dialect=DIALECT)
+
+
+log = logging.getLogger(__name__)
+
+PLUGINS = "VLLM_PLUGINS"
+_OURS, _THEIRS = "sglang_moe_ext", "vllm"
+
+
+def keeps_out(wanted: str | None, name: str) -> bool:
+    """Whether that value of the engine's variable leaves out the plugin of that name, read as the engine reads it."""
+    return wanted is not None and name not in wanted.split(",")
+
+
+def put_in(layer: ModuleType, way: str) -> Overlay:
+    """Replace the engine's functions, all or none.
+
+    Raises:
+        EngineError: something of the engine is not as it was.
+    """
+    engine = hook_points.found(layer)
+    line = Line(engine, way)
+    overlay = Overlay(engine, lambda: places(engine.engine), line.looked_up)
+    replaced = [
+        (engine.lookup, vllm_lookup_hook.lookup(engine, overlay)),
+        (engine.table, vllm_lookup_hook.table(engine, overlay)),
+    ]
+    launchers = (engine.launch, engine.launch_groups)
+    replaced += [(function, guard.launch_hook(_launcher(engine, function))) for function in launchers]
+    built = _building(engine.building, line)
+    for original, ours in replaced:
+        running.replace(_THEIRS, original, ours)
+    type.__setattr__(engine.kernel, "__init__", built)
+    _speak_through_the_engine()
+    return overlay
+
+
+def _launcher(engine: Targets, function: Callable[..., Any]) -> Launcher:
+    signature = inspect.signature(function)
+
+    def fitted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry | None:
+        """A launch tells int8 from bf16, which a call of the lookup does not."""
+        arguments = signature.bind(*args, **kwargs).arguments
+        entry, device_name = arguments["config"], engine.device_name()
+        if device_name is None or "BLOCK_SIZE_N" not in entry:
+            return None
+        shape = launch_args.shape_of(arguments)
+        runs = launch_args.clamped(entry, shape)
+        smaller = fitting(runs, shape, running.gpu(device_name))
+        return None if smaller is runs else smaller
+
+    return Launcher(function, hook_points.CONFIG_POSITION, engine.override, fitted)
+
+
+class Line:
+    """What a log says once for each kind of experts: who is active, with which tables, and whether those matter."""
+
+    def __init__(self, engine: Targets, way: str) -> None:
+        self._engine, self._way = engine, way
+        self._said: set[str] = set()
+
+    def looked_up(self) -> None:
+        """A layer asks for a table, of which experts have said nothing: some are built in other ways."""
+        if not self._said:
+            self._say("a layer asks for a table")
+
+    def built(self, runs: object) -> None:
+        """Those experts run a layer from now on."""
+        reads = "reads them" if support.read_tables(runs) else "reads no table, so that none can matter to it"
+        self._say(f"{type(runs).__name__} {reads}")
+
+    def _say(self, what: str) -> None:
+        if what in self._said:
+            return
+        self._said.add(what)
+        release = self._engine.engine
+        folders = ", ".join(str(place.root) for place in places(release) if os.path.isdir(place.root))
+        active = f"{__version__} is active in vLLM {release.version_text}, by {self._way}"
+        log.info("sglang-moe-ext %s, with the tables in %s: %s", active, folders, what)
+
+
+def _building(original: Callable[..., None], line: Line) -> Callable[..., None]:
+    """In the place of the engine's `__init__` of what a layer's experts are put into."""
+
+    @functools.wraps(original)
+    def building(self: object, prepare_finalize: Any, fused_experts: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, prepare_finalize, fused_experts, *args, **kwargs)
+        try:
+            line.built(fused_experts)
+        except Exception as error:  # the layer is built, whatever we make of it
+            warn_once(f"nothing is known of {type(fused_experts).__name__}: {type(error).__name__}: {error}")
+
+    return building
+
+
+def _speak_through_the_engine() -> None:
+    """vLLM gives its own loggers alone a handler, some releases only later: else our lines would reach nobody."""
+    ours = logging.getLogger(_OURS)
+    if not ours.handlers:
+        ours.parent = logging.getLogger(_THEIRS)

@@ -1,0 +1,155 @@
+"""Where our own path is the faster one: `<table>.paths.json` beside a table, which no engine reads."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from sglang_moe_ext.core import TableError, TileConfig
+from sglang_moe_ext.sorted_kernels import Down, DownConfig, ShortDownConfig, SortedPath, Up, UpConfig
+from sglang_moe_ext.tables import files, provenance, user_store
+from sglang_moe_ext.tables.provenance import Run
+
+FORMAT = 1
+"""Of the file, and of our kernels: where one comes to do something else, nothing measured before may choose it."""
+SUFFIX = ".paths.json"
+_UP: dict[str, type[TileConfig] | type[UpConfig]] = {"engine": TileConfig, "sorted_up": UpConfig}
+_DOWN: dict[str, type[DownConfig] | type[ShortDownConfig]] = {"sorted_down": DownConfig, "short_down": ShortDownConfig}
+_LARGEST = {"num_warps": 32, "num_stages": 16, "programs_per_sm": 8, "group_m": 4096, "tiles_per_program": 4096}
+_LARGEST_SIDE = 256
+_POWERS_OF_TWO = ("block_m", "block_n", "block_k", "num_warps")
+_TOKENS = re.compile(r"[1-9][0-9]{0,18}")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What was measured at one M. No path: the engine's own kernels were as fast, or none of ours was right."""
+
+    path: SortedPath | None
+    run: Run
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+PathTable = dict[int, Entry]
+
+
+def beside(table: Path) -> Path:
+    """The file of the paths of the layer that a table is for."""
+    return table.with_name(f"{table.stem}{SUFFIX}")
+
+
+def document_of(path: SortedPath) -> dict[str, Any]:
+    """The path as JSON has it."""
+    return {"up": _with_kernel(path.up, _UP), "down": _with_kernel(path.down, _DOWN)}
+
+
+def _with_kernel(config: Up | Down, kernels: Mapping[str, type[Any]]) -> dict[str, Any]:
+    name = next(name for name, kind in kernels.items() if isinstance(config, kind))
+    return {"kernel": name, **asdict(config)}
+
+
+def parse_path(document: Any) -> SortedPath:
+    """Raises TableError where the document is no path."""
+    match document:
+        case {"up": up, "down": down, **rest} if not rest:
+            path = SortedPath(_config(up, _UP), _config(down, _DOWN))
+            if path.block_m % path.down.block_m == 0:
+                return path
+            raise TableError(f"a down tile of {path.down.block_m} rows in blocks of {path.block_m}: expected a divisor")
+    raise TableError(f"expected a path with up and down, found {json.dumps(document)[:80]}")
+
+
+def _config(document: Any, kernels: Mapping[str, type[Any]]) -> Any:
+    kind = kernels.get(str(document.get("kernel"))) if isinstance(document, dict) else None
+    if kind is None:
+        raise TableError(f"expected a kernel of {', '.join(kernels)}, found {json.dumps(document)[:80]}")
+    values = {name: value for name, value in document.items() if name != "kernel"}
+    if values.keys() != {item.name for item in fields(kind)}:
+        raise TableError(f"a configuration of {document['kernel']} with {', '.join(sorted(values))}: not its fields")
+    for item in fields(kind):
+        _check(item.name, values[item.name], is_flag=item.type == "bool")
+    if values.get("use_tma"):
+        raise TableError("an up GEMM of the engine with use_tma: our path takes it without")
+    return kind(**values)
+
+
+def _check(name: str, value: object, *, is_flag: bool) -> None:
+    largest = _LARGEST.get(name, _LARGEST_SIDE)
+    if type(value) is not (bool if is_flag else int) or not (is_flag or 1 <= value <= largest):
+        raise TableError(f"{name}={value!r}: expected {'true or false' if is_flag else f'1 to {largest}'}")
+    if name in _POWERS_OF_TWO and value & (value - 1):
+        raise TableError(f"{name}={value}: expected a power of two")
+
+
+def to_json(table: PathTable) -> str:
+    """The file's text."""
+    runs = list(dict.fromkeys(entry.run for entry in table.values()))
+    document = {
+        "format": FORMAT,
+        "runs": [asdict(run) for run in runs],
+        "entries": {
+            str(m): {
+                "path": entry.path and document_of(entry.path),
+                "run": runs.index(entry.run),
+                "figures": entry.figures,
+            }
+            for m, entry in sorted(table.items())
+        },
+    }
+    return json.dumps(document, indent=1) + "\n"
+
+
+def parse(document: Any) -> PathTable:
+    """Raises TableError where the document is no table of paths of this format."""
+    try:
+        if document["format"] != FORMAT:
+            raise TableError(f"a table of paths of format {document['format']!r}: expected {FORMAT}")
+        runs = [provenance.parse_run(run) for run in document["runs"]]
+        return {
+            _tokens(m): Entry(
+                None if entry["path"] is None else parse_path(entry["path"]),
+                dict(enumerate(runs))[entry["run"]],
+                {name: float(figure) for name, figure in entry["figures"].items()},
+            )
+            for m, entry in document["entries"].items()
+        }
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise TableError(f"no table of paths: {type(error).__name__} {error}") from error
+
+
+def _tokens(text: str) -> int:
+    if not _TOKENS.fullmatch(text):
+        raise TableError(f"key {text!r}: expected a number of tokens such as 4096")
+    return int(text)
+
+
+def read(path: Path) -> PathTable:
+    """What lies there; nothing where there is no file.
+
+    Raises:
+        TableError: it cannot be read, or is no table of paths.
+    """
+    try:
+        if not path.exists():
+            return {}
+        return parse(json.loads(files.read_bounded(path).decode("utf-8")))
+    except OSError as error:
+        raise TableError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise TableError(f"{path} is not valid JSON ({error}): delete it or tune again") from error
+    except TableError as error:
+        raise TableError(f"{path}: {error}") from error
+
+
+def put(path: Path, table: PathTable) -> None:
+    """Write the entries; those of other numbers of tokens that lie there already stay.
+
+    Raises:
+        MoEExtError: what lies there is no table of paths, or the disk refuses.
+    """
+    with user_store.locked([path.parent]):
+        files.write_together({path: to_json(read(path) | table)})

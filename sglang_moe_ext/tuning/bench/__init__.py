@@ -1,0 +1,1 @@
+"""The process that measures, and what it is asked."""

@@ -1,0 +1,241 @@
+"""One line of a journal: a question with its answer as JSON, and back; strictly, since files come from anywhere."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+from sglang_moe_ext.core import CompileKey, Failure, StoreError, TableError, TileConfig
+from sglang_moe_ext.sorted_kernels import SortedPath
+from sglang_moe_ext.tables import kernel_table
+from sglang_moe_ext.tuning.bench import messages
+from sglang_moe_ext.tuning.bench.messages import (
+    Answer,
+    Check,
+    Checked,
+    Pair,
+    Question,
+    Race,
+    Raced,
+    Runner,
+    Screen,
+    Screened,
+    ScreenPath,
+)
+
+_LARGEST = 2**31 - 1
+_LONGEST_MESSAGE = 1000
+# JSON has no such numbers.
+_NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+
+
+def identity(question: Question) -> Hashable:
+    """What makes two questions the same one: all of them but the limit of a Screen."""
+    match question:
+        case Screen():
+            return Screen, question.tokens, question.projection, question.key, question.groups, question.samples
+        case ScreenPath():
+            return question
+        case Race():
+            runners = tuple(map(messages.identity, question.pairs))
+            return Race, question.tokens, runners, question.rounds, question.attempt, question.data
+        case Check():
+            return Check, question.tokens, messages.identity(question.pair)
+
+
+def to_json(question: Question, answer: Answer) -> str:
+    """The line, without its end. Times are rounded to 0.01 us, errors to six digits, long messages cut."""
+    return json.dumps(_of_question(question) | _of_answer(answer), separators=(",", ":"), allow_nan=False)
+
+
+def _of_question(question: Question) -> dict[str, object]:
+    match question:
+        case Screen(tokens, projection, key, groups, samples):
+            numbers = [key.block_m, key.block_n, key.block_k, key.num_warps, key.num_stages, key.use_tma]
+            return {"s": [tokens, projection, numbers, groups, samples]}
+        case ScreenPath(tokens, path, samples):
+            return {"p": [tokens, kernel_table.document_of(path), samples]}
+        case Race(tokens, runners, rounds, attempt, data):
+            return {"r": [tokens, [_of_runner(runner) for runner in runners], rounds, attempt, data]}
+        case Check(tokens, runner):
+            return {"c": [tokens, _of_runner(runner)]}
+
+
+def _of_runner(runner: Runner) -> object:
+    if isinstance(runner, SortedPath):
+        return kernel_table.document_of(runner)
+    return [_of_config(runner["up"]), _of_config(runner["down"])]
+
+
+def _of_config(config: TileConfig) -> list[int]:
+    tile = [config.block_m, config.block_n, config.block_k]
+    return [*tile, config.group_m, config.num_warps, config.num_stages, config.use_tma]
+
+
+def _of_answer(answer: Answer) -> dict[str, object]:
+    match answer:
+        case Screened(us):
+            return {"us": _of_times(us)}
+        case Raced(us, routings, throttled, sm_clock_mhz):
+            # NVML may tell 0 MHz, which is no clock.
+            return {"us": _of_times(us), "n": routings, "why": throttled, "mhz": sm_clock_mhz or None}
+        case Checked(error):
+            return {"e": float(f"{error:.6g}") if math.isfinite(error) else str(error)}
+        case Failure(kind, message):
+            return {"f": [kind, message[:_LONGEST_MESSAGE]]}
+
+
+def _of_times(rows: Sequence[Sequence[float]]) -> list[list[float | str]]:
+    return [[round(us, 2) if math.isfinite(us) else str(us) for us in row] for row in rows]
+
+
+def parse(document: object) -> tuple[Question, Answer]:
+    """The question and the answer that a line's JSON document means.
+
+    Raises:
+        StoreError: it means none.
+    """
+    match document:
+        case {"f": failure, **of_failure}:
+            return _question(of_failure), _failure(failure)
+        case {"us": us, "n": routings, "why": throttled, "mhz": sm_clock_mhz, "r": of_race, **rest} if not rest:
+            race = _race(of_race)
+            times = _times(us, len(race.pairs), range(race.rounds, race.rounds + 1))
+            _whole(routings)
+            return race, Raced(times, routings, _text(throttled), _clock(sm_clock_mhz))
+        case {"us": us, **of_screen}:
+            match screen := _question(of_screen):
+                case Screen():
+                    return screen, Screened(_times(us, len(screen.groups), range(screen.samples + 1)))
+                case ScreenPath():
+                    return screen, Screened(_times(us, 1, range(screen.samples, screen.samples + 1)))
+        case {"e": error, "c": of_check, **rest} if not rest:
+            return _check(of_check), Checked(_figure(error))
+    raise StoreError(f"expected a question and its answer, found {_shown(document)}")
+
+
+def _question(document: Any) -> Question:
+    parsers: dict[str, Callable[[Any], Question]] = {"s": _screen, "p": _screen_path, "r": _race, "c": _check}
+    match list(document.items()):
+        case [(name, asked)] if name in parsers:
+            return parsers[name](asked)
+    raise StoreError(f"expected a question, found {_shown(document)}")
+
+
+def _screen(document: Any) -> Screen:
+    match document:
+        case [
+            tokens,
+            ("up" | "down") as projection,
+            [m, n, k, warps, stages, bool() as tma],
+            [_, *_] as groups,
+            samples,
+        ]:
+            _whole(tokens, m, n, k, warps, stages, samples, *groups)
+            return Screen(tokens, projection, CompileKey(m, n, k, warps, stages, tma), tuple(groups), samples)
+    raise StoreError(f"expected tokens, projection, key, groups and samples, found {_shown(document)}")
+
+
+def _screen_path(document: Any) -> ScreenPath:
+    match document:
+        case [tokens, path, samples]:
+            _whole(tokens, samples)
+            return ScreenPath(tokens, _path(path), samples)
+    raise StoreError(f"expected tokens, a path and samples, found {_shown(document)}")
+
+
+def _race(document: Any) -> Race:
+    match document:
+        case [tokens, [_, *_] as runners, rounds, attempt, data]:
+            _whole(tokens, rounds)
+            _whole(attempt, data, least=0)
+            return Race(tokens, tuple(map(_runner, runners)), rounds, attempt, data)
+    raise StoreError(f"expected tokens, pairs, rounds, attempt and data, found {_shown(document)}")
+
+
+def _check(document: Any) -> Check:
+    match document:
+        case [tokens, pair]:
+            _whole(tokens)
+            return Check(tokens, _runner(pair))
+    raise StoreError(f"expected tokens and a pair, found {_shown(document)}")
+
+
+def _runner(document: Any) -> Runner:
+    return _path(document) if isinstance(document, dict) else _pair(document)
+
+
+def _path(document: Any) -> SortedPath:
+    try:
+        return kernel_table.parse_path(document)
+    except TableError as error:
+        raise StoreError(str(error)) from error
+
+
+def _pair(document: Any) -> Pair:
+    match document:
+        case [up, down]:
+            pair: Pair = {"up": _config(up), "down": _config(down)}
+            if pair["up"].block_m == pair["down"].block_m:
+                return pair
+    raise StoreError(f"expected an up and a down configuration of one BLOCK_SIZE_M, found {_shown(document)}")
+
+
+def _config(document: Any) -> TileConfig:
+    match document:
+        case [m, n, k, group, warps, stages, bool() as tma]:
+            _whole(m, n, k, group, warps, stages)
+            return TileConfig(m, n, k, group, warps, stages, tma)
+    raise StoreError(f"expected six numbers and true or false of a configuration, found {_shown(document)}")
+
+
+def _failure(document: Any) -> Failure:
+    match document:
+        case [str() as kind, str() as message]:
+            return Failure(kind, message)
+    raise StoreError(f"expected kind and message of a failure, found {_shown(document)}")
+
+
+def _times(rows: Any, count: int, of_each: range) -> tuple[tuple[float, ...], ...]:
+    """`count` rows of so many times; of a group that was given up, a screen has fewer or none."""
+    if not isinstance(rows, list) or len(rows) != count:
+        raise StoreError(f"expected {count} rows of times, found {_shown(rows)}")
+    for row in rows:
+        if not isinstance(row, list) or len(row) not in of_each:
+            raise StoreError(f"expected {of_each[0]} to {of_each[-1]} times in a row, found {_shown(row)}")
+    return tuple([tuple([_figure(us) for us in row]) for row in rows])
+
+
+def _figure(value: Any) -> float:
+    if type(value) is float and math.isfinite(value):
+        return value
+    if type(value) is int and abs(value) <= _LARGEST:
+        return float(value)
+    if isinstance(value, str) and value in _NOT_FINITE:
+        return _NOT_FINITE[value]
+    raise StoreError(f"expected a number, inf, -inf or nan, found {_shown(value)}")
+
+
+def _whole(*numbers: Any, least: int = 1) -> None:
+    for number in numbers:
+        if type(number) is not int or not least <= number <= _LARGEST:  # True is an int as well
+            raise StoreError(f"expected a whole number from {least} to {_LARGEST}, found {_shown(number)}")
+
+
+def _text(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise StoreError(f"expected text or null, found {_shown(value)}")
+
+
+def _clock(value: Any) -> int | None:
+    if value is not None:
+        _whole(value)
+    return value  # type: ignore[no-any-return]
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -1,0 +1,137 @@
+"""Race what is given beside what the engine takes today, as whole layers, and check each; nothing is chosen."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from sglang_moe_ext.core import CompileJob, Failure, TileConfig
+from sglang_moe_ext.tuning import verify_install
+from sglang_moe_ext.tuning.bench.messages import Ask, Check, Checked, Pair
+from sglang_moe_ext.tuning.compile.kernel_source import kernel_source
+from sglang_moe_ext.tuning.config_args import Choices
+from sglang_moe_ext.tuning.request import Measuring, Progress, Request
+from sglang_moe_ext.tuning.run import executor, session
+from sglang_moe_ext.tuning.run.executor import Station
+from sglang_moe_ext.tuning.search import candidates, final_comparison
+from sglang_moe_ext.tuning.search.screening import EFFORTS
+from sglang_moe_ext.tuning.search.statistics import Interval
+
+TODAY = "today"
+"""The name of what the engine takes now."""
+
+Trouble = Callable[[Pair], Failure | None]
+"""What is known against a pair before it runs; waits for its binaries."""
+_Configs = tuple[TileConfig, TileConfig]
+"""A pair as a key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """`us`: of the whole layer; `gain`: over today's choice, None where that cannot run; `error`: relative."""
+
+    us: float
+    gain: Interval | None
+    error: float | Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """Each choice at one M, today's first.
+
+    `noise`: by how much today's differs from itself, None where it cannot run; `throttled`: why the GPU slowed down in
+    every race, None where it did not.
+    """
+
+    pairs: Mapping[str, Pair]
+    results: Mapping[str, Timed | Failure]
+    noise: float | None
+    throttled: str | None
+
+
+def compared(
+    tokens: int, today: Pair, given: Mapping[str, Pair], trouble: Trouble, ask: Ask, *, rounds: int
+) -> Compared:
+    """All choices in one race, and a check of each that runs; one that cannot run costs itself alone."""
+    pairs = {TODAY: today, **given}
+    found = {configs: trouble(_pair(configs)) for configs in map(_configs, pairs.values())}
+    results: dict[_Configs, Timed | Failure] = {configs: why for configs, why in found.items() if why is not None}
+    first, *others = found
+    rivals = [configs for configs in others if configs not in results]
+    incumbent = None if first in results else today
+    heat = final_comparison.interleave(tokens, incumbent, list(map(_pair, rivals)), ask, rounds=rounds)
+    for configs, result in zip((first, *rivals), (heat.incumbent, *heat.rivals), strict=True):
+        match result:
+            case final_comparison.Entrant(_, us, over_today):
+                results[configs] = Timed(us, over_today, _error(Check(tokens, _pair(configs)), ask))
+            case Failure():
+                results[configs] = result
+    return Compared(
+        pairs=pairs,
+        results={name: results[_configs(pair)] for name, pair in pairs.items()},
+        noise=heat.noise,
+        throttled=None if heat.raced is None else heat.raced.throttled,
+    )
+
+
+def _configs(pair: Pair) -> _Configs:
+    return pair["up"], pair["down"]
+
+
+def _pair(configs: _Configs) -> Pair:
+    up, down = configs
+    return {"up": up, "down": down}
+
+
+def _error(check: Check, ask: Ask) -> float | Failure:
+    match ask(check):
+        case Checked(error):
+            return error
+        case Failure() as why:
+            return why
+        case answer:
+            raise TypeError(f"a Check was answered by {answer}")
+
+
+def run(request: Request, measuring: Measuring, given: Choices, progress: Progress) -> dict[int, Compared]:
+    """What is given beside today's choice, at each M of the request. No table and no run is written.
+
+    Raises:
+        MoEExtError: no GPU answers, or the engine does not say what it takes.
+    """
+    source = kernel_source(request.tunable.find(), request.tunable)
+    rounds = EFFORTS[measuring.effort].rounds
+    largest_first = sorted(request.tokens, reverse=True)
+    with ExitStack() as ends:
+        engine = ends.enter_context(closing(request.tunable.asked(verify_install.environment({}))))
+        scratch = ends.enter_context(tempfile.TemporaryDirectory(prefix="sglang_moe_ext-", ignore_cleanup_errors=True))
+        early = [job for m in largest_first for by_m in given.values() for job in _jobs(request, m, by_m[m])]
+        stations = session.hired(request, measuring, source, Path(scratch), early, ends, progress)
+        today = verify_install.pairs_of(engine.answer(verify_install.question(request)))
+        jobs = [*early, *(job for m in largest_first for job in _jobs(request, m, today[m]))]
+        for station in stations:
+            station.want(jobs)
+
+        def compare(tokens: int, station: Station) -> Compared:
+            for job in jobs:
+                station.binary(job)  # a compiler at work would disturb a race
+            of_m = {name: by_m[tokens] for name, by_m in given.items()}
+            trouble = partial(_trouble, request, tokens, station)
+            return compared(tokens, today[tokens], of_m, trouble, station.ask, rounds=rounds)
+
+        tasks = [partial(compare, tokens) for tokens in largest_first]
+        found = executor.on_all(stations, tasks, lambda done, of: progress("racing", done, of))
+    return dict(sorted(zip(largest_first, found, strict=True)))
+
+
+def _jobs(request: Request, tokens: int, pair: Pair) -> list[CompileJob]:
+    return candidates.pair_jobs(pair, request.shape, tokens, request.gpu.sm, request.tunable)
+
+
+def _trouble(request: Request, tokens: int, station: Station, pair: Pair) -> Failure | None:
+    misfits = (candidates.misfit(job, station.binary(job), request.gpu) for job in _jobs(request, tokens, pair))
+    return next((misfit for misfit in misfits if misfit is not None), None)

@@ -1,0 +1,1 @@
+"""Candidates compiled in parallel processes, each once."""

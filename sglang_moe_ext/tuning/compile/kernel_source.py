@@ -1,0 +1,57 @@
+"""What compiling is about: whose kernel, what became of each job, how far it is."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import sglang_moe_ext.kernels
+from sglang_moe_ext.core import CompileJob, EngineError, Failure, Resources
+from sglang_moe_ext.engines.adapter import Installation, Tunable
+from sglang_moe_ext.engines.registry import SGLANG
+
+Compiled = dict[CompileJob, Resources | Failure]
+Progress = Callable[[int, int], None]
+"""Called with how many binaries are done, of how many wanted so far; from the farm's own thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSource:
+    """Whose kernel it is. `module` has `warm_up()` and `compile_job(job)`; `fingerprint` changes with the kernel."""
+
+    name: str
+    module: str
+    fingerprint: str
+    is_engines_own: bool
+
+
+def kernel_source(engine: Installation | None, tunable: Tunable = SGLANG) -> KernelSource:
+    """The source for that installation of that engine; None: ours.
+
+    Raises:
+        EngineError: there is no Triton to compile with.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise EngineError(
+            f"no Triton is installed: expected it beside {tunable.TITLE}; `pip install triton` brings the compiler"
+        )
+    triton = importlib.metadata.version("triton")
+    if engine is None:
+        module = "sglang_moe_ext.kernels.fused_moe_compile"
+        return KernelSource(f"our own kernel, Triton {triton}", module, f"{_digest_of_ours()} {triton}", False)
+    text = tunable.kernel_file(engine).read_bytes()
+    return KernelSource(
+        f"{tunable.TITLE} {engine.version_text}'s own kernel, Triton {triton}",
+        tunable.OFFLINE,
+        f"{hashlib.sha256(text).hexdigest()} {triton}",
+        True,
+    )
+
+
+def _digest_of_ours() -> str:
+    folder = Path(sglang_moe_ext.kernels.__path__[0])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("fused_moe*.py")))).hexdigest()

@@ -1,0 +1,146 @@
+"""Where the tables of a run go: into the engine, into an overlay beside it, or into a folder of the user's."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from sglang_moe_ext.core import EngineError, MoEShape
+from sglang_moe_ext.engines.adapter import EngineName, Tunable
+from sglang_moe_ext.engines.sglang import config_dir
+from sglang_moe_ext.engines.sglang import table_names as sglang_names
+from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.engines.vllm import installation as vllm
+from sglang_moe_ext.tables import files, user_store
+
+Install = Literal["engine", "overlay", "none"]
+
+
+def add_to(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say where tables go."""
+    where = parser.add_argument_group("where to")
+    where.add_argument(
+        "--install",
+        choices=get_args(Install),
+        default="engine",
+        help="where the server shall find the tables; none: your own store alone keeps them (default engine)",
+    )
+    where.add_argument(
+        "--output-dir",
+        "--save-dir",
+        type=Path,
+        help="write configs/triton_X_Y_Z/, or vLLM's files, there instead of installing",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """A folder of tables for one Triton, the variables that make a server read it, and a note for the user.
+
+    `is_of_this_engine`: no other release of the engine reads it. `is_flat`: tables of every Triton lie in it.
+    """
+
+    folder: Path
+    environment: dict[str, str]
+    note: str | None = None
+    is_of_this_engine: bool = False
+    is_flat: bool = False
+
+    @property
+    def is_there(self) -> bool:
+        """True where an engine that is told of it finds something to read."""
+        return (self.folder if self.is_flat else self.folder.parent).is_dir()
+
+    @property
+    def environment_today(self) -> dict[str, str]:
+        """Under which the engine reads where the tables will lie, once something lies there."""
+        return self.environment if self.is_there else {}
+
+
+def _configs(root: Path, triton: str) -> Path:
+    return root / "configs" / sglang_names.version_folder(triton)
+
+
+def chosen(install: Install, output_dir: Path | None, engine: Installation | None, triton: str) -> Destination | None:
+    """The place that a server will read, or None where the user's own store is the only one.
+
+    Raises:
+        EngineError: no engine could read a folder named after that Triton.
+        StoreError: an overlay is needed and cannot be made.
+    """
+    writes_one = install != "none" or output_dir is not None
+    if writes_one and not sglang_names.is_version_folder(sglang_names.version_folder(triton)):
+        raise EngineError(
+            f"Triton {triton} is a build of its own: since 0.5.12 a folder of that name ends SGLang's lookup; "
+            "--install none keeps the tables in your own store"
+        )
+    if output_dir is not None:
+        root = output_dir.absolute()
+        note = f"start the server with {config_dir.VARIABLE}={root}, which replaces the engine's own tables"
+        return Destination(_configs(root, triton), {config_dir.VARIABLE: str(root)}, note)
+    if engine is None or install == "none":
+        return None
+    if set_by_user := os.environ.get(config_dir.VARIABLE):
+        return Destination(
+            _configs(Path(set_by_user), triton), {}, f"{config_dir.VARIABLE} is set: its folder is the engine's"
+        )
+    if install == "engine":
+        folder = _configs(engine.configs_root.parent, triton)
+        if files.is_writable(folder):
+            return Destination(folder, {}, is_of_this_engine=True)
+        return _overlay(engine, triton, f"{folder} is read-only: the tables go to an overlay; ")
+    return _overlay(engine, triton, "")
+
+
+def _overlay(engine: Installation, triton: str, why: str) -> Destination:
+    root = config_dir.place(engine)
+    config_dir.build(root, engine.configs_root)
+    note = f"{why}start the server with {config_dir.VARIABLE}={root}"
+    return Destination(_configs(root, triton), {config_dir.VARIABLE: str(root)}, note, is_of_this_engine=True)
+
+
+def chosen_of_vllm(
+    install: Install, output_dir: Path | None, engine: vllm.Installation | None, triton: str
+) -> Destination | None:
+    """The folder that a server of vLLM will read, or None where the user's own store is the only place.
+
+    A folder of its own that the user names to vLLM comes first there, as a whole file; our plugin serves the store.
+    """
+    if output_dir is not None:
+        root = output_dir.absolute()
+        note = f"start the server with {vllm.VARIABLE}={root}"
+        return Destination(root, {vllm.VARIABLE: str(root)}, note, is_flat=True)
+    if engine is None or install == "none":
+        return None
+    if set_by_user := os.environ.get(vllm.VARIABLE):
+        return Destination(Path(set_by_user), {}, f"{vllm.VARIABLE} is set: vLLM looks there first", is_flat=True)
+    why = ""
+    if install == "engine":
+        if files.is_writable(engine.configs_folder):
+            return Destination(engine.configs_folder, {}, is_flat=True)
+        why = f"{engine.configs_folder} is read-only; "
+    stored = store_folder("vllm", triton)
+    note = f"{why}our plugin serves {stored}; where it is off, start the server with {vllm.VARIABLE}={stored}"
+    return Destination(stored, {vllm.VARIABLE: str(stored)}, note, is_flat=True)
+
+
+CHOSEN: Mapping[EngineName, Callable[[Install, Path | None, Any, str], Destination | None]] = {
+    "sglang": chosen,
+    "vllm": chosen_of_vllm,
+}
+"""By engine, where the tables of an installation of it go."""
+
+
+def table_names(tunable: Tunable, shape: MoEShape, device_name: str) -> dict[bool, str]:
+    """File names of the up table (False), and of the table for the down projection (True) where the engine has such."""
+    which = (False, True) if tunable.HAS_DOWN_TABLES else (False,)
+    return {down: tunable.file_name(tunable.table_key(shape, device_name, down=down)) for down in which}
+
+
+def store_folder(engine: EngineName, triton: str) -> Path:
+    """Where the user's own copy for that engine and that Triton lies."""
+    return user_store.tables_folder(engine, sglang_names.version_folder(triton))

@@ -1,0 +1,166 @@
+"""Turn the results of a run into tables with their provenance."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sglang_moe_ext import __version__
+from sglang_moe_ext.core import MoEShape, Origin, Table
+from sglang_moe_ext.engines import installed
+from sglang_moe_ext.engines.adapter import Installation
+from sglang_moe_ext.gpu.roofline import pair_floor_us
+from sglang_moe_ext.sorted_kernels import SortedPath
+from sglang_moe_ext.tables import kernel_table
+from sglang_moe_ext.tables.kernel_table import PathTable
+from sglang_moe_ext.tables.merge import Stored
+from sglang_moe_ext.tables.provenance import Entry, Provenance, Run
+from sglang_moe_ext.tuning.bench.messages import Pair, Runner
+from sglang_moe_ext.tuning.request import Request
+from sglang_moe_ext.tuning.run.journal_reader import Recording
+from sglang_moe_ext.tuning.search.final_comparison import Measured
+from sglang_moe_ext.tuning.search.predict import Predicted
+from sglang_moe_ext.tuning.transfer import Source
+
+Results = Mapping[int, Predicted] | Mapping[int, Measured[Pair]]
+
+
+def circumstances(request: Request, engine: Installation | None, kernel: str) -> Run:
+    """Where, when and with what the run takes place."""
+    return Run(
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        command=request.command,
+        model=request.model,
+        shape=str(request.shape),
+        gpu=request.gpu.device_name,
+        kernel=kernel,
+        engine=None if engine is None else f"{request.engine} {engine.version_text}",
+        triton=installed.running_triton(),
+        torch=version_of("torch"),
+        driver=None if request.measuring is None else driver_version(),
+        seed=request.seed,
+        sglang_moe_ext=__version__,
+    )
+
+
+def of_journal(journal: Recording, source: Source, shape: MoEShape, command: str) -> Run:
+    """Where, when and with what the entries of a journal were timed; the shape is that of the engine they are for."""
+    stated = journal.circumstances
+    return Run(
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        command=command,
+        model=str(shape),
+        shape=str(shape),
+        gpu=source.device_name,
+        kernel=str(stated["kernel"]),
+        engine=f"{source.engine} {source.version}",
+        triton=source.triton,
+        torch=_text(stated.get("torch")),
+        driver=_text(stated.get("driver")),
+        seed=int(stated.get("seed") or 0),
+        sglang_moe_ext=__version__,
+    )
+
+
+def _text(stated: object) -> str | None:
+    return None if stated is None else str(stated)
+
+
+def version_of(distribution: str) -> str | None:
+    """The version of an installed distribution, None where there is none."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def driver_version() -> str | None:
+    """The version of the NVIDIA driver of this machine, None where there is none."""
+    try:
+        said = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    version = re.search(r"\d+(\.\d+)+", said)
+    return None if version is None else version[0]
+
+
+def for_any_engine(results: Results) -> Results:
+    """The results that any release may read: SGLang up to 0.5.17 dies of a USE_TMA in the table of the up GEMM.
+
+    An M is left out rather than written without: nothing was measured of that pair.
+    """
+    if not any(isinstance(result, Measured) for result in results.values()):
+        return results
+    measured = {m: result for m, result in results.items() if isinstance(result, Measured)}
+    return {m: result for m, result in measured.items() if not result.pair["up"].use_tma}
+
+
+def tables(request: Request, results: Results, run: Run) -> dict[bool, Stored]:
+    """The up table (False), and the table for the down projection (True) where the engine has such."""
+    pairs: dict[int, Pair] = {}
+    entries: dict[int, Entry] = {}
+    for m, result in results.items():
+        floor = {"floor_us": round(pair_floor_us(request.shape, request.gpu, m), 2)}
+        match result:
+            case Predicted():
+                pairs[m] = {"up": result.config, "down": result.config}
+                entries[m] = _entry("predicted", run, floor | _of_prediction(result))
+            case Measured():
+                pairs[m] = result.pair
+                entries[m] = _entry("measured", run, floor | _of_measurement(result))
+    up: Table = {m: pair["up"] for m, pair in pairs.items()}
+    down: Table = {m: pair["down"] for m, pair in pairs.items()}
+    of_up = {False: Stored(up, Provenance(entries))}
+    return of_up | {True: Stored(down, Provenance(entries))} if request.tunable.HAS_DOWN_TABLES else of_up
+
+
+def of_transfer(run: Run, times_us: Mapping[int, float]) -> dict[int, Entry]:
+    """Of entries that were timed in another engine: the time of both GEMMs there."""
+    return {m: _entry("transferred", run, {"gemms_us": round(us, 2)}) for m, us in times_us.items()}
+
+
+def paths(found: Mapping[int, Measured[Runner]], tokens: Iterable[int], run: Run) -> PathTable:
+    """Where our own path won, and where it did not, or was not tried: what was known there is known no more."""
+    untried = {m: kernel_table.Entry(None, run) for m in tokens}
+    return untried | {
+        m: kernel_table.Entry(
+            result.pair if isinstance(result.pair, SortedPath) else None, run, _of_measurement(result)
+        )
+        for m, result in found.items()
+    }
+
+
+def _entry(origin: Origin, run: Run, figures: dict[str, float]) -> Entry:
+    return Entry(origin, run, figures)
+
+
+def _of_prediction(result: Predicted) -> dict[str, float]:
+    figures: dict[str, float] = {"predicted_us": round(result.us, 2)}
+    for projection, needs in result.resources.items():
+        figures[f"{projection}_smem_bytes"] = needs.smem_bytes
+        figures[f"{projection}_registers"] = needs.registers
+    return figures
+
+
+def _of_measurement(result: Measured[Any]) -> dict[str, float]:
+    """What is known and finite: of an incumbent that cannot run, nothing is."""
+    figures = {
+        "us": (result.us, 2),
+        "incumbent_us": (result.incumbent_us, 2),
+        "gain": (result.gain.value, 4),
+        "gain_low": (result.gain.low, 4),
+        "gain_high": (result.gain.high, 4),
+        "noise": (result.noise, 5),
+        "relative_error": (result.error, 6),
+        "sm_clock_mhz": (result.sm_clock_mhz, 0),
+    }
+    return {
+        name: round(figure, digits)
+        for name, (figure, digits) in figures.items()
+        if figure is not None and math.isfinite(figure)
+    }

@@ -1,0 +1,1 @@
+"""One measuring run: its GPUs, its folder, its journal."""

@@ -1,0 +1,278 @@
+"""One GPU with a compiler beside it: all that a strategy is given to work with."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+from sglang_moe_ext.core import CompileJob, Failure, GpuError, MoEExtError, Resources
+from sglang_moe_ext.tuning.bench.messages import Answer, Question
+
+
+class Station(Protocol):
+    """Where it stands makes no difference to a strategy. One thread at a time asks."""
+
+    @property
+    def name(self) -> str:
+        """As a message calls it: `GPU 1`, `10.0.0.3 GPU 1`."""
+
+    def get_ready(self) -> None:
+        """Wait until it can be asked.
+
+        Raises:
+            MoEExtError: it never will be.
+        """
+
+    def want(self, jobs: Iterable[CompileJob]) -> None:
+        """Begin to compile these, and come back at once."""
+
+    def binary(self, job: CompileJob) -> Resources | Failure:
+        """What the binary needs; waits until it is made."""
+
+    def ask(self, question: Question) -> Answer:
+        """Measure. A Failure costs this question alone.
+
+        Raises:
+            MoEExtError: the GPU answers no more.
+        """
+
+    def close(self) -> None:
+        """End what runs there; what it holds of others' stays."""
+
+
+class FarmLike(Protocol):
+    """What a station needs of a compile farm."""
+
+    def want(self, jobs: Iterable[CompileJob], *, first: bool = False) -> None: ...
+
+    def result(self, job: CompileJob) -> Resources | Failure: ...
+
+    def close(self) -> None: ...
+
+
+class WorkerLike(Protocol):
+    """What a station needs of a measuring process; `device_name` as torch.cuda reports it."""
+
+    @property
+    def device_name(self) -> str: ...
+
+    def ask(self, question: Question) -> Answer: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LocalStation:
+    """A GPU of this machine. The farm is shared with the other stations here, and closed by who made it."""
+
+    name: str
+    farm: FarmLike
+    worker: WorkerLike
+
+    def get_ready(self) -> None:
+        self.worker.device_name  # noqa: B018 - it waits for the process
+
+    def want(self, jobs: Iterable[CompileJob]) -> None:
+        self.farm.want(jobs)
+
+    def binary(self, job: CompileJob) -> Resources | Failure:
+        return self.farm.result(job)
+
+    def ask(self, question: Question) -> Answer:
+        return self.worker.ask(question)
+
+    def close(self) -> None:
+        self.worker.close()
+
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Progress = Callable[[int, int], None]
+"""Called by the caller's own thread with how many tasks are done, of how many."""
+GPUS_HELP = "GPUs to measure on: all, or their indices as in 0,2 (4 is the one GPU of index 4); default 0"
+
+
+def on_all(stations: Sequence[Station], tasks: Sequence[Callable[[Station], T]], progress: Progress) -> list[T]:
+    """Results in the order of the tasks, whichever station did which; give the longest tasks first.
+
+    A station that answers no more gives its task to the others, which begin it anew. Closes no station: who is
+    interrupted here closes them, and that ends what they were at.
+
+    Raises:
+        MoEExtError: no station is left.
+    """
+    if not stations:
+        raise MoEExtError("there is no GPU to measure on")
+    progress(0, len(tasks))
+    if len(stations) > 1:
+        return _on_threads(stations, tasks, progress)
+    results: list[T] = []
+    for task in tasks:
+        results.append(task(stations[0]))
+        progress(len(results), len(tasks))
+    return results
+
+
+def close_all(stations: Sequence[Station]) -> None:
+    """Close them all at the same time: each may take a second to end."""
+    with ThreadPoolExecutor(len(stations) or 1) as pool:
+        closing = [pool.submit(station.close) for station in stations]
+    for closed in closing:
+        closed.result()
+
+
+class _StoppedError(Exception):
+    """Unwinds a task whose result nobody waits for any more."""
+
+
+@dataclass(slots=True)
+class _Watched:
+    """A station as a task sees it: it notes the station's end, and asks nothing once the run has stopped."""
+
+    name: str
+    station: Station
+    stop: threading.Event
+    end: MoEExtError | None = None
+
+    def get_ready(self) -> None:
+        self._noting(self.station.get_ready)
+
+    def want(self, jobs: Iterable[CompileJob]) -> None:
+        self._noting(lambda: self.station.want(jobs))
+
+    def binary(self, job: CompileJob) -> Resources | Failure:
+        return self._noting(lambda: self.station.binary(job))
+
+    def ask(self, question: Question) -> Answer:
+        return self._noting(lambda: self.station.ask(question))
+
+    def close(self) -> None:
+        self.station.close()
+
+    def _noting(self, call: Callable[[], T]) -> T:
+        try:
+            answer = None if self.stop.is_set() else [call()]
+        except MoEExtError as error:
+            self.end = error
+            raise
+        if answer is None or self.stop.is_set():  # what a GPU says while it is closed is of no candidate's making
+            raise _StoppedError
+        return answer[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Done(Generic[T]):
+    place: int
+    result: T
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    place: int
+    station: str
+    error: MoEExtError
+
+
+@dataclass(slots=True)
+class _Shared(Generic[T]):
+    """What the threads of the stations and the caller's thread have in common."""
+
+    tasks: Sequence[Callable[[Station], T]]
+    todo: queue.PriorityQueue[int] = field(default_factory=queue.PriorityQueue)
+    events: queue.SimpleQueue[_Done[T] | _Ended | BaseException] = field(default_factory=queue.SimpleQueue)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+def _on_threads(stations: Sequence[Station], tasks: Sequence[Callable[[Station], T]], progress: Progress) -> list[T]:
+    shared = _Shared(tasks)
+    for place in range(len(tasks)):
+        shared.todo.put(place)
+    try:
+        for station in stations:  # daemons: an interpreter that ends must not wait for a GPU
+            threading.Thread(target=_serve, args=(station, shared), name=station.name, daemon=True).start()
+        done = _collected(shared, len(stations), progress)
+    finally:
+        shared.stop.set()
+        for _ in stations:
+            shared.todo.put(0)  # wakes who waits for a task
+    return [done[place] for place in range(len(tasks))]
+
+
+def _collected(shared: _Shared[T], working: int, progress: Progress) -> dict[int, T]:
+    """The result of each place, from so many stations that work."""
+    done: dict[int, T] = {}
+    while len(done) < len(shared.tasks):
+        match shared.events.get():
+            case _Done(place, result):
+                done[place] = result
+                progress(len(done), len(shared.tasks))
+            case _Ended(place, name, end):
+                working -= 1
+                if working == 0:
+                    raise end
+                log.warning("%s answers no more (%s): its task goes to the %d left", name, end, working)
+                shared.todo.put(place)
+            case error:
+                raise error
+    return done
+
+
+def _serve(station: Station, shared: _Shared[T]) -> None:
+    """One station's thread: the next task that is left, until there is none, or the station ends."""
+    while True:
+        place = shared.todo.get()
+        if shared.stop.is_set():
+            return
+        watched = _Watched(station.name, station, shared.stop)
+        try:
+            event: _Done[T] | BaseException = _Done(place, shared.tasks[place](watched))
+        except BaseException as error:  # noqa: BLE001 - a task fails in any way; the caller's thread raises it
+            event = error
+        if watched.end is not None:  # whatever the task made of it
+            shared.events.put(_Ended(place, station.name, watched.end))
+            return
+        shared.events.put(event)
+
+
+def visible_gpus(
+    wanted: str | None, tuned_for: str, device_names: Sequence[str], environment: Mapping[str, str] = os.environ
+) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES is to say in each measuring process; None means the first GPU.
+
+    `device_names`: of every GPU that this process sees, as torch.cuda reports them, in its order.
+
+    Raises:
+        GpuError: `wanted` makes no sense, or names a GPU that is not there or not the one tuned for.
+    """
+    given = environment.get("CUDA_VISIBLE_DEVICES")
+    ids = map(str, range(len(device_names))) if given is None else given.split(",")
+    there = list(zip(ids, device_names, strict=False))  # CUDA itself stops at an entry that it does not know
+    if not there:
+        why = "" if given is None else f": CUDA_VISIBLE_DEVICES is {given!r}"
+        raise GpuError(f"no GPU is visible here{why}; expected at least one {tuned_for}")
+    places = list(range(len(there))) if wanted == "all" else _indices("0" if wanted is None else wanted, len(there))
+    others = [f"GPU {place} is {there[place][1]}" for place in places if there[place][1] != tuned_for]
+    if others:
+        fitting = ",".join(str(place) for place, (_, name) in enumerate(there) if name == tuned_for)
+        instead = f"--gpus {fitting}" if fitting else "another --gpu"
+        raise GpuError(f"{', '.join(others)}: expected {tuned_for}, which this run tunes for; give {instead}")
+    return [there[place][0].strip() for place in places]
+
+
+def _indices(wanted: str, visible: int) -> list[int]:
+    words = [word.strip() for word in wanted.split(",")]
+    if not all(word.isascii() and word.isdigit() and len(word) < 6 for word in words):
+        raise GpuError(f"--gpus {wanted!r} makes no sense: expected all, or indices as in 0,2")
+    indices = [int(word) for word in words]
+    if len(set(indices)) < len(indices):
+        raise GpuError(f"--gpus {wanted!r} names a GPU twice: expected each index once")
+    if max(indices) >= visible:
+        raise GpuError(f"GPU {max(indices)} is not visible here: expected all, or indices below {visible}")
+    return indices

@@ -1,0 +1,196 @@
+"""Measure every batch size: screen all of them, largest first, then decide each in a rematch with the incumbent."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEExtError, Projection, Resources
+from sglang_moe_ext.tuning.bench.messages import Answer, Ask, Pair, Question, Runner, Screen
+from sglang_moe_ext.tuning.compile.processes import UNABLE
+from sglang_moe_ext.tuning.request import Measuring, Progress, Request
+from sglang_moe_ext.tuning.run import executor
+from sglang_moe_ext.tuning.run.executor import Station
+from sglang_moe_ext.tuning.run.journal import Journal
+from sglang_moe_ext.tuning.search import candidates, final_comparison, sorted_kernels
+from sglang_moe_ext.tuning.search import screening as search
+from sglang_moe_ext.tuning.search.candidates import Candidates
+from sglang_moe_ext.tuning.search.final_comparison import Measured
+from sglang_moe_ext.tuning.search.screening import EFFORTS, Budget, Effort, Screening, Times
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One batch size: what is to be timed there."""
+
+    tokens: int
+    listed: Candidates
+
+
+def largest_first(listed: dict[int, Candidates]) -> list[Task]:
+    """The order of the work: what takes longest comes first, so that several GPUs end together."""
+    return [Task(m, listed[m]) for m in sorted(listed, reverse=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """By M, what was chosen of the engine's kernels, and where our own path was raced with that, who won."""
+
+    pairs: dict[int, Measured[Pair]]
+    paths: dict[int, Measured[Runner]]
+
+
+def measure_all(
+    request: Request,
+    measuring: Measuring,
+    tasks: Sequence[Task],
+    incumbents: Callable[[], dict[int, Pair]],
+    stations: Sequence[Station],
+    journal: Journal,
+    progress: Progress,
+) -> Found:
+    """What was chosen for each M. `incumbents` are asked for when the screening is over: the engine may still think.
+
+    Raises:
+        MoEExtError: nothing ran right for any M, or no GPU answers any more.
+    """
+    counted = _Counted(progress, sum(len({c.compile_key for c in of}) for task in tasks for of in task.listed.values()))
+    _get_ready(stations, request, tasks, measuring)
+    budget = Budget(measuring.budget_s, len(tasks), len(stations))
+    search_of = _Search(request, EFFORTS[measuring.effort], journal, budget, counted, measuring.with_own_path)
+    screenings = executor.on_all(
+        stations,
+        [partial(_screen, search_of, task) for task in tasks],
+        lambda done, of: None,
+    )
+    pairs = incumbents()
+    decided = executor.on_all(
+        stations,
+        [
+            partial(_decide, search_of, task.tokens, screening, pairs[task.tokens])
+            for task, screening in zip(tasks, screenings, strict=True)
+        ],
+        lambda done, of: progress("rematch", done, of),
+    )
+    results = {task.tokens: result for task, (result, _) in zip(tasks, decided, strict=True) if result is not None}
+    paths = {task.tokens: path for task, (_, path) in zip(tasks, decided, strict=True) if path is not None}
+    if not results:
+        failures = sum((Counter(screening.failures) for screening in screenings), Counter[str]())
+        why = ", ".join(f"{kind} {count} times" for kind, count in failures.most_common(3)) or "no candidate was timed"
+        raise MoEExtError(f"nothing ran right on {request.gpu.device_name} for any batch size ({why}): -v says more")
+    return Found(dict(sorted(results.items())), dict(sorted(paths.items())))
+
+
+def _get_ready(stations: Sequence[Station], request: Request, tasks: Sequence[Task], measuring: Measuring) -> None:
+    """Where a budget runs, wait until there is something to spend it on: engines take long to import."""
+    if measuring.budget_s is None:
+        return
+    first = candidates.screening_jobs(tasks[0].listed, request.shape, tasks[0].tokens, request.gpu.sm, request.tunable)[
+        0
+    ]
+    for station in stations:
+        with suppress(MoEExtError):  # the tasks will meet it, and have others to turn to
+            station.binary(first)
+            station.get_ready()
+
+
+class _Counted:
+    """Counts first screens, from the threads of all stations."""
+
+    def __init__(self, progress: Progress, of: int) -> None:
+        self._progress, self._of, self._done = progress, of, 0
+        self._counting = threading.Lock()
+
+    def __call__(self, ask: Ask) -> Ask:
+        def counted(question: Question) -> Answer:
+            answer = ask(question)
+            if isinstance(question, Screen) and len(question.groups) == 1:
+                with self._counting:
+                    self._done += 1
+                    self._progress("screening", min(self._done, self._of), self._of)
+            return answer
+
+        return counted
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """What all tasks of a run have in common."""
+
+    request: Request
+    effort: Effort
+    journal: Journal
+    budget: Budget
+    counted: _Counted
+    with_own_path: bool
+
+    def fastest_keys(self, times: Times, count: int) -> dict[Projection, list[CompileKey]]:
+        of_both = search.fastest_shared_keys
+        return (search.fastest_keys if self.request.tunable.HAS_DOWN_TABLES else of_both)(times, count)
+
+    def finalists(self, screening: Screening, count: int) -> list[Pair]:
+        of_both = search.shared_finalists
+        return (search.finalists if self.request.tunable.HAS_DOWN_TABLES else of_both)(screening, count)
+
+
+def _binary(station: Station, job: CompileJob) -> Resources | Failure:
+    """What the binary needs.
+
+    Raises:
+        MoEExtError: nothing can be compiled any more, which says nothing of this binary.
+    """
+    needs = station.binary(job)
+    if isinstance(needs, Failure) and needs.kind == UNABLE:
+        raise MoEExtError(f"nothing can be compiled: {needs.message}")
+    return needs
+
+
+def _screen(of: _Search, task: Task, station: Station) -> Screening:
+    shape, gpu, engine = of.request.shape, of.request.gpu, of.request.tunable
+    station.want(candidates.screening_jobs(task.listed, shape, task.tokens, gpu.sm, engine))
+
+    def clean(projection: Projection, key: CompileKey) -> Failure | None:
+        job = candidates.screening_job(shape, task.tokens, projection, key, gpu.sm, engine)
+        return candidates.misfit(job, _binary(station, job), gpu)
+
+    ask = of.counted(of.journal.through(station.ask))
+    screening = search.screened(task.tokens, task.listed, of.effort, ask, clean, of.budget.share(), of.fastest_keys)
+    for pair in of.finalists(screening, of.effort.finalists):
+        station.want(candidates.pair_jobs(pair, shape, task.tokens, gpu.sm, engine))
+    return screening
+
+
+def _decide(
+    of: _Search, tokens: int, screening: Screening, incumbent: Pair, station: Station
+) -> tuple[Measured[Pair] | None, Measured[Runner] | None]:
+    """What was chosen of the engine's kernels, and who won the race of that with our own path."""
+    pairs = of.finalists(screening, 1 if of.budget.is_spent() else of.effort.finalists)
+    if not pairs:
+        log.warning("M=%d: left out: no candidate ran (%s)", tokens, ", ".join(screening.failures) or "none was timed")
+        return None, None
+    shape, sm, engine = of.request.shape, of.request.gpu.sm, of.request.tunable
+    jobs = [candidates.pair_jobs(pair, shape, tokens, sm, engine) for pair in (incumbent, *pairs)]
+    station.want(job for of_pair in jobs for job in of_pair)  # another station may have screened
+    runnable: list[Pair] = []
+    for pair, of_pair in zip((incumbent, *pairs), jobs, strict=True):
+        # Waits for binaries, so that none is compiled while the race runs.
+        failure = next((need for job in of_pair if isinstance(need := _binary(station, job), Failure)), None)
+        if failure is None and pair != incumbent:
+            runnable.append(pair)
+        elif failure is not None:
+            log.info("M=%d: up %s, down %s left out: %s", tokens, pair["up"], pair["down"], failure.message)
+    ask, rounds = of.journal.through(station.ask), of.effort.rounds
+    chosen = final_comparison.rematch(
+        shape, tokens, runnable, incumbent, ask, rounds=rounds, tried=screening.tried, failures=screening.failures
+    )
+    if chosen is None or not of.with_own_path or of.budget.is_spent():
+        return chosen, None
+    ups = [pair["up"] for pair in runnable]
+    return chosen, sorted_kernels.raced(shape, tokens, chosen.pair, ups, ask, rounds=rounds)

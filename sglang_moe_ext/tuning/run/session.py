@@ -1,0 +1,141 @@
+"""A measuring run: its folder with the journal, its GPUs with a compile farm beside them, and what they find."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from sglang_moe_ext import __version__
+from sglang_moe_ext.core import CompileJob, EngineError, TileConfig
+from sglang_moe_ext.engines.adapter import Asked
+from sglang_moe_ext.tuning import verify_install
+from sglang_moe_ext.tuning.bench.gpu_bench import Setup
+from sglang_moe_ext.tuning.bench.worker import Worker
+from sglang_moe_ext.tuning.compile.cache import CompileCache, default_path
+from sglang_moe_ext.tuning.compile.kernel_source import KernelSource, kernel_source
+from sglang_moe_ext.tuning.compile.pool import Farm
+from sglang_moe_ext.tuning.request import Measuring, Progress, Request
+from sglang_moe_ext.tuning.results_to_tables import driver_version, version_of
+from sglang_moe_ext.tuning.run import executor, ray_executor, run_folder, search_loop
+from sglang_moe_ext.tuning.run.executor import FarmLike, LocalStation, Station, WorkerLike
+from sglang_moe_ext.tuning.run.journal_reader import Circumstances
+from sglang_moe_ext.tuning.run.run_folder import Run
+from sglang_moe_ext.tuning.run.search_loop import Found
+from sglang_moe_ext.tuning.search import candidates
+
+log = logging.getLogger(__name__)
+
+
+def opened(request: Request, measuring: Measuring, source: KernelSource) -> Run:
+    """The run to go on with, or a new one.
+
+    Raises:
+        StoreError: there is none to go on with, or the disk refuses.
+    """
+    circumstances: Circumstances = {
+        "shape": str(request.shape),
+        "ep": request.shape.ep,
+        "fused_shared": request.shape.fused_shared,
+        "gpu": request.gpu.device_name,
+        "kernel": source.name,
+        "fingerprint": source.fingerprint,
+        "torch": version_of("torch"),
+        "driver": driver_version(),
+        "routing": measuring.routing.name,
+        "seed": request.seed,
+        "sglang_moe_ext": __version__,
+    }
+    if measuring.resume:
+        return run_folder.resumed(circumstances, measuring.resume if isinstance(measuring.resume, Path) else None)
+    interrupted = run_folder.unfinished(circumstances)
+    if interrupted is not None:
+        log.warning("an interrupted run of this layer lies in %s: --resume would go on with it", interrupted)
+    return run_folder.begin(circumstances)
+
+
+def results(
+    request: Request,
+    measuring: Measuring,
+    run: Run,
+    kept: tuple[TileConfig, ...],
+    today: Asked,
+    source: KernelSource,
+    progress: Progress,
+) -> Found:
+    """What was chosen for each M; `today` says what the engine runs now.
+
+    Raises:
+        MoEExtError: nothing ran right, or no GPU answers.
+    """
+    tasks = search_loop.largest_first({m: candidates.of_request(request, measuring, kept, m) for m in request.tokens})
+    shape, sm = request.shape, request.gpu.sm
+    jobs = [
+        job for task in tasks for job in candidates.screening_jobs(task.listed, shape, task.tokens, sm, request.tunable)
+    ]
+    with ExitStack() as ends:
+        stations = hired(request, measuring, source, run.triton_cache, jobs, ends, progress)
+        return search_loop.measure_all(
+            request,
+            measuring,
+            tasks,
+            lambda: verify_install.pairs_of(today.answer(verify_install.question(request))),
+            stations,
+            run.journal,
+            progress,
+        )
+
+
+def hired(
+    request: Request,
+    measuring: Measuring,
+    source: KernelSource,
+    triton_cache: Path,
+    jobs: Sequence[CompileJob],
+    ends: ExitStack,
+    progress: Progress,
+) -> list[Station]:
+    """The GPUs that the flags want, until `ends` is closed. Here, `jobs` begin to compile before the GPUs are ready.
+
+    Raises:
+        MoEExtError: there is no such GPU, or no such cluster.
+    """
+    if measuring.ray is not None:
+        on_node = _OnNode(source, request, measuring)
+        stations = ray_executor.stations(measuring.ray or None, request.gpu.device_name, on_node)
+    else:
+        farm = ends.enter_context(
+            Farm(
+                source,
+                cache=CompileCache(default_path()),
+                triton_cache=triton_cache,
+                progress=lambda done, of: progress("compiling", done, of),
+            )
+        )
+        farm.want(jobs)
+        setup = Setup(request.shape, measuring.routing, request.seed, triton_cache, request.engine)
+        workers = {gpu: Worker(setup, {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in measuring.gpus}
+        stations = [LocalStation(f"GPU {gpu}", farm, worker) for gpu, worker in workers.items()]
+    ends.callback(executor.close_all, stations)
+    return stations
+
+
+@dataclass(frozen=True, slots=True)
+class _OnNode:
+    """What a node of a cluster makes for one of its GPUs; Ray has set CUDA_VISIBLE_DEVICES there."""
+
+    source: KernelSource
+    request: Request
+    measuring: Measuring
+
+    def __call__(self, cores: int, scratch: Path) -> tuple[FarmLike, WorkerLike]:
+        """Raises EngineError where the node has another kernel: its times would say nothing of ours."""
+        tunable = self.request.tunable
+        there = kernel_source(tunable.find(), tunable)
+        if there.fingerprint != self.source.fingerprint:
+            raise EngineError(f"it has {there.name}: expected the very {self.source.name} that is here")
+        setup = Setup(self.request.shape, self.measuring.routing, self.request.seed, scratch, self.request.engine)
+        farm = Farm(self.source, cache=CompileCache(default_path()), triton_cache=scratch, workers=cores)
+        return farm, Worker(setup)

@@ -1,0 +1,138 @@
+"""Which configurations of each GEMM are timed at one M, best guess first, and the binaries that they need."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Collection
+
+from sglang_moe_ext.core import (
+    PROJECTIONS,
+    CompileJob,
+    CompileKey,
+    Failure,
+    Gpu,
+    MoEShape,
+    Projection,
+    Resources,
+    TileConfig,
+)
+from sglang_moe_ext.engines.adapter import Tunable
+from sglang_moe_ext.engines.registry import SGLANG
+from sglang_moe_ext.tuning.bench.messages import Pair
+from sglang_moe_ext.tuning.request import Measuring, Request
+from sglang_moe_ext.tuning.search import cost_model, predict
+from sglang_moe_ext.tuning.search.screening import EFFORTS, groups_by_key
+
+Candidates = dict[Projection, list[TileConfig]]
+
+
+def of_request(request: Request, measuring: Measuring, kept: tuple[TileConfig, ...], tokens: int) -> Candidates:
+    """What a run times at that M."""
+    keys = EFFORTS[measuring.effort].keys
+    if not request.tunable.HAS_DOWN_TABLES:
+        return listed_for_both(kept, request.shape, request.gpu, tokens, keys=keys)
+    return listed(kept, request.shape, request.gpu, tokens, keys=keys, with_tma=measuring.with_tma)
+
+
+def listed_for_both(
+    kept: tuple[TileConfig, ...], shape: MoEShape, gpu: Gpu, tokens: int, *, keys: int | None
+) -> Candidates:
+    """The same candidates for each GEMM, where one configuration serves both: the first `keys` binaries, best first."""
+    groups = groups_by_key(predict.by_estimate(kept, shape, gpu, tokens))
+    best = [key.with_group(group) for key in itertools.islice(groups, keys) for group in groups[key]]
+    return dict.fromkeys(PROJECTIONS, best)
+
+
+def listed(
+    kept: tuple[TileConfig, ...],
+    shape: MoEShape,
+    gpu: Gpu,
+    tokens: int,
+    *,
+    keys: int | None,
+    with_tma: Collection[Projection],
+) -> Candidates:
+    """The candidates of each GEMM, grouped by binary: the first `keys` binaries by the wave model, None for all.
+
+    Half of them are the best for both GEMMs together, so that each GEMM has candidates of the other's BLOCK_SIZE_M, and
+    the very best of those comes first in both: a search that ends early has a pair.
+    `with_tma`: the GEMMs that are timed with TMA too.
+    """
+    for_both = groups_by_key(predict.by_estimate(kept, shape, gpu, tokens))
+    shared = list(for_both)[: None if keys is None else keys // 2]
+    found: Candidates = {}
+    for projection in PROJECTIONS:
+        groups = groups_by_key(_ranked(kept, shape, gpu, tokens, projection))
+        wanted = set(itertools.islice(dict.fromkeys((*shared, *groups)), keys))
+        found[projection] = [
+            twin.with_group(group)
+            for key, of_key in sorted(groups.items(), key=lambda item: item[0] != shared[0])
+            if key in wanted
+            for twin in (_twins(key) if projection in with_tma else (key,))
+            for group in of_key
+        ]
+    return found
+
+
+def _twins(key: CompileKey) -> tuple[CompileKey, CompileKey]:
+    """The same tile without TMA and with it."""
+    return key, CompileKey(key.block_m, key.block_n, key.block_k, key.num_warps, key.num_stages, use_tma=True)
+
+
+@functools.lru_cache(maxsize=256)
+def _ranked(
+    kept: tuple[TileConfig, ...], shape: MoEShape, gpu: Gpu, tokens: int, projection: Projection
+) -> list[TileConfig]:
+    def estimate(config: TileConfig) -> tuple[float, TileConfig]:
+        needs = cost_model.estimated(config, shape, gpu)
+        return cost_model.gemm(config, shape, gpu, tokens, projection, needs).us, config
+
+    return [config for _, config in sorted(map(estimate, kept))]
+
+
+def screening_job(
+    shape: MoEShape, tokens: int, projection: Projection, key: CompileKey, sm: int, engine: Tunable = SGLANG
+) -> CompileJob:
+    """The binary that a screening launches: for any GROUP_SIZE_M."""
+    return CompileJob(shape, projection, engine.representative_tokens(shape, tokens), key, sm)
+
+
+def screening_jobs(
+    candidates: Candidates, shape: MoEShape, tokens: int, sm: int, engine: Tunable = SGLANG
+) -> list[CompileJob]:
+    """The binaries of all candidates at one M, each once."""
+    return list(
+        dict.fromkeys(
+            screening_job(shape, tokens, projection, config.compile_key, sm, engine)
+            for projection, configs in candidates.items()
+            for config in configs
+        )
+    )
+
+
+def misfit(job: CompileJob, needs: Resources | Failure, gpu: Gpu) -> Failure | None:
+    """What stands against launching that binary on that GPU, None where nothing does."""
+    if isinstance(needs, Failure):
+        return needs
+    if needs.smem_bytes > gpu.smem_per_block:
+        why = f"{needs.smem_bytes} B of shared memory for the {job.projection} GEMM"
+        return Failure("OutOfResources", f"{why}, and a block has {gpu.smem_per_block} B")
+    return None
+
+
+def pair_jobs(pair: Pair, shape: MoEShape, tokens: int, sm: int, engine: Tunable = SGLANG) -> list[CompileJob]:
+    """The binaries that the engine launches for a pair: groups are constants, and TMA decides the up GEMM's order."""
+    representative = engine.representative_tokens(shape, tokens)
+    return [
+        CompileJob(
+            shape,
+            projection,
+            representative,
+            config.compile_key,
+            sm,
+            config.group_m,
+            sorted_rows=projection == "up" and pair["down"].use_tma,
+        )
+        for projection, config in pair.items()
+    ]

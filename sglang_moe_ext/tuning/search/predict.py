@@ -1,0 +1,144 @@
+"""A table without a GPU: rank candidates by the wave model, compile what could win, keep what fits and is clean."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from sglang_moe_ext.core import (
+    PROJECTIONS,
+    CompileJob,
+    CompileKey,
+    EngineError,
+    Failure,
+    Gpu,
+    MoEExtError,
+    MoEShape,
+    Projection,
+    Resources,
+    TileConfig,
+)
+from sglang_moe_ext.engines.adapter import Tunable
+from sglang_moe_ext.engines.registry import SGLANG
+from sglang_moe_ext.tuning.compile.kernel_source import Compiled
+from sglang_moe_ext.tuning.compile.processes import UNABLE
+from sglang_moe_ext.tuning.search import cost_model
+
+CompileAll = Callable[[Sequence[CompileJob]], Compiled]
+FRONT = 4
+"""How many of the best-ranked candidates of each M are compiled in a round."""
+REFUSED = MoEExtError.__name__
+"""Kind of a failure in which the kernel's own launcher says that it cannot do a layer, as ours does of int4."""
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """The choice for one M: predicted microseconds of both GEMMs, and what the compiled binaries need."""
+
+    config: TileConfig
+    us: float
+    resources: dict[Projection, Resources]
+
+
+def jobs_of(
+    config: TileConfig, shape: MoEShape, tokens: int, sm: int, engine: Tunable = SGLANG
+) -> dict[Projection, CompileJob]:
+    """The binaries that a configuration needs at that many tokens."""
+    representative = engine.representative_tokens(shape, tokens)
+    return {
+        projection: CompileJob(shape, projection, representative, config.compile_key, sm) for projection in PROJECTIONS
+    }
+
+
+def clean_resources(
+    jobs: dict[Projection, CompileJob], compiled: Compiled, gpu: Gpu
+) -> dict[Projection, Resources] | None:
+    """What the binaries need, or None where one failed, does not fit the GPU, or spills."""
+    found: dict[Projection, Resources] = {}
+    for projection, job in jobs.items():
+        result = compiled[job]
+        if isinstance(result, Failure) or result.smem_bytes > gpu.smem_per_block or result.spill_bytes:
+            return None
+        found[projection] = result
+    return found
+
+
+def table(
+    candidates: Sequence[TileConfig],
+    shape: MoEShape,
+    gpu: Gpu,
+    tokens: Sequence[int],
+    compile_all: CompileAll,
+    engine: Tunable = SGLANG,
+) -> dict[int, Predicted]:
+    """The best candidate for each M, compiled. Only what is ranked ahead of a compiled, clean candidate is compiled.
+
+    Raises:
+        EngineError: no candidate compiles for some M.
+    """
+    compiled: Compiled = {}
+    ranked = {m: best_of_each_key(tuple(candidates), shape, gpu, m) for m in tokens}
+    chosen: dict[int, Predicted] = {}
+    while len(chosen) < len(ranked):
+        fronts = {m: ranked[m][:FRONT] for m in ranked if m not in chosen}
+        if not all(fronts.values()):
+            empty = next(m for m, front in fronts.items() if not front)
+            failures = sorted({result.message for result in compiled.values() if isinstance(result, Failure)})
+            raise EngineError(
+                f"no candidate compiles for M={empty} on {gpu.device_name}: {failures[0] if failures else 'all spill'}"
+            )
+        compiled |= compile_all(
+            [
+                job
+                for m, front in fronts.items()
+                for config in front
+                for job in jobs_of(config, shape, m, gpu.sm, engine).values()
+            ]
+        )
+        _refuse_if_hopeless(compiled)
+        for m, front in fronts.items():
+            clean = [
+                Predicted(config, cost_model.pair_us(config, shape, gpu, m, resources), resources)
+                for config in front
+                if (resources := clean_resources(jobs_of(config, shape, m, gpu.sm, engine), compiled, gpu)) is not None
+            ]
+            if clean:
+                chosen[m] = min(clean, key=lambda predicted: predicted.us)
+            else:
+                ranked[m] = ranked[m][FRONT:]
+    return chosen
+
+
+def _refuse_if_hopeless(compiled: Compiled) -> None:
+    """Raises EngineError where no other candidate would fare better.
+
+    The kernel itself, not the compiler, refused every binary: it cannot do the layer. Or nothing can be compiled.
+    """
+    unable = next((it for it in compiled.values() if isinstance(it, Failure) and it.kind == UNABLE), None)
+    if unable is not None:
+        raise EngineError(f"nothing can be compiled: {unable.message}")
+    refusals = [
+        result.message for result in compiled.values() if isinstance(result, Failure) and result.kind == REFUSED
+    ]
+    if refusals and len(refusals) == len(compiled):
+        raise EngineError(refusals[0])
+
+
+@functools.lru_cache(maxsize=64)
+def by_estimate(candidates: tuple[TileConfig, ...], shape: MoEShape, gpu: Gpu, tokens: int) -> list[TileConfig]:
+    """Fastest first, as far as can be told before compiling; of equals the one with the smaller tile."""
+
+    def estimate(config: TileConfig) -> tuple[float, TileConfig]:
+        resources = cost_model.estimated(config, shape, gpu)
+        return cost_model.pair_us(config, shape, gpu, tokens, dict.fromkeys(PROJECTIONS, resources)), config
+
+    return [config for _, config in sorted(map(estimate, candidates))]
+
+
+def best_of_each_key(candidates: tuple[TileConfig, ...], shape: MoEShape, gpu: Gpu, tokens: int) -> list[TileConfig]:
+    """Of the candidates that differ in GROUP_SIZE_M alone, the best; fastest first."""
+    best: dict[CompileKey, TileConfig] = {}
+    for config in by_estimate(candidates, shape, gpu, tokens):
+        best.setdefault(config.compile_key, config)
+    return list(best.values())

@@ -1,0 +1,196 @@
+"""Which of our own paths are tried at one M: few, since each is compiled where it is measured."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, cast
+
+from sglang_moe_ext.core import Failure, MoEShape, TileConfig
+from sglang_moe_ext.sorted_kernels import LONGEST_K, Down, DownConfig, ShortDownConfig, SortedPath, Up, UpConfig
+from sglang_moe_ext.tuning.bench.messages import Ask, Pair, Runner, Screened, ScreenPath
+from sglang_moe_ext.tuning.search import final_comparison
+from sglang_moe_ext.tuning.search.final_comparison import Measured
+
+_GROUP = 128
+"""Columns that share a scale of block-wise float8."""
+BLOCKS_M = (64, 128)
+_FEWEST_ROWS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One constraint of the layer and its batch; `why` is what a report says where it does not hold."""
+
+    why: str
+    keeps: Callable[[MoEShape, int], bool]
+
+
+def _is_multiplied(shape: MoEShape, _: int) -> bool:
+    quantisation = shape.quantisation
+    is_scaled = quantisation.per_channel or quantisation.block_shape == (_GROUP, _GROUP)
+    return quantisation.scheme is None or (quantisation.scheme == "fp8_w8a8" and is_scaled)
+
+
+RULES = (
+    Rule("our kernels multiply 16 bits, and float8 in blocks of 128 or per channel", _is_multiplied),
+    Rule("with expert parallelism nobody measured our path", lambda shape, _: shape.ep == 1),
+    Rule("our activation is SwiGLU", lambda shape, _: shape.gated),
+    Rule(
+        f"our tiles take whole groups of {_GROUP} columns",
+        lambda shape, _: not (shape.intermediate_size % _GROUP or shape.hidden_size % _GROUP),
+    ),
+    # H200, 2026-11-21: below, ours lost at every M of four layers (docs/down_projection.md).
+    Rule(
+        f"with fewer than {_FEWEST_ROWS} rows an expert, tiles of {BLOCKS_M[0]} rows are padding",
+        lambda shape, tokens: tokens * shape.top_k >= _FEWEST_ROWS * shape.experts,
+    ),
+)
+
+
+def why_not(shape: MoEShape, tokens: int) -> str | None:
+    """Why no path is tried there."""
+    return next((rule.why for rule in RULES if not rule.keeps(shape, tokens)), None)
+
+
+_Kind = Literal["16 bits", "block", "channel"]
+_UPS: dict[_Kind, tuple[tuple[int, int, int, int, int, int, bool, bool], ...]] = {
+    # block_m, block_n, block_k, warps, stages, programs an SM (0: not persistent), is_fused, half stores
+    "16 bits": (
+        (128, 128, 64, 8, 4, 1, True, False),
+        (128, 128, 64, 8, 3, 1, True, False),
+        (128, 256, 64, 8, 4, 1, False, True),
+        (64, 128, 64, 8, 4, 1, True, False),
+        (64, 128, 64, 4, 4, 1, True, False),
+        (64, 128, 64, 4, 2, 2, True, False),
+    ),
+    "block": (
+        (64, 128, 128, 8, 3, 1, True, False),
+        (64, 128, 128, 8, 2, 0, True, False),
+        (64, 128, 128, 4, 3, 0, False, False),
+        (64, 128, 128, 4, 4, 2, False, False),
+        (128, 128, 128, 8, 3, 1, False, False),
+    ),
+    "channel": (),  # our up kernel knows no scales of channels
+}
+_UP_GROUPS = (8, 32)
+
+_DOWNS: dict[_Kind, tuple[tuple[int, int, int, int, int, int, bool], ...]] = {
+    # block_m, block_n, block_k, warps, stages, programs an SM (0: not persistent), half stores; the best guess first
+    "16 bits": (
+        (128, 256, 64, 8, 4, 1, True),
+        (128, 256, 64, 8, 3, 1, False),
+        (64, 256, 64, 8, 4, 1, True),
+        (64, 256, 64, 4, 3, 1, False),
+        (64, 128, 64, 4, 4, 2, False),
+    ),
+    "block": (
+        (64, 128, 128, 4, 4, 2, False),
+        (64, 128, 128, 4, 3, 0, False),
+        (64, 128, 128, 8, 3, 2, False),
+        (128, 128, 128, 8, 3, 2, False),
+    ),
+    "channel": (
+        (128, 256, 128, 8, 4, 1, True),
+        (128, 256, 128, 8, 3, 1, False),
+        (64, 256, 128, 8, 4, 1, True),
+        (64, 256, 128, 4, 3, 1, False),
+        (64, 128, 128, 4, 4, 2, False),
+    ),
+}
+_DOWN_GROUPS = (8, 1)
+# block_m, block_n, block_k, tiles a program, warps, stages
+_SHORT_DOWNS_BLOCK_FP8 = ((64, 64, 128, 28, 4, 3), (64, 64, 128, 112, 4, 3))
+
+
+def up_configs(shape: MoEShape, engines: Iterable[TileConfig]) -> list[Up]:
+    """The engine's up GEMM as it runs, where its blocks of the sort suit our down GEMM, and ours."""
+    plain = dict.fromkeys(replace(config, use_tma=False) for config in engines if config.block_m in BLOCKS_M)
+    columns = shape.intermediate_size
+    return [
+        *plain,
+        *(
+            UpConfig(m, n, k, group, warps, stages, crew > 0, max(crew, 1), is_fused, half)
+            for (m, n, k, warps, stages, crew, is_fused, half), group in itertools.product(
+                _UPS[_kind(shape)], _UP_GROUPS
+            )
+            if (columns if is_fused else 2 * columns) % n == 0 and shape.hidden_size % k == 0
+        ),
+    ]
+
+
+def down_configs(shape: MoEShape, block_m: int) -> list[Down]:
+    """Those whose rows lie within one block of the sort, the best guess first."""
+    found: list[Down] = [
+        DownConfig(m, n, k, group, warps, stages, crew > 0, max(crew, 1), half)
+        for (m, n, k, warps, stages, crew, half), group in itertools.product(_DOWNS[_kind(shape)], _DOWN_GROUPS)
+        if block_m % m == 0
+    ]
+    found.sort(key=lambda config: -config.block_m)  # stable: whole blocks first
+    if shape.quantisation.is_block_wise and shape.intermediate_size <= LONGEST_K:
+        found += [ShortDownConfig(*numbers) for numbers in _SHORT_DOWNS_BLOCK_FP8 if block_m % numbers[0] == 0]
+    return found
+
+
+def _kind(shape: MoEShape) -> _Kind:
+    if shape.quantisation.scheme is None:
+        return "16 bits"
+    return "block" if shape.quantisation.is_block_wise else "channel"
+
+
+log = logging.getLogger(__name__)
+
+_SAMPLES = 4
+_FINALISTS = 3
+
+
+def raced(
+    shape: MoEShape, tokens: int, chosen: Pair, engines_ups: Iterable[TileConfig], ask: Ask, *, rounds: int
+) -> Measured[Runner] | None:
+    """The path that beats the chosen pair beyond doubt, or the pair; None where no path can be tried."""
+    if why := why_not(shape, tokens):
+        log.info("M=%d: our own path is not tried: %s", tokens, why)
+        return None
+    times, failures = screened(shape, tokens, [chosen["up"], *engines_ups], ask)
+    best: list[Runner] = [*sorted(times, key=times.__getitem__)[:_FINALISTS]]
+    tried, incumbent = len(times) + sum(failures.values()), cast("Runner", chosen)
+    return final_comparison.rematch(shape, tokens, best, incumbent, ask, rounds=rounds, tried=tried, failures=failures)
+
+
+def screened(
+    shape: MoEShape, tokens: int, engines_ups: Iterable[TileConfig], ask: Ask
+) -> tuple[dict[SortedPath, float], Mapping[str, int]]:
+    """Microseconds of the layer: each up with the first down of its blocks, then the best of each with every down."""
+    times: dict[SortedPath, float] = {}
+    failures: dict[str, int] = {}
+
+    def runs(path: SortedPath) -> bool:
+        answer = ask(ScreenPath(tokens, path, _SAMPLES))
+        if isinstance(answer, Screened):
+            times[path] = statistics.median(answer.us[0])
+        elif isinstance(answer, Failure):
+            failures[answer.kind] = failures.get(answer.kind, 0) + 1
+            log.info("M=%d: %s cannot run: %s", tokens, path, answer.message)
+        else:
+            raise TypeError(f"a ScreenPath was answered by {answer}")
+        return path in times
+
+    downs = {block_m: down_configs(shape, block_m) for block_m in BLOCKS_M}
+    for up in up_configs(shape, engines_ups):
+        of_block = downs[up.block_m]
+        # Until one runs, it may be the down tile that is too large for this GPU.
+        while not runs(SortedPath(up, of_block[0])) and len(of_block) > 1 and not _any_of(times, up.block_m):
+            of_block.pop(0)
+    for block_m, of_block in downs.items():
+        if timed := _any_of(times, block_m):
+            best = min(timed, key=times.__getitem__)
+            for down in of_block[1:]:
+                runs(SortedPath(best.up, down))
+    return times, failures
+
+
+def _any_of(times: Iterable[SortedPath], block_m: int) -> list[SortedPath]:
+    return [path for path in times if path.block_m == block_m]

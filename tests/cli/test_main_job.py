@@ -1,0 +1,141 @@
+"""The main job against a real SGLang: tune for a GPU that is not here, and let the engine say what it takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_moe_ext.cli import main, tune
+from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.tables import config_table, files, merge, provenance
+from sglang_moe_ext.tables.merge import Refused, Stored
+from tests.engines.installed import ENGINES_DIR, REPO_ROOT
+
+VERSION = "0.5.23"
+RTX_4090_SMEM = 101_376
+NAME = "E=65,N=1536,device_name=NVIDIA_GeForce_RTX_4090.json"
+ARGUMENTS = ("--model", "GLM-4.7-Flash", "--tp-size", "1", "--gpu", "RTX_4090")
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of a real SGLang, by links, as the engine of this process and its children; gives its configs."""
+    site = tmp_path / "site"
+    subprocess.run(["cp", "-al", ENGINES_DIR / "sglang" / VERSION, site], check=True)
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(REPO_ROOT), str(site))))
+    monkeypatch.setenv("SGLANG_MOE_EXT_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("SGLANG_MOE_CONFIG_DIR", raising=False)
+    monkeypatch.setattr(specs, "detect", lambda: None)
+    yield site / "sglang/srt/layers/moe/moe_runner/triton_utils/configs"
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    return document
+
+
+def table_of(configs: Path, name: str = NAME) -> Path:
+    (found,) = configs.glob(f"triton_*/{name}")
+    return found
+
+
+def test_the_whole_job_without_a_gpu(engine: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert tune.main(ARGUMENTS) == 0
+    done = last_line(capsys)
+    assert done["origin"] == "predicted"
+    assert done["picked_up"] is True
+
+    path = table_of(engine)
+    known = provenance.read(path)
+    assert known is not None
+    assert sorted(known.entries) == sorted(config_table.read(path))
+    for entry in known.entries.values():
+        assert entry.origin == "predicted"
+        assert entry.figures["up_smem_bytes"] <= RTX_4090_SMEM
+        assert entry.figures["down_smem_bytes"] <= RTX_4090_SMEM
+    kept = tmp_path / "store" / "tables" / "sglang" / path.parent.name / NAME
+    assert kept.read_text() == path.read_text()
+
+    # an upgrade of the engine takes its copy away, and install puts it back
+    path.unlink()
+    assert main.main(("install",)) == 0
+    assert last_line(capsys)["written"] == [str(path), str(path.with_name(NAME.replace(".json", "_down.json")))]
+    assert kept.read_text() == path.read_text()
+
+    # doctor tells the same story of the whole store, and calls the entries predicted
+    assert main.main(("doctor", "--batch-size", "1", "3", "100000")) == 0
+    (examined,) = last_line(capsys)["examined"]
+    assert {finding["M"] for finding in examined["findings"]} == {1, 3, 100000}
+    assert all("predicted" in finding["why"] for finding in examined["findings"])
+
+
+def test_a_predicted_table_never_replaces_a_measured_one(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measured = engine / "triton_3_6_0" / "E=128,N=768,device_name=NVIDIA_H200.json"
+    before = measured.read_text()
+    assert tune.main(("--model", "Qwen3-30B-A3B", "--gpu", "H200", "--batch-size", "64")) == 1
+    assert "already has a measured table" in capsys.readouterr().err
+    assert measured.read_text() == before
+    assert not list(engine.glob("triton_3_7_1/E=128,N=768,device_name=NVIDIA_H200*.json"))
+
+
+def test_a_read_only_engine_gets_an_overlay_and_one_line(
+    engine: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Permission bits do not stop root, whom tests may run as: the answer of the check is what is set here.
+    writable = files.is_writable
+    monkeypatch.setattr(files, "is_writable", lambda folder: engine not in folder.parents and writable(folder))
+    assert tune.main((*ARGUMENTS, "--batch-size", "64")) == 0
+    out = capsys.readouterr().out
+    (note,) = (line for line in out.splitlines() if "is read-only" in line)
+    overlay = tmp_path / "store" / "overlay" / f"sglang-{VERSION}"
+    assert f"SGLANG_MOE_CONFIG_DIR={overlay}" in note
+    assert json.loads(out.strip().splitlines()[-1])["picked_up"] is True
+    assert not list(engine.glob(f"triton_*/{NAME}"))
+    shipped = {path.name for path in engine.glob("triton_3_6_0/*.json")}
+    assert shipped <= {path.name for path in (overlay / "configs" / "triton_3_6_0").iterdir()}
+
+
+def test_output_dir_is_written_and_read_where_the_server_is_told_to(
+    engine: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert tune.main((*ARGUMENTS, "--batch-size", "64", "--output-dir", str(tmp_path / "mine"))) == 0
+    done = last_line(capsys)
+    assert done["picked_up"] is True
+    assert done["environment"] == {"SGLANG_MOE_CONFIG_DIR": str(tmp_path / "mine")}
+    assert not list(engine.glob(f"triton_*/{NAME}"))
+
+
+def test_a_table_that_the_engine_does_not_take_fails_the_command(
+    engine: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = merge.put
+
+    def put_and_lose(changes: dict[Path, Stored], pairs: Any, text: Any) -> dict[Path, Stored | Refused]:
+        stored = put(changes, pairs, text)
+        for path in stored:
+            path.unlink()
+        return stored
+
+    monkeypatch.setattr(merge, "put", put_and_lose)
+    assert tune.main((*ARGUMENTS, "--batch-size", "64")) == 1
+    assert "did not read" in capsys.readouterr().err
+
+
+def test_the_warning_line_of_the_engine_is_enough(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = (
+        f"Performance might be sub-optimal! Config file not found at {engine}/triton_3_7_1/{NAME}, you can create them"
+    )
+    assert tune.main(("--from-log", line, "--batch-size", "1", "--dry-run")) == 0
+    done = last_line(capsys)
+    assert done["model"] == "GLM-4.7-Flash"
+    assert done["names"]["SGLang"] == NAME
+    assert done["names"]["vLLM"] == NAME.replace("E=65", "E=64")
+    assert sum(done["dropped"].values()) + done["kept"] == 1920

@@ -1,0 +1,132 @@
+"""Our path in the place of the kernels of each real engine, interpreted: what it takes over, what it leaves alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+
+from sglang_moe_ext import SWITCH
+from sglang_moe_ext.core import TileConfig
+from sglang_moe_ext.engines.sglang import lookup_probe, table_names
+from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.serving import kernel_selection
+from sglang_moe_ext.sorted_kernels import DownConfig, SortedPath, UpConfig
+from sglang_moe_ext.tables import kernel_table, user_store
+from sglang_moe_ext.tables.kernel_table import Entry
+from tests.engines.children import own_path as child
+from tests.engines.installed import HOOKED_VERSIONS, REPO_ROOT, engine_environment, run_in_engine
+from tests.engines.sglang.test_hooks_in_real_engine import WITH_PLUGINS
+from tests.tables.generated import A_RUN
+
+CHILD = Path(child.__file__)
+DEVICE = "NVIDIA H200"
+PATHS = {
+    "16 bits": SortedPath(UpConfig(16, 64, 64, 1, 4, 2), DownConfig(16, 64, 64, 1, 4, 2)),
+    "block": SortedPath(UpConfig(16, 128, 128, 1, 4, 2), DownConfig(16, 64, 128, 1, 4, 2)),
+    "elsewhere": SortedPath(UpConfig(16, 64, 64, 1, 4, 2), DownConfig(16, 64, 64, 1, 4, 2)),
+    "channel": SortedPath(TileConfig(16, 64, 64, 1, 4, 2), DownConfig(16, 64, 64, 1, 4, 2)),
+}
+# bf16 rounded a few times; float8 activations besides.
+BOUNDS = {"16 bits": 6e-3, "block": 4e-2, "channel": 4e-2}
+
+
+@functools.cache
+def store() -> Path:
+    root = Path(tempfile.mkdtemp(prefix="paths_"))
+    folder = root / "tables" / "sglang" / table_names.version_folder(triton.__version__)
+    for name, shape in child.SHAPES.items():
+        run = dataclasses.replace(A_RUN, shape=str(shape))
+        table = folder / table_names.file_name(table_names.table_key(shape, DEVICE))
+        entries = {
+            child.TOKENS // 2: Entry(None, run),
+            child.TOKENS: Entry(PATHS[name], run, {"us": kernel_selection.SHORTEST_US}),
+        }
+        kernel_table.put(kernel_table.beside(table), entries)
+    return root
+
+
+@functools.cache
+def said(version: str) -> dict[str, Any]:
+    environment = {user_store.VARIABLE: str(store()), SWITCH: "", "SGLANG_PLUGINS": "", "TRITON_INTERPRET": "1"}
+    answer: dict[str, Any] = run_in_engine(version, CHILD, {"device": DEVICE}, env=environment)
+    return answer
+
+
+every_version = pytest.mark.parametrize("version", WITH_PLUGINS)
+BATCHES = {
+    "out of place": "16 bits",
+    "in place": "16 bits",
+    "scaled": "16 bits",
+    "block": "block",
+    "channel": "channel",
+}
+
+
+@every_version
+@pytest.mark.parametrize("batch", BATCHES)
+def test_a_layer_that_the_table_names_runs_our_path_and_runs_it_right(version: str, batch: str) -> None:
+    found = said(version)[batch]
+    assert found["ours"] == 1
+    assert found["error"] < BOUNDS[BATCHES[batch]]
+
+
+@every_version
+def test_a_layer_with_experts_of_other_ranks_stays_the_engines(version: str) -> None:
+    assert said(version)["experts elsewhere"]["ours"] == 0
+
+
+@every_version
+def test_fewer_tokens_than_it_was_measured_for_run_the_engines_kernels(version: str) -> None:
+    assert said(version)["few tokens"]["ours"] == 0
+    assert said(version)["few tokens"]["error"] < BOUNDS["16 bits"]
+
+
+@every_version
+def test_what_the_engine_asks_for_beyond_our_path_is_left_to_it(version: str) -> None:
+    assert said(version)["taken"]
+    assert [name for name, is_refused in said(version)["refused"].items() if not is_refused] == []
+
+
+@every_version
+def test_a_function_that_is_being_traced_stays_the_engines(version: str) -> None:
+    assert said(version)["traced"]["ours"] == 0
+
+
+@every_version
+def test_a_kernel_that_fails_leaves_the_layer_to_the_engine_even_in_place(version: str) -> None:
+    assert said(version)["failing"] == {"ours": 0, "error": said(version)["stock_error"], "like stock": True}
+
+
+@every_version
+def test_a_kernel_that_failed_is_not_tried_again_and_a_line_says_why(version: str) -> None:
+    assert said(version)["after a failure"]["ours"] == 0
+    assert [line for line in said(version)["lines"] if "no such instruction" in line] == said(version)["lines"]
+    assert len(said(version)["lines"]) == 1
+
+
+@every_version
+def test_an_engine_that_is_asked_says_where_our_path_runs_and_what_its_own_kernels_would_take(version: str) -> None:
+    environment = engine_environment(version) | {user_store.VARIABLE: str(store()), SWITCH: "", "SGLANG_PLUGINS": ""}
+    question = lookup_probe.Question(child.SHAPES["16 bits"], [child.TOKENS // 3, child.TOKENS], specs.known()[DEVICE])
+    served = lookup_probe.ask(question, environment, who=lookup_probe.AS_SERVED)
+    alone = lookup_probe.ask(question, environment, who=lookup_probe.ALONE)
+    assert served.paths == {child.TOKENS: str(PATHS["16 bits"])}
+    assert (served.up, served.down) == (alone.up, alone.down)
+
+
+def test_all_releases_with_a_sequence_of_kernels_are_hooked() -> None:
+    with_sequence = [
+        version
+        for version in HOOKED_VERSIONS
+        if any(
+            "_fused_moe_kernel_sequence(" in path.read_text(encoding="utf-8")
+            for path in (REPO_ROOT / ".engines" / "sglang" / version).rglob("triton_utils/fused_moe.py")
+        )
+    ]
+    assert with_sequence == WITH_PLUGINS

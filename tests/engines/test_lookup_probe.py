@@ -1,0 +1,49 @@
+"""The process that waits to be asked for a lookup, whatever its engine says meanwhile."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from sglang_moe_ext.core import EngineError, MoEShape
+from sglang_moe_ext.engines.sglang.lookup_probe import Asked, Question
+from tests.engines.installed import REPO_ROOT
+
+CHATTER = """
+import os, sys
+for stream in (sys.stdout, sys.stderr):
+    print("loading " * 100_000, file=stream, flush=True)
+open(os.environ["SAID_IT_ALL"], "w").close()
+"""
+PATIENCE_S = 60.0
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Of a process that says more than a pipe holds before it reads its question, and has no engine."""
+    (tmp_path / "sitecustomize.py").write_text(CHATTER)
+    said = {"SAID_IT_ALL": str(tmp_path / "said"), "PYTHONPATH": f"{tmp_path}{os.pathsep}{REPO_ROOT}"}
+    return {**os.environ, **said}
+
+
+def test_a_chatty_engine_is_ready_before_it_is_asked(environment: dict[str, str]) -> None:
+    with closing(Asked(environment)):
+        end = time.monotonic() + PATIENCE_S
+        while not (said := Path(environment["SAID_IT_ALL"]).exists()) and time.monotonic() < end:
+            time.sleep(0.02)
+    assert said
+
+
+def test_the_last_line_of_a_chatty_engine_is_the_reason(environment: dict[str, str]) -> None:
+    with pytest.raises(EngineError, match=r"^SGLang's own table lookup failed: SGLang is not installed in this env"):
+        Asked(environment).answer(Question(MoEShape(8, 64, 64, 2), (1,)))
+
+
+def test_a_process_that_was_not_asked_ends_when_it_is_closed(environment: dict[str, str]) -> None:
+    asked = Asked(environment)
+    asked.close()
+    assert asked._child.returncode is not None

@@ -1,0 +1,95 @@
+"""Facts of GPUs, and the many names that people give them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from sglang_moe_ext.core import GpuError
+from sglang_moe_ext.gpu import specs
+
+
+@pytest.mark.parametrize("name", specs.known())
+def test_a_gpu_is_found_by_the_name_that_torch_reports(name: str) -> None:
+    assert specs.find(name).device_name == name
+
+
+@pytest.mark.parametrize("name", specs.known())
+def test_a_gpu_is_found_by_the_name_that_file_names_have(name: str) -> None:
+    assert specs.find(name.replace(" ", "_")).device_name == name
+
+
+@pytest.mark.parametrize(
+    ("said", "device_name"),
+    [
+        ("H200", "NVIDIA H200"),
+        ("h200", "NVIDIA H200"),
+        ("RTX_4090", "NVIDIA GeForce RTX 4090"),
+        ("rtx-4090", "NVIDIA GeForce RTX 4090"),
+        ("GeForce RTX 4090", "NVIDIA GeForce RTX 4090"),
+        ("A100", "NVIDIA A100-SXM4-80GB"),
+        ("H100", "NVIDIA H100 80GB HBM3"),
+        (" L40S ", "NVIDIA L40S"),
+        ("RTX PRO 6000", "NVIDIA RTX PRO 6000 Blackwell Workstation Edition"),
+        ("dgx spark", "NVIDIA GB10"),
+    ],
+)
+def test_a_gpu_is_found_by_what_people_call_it(said: str, device_name: str) -> None:
+    assert specs.find(said).device_name == device_name
+
+
+def test_an_unknown_gpu_is_refused_with_the_closest_names() -> None:
+    with pytest.raises(GpuError, match=r"unknown GPU 'RTX 4091'.*NVIDIA_GeForce_RTX_4090"):
+        specs.find("RTX 4091")
+
+
+@pytest.mark.parametrize("said", ["", "NVIDIA", "GeForce", "zzzzzz"], ids=["nothing", "vendor", "brand", "nonsense"])
+def test_a_name_like_none_is_refused_with_examples(said: str) -> None:
+    with pytest.raises(GpuError, match="such as"):
+        specs.find(said)
+
+
+def test_no_two_gpus_share_a_plain_name() -> None:
+    assert len({specs._plain(name) for name in specs.known()}) == len(specs.known())
+
+
+@pytest.mark.parametrize("alias", specs._ALIASES)
+def test_an_alias_hides_no_gpu(alias: str) -> None:
+    assert specs._plain(alias) not in {specs._plain(name) for name in specs.known()}
+
+
+@pytest.mark.parametrize("name", specs.known())
+def test_the_facts_of_a_gpu_are_those_of_its_architecture(name: str) -> None:
+    gpu = specs.find(name)
+    architecture = specs.ARCHITECTURES[gpu.sm]
+    assert (gpu.smem_per_block, gpu.smem_per_multiprocessor) == (
+        architecture.smem_per_block,
+        architecture.smem_per_multiprocessor,
+    )
+
+
+@pytest.mark.parametrize("name", specs.known())
+def test_a_gpu_has_an_fp8_rate_from_sm_89_on(name: str) -> None:
+    gpu = specs.find(name)
+    assert (gpu.fp8_tflops is not None) == (gpu.sm >= 89)
+
+
+def described(**properties: int) -> object:
+    return SimpleNamespace(**{"major": 9, "minor": 0, "multi_processor_count": 66} | properties)
+
+
+def test_an_unlisted_gpu_takes_its_limits_from_the_driver() -> None:
+    gpu = specs.described("NVIDIA H100 New", described(shared_memory_per_block_optin=200_000))
+    assert gpu.smem_per_block == 200_000
+
+
+def test_an_unlisted_gpu_takes_its_rates_from_its_family_by_multiprocessors() -> None:
+    relative = specs.find("H100")
+    gpu = specs.described("NVIDIA H100 New", described(multi_processor_count=relative.multiprocessors // 2))
+    assert gpu.bf16_tflops == relative.bf16_tflops / 2
+
+
+def test_an_unlisted_gpu_of_an_unknown_family_is_refused() -> None:
+    with pytest.raises(GpuError, match="compute capability 75"):
+        specs.described("Tesla T4", described(major=7, minor=5))

@@ -1,0 +1,72 @@
+"""Where a server looks for tables, as its environment and its user's home make it."""
+
+from __future__ import annotations
+
+import pwd
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_moe_ext import package_data
+from sglang_moe_ext.engines.sglang import config_dir as directory
+from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.serving.sglang_hooks import places
+from sglang_moe_ext.tables import user_store
+
+CONFIG_MODULE = "srt/layers/moe/moe_runner/triton_utils/fused_moe_triton_config.py"
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Installation:
+    module = tmp_path / "sglang" / CONFIG_MODULE
+    module.parent.mkdir(parents=True)
+    module.touch()
+    monkeypatch.setenv(user_store.VARIABLE, str(tmp_path / "store"))
+    monkeypatch.delenv(directory.VARIABLE, raising=False)
+    return Installation("0.5.23", tmp_path / "sglang", "3.7.1")
+
+
+def test_the_users_tables_come_before_the_shipped_ones_and_those_before_the_engines(
+    engine: Installation, tmp_path: Path
+) -> None:
+    tuned = package_data.folder("tuned_configs")
+    assert tuned is not None
+    expected = [tmp_path / "store" / "tables" / "sglang", tuned / "configs", engine.configs_root]
+    assert [place.root for place in places(engine)] == expected
+
+
+def test_only_the_last_place_is_read_by_the_engine_itself(engine: Installation) -> None:
+    assert [place.is_engines for place in places(engine)] == [False, False, True]
+
+
+def test_without_shipped_tables_the_others_are_left(engine: Installation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(package_data, "folder", lambda _: None)
+    assert [place.name for place in places(engine)] == ["your", "the engine's"]
+
+
+def test_a_folder_that_the_user_names_to_the_engine_takes_the_place_of_its_own_and_is_asked_for(
+    engine: Installation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(directory.VARIABLE, str(tmp_path / "named"))
+    last = places(engine)[-1]
+    assert (last.root, last.is_engines, last.is_asked_for) == (tmp_path / "named" / "configs", True, True)
+
+
+def test_our_own_overlay_is_not_what_a_user_asks_for(engine: Installation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(directory.VARIABLE, str(directory.place(engine)))
+    assert not places(engine)[-1].is_asked_for
+
+
+@pytest.mark.parametrize("named", ["", "/somewhere"])
+def test_a_user_without_a_home_has_the_other_places(
+    engine: Installation, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nobody(_: int) -> Any:
+        raise KeyError("no such user")
+
+    for variable in (user_store.VARIABLE, "XDG_DATA_HOME", "HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(directory.VARIABLE, named)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    assert [place.name for place in places(engine)] == ["the shipped", "the engine's"]

@@ -1,0 +1,104 @@
+"""Tables of paths: what is written is read again, what is broken is refused, and no engine takes one for a table."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_moe_ext.core import TableError, TileConfig
+from sglang_moe_ext.sorted_kernels import DownConfig, SortedPath, UpConfig
+from sglang_moe_ext.tables import config_table, kernel_table
+from sglang_moe_ext.tables.kernel_table import Entry
+from sglang_moe_ext.tables.provenance import Run
+from tests.tables.generated import paths
+
+RUN = Run(
+    "2026-11-21", "tune", "m", "E=8,N=128,K=256,topk=2", "H200", "k", "sglang 0.5.15", "3.6.0", None, None, 0, "1"
+)
+UP = UpConfig(128, 128, 64, 8, 8, 4)
+DOWN = DownConfig(64, 256, 64, 8, 8, 4, half_stores=True)
+PATH = SortedPath(UP, DOWN)
+
+entries = st.builds(Entry, st.none() | paths, st.just(RUN), st.just({"us": 1.5}))
+
+
+@given(st.dictionaries(st.integers(1, 1 << 20), entries))
+def test_what_is_written_is_read_again(table: kernel_table.PathTable) -> None:
+    assert kernel_table.parse(json.loads(kernel_table.to_json(table))) == table
+
+
+def test_entries_of_other_numbers_of_tokens_stay(tmp_path: Path) -> None:
+    file = tmp_path / "E=8.paths.json"
+    kernel_table.put(file, {64: Entry(None, RUN), 4096: Entry(None, RUN)})
+    kernel_table.put(file, {4096: Entry(PATH, RUN)})
+    assert {m: entry.path for m, entry in kernel_table.read(file).items()} == {64: None, 4096: PATH}
+
+
+def test_a_layer_without_a_file_has_no_paths(tmp_path: Path) -> None:
+    assert kernel_table.read(tmp_path / "none.paths.json") == {}
+
+
+def changed(**new: Any) -> dict[str, Any]:
+    document = kernel_table.document_of(PATH)
+    document["up"] |= new
+    return document
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        [],
+        {"up": 1, "down": 2},
+        changed(kernel="fused_moe"),
+        changed(block_n=96),
+        changed(block_m=32),
+        changed(num_stages=0),
+        changed(num_stages=True),
+        changed(is_fused=1),
+        changed(cluster=2),
+        changed(group_m=10**9),
+        changed(num_warps=12),
+        changed(num_stages=64),
+    ],
+    ids=str,
+)
+def test_what_is_no_path_is_refused(document: Any) -> None:
+    with pytest.raises(TableError):
+        kernel_table.parse_path(document)
+
+
+def test_an_up_gemm_of_the_engine_that_asks_for_tma_is_refused() -> None:
+    with pytest.raises(TableError, match="without"):
+        kernel_table.parse_path(kernel_table.document_of(replace(PATH, up=TileConfig(128, 64, 64, 1, 4, 3, True))))
+
+
+@pytest.mark.parametrize(("key", "run"), [("0", 0), ("-4", 0), ("1_0", 0), ("64", -1), ("64", 1)], ids=str)
+def test_entries_without_a_number_of_tokens_or_a_run_are_refused(key: str, run: int) -> None:
+    document = json.loads(kernel_table.to_json({64: Entry(PATH, RUN)}))
+    document["entries"] = {key: {**document["entries"]["64"], "run": run}}
+    with pytest.raises(TableError):
+        kernel_table.parse(document)
+
+
+def test_a_file_cut_at_any_byte_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "E=8.paths.json"
+    whole = kernel_table.to_json({4096: Entry(PATH, RUN, {"us": 1.0})}).rstrip()
+    for length in range(0, len(whole), 7):
+        file.write_text(whole[:length])
+        with pytest.raises(TableError, match=r"E=8\.paths\.json"):
+            kernel_table.read(file)
+
+
+def test_an_engine_would_not_take_it_for_a_table(tmp_path: Path) -> None:
+    file = tmp_path / "E=8.paths.json"
+    kernel_table.put(file, {4096: Entry(PATH, RUN)})
+    with pytest.raises(TableError):
+        config_table.read(file)
+
+
+def test_the_blocks_of_a_path_are_those_of_its_up_gemm() -> None:
+    assert replace(PATH, up=TileConfig(64, 64, 64, 1, 4, 3)).block_m == 64

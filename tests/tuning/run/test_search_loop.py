@@ -1,0 +1,354 @@
+"""All batch sizes of a layer on GPUs that are formulas, tables or fakes: what is chosen, and what is lost to what."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEExtError, Projection, Resources
+from sglang_moe_ext.tuning.bench.messages import Answer, Check, Pair, Question, Race, Screen
+from sglang_moe_ext.tuning.bench.routing import UNIFORM
+from sglang_moe_ext.tuning.bench.worker import Worker
+from sglang_moe_ext.tuning.run import journal, search_loop
+from sglang_moe_ext.tuning.run.executor import LocalStation, Station
+from sglang_moe_ext.tuning.run.journal import Journal
+from sglang_moe_ext.tuning.run.search_loop import Task
+from sglang_moe_ext.tuning.search import candidates
+from sglang_moe_ext.tuning.search.final_comparison import Measured
+from tests.tuning.children.keyed_bench import (
+    EXITS,
+    EXITS_IN_A_LAYER,
+    HANGS,
+    RAISES,
+    SEGFAULTS,
+    STICKY,
+    WRONG,
+    MakeKeyedBench,
+)
+from tests.tuning.recorded_runs import (
+    FITS,
+    GPU,
+    LAYERS,
+    MEASURING,
+    TODAY,
+    ReplayingStation,
+    formula,
+    measured,
+    request_of,
+    unseen,
+)
+
+LAYER = "glm_4_7_flash_bf16"
+SHAPE = LAYERS[LAYER]
+FEW = (16, 64, 1024, 4096)
+GONE = MoEExtError("the measuring process did not start: RuntimeError: no CUDA")
+
+
+def new_journal(folder: Path, name: str = "journal.jsonl") -> Journal:
+    return Journal.create(folder / name, {"seed": 0})
+
+
+def found(run: Journal, *stations: Station, **changes: object) -> dict[int, Measured]:
+    measuring = dataclasses.replace(MEASURING, effort="quick", **changes)  # type: ignore[arg-type]
+    return measured(LAYER, run, stations, FEW, measuring, dict.fromkeys(FEW, TODAY))
+
+
+@functools.cache
+def alone() -> dict[int, Measured]:
+    """What one station finds."""
+    with tempfile.TemporaryDirectory() as folder:
+        return found(new_journal(Path(folder)), ReplayingStation(formula))
+
+
+def test_the_largest_batch_comes_first() -> None:
+    tasks = search_loop.largest_first({m: {"up": [], "down": []} for m in (64, 1, 4096)})
+    assert [task.tokens for task in tasks] == [4096, 64, 1]
+
+
+def test_results_come_in_the_order_of_the_batch_sizes(tmp_path: Path) -> None:
+    assert tuple(found(new_journal(tmp_path), ReplayingStation(formula))) == FEW
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_several_stations_choose_what_one_does(count: int, tmp_path: Path) -> None:
+    stations = [ReplayingStation(formula, f"GPU {index}", seconds=0.0005) for index in range(count)]
+    assert found(new_journal(tmp_path), *stations) == alone()
+
+
+def test_several_stations_ask_nothing_twice(tmp_path: Path) -> None:
+    stations = [ReplayingStation(formula, f"GPU {index}", seconds=0.0005) for index in range(3)]
+    found(new_journal(tmp_path), *stations)
+    asked = [repr(question) for station in stations for question in station.asked]
+    assert len(asked) == len(set(asked))
+
+
+def test_what_several_stations_wrote_replays_to_what_they_chose(tmp_path: Path) -> None:
+    run = new_journal(tmp_path)
+    together = found(run, *[ReplayingStation(formula, f"GPU {index}", seconds=0.0005) for index in range(3)])
+    run.close()
+    assert found(new_journal(tmp_path, "again.jsonl"), ReplayingStation(journal.replay([run.path]))) == together
+
+
+@dataclass
+class DyingStation(ReplayingStation):
+    """Answers so many questions, and then no more."""
+
+    answers_left: int = 0
+
+    def ask(self, question: Question) -> Answer:
+        if self.answers_left <= 0:
+            raise GONE
+        self.answers_left -= 1
+        return super().ask(question)
+
+
+@pytest.mark.parametrize("answers", [0, 1, 37, 150])
+def test_a_station_that_dies_in_the_middle_changes_no_choice(answers: int, tmp_path: Path) -> None:
+    stations = [DyingStation(formula, "GPU 0", answers_left=answers), ReplayingStation(formula, "GPU 1", seconds=0.001)]
+    assert found(new_journal(tmp_path), *stations) == alone()
+
+
+def test_what_a_lost_station_had_answered_is_not_asked_again(tmp_path: Path) -> None:
+    dying = DyingStation(formula, "GPU 0", answers_left=37)
+    other = ReplayingStation(formula, "GPU 1", seconds=0.001)
+    found(new_journal(tmp_path), dying, other)
+    assert {repr(question) for question in dying.asked}.isdisjoint(map(repr, other.asked))
+
+
+def test_a_run_whose_last_station_dies_can_be_gone_on_with(tmp_path: Path) -> None:
+    run = new_journal(tmp_path)
+    dying = [DyingStation(formula, f"GPU {index}", answers_left=50) for index in range(2)]
+    with pytest.raises(MoEExtError, match="did not start"):
+        found(run, *dying)
+    run.close()
+    fresh = ReplayingStation(formula)
+    assert found(Journal.open(run.path), fresh) == alone()
+    assert {repr(asked) for each in dying for asked in each.asked}.isdisjoint(map(repr, fresh.asked))
+
+
+@pytest.mark.parametrize("budget_s", [1e-9, 0.05])
+def test_a_tiny_budget_gives_every_batch_size_a_choice(budget_s: float, tmp_path: Path) -> None:
+    station = ReplayingStation(formula, seconds=0.0005)
+    assert tuple(found(new_journal(tmp_path), station, budget_s=budget_s)) == FEW
+
+
+def test_a_tiny_budget_asks_far_fewer_questions(tmp_path: Path) -> None:
+    short, long = ReplayingStation(formula), ReplayingStation(formula)
+    found(new_journal(tmp_path), short, budget_s=1e-9)
+    found(new_journal(tmp_path, "long.jsonl"), long)
+    assert len(short.asked) * 10 < len(long.asked)
+
+
+def test_incumbents_are_asked_for_when_all_is_screened(tmp_path: Path) -> None:
+    station, asked_before = ReplayingStation(formula), []
+    request, tasks = request_of(LAYER, FEW), _tasks([CompileKey(16, 64, 64, 4, 3), CompileKey(16, 128, 64, 4, 3)])
+
+    def incumbents() -> dict[int, Pair]:
+        asked_before.extend(station.asked)
+        return dict.fromkeys(FEW, TODAY)
+
+    search_loop.measure_all(request, MEASURING, tasks, incumbents, [station], new_journal(tmp_path), unseen)
+    after = station.asked[len(asked_before) :]
+    assert all(isinstance(question, Screen) for question in asked_before)
+    assert all(isinstance(question, Race | Check) for question in after) and after
+
+
+def test_no_binary_is_waited_for_that_was_not_wanted(tmp_path: Path) -> None:
+    station = ReplayingStation(formula)
+    waited: list[CompileJob] = []
+    station.needs = lambda job: waited.append(job) or FITS  # type: ignore[func-returns-value]
+    found(new_journal(tmp_path), station)
+    assert set(waited) <= station.wanted
+
+
+def test_screening_progress_comes_to_its_end(tmp_path: Path) -> None:
+    said: list[tuple[str, int, int]] = []
+    station = ReplayingStation(formula)
+    request, tasks = request_of(LAYER, FEW), _tasks([CompileKey(16, 64, 64, 4, 3), CompileKey(16, 128, 64, 4, 3)])
+    search_loop.measure_all(
+        request,
+        MEASURING,
+        tasks,
+        lambda: dict.fromkeys(FEW, TODAY),
+        [station],
+        new_journal(tmp_path),
+        lambda *of: said.append(of),
+    )
+    screened = [(done, of) for stage, done, of in said if stage == "screening"]
+    assert screened[-1] == (16, 16) and screened == sorted(screened)
+
+
+UNFIT = {
+    "does not compile": Failure("CompilationError", "refused"),
+    "does not fit": Resources(GPU.smem_per_block + 1, 128, 0),
+}
+
+
+@pytest.mark.parametrize("needs", UNFIT.values(), ids=UNFIT.keys())
+def test_a_binary_that_cannot_run_is_never_timed(needs: Resources | Failure, tmp_path: Path) -> None:
+    station = ReplayingStation(formula, needs=lambda job: needs if job.key.block_n == 128 else FITS)
+    results = found(new_journal(tmp_path), station)
+    assert 128 not in {asked.key.block_n for asked in station.asked if isinstance(asked, Screen)}
+    assert 128 not in {config.block_n for result in results.values() for config in result.pair.values()}
+
+
+def test_a_pair_whose_own_binary_does_not_compile_is_not_raced(tmp_path: Path) -> None:
+    winner = alone()[64].pair
+    failing = set(candidates.pair_jobs(winner, SHAPE, 64, GPU.sm))
+    station = ReplayingStation(formula, needs=lambda job: UNFIT["does not compile"] if job in failing else FITS)
+    results = found(new_journal(tmp_path), station)
+    assert results[64].pair not in (winner, TODAY)
+    assert not any(winner in asked.pairs for asked in station.asked if isinstance(asked, Race) and asked.tokens == 64)
+
+
+def test_where_nothing_runs_right_the_error_names_the_gpu(tmp_path: Path) -> None:
+    def broken(question: Question) -> Answer:
+        return Failure("CudaError", "an illegal memory access was encountered")
+
+    with pytest.raises(MoEExtError, match="nothing ran right on NVIDIA H200"):
+        found(new_journal(tmp_path), ReplayingStation(broken))
+
+
+def test_a_batch_size_where_nothing_runs_costs_itself_alone(tmp_path: Path) -> None:
+    def broken_at_64(question: Question) -> Answer:
+        return Failure("CudaError", "no") if question.tokens == 64 else formula(question)
+
+    results = found(new_journal(tmp_path), ReplayingStation(broken_at_64))
+    assert results == {m: result for m, result in alone().items() if m != 64}
+
+
+def _tasks(keys: Sequence[CompileKey], tokens: Sequence[int] = FEW) -> list[Task]:
+    configs = [key.with_group(group) for key in keys for group in (1, 16)]
+    return search_loop.largest_first({m: {"up": configs, "down": configs} for m in tokens})
+
+
+FINE_KEYS = [CompileKey(16, block_n, 64, warps, 3) for block_n in (32, 64, 128) for warps in (4, 8)]
+
+
+class FittingFarm:
+    def want(self, jobs: object, *, first: bool = False) -> None:
+        pass
+
+    def result(self, job: CompileJob) -> Resources:
+        return FITS
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class Isolated:
+    """A run in real measuring processes, of keys with something wrong with them among others."""
+
+    folder: Path
+    run: Journal = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.run = new_journal(self.folder)
+
+    def found(self, *num_stages: int, gpus: int = 1, tokens: Sequence[int] = (64,)) -> dict[int, Measured]:
+        bad = [CompileKey(16, 64, 128, 4, stages) for stages in num_stages]
+        keys = [*FINE_KEYS[:3], *bad, *FINE_KEYS[3:]]
+        make = MakeKeyedBench(SHAPE, UNIFORM, 0, self.folder)
+        stations = [
+            LocalStation(f"GPU {index}", FittingFarm(), Worker(make, {"CUDA_VISIBLE_DEVICES": str(index)}, timeout_s=3))
+            for index in range(gpus)
+        ]
+        try:
+            return search_loop.measure_all(
+                request_of(LAYER, tokens),
+                MEASURING,
+                _tasks(keys, tokens),
+                lambda: dict.fromkeys(tokens, TODAY),
+                stations,
+                self.run,
+                unseen,
+            ).pairs
+        finally:
+            for station in stations:
+                station.close()
+
+    def screened(self) -> set[tuple[Projection, CompileKey]]:
+        """What was timed without a failure."""
+        known = self.run.known()
+        return {
+            (asked.projection, asked.key)
+            for asked, answer in known
+            if isinstance(asked, Screen) and not isinstance(answer, Failure)
+        }
+
+    def starts(self) -> int:
+        return len((self.folder / "starts").read_text().splitlines())
+
+
+@pytest.fixture(scope="module")
+def isolated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Isolated, Measured]:
+    one = Isolated(tmp_path_factory.mktemp("isolated"))
+    return one, one.found(HANGS, EXITS, SEGFAULTS, STICKY, RAISES)[64]
+
+
+def test_a_search_over_candidates_that_break_the_gpu_ends_with_a_choice(isolated: tuple[Isolated, Measured]) -> None:
+    assert {config.compile_key for config in isolated[1].pair.values()} <= set(FINE_KEYS)
+
+
+def test_what_broke_the_gpu_is_counted_by_kind(isolated: tuple[Isolated, Measured]) -> None:
+    assert isolated[1].failures == {"Timeout": 2, "Crash": 4, "CudaError": 2, "ValueError": 2}
+
+
+def test_every_candidate_that_breaks_nothing_is_timed(isolated: tuple[Isolated, Measured]) -> None:
+    assert isolated[0].screened() == {(projection, key) for projection in ("up", "down") for key in FINE_KEYS}
+
+
+def test_each_break_costs_one_start_of_the_process_and_an_error_none(isolated: tuple[Isolated, Measured]) -> None:
+    assert isolated[0].starts() == 1 + 2 * len((HANGS, EXITS, SEGFAULTS, STICKY))
+
+
+def test_what_broke_the_gpu_does_not_do_so_again_when_the_run_is_gone_on_with(
+    isolated: tuple[Isolated, Measured], tmp_path: Path
+) -> None:
+    again = Isolated(tmp_path)
+    again.run = Journal.open(isolated[0].run.path)
+    assert again.found(HANGS, EXITS, SEGFAULTS, STICKY, RAISES)[64] == isolated[1]
+
+
+def test_the_choice_is_what_it_were_without_those_that_break(
+    isolated: tuple[Isolated, Measured], tmp_path: Path
+) -> None:
+    without = Isolated(tmp_path).found()[64]
+    assert (without.pair, without.us) == (isolated[1].pair, isolated[1].us)
+
+
+@pytest.mark.parametrize("num_stages", [EXITS_IN_A_LAYER, WRONG], ids=["ends the process in a layer", "is wrong"])
+def test_the_fastest_pair_is_not_chosen_where_it(num_stages: int, tmp_path: Path) -> None:
+    one = Isolated(tmp_path)
+    chosen = one.found(num_stages)[64].pair
+    raced = [pair for asked, _ in one.run.known() if isinstance(asked, Race) for pair in asked.pairs]
+    assert num_stages in {config.num_stages for pair in raced for config in pair.values()}
+    assert num_stages not in {config.num_stages for config in chosen.values()}
+
+
+def test_processes_that_break_on_two_gpus_change_no_choice(isolated: tuple[Isolated, Measured], tmp_path: Path) -> None:
+    results = Isolated(tmp_path).found(EXITS, STICKY, gpus=2, tokens=(64, 128))
+    assert results[64].pair == isolated[1].pair
+    assert [result.failures for result in results.values()] == [{"Crash": 2, "CudaError": 2}] * 2
+
+
+def test_a_farm_that_can_compile_nothing_ends_the_run_and_says_why(tmp_path: Path) -> None:
+    """Else each M would keep its incumbent, as if it had been measured."""
+    station = ReplayingStation(formula)
+    station.needs = lambda job: Failure("FarmUnable", "sglang.srt cannot be imported")
+    with pytest.raises(MoEExtError, match=r"nothing can be compiled: sglang\.srt cannot be imported"):
+        found(new_journal(tmp_path), station)
+
+
+def test_where_every_candidate_fails_nothing_is_said_of_the_incumbent(tmp_path: Path) -> None:
+    station = ReplayingStation(formula)
+    station.needs = lambda job: Failure("CompilationError", "refused")
+    with pytest.raises(MoEExtError, match=r"nothing ran right on NVIDIA H200 .*CompilationError"):
+        found(new_journal(tmp_path), station)

@@ -1,0 +1,152 @@
+"""Our own path against what was chosen of the engine's kernels: which are tried, and what it takes to win."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from sglang_moe_ext.core import Failure, MoEShape, Quantisation, TileConfig
+from sglang_moe_ext.sorted_kernels import ShortDownConfig, SortedPath, UpConfig
+from sglang_moe_ext.tuning.bench.messages import (
+    Answer,
+    Check,
+    Checked,
+    Pair,
+    Question,
+    Race,
+    Raced,
+    Runner,
+    Screened,
+    ScreenPath,
+)
+from sglang_moe_ext.tuning.search import sorted_kernels
+from sglang_moe_ext.tuning.search.final_comparison import Measured
+
+SHAPE = MoEShape(128, 768, 2048, 8)
+BLOCK = Quantisation("fp8_w8a8", (128, 128))
+CHANNEL = Quantisation("fp8_w8a8", per_channel=True)
+PAIR: Pair = {"up": TileConfig(128, 256, 64, 1, 8, 4), "down": TileConfig(128, 256, 64, 1, 8, 4, use_tma=True)}
+PAIR_US = 1000.0
+
+
+def is_fused(path: SortedPath) -> bool:
+    return isinstance(path.up, UpConfig) and path.up.is_fused
+
+
+@dataclass
+class FakeGpu:
+    """A table of times and errors by runner, since which of them wins is what a test is about."""
+
+    us: Callable[[Runner], float] = lambda runner: PAIR_US
+    error: Callable[[Runner], float] = lambda runner: 1e-3
+    fails: Callable[[Runner], bool] = lambda runner: False
+    asked: list[Question] = field(default_factory=list)
+
+    def __call__(self, question: Question) -> Answer:
+        self.asked.append(question)
+        match question:
+            case ScreenPath(_, path, samples):
+                if self.fails(path):
+                    return Failure("OutOfResources", "shared memory")
+                return Screened(((self.us(path),) * samples,))
+            case Race(_, runners, rounds):
+                return Raced(tuple((self.us(runner),) * rounds for runner in runners), 4)
+            case Check(_, runner):
+                return Checked(self.error(runner))
+            case _:
+                raise AssertionError(f"{question} is not about paths")
+
+    def screened(self) -> list[SortedPath]:
+        return [question.path for question in self.asked if isinstance(question, ScreenPath)]
+
+
+def raced(gpu: FakeGpu, tokens: int = 4096, shape: MoEShape = SHAPE) -> Measured[Runner] | None:
+    return sorted_kernels.raced(shape, tokens, PAIR, [], gpu, rounds=8)
+
+
+def faster(share: float) -> Callable[[Runner], float]:
+    """Fused paths take that share of the pair's time, others as long as the pair."""
+    return lambda runner: PAIR_US * (share if isinstance(runner, SortedPath) and is_fused(runner) else 1.0)
+
+
+def test_a_path_that_is_faster_wins() -> None:
+    found = raced(FakeGpu(us=faster(0.9)))
+    assert found is not None
+    assert isinstance(found.pair, SortedPath)
+    assert is_fused(found.pair)
+    assert found.gain.value == pytest.approx(1 / 0.9)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.995, 1.1], ids=["as fast", "by less than the noise", "slower"])
+def test_the_pair_stays_where_no_path_is_faster_beyond_doubt(share: float) -> None:
+    found = raced(FakeGpu(us=faster(share)))
+    assert found is not None
+    assert found.pair == PAIR
+
+
+def test_a_fast_wrong_path_is_never_chosen() -> None:
+    wrong = FakeGpu(us=faster(0.5), error=lambda runner: 0.3 if isinstance(runner, SortedPath) else 1e-3)
+    found = raced(wrong)
+    assert found is not None
+    assert found.pair == PAIR
+
+
+def test_paths_that_cannot_run_are_counted_and_cost_nothing_else() -> None:
+    found = raced(FakeGpu(us=faster(0.9), fails=lambda runner: isinstance(runner, SortedPath) and runner.block_m == 64))
+    assert found is not None
+    assert isinstance(found.pair, SortedPath)
+    assert found.pair.block_m == 128
+    assert found.failures["OutOfResources"] > 0
+
+
+def test_the_pair_stays_where_no_path_runs() -> None:
+    found = raced(FakeGpu(fails=lambda runner: True))
+    assert found is not None
+    assert found.pair == PAIR
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens"),
+    [
+        (replace(SHAPE, quantisation=Quantisation("fp8_w8a8")), 4096),
+        (replace(SHAPE, quantisation=Quantisation("int8_w8a8", per_channel=True)), 4096),
+        (replace(SHAPE, quantisation=Quantisation("fp8_w8a8", (64, 64))), 4096),
+        (replace(SHAPE, quantisation=Quantisation("int4_w4a16", (0, 128))), 4096),
+        (replace(SHAPE, gated=False), 4096),
+        (replace(SHAPE, intermediate_size=96), 4096),
+        (SHAPE, 511),
+    ],
+    ids=["per tensor", "int8", "small blocks", "int4", "not gated", "narrow", "few rows an expert"],
+)
+def test_where_our_kernels_cannot_or_need_not_run_nothing_is_asked(shape: MoEShape, tokens: int) -> None:
+    gpu = FakeGpu()
+    assert raced(gpu, tokens, shape) is None
+    assert gpu.asked == []
+
+
+@pytest.mark.parametrize("quantisation", [Quantisation(), BLOCK, CHANNEL], ids=str)
+def test_few_paths_are_tried_since_each_is_compiled_where_it_is_measured(quantisation: Quantisation) -> None:
+    gpu = FakeGpu()
+    raced(gpu, shape=replace(SHAPE, quantisation=quantisation))
+    paths = gpu.screened()
+    assert len(paths) == len(set(paths)) <= 40
+
+
+@pytest.mark.parametrize("quantisation", [Quantisation(), BLOCK, CHANNEL], ids=str)
+def test_every_path_sorts_into_blocks_that_its_down_tiles_divide(quantisation: Quantisation) -> None:
+    gpu = FakeGpu()
+    raced(gpu, shape=replace(SHAPE, quantisation=quantisation))
+    assert all(path.block_m % path.down.block_m == 0 for path in gpu.screened())
+
+
+def test_an_up_gemm_of_the_engine_is_tried_without_tma() -> None:
+    with_tma = replace(PAIR["up"], use_tma=True)
+    assert replace(with_tma, use_tma=False) in sorted_kernels.up_configs(SHAPE, [with_tma])
+
+
+@pytest.mark.parametrize(("columns", "is_tried"), [(512, True), (768, False)])
+def test_rows_of_a_are_kept_only_where_they_are_short(columns: int, is_tried: bool) -> None:
+    found = sorted_kernels.down_configs(MoEShape(256, columns, 7168, 8, BLOCK), 64)
+    assert any(isinstance(config, ShortDownConfig) for config in found) == is_tried
