@@ -121,20 +121,20 @@ class Racer:
         batch = layer_of.batch(tokens, _SEED)
         tensors = layer_of.whole(batch, 0)
 
-        def aligned() -> sorted_layer.Layer:
-            return sorted_layer.sorted_by_engine(layer_of.engine, self.shape, tensors, path)
+        def aligned() -> sorted_layer.SortedLayer:
+            return sorted_layer.sort_tokens(layer_of.engine, self.shape, tensors, path)
 
         layer = aligned()
         hidden = sorted_layer.read(layer)
-        gate_up = sorted_layer.multiplied_up(layer, hidden)
-        inner = sorted_layer.activated(layer, gate_up)
-        down_rows, out = sorted_layer.multiplied_down(layer, inner), torch.empty_like(batch.hidden)
+        gate_up = sorted_layer.run_up(layer, hidden)
+        inner = sorted_layer.run_activation(layer, gate_up)
+        down_rows, out = sorted_layer.run_down(layer, inner), torch.empty_like(batch.hidden)
         stages: dict[str, Callable[[], object]] = {
             "align": aligned,
             **({} if hidden.scale is None else {"quantise": lambda: sorted_layer.read(layer)}),
-            "up": lambda: sorted_layer.multiplied_up(layer, hidden),
-            **({} if inner is gate_up else {"activation": lambda: sorted_layer.activated(layer, gate_up)}),
-            "down": lambda: sorted_layer.multiplied_down(layer, inner),
+            "up": lambda: sorted_layer.run_up(layer, hidden),
+            **({} if inner is gate_up else {"activation": lambda: sorted_layer.run_activation(layer, gate_up)}),
+            "down": lambda: sorted_layer.run_down(layer, inner),
             "sum": lambda: sorted_layer.write_sum(layer, down_rows, out),
         }
         alone = [lambda _, launch=launch: launch() for launch in stages.values()]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sglang_moe_ext.core import EngineError, Failure, Gpu, GpuError, MoEShape
 from sglang_moe_ext.engines.sglang import installation
-from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tuning.bench.gpu_bench import Setup
 from sglang_moe_ext.tuning.bench.messages import Ask, Check, Checked, Pair
@@ -28,7 +28,7 @@ SEED = 1000
 """Far from those that a search takes: weights, inputs and routings of the race are new to every choice."""
 
 
-def here() -> tuple[Gpu, Installation]:
+def here() -> tuple[Gpu, SglangInstallation]:
     """This machine's GPU and engine, for a benchmark to ask for before it begins.
 
     Raises:

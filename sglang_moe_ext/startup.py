@@ -36,11 +36,11 @@ def _patch(module: "ModuleType") -> None:
     if not (module.__file__ or "").endswith(os.sep + os.path.join(FOLDER, f"{MODULE}.py")):
         return  # somebody else's module of that name
     try:
-        from sglang_moe_ext.engines.sglang.benchmark_scripts import patched
+        from sglang_moe_ext.engines.sglang.benchmark_scripts import patch
 
         names = vars(module)
         if callable(names.get(FUNCTION)):
-            names[FUNCTION] = patched(names[FUNCTION])
+            names[FUNCTION] = patch(names[FUNCTION])
     except Exception as error:  # the script runs as if we were not installed
         _say(f"cannot patch {module.__file__}: {error!r}")
 

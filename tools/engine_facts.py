@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_moe_ext.engines.sglang import source_patch
-from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 
 CALLS = "load_plugins"
 BESIDE_SERVERS = ("bench_one_batch.py", "benchmark/one_batch.py", "srt/ray/scheduler_actor.py")
@@ -137,7 +137,7 @@ def _call_sites(root: Path) -> Iterator[str]:
         yield from (f"{relative}: {function}" for function in calls_in(ast.parse(text)))
 
 
-def read(engine: Installation) -> Facts:
+def read(engine: SglangInstallation) -> Facts:
     """What that release's sources say.
 
     Raises:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from sglang_moe_ext.engines.sglang import source_patch
-from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINES = Path(os.environ.get("SGLANG_MOE_EXT_ENGINES", ROOT / ".engines")) / "sglang"
@@ -29,7 +29,7 @@ else:
 """
 
 
-def text(engine: Installation) -> str:
+def text(engine: SglangInstallation) -> str:
     """The patch that inserts the lines at the end of that engine's layer module."""
     target = engine.layer_module.replace(".", "/") + ".py"
     before = (engine.root.parent / target).read_bytes()
@@ -49,7 +49,7 @@ def text(engine: Installation) -> str:
 def made() -> dict[Path, str]:
     """All patches, by file."""
     roots = [folder / "sglang" for folder in sorted(ENGINES.iterdir())]
-    engines = [Installation(root.parent.name, root, triton=None) for root in roots]
+    engines = [SglangInstallation(root.parent.name, root, triton=None) for root in roots]
     return {PATCHES / engine.version_text / source_patch.NAME: text(engine) for engine in engines}
 
 

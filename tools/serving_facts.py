@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sglang_moe_ext.engines.sglang import installation
-from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from tools.engine_facts import BESIDE_SERVERS, CALLS, Facts, read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,7 +75,7 @@ def document(facts: list[Facts]) -> str:
 def all_facts() -> list[Facts]:
     """Of each unpacked release, the oldest first."""
     roots = sorted(ENGINES.iterdir(), key=lambda folder: installation.parse_version(folder.name))
-    return [read(Installation(folder.name, folder / "sglang", triton=None)) for folder in roots]
+    return [read(SglangInstallation(folder.name, folder / "sglang", triton=None)) for folder in roots]
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from sglang_moe_ext.core import EngineError
 from sglang_moe_ext.engines.sglang import installation
 from sglang_moe_ext.engines.sglang.hook_points import LAUNCH, LOOKUP
-from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 
 PACKAGING = Path(__file__).parents[2] / "packaging"
 HOOKED = (LOOKUP, LAUNCH)
@@ -44,7 +44,7 @@ def begin() -> Said:
     return said
 
 
-def engine_here() -> Installation:
+def engine_here() -> SglangInstallation:
     """Raises EngineError where there is none."""
     engine = installation.find()
     if engine is None:
@@ -52,7 +52,7 @@ def engine_here() -> Installation:
     return engine
 
 
-def is_active(engine: Installation) -> bool:
+def is_active(engine: SglangInstallation) -> bool:
     """Whether the layer calls ours.
 
     Raises:

@@ -11,7 +11,7 @@ from sglang_moe_ext.core import TileConfig
 from sglang_moe_ext.engines.config_dict import tile_of
 from sglang_moe_ext.engines.sglang import runner
 from sglang_moe_ext.engines.sglang.hook_points import LOOKUP
-from sglang_moe_ext.engines.sglang.runner import Engine
+from sglang_moe_ext.engines.sglang.runner import LoadedSglang
 from sglang_moe_ext.engines.tensors import LayerTensors
 from sglang_moe_ext.tuning.bench import routing
 from sglang_moe_ext.tuning.bench.layer import Layer
@@ -44,7 +44,7 @@ class LayerChild:
 
     def __init__(self) -> None:
         self._said = attached.begin()
-        self._engine: Engine | None = None
+        self._engine: LoadedSglang | None = None
         self._layer: Layer | None = None
         self._looked_up: list[TileConfig] = []
         self._launched: list[TileConfig] = []
@@ -100,7 +100,7 @@ class LayerChild:
         return {"lines": self._said.lines}
 
 
-def _run(engine: Engine, layer: Layer, tensors: LayerTensors) -> Any:
+def _run(engine: LoadedSglang, layer: Layer, tensors: LayerTensors) -> Any:
     """[tokens, hidden], waited for: by the layer itself, with whatever its lookup finds."""
     import torch
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.serving import dummy_weights
 from benchmarks.serving.cases import DECODE_CONTEXT, STEPS
-from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 
 if TYPE_CHECKING:
     import numpy
@@ -37,7 +37,7 @@ class Plan:
 class ServedModel:
     """Loads in a minute; one case at a time is alive in its KV cache."""
 
-    def __init__(self, engine: Installation, plan: Plan) -> None:
+    def __init__(self, engine: SglangInstallation, plan: Plan) -> None:
         self._engine = engine
         self._bench = importlib.import_module(BENCH)
         arguments = _server_arguments(self._bench, plan)

@@ -11,7 +11,7 @@ from benchmarks.vs_upstream.effort import Effort
 from benchmarks.vs_upstream.theirs import Layer, Task
 from benchmarks.vs_upstream.timed_run import Run
 from sglang_moe_ext.core import Failure, Gpu
-from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Place:
     """Where, when and by which command the comparison is made."""
 
     gpu: Gpu
-    engine: Installation
+    engine: SglangInstallation
     date: str
     command: str
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from sglang_moe_ext.cli import console
 from sglang_moe_ext.core import EngineError, ModelError, MoEExtError, MoEModel
 from sglang_moe_ext.engines.sglang import server_routing
-from sglang_moe_ext.engines.sglang.server_routing import Server
+from sglang_moe_ext.engines.sglang.server_routing import RoutingServer
 from sglang_moe_ext.models import resolve
 from sglang_moe_ext.serving import capture
 from sglang_moe_ext.serving.capture import Table
@@ -70,7 +70,7 @@ def _prompt(line: str) -> str:
     return next((text for text in texts if isinstance(text, str) and text), line)
 
 
-def _served(server: Server, arguments: argparse.Namespace) -> tuple[str, MoEModel]:
+def _served(server: RoutingServer, arguments: argparse.Namespace) -> tuple[str, MoEModel]:
     """The name to tune by, and what it means."""
     if arguments.model:
         return arguments.model, resolve(arguments.model, trust_remote_code=arguments.trust_remote_code)
@@ -81,7 +81,7 @@ def _served(server: Server, arguments: argparse.Namespace) -> tuple[str, MoEMode
         raise ModelError(f"the server's model is not known here: {error}; name it with --model") from error
 
 
-def _ask(server: Server, texts: list[str], max_tokens: int, top_k: int) -> list[bytearray]:
+def _ask(server: RoutingServer, texts: list[str], max_tokens: int, top_k: int) -> list[bytearray]:
     """The rows of each layer, prompt after prompt."""
     gathered: list[bytearray] = []
     with console.Bar() as bar:
@@ -129,7 +129,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.max_tokens < 1 or not arguments.timeout > 0:
         raise MoEExtError("--max-tokens and --timeout: expected positive numbers")
     texts = prompts(arguments.prompts)
-    server = Server(arguments.url, arguments.timeout, arguments.api_key)
+    server = RoutingServer(arguments.url, arguments.timeout, arguments.api_key)
     name, model = _served(server, arguments)
     found = list(tables(_ask(server, texts, arguments.max_tokens, model.top_k), model))
     if not found:

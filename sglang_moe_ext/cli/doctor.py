@@ -14,7 +14,7 @@ from sglang_moe_ext.cli import console, layer_args
 from sglang_moe_ext.cli.layer_args import Stated
 from sglang_moe_ext.core import EngineError, Gpu, GpuError, ModelError, MoEShape, TableError, TableKey
 from sglang_moe_ext.engines import table_names
-from sglang_moe_ext.engines.lookup_probe import Answer
+from sglang_moe_ext.engines.lookup_probe import LookupResult
 from sglang_moe_ext.engines.sglang import installation, missing_config_log, server_info, support
 from sglang_moe_ext.engines.sglang import lookup_probe as sglang_lookup_probe
 from sglang_moe_ext.engines.sglang import table_names as sglang_table_names
@@ -107,7 +107,7 @@ def examine(patient: Patient, tokens: Sequence[int], deterministic: bool) -> Map
     }
 
 
-def _why_vllm(patient: Patient, answer: Answer, tokens: int, deterministic: bool) -> str:
+def _why_vllm(patient: Patient, answer: LookupResult, tokens: int, deterministic: bool) -> str:
     """Why the engine takes what is its own choice."""
     if deterministic:
         return "the engine's default: batch invariance reads no table"
@@ -121,7 +121,7 @@ def _why_vllm(patient: Patient, answer: Answer, tokens: int, deterministic: bool
     return f"{entry}; {(known and known.origin(nearest)) or 'origin unknown: shipped with the engine, or yours'}"
 
 
-def _is_engines(file: Path, answer: Answer) -> bool:
+def _is_engines(file: Path, answer: LookupResult) -> bool:
     """Whether the engine's own lookup opened it, which says so in its log."""
     return any(str(file) in line for line in answer.log)
 

@@ -131,7 +131,7 @@ def _engine_version() -> tuple[int, int, int]:
 
 def _from_log(line: str) -> Stated:
     key = missing_config_log.missing_table(line)
-    guesses = missing_config_log.guesses(key, builtin_models().values(), _engine_version())
+    guesses = missing_config_log.guess_launches(key, builtin_models().values(), _engine_version())
     layers = {replace(guess.shape, ep=1, fused_shared=0) for guess in guesses}
     if len(layers) == 1:
         guess = guesses[0]

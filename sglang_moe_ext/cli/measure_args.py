@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from sglang_moe_ext.core import Gpu, MoEExtError, MoEShape
-from sglang_moe_ext.engines.adapter import Installation
+from sglang_moe_ext.engines.adapter import InstallationLike
 from sglang_moe_ext.engines.registry import ENGINES
 from sglang_moe_ext.tuning import config_args
 from sglang_moe_ext.tuning.bench import captured_routing, routing
@@ -145,7 +145,7 @@ def _comparing_flag(arguments: argparse.Namespace) -> str:
     return "--cmp-configs" if arguments.configs is None else "--configs"
 
 
-def measuring(arguments: argparse.Namespace, shape: MoEShape, gpu: Gpu, engine: Installation) -> Measuring:
+def measuring(arguments: argparse.Namespace, shape: MoEShape, gpu: Gpu, engine: InstallationLike) -> Measuring:
     """How the flags want it measured.
 
     Raises:

@@ -7,7 +7,7 @@ import json
 
 from sglang_moe_ext.core import EngineError
 from sglang_moe_ext.engines.sglang import installation, source_patch
-from sglang_moe_ext.engines.sglang.source_patch import WaysIn
+from sglang_moe_ext.engines.sglang.source_patch import HookRoutes
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--status", action="store_true", help="say whether they are in, and whether they are needed")
 
 
-def _said_of(ways: WaysIn) -> str:
+def _said_of(ways: HookRoutes) -> str:
     if ways.startup_file is not None:
         return f"no patch is needed: {ways.startup_file} reaches every process of this Python"
     if ways.entry_point:
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     elif arguments.revert:
         changed = source_patch.revert(patch, engine)
     state = source_patch.state(patch, engine)
-    ways = source_patch.found(engine)
+    ways = source_patch.find_routes(engine)
     already = "" if changed or arguments.status else " already"
     print(f"SGLang {engine.version_text}: {patch.file(engine)}: {state}{already}")
     print(_said_of(ways))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from sglang_moe_ext.core import Gpu, MoEShape, Projection, Quantisation, Table, TableKey, TileConfig
-from sglang_moe_ext.engines.lookup_probe import Answer, Question
+from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
 from sglang_moe_ext.sorted_kernels import SortedPath
 
@@ -20,7 +20,7 @@ Sorted = tuple["torch.Tensor | None", "torch.Tensor", "torch.Tensor"]
 """(sorted_token_ids, expert_ids, num_tokens_post_padded); the first is None where the engine does not sort."""
 
 
-class Installation(Protocol):
+class InstallationLike(Protocol):
     """One engine that is installed."""
 
     @property
@@ -31,14 +31,14 @@ class Installation(Protocol):
     def triton(self) -> str | None: ...
 
 
-class Asked(Protocol):
+class ProbeLike(Protocol):
     """A process of the engine that is asked, once, what it takes for a layer."""
 
-    def answer(self, question: Question) -> Answer: ...
+    def answer(self, question: LookupRequest) -> LookupResult: ...
     def close(self) -> None: ...
 
 
-class Tunable(Protocol):
+class EngineAdapter(Protocol):
     """One engine. `OFFLINE`: the module that compiles its kernel.
 
     `HAS_DOWN_TABLES`: the down projection has tables of its own; else one configuration serves both GEMMs.
@@ -49,13 +49,13 @@ class Tunable(Protocol):
     OFFLINE: str
     HAS_DOWN_TABLES: bool
 
-    def find(self) -> Installation | None:
+    def find(self) -> InstallationLike | None:
         """The one that is installed here. Raises EngineError where it is older than anything we know."""
 
     def kernel_file(self, engine: Any) -> Path:
         """The source of its kernel and launcher, in that installation."""
 
-    def asked(self, environment: Mapping[str, str]) -> Asked:
+    def asked(self, environment: Mapping[str, str]) -> ProbeLike:
         """A process of it under that environment, started now."""
 
     def table_key(self, shape: MoEShape, device_name: str, *, down: bool) -> TableKey: ...

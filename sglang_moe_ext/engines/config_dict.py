@@ -8,7 +8,7 @@ from typing import Any
 from sglang_moe_ext.core import TileConfig
 from sglang_moe_ext.sorted_kernels import SortedPath
 
-Entry = dict[str, Any]
+ConfigDict = dict[str, Any]
 
 USE_TMA = "USE_TMA"
 # What Triton takes where an entry names no warps or stages, as the engine's bf16 default does not.
@@ -28,7 +28,7 @@ def tile_of(entry: Mapping[str, Any]) -> TileConfig:
     )
 
 
-def launched(config: TileConfig) -> Entry:
+def launch_args(config: TileConfig) -> ConfigDict:
     """What the kernel takes of a configuration: all but USE_TMA."""
     return {
         "BLOCK_SIZE_M": config.block_m,
@@ -40,22 +40,22 @@ def launched(config: TileConfig) -> Entry:
     }
 
 
-def entry_of(config: TileConfig) -> Entry:
+def config_dict_of(config: TileConfig) -> ConfigDict:
     """A fresh entry, as a table has it: the engine takes USE_TMA out of what its lookup returns."""
-    return launched(config) | ({USE_TMA: True} if config.use_tma else {})
+    return launch_args(config) | ({USE_TMA: True} if config.use_tma else {})
 
 
-def resized(entry: Mapping[str, Any], config: TileConfig) -> Entry:
+def resize(entry: Mapping[str, Any], config: TileConfig) -> ConfigDict:
     """The entry with the tile and stages of that configuration; all else that it says stays."""
-    return {**entry, **launched(config)}
+    return {**entry, **launch_args(config)}
 
 
-def without_tma(entry: Mapping[str, Any]) -> Entry:
+def drop_tma(entry: Mapping[str, Any]) -> ConfigDict:
     """A copy that does not ask for TMA."""
     return {name: value for name, value in entry.items() if name != USE_TMA}
 
 
-class WithPath(Entry):
+class ConfigWithPlan(ConfigDict):
     """An entry of the down GEMM that carries our path along.
 
     The engine hands it from its lookup to its sequence of kernels as it is; its copies, and the engine's own kernels,

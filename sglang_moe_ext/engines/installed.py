@@ -15,7 +15,7 @@ def parse_version(text: str) -> tuple[int, int, int]:
     return major, minor, patch
 
 
-def found(package: str) -> tuple[str, Path] | None:
+def find_distribution(package: str) -> tuple[str, Path] | None:
     """The version of that package by its metadata, and the folder that `import` would load it from, or None."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:

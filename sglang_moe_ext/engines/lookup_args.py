@@ -12,7 +12,7 @@ INT4_WEIGHTS_PER_BYTE = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class LookupLayer:
     """The layer of one call: w1 [experts, rows, hidden], w2 [experts, hidden, intermediate], int4 packed."""
 
     w1_shape: tuple[int, ...]
@@ -42,20 +42,22 @@ class Layer:
         )
 
 
-def layer_of(
+def lookup_layer(
     w1_shape: Sequence[int],
     w2_shape: Sequence[int],
     top_k: int,
     dtype: str | None,
     block_shape: Sequence[int] | None,
     per_channel: bool = False,
-) -> Layer:
+) -> LookupLayer:
     """The layer that a call of `try_get_optimal_moe_config` is about."""
     block = None if not block_shape else (int(block_shape[0]), int(block_shape[1]))
-    return Layer(tuple(w1_shape), tuple(w2_shape), top_k, dtype, block, bool(per_channel))
+    return LookupLayer(tuple(w1_shape), tuple(w2_shape), top_k, dtype, block, bool(per_channel))
 
 
-def layer_named(experts: int, intermediate_size: int, dtype: str | None, block_shape: tuple[int, int] | None) -> Layer:
+def layer_from_name(
+    experts: int, intermediate_size: int, dtype: str | None, block_shape: tuple[int, int] | None
+) -> LookupLayer:
     """A layer of which only what stands in a table's name is known: nobody may ask its hidden size, nor its top-k."""
     columns = intermediate_size // (INT4_WEIGHTS_PER_BYTE if dtype == "int4_w4a16" else 1)
-    return layer_of((experts, 2 * intermediate_size, 1), (experts, 1, columns), 1, dtype, block_shape)
+    return lookup_layer((experts, 2 * intermediate_size, 1), (experts, 1, columns), 1, dtype, block_shape)

@@ -17,13 +17,13 @@ from sglang_moe_ext import SWITCH
 from sglang_moe_ext.core import EngineError, Gpu, MoEShape, TileConfig
 from sglang_moe_ext.engines import lookup_args
 from sglang_moe_ext.engines.config_dict import tile_of
-from sglang_moe_ext.engines.lookup_args import Layer
+from sglang_moe_ext.engines.lookup_args import LookupLayer
 
 TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class LookupRequest:
     """What one layer asks. `pretend`: the GPU that the engine shall believe in where it is not here.
 
     `deterministic`: in a server that promises the same result whatever the batch.
@@ -36,7 +36,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class LookupResult:
     """What the engine takes for each M, the files it opened for that, and what it said.
 
     `down` is None where the down projection runs the entry of `up`, as it always does in vLLM. Of an engine that was
@@ -57,7 +57,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Who:
+class ProbeModule:
     """The module that asks an engine: alone, or with our hooks as a server has them."""
 
     engine: str
@@ -65,7 +65,7 @@ class Who:
     is_alone: bool
 
 
-def request_of(question: Question) -> dict[str, Any]:
+def request_of(question: LookupRequest) -> dict[str, Any]:
     """The question as the child reads it."""
     shape, pretend = question.shape, question.pretend
     packed = lookup_args.INT4_WEIGHTS_PER_BYTE if shape.quantisation.scheme == "int4_w4a16" else 1
@@ -86,7 +86,7 @@ def request_of(question: Question) -> dict[str, Any]:
     }
 
 
-def layer_of(request: Mapping[str, Any]) -> Layer:
+def layer_of(request: Mapping[str, Any]) -> LookupLayer:
     """The layer that a request is about."""
     experts, hidden_size = request["experts"], request["hidden_size"]
     w1_shape, w2_shape = (
@@ -94,16 +94,16 @@ def layer_of(request: Mapping[str, Any]) -> Layer:
         (experts, hidden_size, request["intermediate_size"]),
     )
     scales = request["block_shape"], request["per_channel"]
-    return lookup_args.layer_of(w1_shape, w2_shape, request["top_k"], request["scheme"], *scales)
+    return lookup_args.lookup_layer(w1_shape, w2_shape, request["top_k"], request["scheme"], *scales)
 
 
-class Asked:
+class ProbeProcess:
     """A process that has the engine imported, or soon will, and has looked nothing up: a fresh engine, ready to ask.
 
     The import takes ten seconds and more; started early, it costs nothing where there is other work to do meanwhile.
     """
 
-    def __init__(self, who: Who, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, who: ProbeModule, environment: Mapping[str, str] | None = None) -> None:
         """`environment`: of the process (SGLANG_MOE_CONFIG_DIR, PYTHONPATH), by default our own."""
         self._engine = who.engine
         theirs = dict(os.environ if environment is None else environment)
@@ -118,7 +118,7 @@ class Asked:
             env=theirs | {SWITCH: "1"} if who.is_alone else theirs,
         )
 
-    def answer(self, question: Question) -> Answer:
+    def answer(self, question: LookupRequest) -> LookupResult:
         """What the engine takes, read from its tables now. A process answers once.
 
         Raises:
@@ -154,8 +154,8 @@ def _read(file: IO[str]) -> str:
     return file.read()
 
 
-def _answer(said: Mapping[str, Any]) -> Answer:
-    return Answer(
+def _answer(said: Mapping[str, Any]) -> LookupResult:
+    return LookupResult(
         engine_version=said["engine_version"],
         triton=said["triton"],
         device_name=said["device_name"],
@@ -169,7 +169,7 @@ def _answer(said: Mapping[str, Any]) -> Answer:
     )
 
 
-class Overheard(logging.Handler):
+class LogCapture(logging.Handler):
     """The lines that a logger gets from now on, and the JSON files that the process opens, whatever is said of them."""
 
     def __init__(self, logger: logging.Logger) -> None:

@@ -39,7 +39,7 @@ def weights(shape: MoEShape, projection: Projection) -> tuple[torch.Tensor, torc
     return meta((shape.experts, *stored.shape[1:]), stored.dtype), meta((shape.experts, *scale.shape[1:]), scale.dtype)
 
 
-def last_launched(sm: int, launch: Callable[[], None]) -> Resources | Failure:
+def compile_last_launch(sm: int, launch: Callable[[], None]) -> Resources | Failure:
     """What the last binary that `launch` launches needs on that architecture, or why the compiler refuses it."""
     import triton
     from triton.runtime.jit import JITFunction

@@ -23,7 +23,7 @@ def replace(package: str, original: AnyFunction, ours: AnyFunction) -> None:
                 setattr(module, bound, ours)
 
 
-def gpu(device_name: str) -> Gpu | None:
+def running_gpu(device_name: str) -> Gpu | None:
     """The GPU that kernels are launched on, with the shared memory that Triton will hold them against.
 
     None where nothing is known of it. Where torch sees no GPU, what is known of one of that name.
@@ -33,12 +33,12 @@ def gpu(device_name: str) -> Gpu | None:
     if torch.version.hip is not None:
         return None  # a gfx90a says 9.0 as an H100 does, and a gfx1201 12.0
     if not torch.cuda.is_available():
-        return specs.known().get(device_name)
+        return specs.known_gpus().get(device_name)
     from triton.runtime import driver
 
     device = torch.cuda.current_device()
     try:
-        here = specs.described(torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device))
+        here = specs.describe(torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device))
     except GpuError:
         return None
     limit = driver.active.utils.get_device_properties(device)["max_shared_mem"]

@@ -46,7 +46,7 @@ def parse(name: str) -> TableKey:
 
 
 @dataclass(frozen=True, slots=True)
-class Dialect:
+class TableNaming:
     """`has_down`: the engine reads a table for the down projection alone, beside the other one."""
 
     key: Callable[[MoEShape, str], TableKey]

@@ -102,7 +102,7 @@ def _gpu(device_name: str) -> Gpu:
     )
 
 
-def known() -> dict[str, Gpu]:
+def known_gpus() -> dict[str, Gpu]:
     """Every GPU we have facts of, by its device name."""
     return {name: _gpu(name) for name in _FACTS}
 
@@ -136,7 +136,7 @@ def aliases(gpu: Gpu) -> list[str]:
     base = _VARIANT.sub("", gpu.device_name)
     return [
         other.device_name
-        for other in known().values()
+        for other in known_gpus().values()
         if other.device_name != gpu.device_name
         and _VARIANT.sub("", other.device_name) == base
         and (other.sm, other.multiprocessors, other.smem_per_block) == (gpu.sm, gpu.multiprocessors, gpu.smem_per_block)
@@ -154,10 +154,10 @@ def detect() -> Gpu | None:
     device_name = torch.cuda.get_device_name(0)
     if device_name in _FACTS:
         return _gpu(device_name)
-    return described(device_name, torch.cuda.get_device_properties(0))
+    return describe(device_name, torch.cuda.get_device_properties(0))
 
 
-def described(device_name: str, properties: object) -> Gpu:
+def describe(device_name: str, properties: object) -> Gpu:
     """A GPU that the table lacks: limits as the driver states them, rates scaled from a part of its family.
 
     Raises:
@@ -165,7 +165,7 @@ def described(device_name: str, properties: object) -> Gpu:
     """
     major, minor = getattr(properties, "major", 0), getattr(properties, "minor", 0)
     sm = 10 * int(major) + int(minor)
-    relatives = [gpu for gpu in known().values() if gpu.sm == sm]
+    relatives = [gpu for gpu in known_gpus().values() if gpu.sm == sm]
     if not relatives:
         raise GpuError(f"{device_name!r} has compute capability {sm}: expected one of {sorted(ARCHITECTURES)}")
     relative = relatives[0]

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from sglang_moe_ext import SWITCH, __version__
-from sglang_moe_ext.engines.lookup_args import Layer
+from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.serving.guard import warn_once
 from sglang_moe_ext.serving.selection import Choice
 from sglang_moe_ext.sorted_kernels import SortedPath
@@ -25,7 +25,7 @@ _OUR_NAME = "sglang_moe_ext"
 class Chooser(Protocol):
     """What stands in an engine now, and knows what a layer takes."""
 
-    def choice(self, layer: Layer, tokens: int) -> Choice: ...
+    def choice(self, layer: LookupLayer, tokens: int) -> Choice: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def state(engine: Engine = "sglang") -> State:
     return _states.get(engine, _ABSENT)
 
 
-def choices(layer: Layer, tokens: Sequence[int], engine: Engine = "sglang") -> dict[int, Choice]:
+def choices(layer: LookupLayer, tokens: Sequence[int], engine: Engine = "sglang") -> dict[int, Choice]:
     """What this process takes at each M, and why; empty where our functions are not in place."""
     chooser = _choosers.get(engine)
     return {} if chooser is None else {m: chooser.choice(layer, m) for m in tokens}
@@ -67,13 +67,13 @@ def resolver() -> Resolver | None:
     return cast("Resolver | None", _choosers.get("sglang"))
 
 
-def paths(layer: Layer, tokens: Sequence[int]) -> dict[int, SortedPath | None]:
+def paths(layer: LookupLayer, tokens: Sequence[int]) -> dict[int, SortedPath | None]:
     """Which of our own paths SGLang's layers take at each M; empty where our functions are not in place."""
     found = resolver()
     return {} if found is None else {m: found.path(layer, m) for m in tokens}
 
 
-def decline_path(layer: Layer) -> None:
+def decline_path(layer: LookupLayer) -> None:
     """Let SGLang's own kernels run for layers of such weights from now on."""
     if (found := resolver()) is not None:
         found.decline_path(layer.w1_shape, layer.w2_shape)

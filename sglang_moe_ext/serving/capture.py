@@ -202,7 +202,7 @@ class Recorder:
         self.dropped = 0
         self._wish = wish
         self._bounds = Bounds(wish.max_files)
-        self._waiting: queue.SimpleQueue[routing_hook.Batch] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[routing_hook.RoutingBatch] = queue.SimpleQueue()
         self._waiting_bytes = 0
         self._lock = threading.Lock()
         self._must_exceed = 0
@@ -213,7 +213,7 @@ class Recorder:
         """True for a batch that would be kept, as far as is known."""
         return not self._stopped and rows >= self._wish.min_tokens and size_bytes > self._must_exceed
 
-    def take(self, batch: routing_hook.Batch) -> None:
+    def take(self, batch: routing_hook.RoutingBatch) -> None:
         """Have it written, unless too much waits for that already."""
         with self._lock:
             is_too_much = self._waiting_bytes + batch.size_bytes > _MOST_WAITING_BYTES

@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang_moe_ext.core import Gpu, MoEShape, Projection, TileConfig
 from sglang_moe_ext.engines import config_dict, running
-from sglang_moe_ext.engines.config_dict import Entry
+from sglang_moe_ext.engines.config_dict import ConfigDict
 from sglang_moe_ext.engines.sglang import support
 from sglang_moe_ext.gpu.shared_memory import smem_bytes
 
@@ -45,11 +45,11 @@ class Guard:
     version: tuple[int, int, int]
     gpu: Gpu | None
 
-    def safe(self, entry: Entry, shape: MoEShape, projection: Projection) -> Entry:
+    def safe(self, entry: ConfigDict, shape: MoEShape, projection: Projection) -> ConfigDict:
         """A fresh entry that this GPU can run and that computes what it should; most often a plain copy."""
         return fitting(self._right(entry, shape, projection), shape, self.gpu)
 
-    def _right(self, entry: Entry, shape: MoEShape, projection: Projection) -> Entry:
+    def _right(self, entry: ConfigDict, shape: MoEShape, projection: Projection) -> ConfigDict:
         if entry.get(config_dict.USE_TMA):
             if support.is_right(projection, shape.quantisation, self.version):
                 return dict(entry)
@@ -57,10 +57,10 @@ class Guard:
                 f"USE_TMA of the {projection} projection is off for {shape}: "
                 "this SGLang would end or compute wrong results with it"
             )
-        return config_dict.without_tma(entry)
+        return config_dict.drop_tma(entry)
 
 
-def fitting(entry: Entry, shape: MoEShape, gpu: Gpu | None) -> Entry:
+def fitting(entry: ConfigDict, shape: MoEShape, gpu: Gpu | None) -> ConfigDict:
     """The entry, or a smaller one where that asks for more shared memory than the GPU has a block."""
     config = config_dict.tile_of(entry)
     if gpu is None or (asked := smem_bytes(config, shape, gpu.sm)) <= gpu.smem_per_block:
@@ -72,7 +72,7 @@ def fitting(entry: Entry, shape: MoEShape, gpu: Gpu | None) -> Entry:
         f"{config} asks for {asked} B of shared memory for {shape}, {gpu.device_name} has {gpu.smem_per_block} B "
         f"a block: runs {smaller} instead"
     )
-    return config_dict.resized(entry, smaller)
+    return config_dict.resize(entry, smaller)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -95,7 +95,7 @@ class Launcher:
     function: Callable[..., Any]
     config_position: int
     override: Callable[[], object]
-    fitted: Callable[[tuple[Any, ...], dict[str, Any]], Entry | None] | None = None
+    fitted: Callable[[tuple[Any, ...], dict[str, Any]], ConfigDict | None] | None = None
 
 
 def launch_hook(launcher: Launcher) -> Callable[..., Any]:
@@ -105,7 +105,7 @@ def launch_hook(launcher: Launcher) -> Callable[..., Any]:
     traces, as it does the attention of vLLM's K2 Horizon, is the engine's own launch: a graph has no place for ours.
     """
     original, position, is_traced = launcher.function, launcher.config_position, running.is_traced()
-    known: dict[Any, Entry | None] = {}
+    known: dict[Any, ConfigDict | None] = {}
 
     @functools.wraps(original)
     def launched(*args: Any, **kwargs: Any) -> Any:
@@ -131,7 +131,7 @@ def _config(position: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     return config
 
 
-def _with_config(position: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], entry: Entry) -> Arguments:
+def _with_config(position: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], entry: ConfigDict) -> Arguments:
     if len(args) > position:
         return (*args[:position], dict(entry), *args[position + 1 :]), dict(kwargs)
     return args, {**kwargs, "config": dict(entry)}
@@ -146,8 +146,8 @@ def _key(position: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
 
 
 def _known(
-    known: dict[Any, Entry | None], launcher: Launcher, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Entry | None:
+    known: dict[Any, ConfigDict | None], launcher: Launcher, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ConfigDict | None:
     if launcher.override():
         return None
     try:
@@ -166,7 +166,7 @@ def _known(
 
 def _smaller(
     launcher: Launcher, args: tuple[Any, ...], kwargs: Mapping[str, Any], refused: Exception
-) -> tuple[Entry, Any]:
+) -> tuple[ConfigDict, Any]:
     """The first smaller entry that Triton does not refuse, and what the launch with it returned.
 
     Raises:
@@ -177,7 +177,7 @@ def _smaller(
         raise refused
     asked = config_dict.tile_of(entry)
     for config in degraded(asked):
-        smaller = config_dict.resized(entry, config)
+        smaller = config_dict.resize(entry, config)
         try:
             once_more, named = _with_config(launcher.config_position, args, kwargs, smaller)
             result = launcher.function(*once_more, **named)

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 from sglang_moe_ext.core import MoEShape, TableError
 from sglang_moe_ext.engines import running
-from sglang_moe_ext.engines.lookup_args import Layer
+from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.engines.sglang import table_names
-from sglang_moe_ext.engines.sglang.hook_points import Targets
+from sglang_moe_ext.engines.sglang.hook_points import SglangHookPoints
 from sglang_moe_ext.serving.selection import SATURATED_TOKENS
 from sglang_moe_ext.serving.table_search import Place, Shelf, is_of
 from sglang_moe_ext.sorted_kernels import FIRST_SM, SortedPath
@@ -39,13 +39,16 @@ class Paths:
     """
 
     def __init__(
-        self, engine: Targets, places: Callable[[], Sequence[Place]], shelf_of: Callable[[Layer], Shelf | None]
+        self,
+        engine: SglangHookPoints,
+        places: Callable[[], Sequence[Place]],
+        shelf_of: Callable[[LookupLayer], Shelf | None],
     ) -> None:
         self._engine, self._places, self._shelf_of = engine, places, shelf_of
-        self._tables: dict[Layer, PathTable] = {}
+        self._tables: dict[LookupLayer, PathTable] = {}
         self._declined: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
 
-    def of(self, layer: Layer, tokens: int) -> SortedPath | None:
+    def of(self, layer: LookupLayer, tokens: int) -> SortedPath | None:
         """What runs in place of the engine's own kernels, before anything is known of the batch but its size."""
         if (layer.w1_shape, layer.w2_shape) in self._declined or self._engine.is_deterministic():
             return None
@@ -59,11 +62,11 @@ class Paths:
         self._declined.add((w1_shape, w2_shape))
         return is_new
 
-    def _table(self, layer: Layer) -> PathTable:
+    def _table(self, layer: LookupLayer) -> PathTable:
         shape, device_name, triton = layer.shape(), self._engine.device_name(), self._engine.triton
         if not is_on() or self._engine.sequence is None or shape is None or device_name is None or triton is None:
             return {}
-        gpu, shelf = running.gpu(device_name), self._shelf_of(layer)
+        gpu, shelf = running.running_gpu(device_name), self._shelf_of(layer)
         is_asked_for = shelf is not None and any(candidate.place.is_asked_for for candidate in shelf.candidates)
         if gpu is None or gpu.sm < FIRST_SM or is_asked_for:
             return {}

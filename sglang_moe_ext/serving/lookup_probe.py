@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang_moe_ext.core import MoEExtError
 from sglang_moe_ext.engines import lookup_probe
-from sglang_moe_ext.engines.lookup_args import Layer
+from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.engines.sglang import lookup_probe as sglang_lookup_probe
 from sglang_moe_ext.serving import attach
 from sglang_moe_ext.serving.attach import Engine
@@ -20,7 +20,9 @@ from sglang_moe_ext.serving.table_search import Place
 from sglang_moe_ext.tables import config_table
 
 
-def added(said: Mapping[str, Any], engine: Engine, layer: Layer, tokens: Sequence[int], places: Iterable[Place]) -> Any:
+def added(
+    said: Mapping[str, Any], engine: Engine, layer: LookupLayer, tokens: Sequence[int], places: Iterable[Place]
+) -> Any:
     """The answer with `plugin`, what became of our hooks, and `whys`, by M why it is not the engine's own choice.
 
     `said` may have `paths`, by M the path that runs in place of the engine's own kernels, which all else is about.
@@ -54,14 +56,14 @@ def _files(opened: Sequence[str], taken: Mapping[int, Choice], places: Iterable[
 def main() -> int:
     """Read the question from stdin, print the answer."""
     try:
-        engine, config = sglang_lookup_probe.imported()
+        engine, config = sglang_lookup_probe.import_engine()
         attach.attach(sys.modules[engine.layer_module], "doctor")
         request = json.load(sys.stdin)
-        said = sglang_lookup_probe.answer(engine, config, request)
+        said = sglang_lookup_probe.look_up(engine, config, request)
         layer, tokens = lookup_probe.layer_of(request), request["tokens"]
         if paths := {m: str(path) for m, path in attach.paths(layer, tokens).items() if path is not None}:
             attach.decline_path(layer)
-            said = {**sglang_lookup_probe.answer(engine, config, request), "paths": paths}
+            said = {**sglang_lookup_probe.look_up(engine, config, request), "paths": paths}
         print(json.dumps(added(said, "sglang", layer, tokens, places(engine))))
     except MoEExtError as error:
         print(error, file=sys.stderr)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from sglang_moe_ext.core import Table, TileConfig
 from sglang_moe_ext.engines import running
-from sglang_moe_ext.engines.lookup_args import Layer
+from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.serving import table_search
 from sglang_moe_ext.serving.table_search import Candidate, Place, Shelf
 from sglang_moe_ext.tables import config_table
@@ -151,10 +151,10 @@ class Choices:
 
     def __init__(self, engine: Engine, places: Callable[[], Sequence[Place]]) -> None:
         self._engine, self._places = engine, places
-        self._shelves: dict[Layer, Shelf | None] = {}
-        self._said: set[tuple[Layer, str]] = set()
+        self._shelves: dict[LookupLayer, Shelf | None] = {}
+        self._said: set[tuple[LookupLayer, str]] = set()
 
-    def of(self, layer: Layer, tokens: int) -> Choice:
+    def of(self, layer: LookupLayer, tokens: int) -> Choice:
         """Which configuration runs, before any guard looks at it."""
         if self._engine.is_deterministic():
             return Engines("deterministic inference reads no table")
@@ -163,21 +163,21 @@ class Choices:
             return Engines("no tables are known for this kind of layer or GPU")
         return chosen(found, tokens)
 
-    def known_shelf(self, layer: Layer) -> Shelf | None:
+    def known_shelf(self, layer: LookupLayer) -> Shelf | None:
         """The tables for it, read once."""
         if layer not in self._shelves:
             self._shelves[layer] = self.shelf(layer)
         return self._shelves[layer]
 
-    def shelf(self, layer: Layer, *, any_layer: bool = False) -> Shelf | None:
+    def shelf(self, layer: LookupLayer, *, any_layer: bool = False) -> Shelf | None:
         """The tables for it, read now; None where it is of a kind, or on a GPU, that has none."""
         shape, device_name, triton = layer.shape(), self._engine.device_name(), self._engine.triton
         if shape is None or device_name is None or triton is None:
             return None
-        gpu = running.gpu(device_name)
+        gpu = running.running_gpu(device_name)
         return table_search.gathered(shape, device_name, gpu, triton, self._places(), any_layer=any_layer)
 
-    def say(self, layer: Layer, choice: Choice) -> None:
+    def say(self, layer: LookupLayer, choice: Choice) -> None:
         """One line for each reason of each layer."""
         if (layer, choice.why) not in self._said:
             self._said.add((layer, choice.why))

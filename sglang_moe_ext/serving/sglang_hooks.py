@@ -18,8 +18,8 @@ from sglang_moe_ext.engines import running
 from sglang_moe_ext.engines.sglang import config_dir as directory
 from sglang_moe_ext.engines.sglang import hook_points, kernel_sequence
 from sglang_moe_ext.engines.sglang import kernel_sequence as known_sequence
-from sglang_moe_ext.engines.sglang.hook_points import Targets
-from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.engines.sglang.hook_points import SglangHookPoints
+from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.serving import guard, sglang_lookup_hook
 from sglang_moe_ext.serving.guard import Launcher, warn_once
 from sglang_moe_ext.serving.table_search import Place
@@ -33,7 +33,7 @@ _OUT_OF_MEMORY = "OutOfMemoryError"
 """Torch's, which says something of this moment, and nothing of the layer."""
 
 
-def sequence_hook(engine: Targets, original: Callable[..., Any], decline: Declines) -> Callable[..., Any]:
+def sequence_hook(engine: SglangHookPoints, original: Callable[..., Any], decline: Declines) -> Callable[..., Any]:
     """A function to stand where `engine.sequence` stood.
 
     Nothing that the engine's kernels read is written before our last kernel, so whatever fails, theirs can still run.
@@ -45,7 +45,7 @@ def sequence_hook(engine: Targets, original: Callable[..., Any], decline: Declin
 
     @functools.wraps(original)
     def _fused_moe_kernel_sequence(*args: Any, **kwargs: Any) -> Any:
-        path = kernel_sequence.path_of(args, kwargs)
+        path = kernel_sequence.plan_of(args, kwargs)
         if path is None or is_traced():
             return original(*args, **kwargs)
         try:
@@ -68,7 +68,7 @@ def sequence_hook(engine: Targets, original: Callable[..., Any], decline: Declin
 ENGINE = "sglang"
 
 
-def places(engine: Installation) -> list[Place]:
+def places(engine: SglangInstallation) -> list[Place]:
     """In order. A folder that the user names to the engine takes the place of the engine's own."""
     named, own = os.environ.get(directory.VARIABLE), user_store.root_if_any()
     tuned = package_data.folder("tuned_configs")
@@ -101,7 +101,7 @@ def put_in(layer: ModuleType, way: str) -> sglang_lookup_hook.Resolver:
     Raises:
         EngineError: something of the engine is not as it was.
     """
-    engine = _with_known_sequence(hook_points.found(layer))
+    engine = _with_known_sequence(hook_points.locate(layer))
     resolver = sglang_lookup_hook.Resolver(engine, lambda: places(engine.engine), lambda: _first_call(engine, way))
     launcher = Launcher(engine.launch, hook_points.CONFIG_POSITION, engine.override)
     replaced = [
@@ -115,7 +115,7 @@ def put_in(layer: ModuleType, way: str) -> sglang_lookup_hook.Resolver:
     return resolver
 
 
-def _with_known_sequence(engine: Targets) -> Targets:
+def _with_known_sequence(engine: SglangHookPoints) -> SglangHookPoints:
     """Without the sequence of kernels where it takes other arguments: all else can still be put in."""
     try:
         if engine.sequence is not None:
@@ -126,7 +126,7 @@ def _with_known_sequence(engine: Targets) -> Targets:
     return engine
 
 
-def _first_call(engine: Targets, way: str) -> None:
+def _first_call(engine: SglangHookPoints, way: str) -> None:
     """A layer runs: the server's log is open, and all of the engine has been imported."""
     log.info("sglang-moe-ext %s is active in SGLang %s, by %s", __version__, engine.engine.version_text, way)
     if os.environ.get(CAPTURE):

@@ -9,9 +9,9 @@ from typing import Any
 
 from sglang_moe_ext.core import TileConfig
 from sglang_moe_ext.engines import config_dict, lookup_args, running
-from sglang_moe_ext.engines.config_dict import Entry, WithPath
-from sglang_moe_ext.engines.lookup_args import Layer
-from sglang_moe_ext.engines.sglang.hook_points import Targets
+from sglang_moe_ext.engines.config_dict import ConfigDict, ConfigWithPlan
+from sglang_moe_ext.engines.lookup_args import LookupLayer
+from sglang_moe_ext.engines.sglang.hook_points import SglangHookPoints
 from sglang_moe_ext.serving.guard import Guard, warn_once
 from sglang_moe_ext.serving.kernel_selection import Paths
 from sglang_moe_ext.serving.selection import Choice, Choices, Default, Engines, Ours
@@ -29,15 +29,15 @@ class Answer:
     `path`: what runs instead of the engine's own kernels, which both entries are for.
     """
 
-    up: Entry
-    down: Entry | None
+    up: ConfigDict
+    down: ConfigDict | None
     most_block_m: int | None
     path: SortedPath | None = None
 
-    def down_to_hand_on(self) -> Entry | None:
+    def down_to_hand_on(self) -> ConfigDict | None:
         """A fresh entry of the down GEMM."""
         if self.down is not None and self.path is not None:
-            return WithPath(self.down, self.path)
+            return ConfigWithPlan(self.down, self.path)
         return None if self.down is None else self.down.copy()
 
 
@@ -49,7 +49,7 @@ Answers = dict[Any, Answer]
 class Call:
     """One call of the lookup. `wants_down`: it asks for the entry of the down projection too."""
 
-    layer: Layer
+    layer: LookupLayer
     tokens: int
     is_marlin: bool
     wants_down: bool
@@ -59,7 +59,7 @@ class Resolver:
     """Finds answers: reads the tables of a layer when it first asks, and says in a line what it found."""
 
     def __init__(
-        self, engine: Targets, places: Callable[[], Sequence[Place]], at_first_call: Callable[[], None]
+        self, engine: SglangHookPoints, places: Callable[[], Sequence[Place]], at_first_call: Callable[[], None]
     ) -> None:
         self._engine, self._choices = engine, Choices(engine, places)
         self._at_first_call: Callable[[], None] | None = at_first_call
@@ -76,8 +76,8 @@ class Resolver:
         match choice:
             case Ours(up, down, most_block_m):
                 answer = Answer(
-                    config_dict.entry_of(up),
-                    config_dict.entry_of(down) if down is not None else None,
+                    config_dict.config_dict_of(up),
+                    config_dict.config_dict_of(down) if down is not None else None,
                     most_block_m if down is not None else None,
                 )
             case Default():
@@ -85,7 +85,7 @@ class Resolver:
             case Engines():
                 answer = self._of_engine(call, original)
         if not call.wants_down:  # whoever asks so hands the entry to the kernel as it is, and that knows no USE_TMA
-            answer = replace(answer, up=config_dict.without_tma(answer.up))
+            answer = replace(answer, up=config_dict.drop_tma(answer.up))
         elif (path := self.path(call.layer, call.tokens)) is not None:
             answer = _behind(path, answer)
         return self._safe(answer, call.layer)
@@ -104,11 +104,11 @@ class Resolver:
             warn_once(f"the engine's default runs, its own lookup failed: {type(error).__name__}: {error}")
             return answer
 
-    def choice(self, layer: Layer, tokens: int) -> Choice:
+    def choice(self, layer: LookupLayer, tokens: int) -> Choice:
         """Which configuration runs, before the guard looks at it."""
         return self._choices.of(layer, tokens)
 
-    def path(self, layer: Layer, tokens: int) -> SortedPath | None:
+    def path(self, layer: LookupLayer, tokens: int) -> SortedPath | None:
         """What runs in place of the engine's own kernels, before anything is known of the batch but its size."""
         return self._paths.of(layer, tokens)
 
@@ -117,12 +117,12 @@ class Resolver:
         if self._paths.decline(w1_shape, w2_shape):
             self.answers.clear()
 
-    def _safe(self, answer: Answer, layer: Layer) -> Answer:
+    def _safe(self, answer: Answer, layer: LookupLayer) -> Answer:
         shape, device_name = layer.shape(), self._engine.device_name()
         if shape is None or device_name is None:
             return answer
         if device_name not in self._guards:
-            self._guards[device_name] = Guard(self._engine.engine.version, running.gpu(device_name))
+            self._guards[device_name] = Guard(self._engine.engine.version, running.running_gpu(device_name))
         guard = self._guards[device_name]
         down = None if answer.down is None else guard.safe(answer.down, shape, "down")
         return replace(answer, up=guard.safe(answer.up, shape, "up"), down=down)
@@ -133,7 +133,7 @@ def _behind(path: SortedPath, answer: Answer) -> Answer:
     if answer.up["BLOCK_SIZE_M"] == path.block_m and answer.down is not None:
         return replace(answer, path=path)
     known = path.up if isinstance(path.up, TileConfig) else config_dict.tile_of(answer.up)
-    entry = config_dict.entry_of(replace(known, block_m=path.block_m, use_tma=False))
+    entry = config_dict.config_dict_of(replace(known, block_m=path.block_m, use_tma=False))
     return Answer(entry, dict(entry), path.block_m, path)
 
 
@@ -145,7 +145,7 @@ def of_engine(returned: Any, wants_down: bool) -> Answer:
     return Answer(up, down, most_block_m)
 
 
-def lookup_hook(engine: Targets, resolve: Resolver) -> Callable[..., Any]:
+def lookup_hook(engine: SglangHookPoints, resolve: Resolver) -> Callable[..., Any]:
     """A function to stand where `engine.lookup` stood. It never raises where that would not have."""
     original, answers = engine.lookup, resolve.answers
 
@@ -178,7 +178,7 @@ def lookup_hook(engine: Targets, resolve: Resolver) -> Callable[..., Any]:
         if rest or engine.override():
             return original(w1_shape, w2_shape, top_k, dtype, M, is_marlin, block_shape, *rest, **named)
         if answer is None:
-            layer = lookup_args.layer_of(w1_shape, w2_shape, top_k, dtype, block_shape, per_channel)
+            layer = lookup_args.lookup_layer(w1_shape, w2_shape, top_k, dtype, block_shape, per_channel)
             answer = resolved(
                 Call(layer, M, is_marlin, wants_down),
                 lambda: original(w1_shape, w2_shape, top_k, dtype, M, is_marlin, block_shape, **named),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sglang_moe_ext.core import Gpu, MoEShape, Table, TableError
 from sglang_moe_ext.engines.sglang import table_names
-from sglang_moe_ext.engines.table_names import Dialect
+from sglang_moe_ext.engines.table_names import TableNaming
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tables import config_table, provenance
 from sglang_moe_ext.tables.provenance import Provenance
@@ -32,7 +32,7 @@ class Place:
     is_engines: bool = False
     is_asked_for: bool = False
     is_flat: bool = False
-    dialect: Dialect = table_names.DIALECT
+    dialect: TableNaming = table_names.NAMING
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def gathered(
     return Shelf(tuple(found))
 
 
-def _told_apart(names: Sequence[str], shape: MoEShape, dialect: Dialect) -> list[str]:
+def _told_apart(names: Sequence[str], shape: MoEShape, dialect: TableNaming) -> list[str]:
     """The GPUs whose tables have names of their own: all H200 are one to vLLM."""
     first = {dialect.file_name(dialect.key(shape, name)): name for name in reversed(names)}
     return list(reversed(first.values()))

@@ -13,11 +13,11 @@ from typing import Any
 
 from sglang_moe_ext import __version__, package_data
 from sglang_moe_ext.engines import running
-from sglang_moe_ext.engines.config_dict import Entry
+from sglang_moe_ext.engines.config_dict import ConfigDict
 from sglang_moe_ext.engines.vllm import hook_points, launch_args, support
-from sglang_moe_ext.engines.vllm.hook_points import Targets
-from sglang_moe_ext.engines.vllm.installation import VARIABLE, Installation
-from sglang_moe_ext.engines.vllm.table_names import DIALECT
+from sglang_moe_ext.engines.vllm.hook_points import VllmHookPoints
+from sglang_moe_ext.engines.vllm.installation import VARIABLE, VllmInstallation
+from sglang_moe_ext.engines.vllm.table_names import NAMING
 from sglang_moe_ext.serving import guard, vllm_lookup_hook
 from sglang_moe_ext.serving.guard import Launcher, fitting, warn_once
 from sglang_moe_ext.serving.table_search import Place
@@ -25,7 +25,7 @@ from sglang_moe_ext.serving.vllm_lookup_hook import Overlay
 from sglang_moe_ext.tables import user_store
 
 
-def places(engine: Installation) -> list[Place]:
+def places(engine: VllmInstallation) -> list[Place]:
     """In order. What SGLang's tables are worth to vLLM nobody has measured: `export` makes them into tables of vLLM's.
 
     The engine's variable is read and never set, since a value of it has LoRA layers ask for other tables.
@@ -34,14 +34,14 @@ def places(engine: Installation) -> list[Place]:
     tuned = package_data.folder("tuned_configs")
     return [
         *([] if named is None else [_flat("your", Path(named), is_asked_for=True)]),
-        *([] if own is None else [Place("your", own / "tables" / "vllm", dialect=DIALECT)]),
-        *([] if tuned is None else [Place("the shipped", tuned / "vllm", dialect=DIALECT)]),
+        *([] if own is None else [Place("your", own / "tables" / "vllm", dialect=NAMING)]),
+        *([] if tuned is None else [Place("the shipped", tuned / "vllm", dialect=NAMING)]),
         _flat("the engine's", engine.configs_folder),
     ]
 
 
 def _flat(name: str, root: Path, *, is_asked_for: bool = False) -> Place:
-    return Place(name, root, is_engines=True, is_asked_for=is_asked_for, is_flat=True, dialect=DIALECT)
+    return Place(name, root, is_engines=True, is_asked_for=is_asked_for, is_flat=True, dialect=NAMING)
 
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def put_in(layer: ModuleType, way: str) -> Overlay:
     Raises:
         EngineError: something of the engine is not as it was.
     """
-    engine = hook_points.found(layer)
+    engine = hook_points.locate(layer)
     line = Line(engine, way)
     overlay = Overlay(engine, lambda: places(engine.engine), line.looked_up)
     replaced = [
@@ -78,18 +78,18 @@ def put_in(layer: ModuleType, way: str) -> Overlay:
     return overlay
 
 
-def _launcher(engine: Targets, function: Callable[..., Any]) -> Launcher:
+def _launcher(engine: VllmHookPoints, function: Callable[..., Any]) -> Launcher:
     signature = inspect.signature(function)
 
-    def fitted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry | None:
+    def fitted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ConfigDict | None:
         """A launch tells int8 from bf16, which a call of the lookup does not."""
         arguments = signature.bind(*args, **kwargs).arguments
         entry, device_name = arguments["config"], engine.device_name()
         if device_name is None or "BLOCK_SIZE_N" not in entry:
             return None
         shape = launch_args.shape_of(arguments)
-        runs = launch_args.clamped(entry, shape)
-        smaller = fitting(runs, shape, running.gpu(device_name))
+        runs = launch_args.clamp_to_block(entry, shape)
+        smaller = fitting(runs, shape, running.running_gpu(device_name))
         return None if smaller is runs else smaller
 
     return Launcher(function, hook_points.CONFIG_POSITION, engine.override, fitted)
@@ -98,7 +98,7 @@ def _launcher(engine: Targets, function: Callable[..., Any]) -> Launcher:
 class Line:
     """What a log says once for each kind of experts: who is active, with which tables, and whether those matter."""
 
-    def __init__(self, engine: Targets, way: str) -> None:
+    def __init__(self, engine: VllmHookPoints, way: str) -> None:
         self._engine, self._way = engine, way
         self._said: set[str] = set()
 

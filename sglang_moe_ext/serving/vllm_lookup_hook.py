@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_moe_ext.engines import config_dict, lookup_args
-from sglang_moe_ext.engines.config_dict import Entry
-from sglang_moe_ext.engines.lookup_args import Layer
-from sglang_moe_ext.engines.vllm.hook_points import Targets
-from sglang_moe_ext.engines.vllm.launch_args import entry_of
+from sglang_moe_ext.engines.config_dict import ConfigDict
+from sglang_moe_ext.engines.lookup_args import LookupLayer
+from sglang_moe_ext.engines.vllm.hook_points import VllmHookPoints
+from sglang_moe_ext.engines.vllm.launch_args import config_dict_of
 from sglang_moe_ext.serving import selection
 from sglang_moe_ext.serving.guard import warn_once
 from sglang_moe_ext.serving.selection import Choice, Choices, Default, Engines, Ours
 from sglang_moe_ext.serving.table_search import Place
 
-Rows = dict[int, Entry] | None
+Rows = dict[int, ConfigDict] | None
 """A table as the engine has it; None: its default runs."""
 Key = tuple[int, Any, Any, int, str | None, tuple[int, ...] | None]
 """Of a call of the lookup: M, shapes of w1 and w2, top_k, dtype and block."""
@@ -36,7 +36,7 @@ _MOST_ANSWERS = 65536
 class Call:
     """For whom the engine's own lookup asks for a table."""
 
-    layer: Layer
+    layer: LookupLayer
     tokens: int
 
 
@@ -44,27 +44,27 @@ class Overlay:
     """Answers the engine's question for a table, and remembers what its lookup made of that."""
 
     def __init__(
-        self, engine: Targets, places: Callable[[], Sequence[Place]], at_first_call: Callable[[], None]
+        self, engine: VllmHookPoints, places: Callable[[], Sequence[Place]], at_first_call: Callable[[], None]
     ) -> None:
         self._engine, self._choices, self._at_first_call = engine, Choices(engine, places), at_first_call
         self._asking = threading.local()
-        self.answers: dict[Key, Entry] = {}
+        self.answers: dict[Key, ConfigDict] = {}
 
-    def choice(self, layer: Layer, tokens: int) -> Choice:
+    def choice(self, layer: LookupLayer, tokens: int) -> Choice:
         """Which configuration runs, before the guard looks at it."""
         if self._engine.runs_cuda(layer, tokens):
             return Engines("a CUDA kernel runs it, for which no table of ours is")
         return self._choices.of(layer, tokens)
 
-    def answered(self, key: Key, own: Callable[[], Entry]) -> Entry:
+    def answered(self, key: Key, own: Callable[[], ConfigDict]) -> ConfigDict:
         """What the engine's own lookup returns, while the tables that it asks us for are for that call."""
         tokens, *of_layer = key
         try:
-            call = Call(lookup_args.layer_of(*of_layer), tokens)
+            call = Call(lookup_args.lookup_layer(*of_layer), tokens)
         except (TypeError, ValueError, IndexError):  # shapes that are none
             return own()
         with self._asking_for(call):
-            entry = config_dict.without_tma(own())
+            entry = config_dict.drop_tma(own())
         if len(self.answers) >= _MOST_ANSWERS:
             self.answers.clear()
         self.answers[key] = entry
@@ -78,7 +78,7 @@ class Overlay:
         finally:
             self._asking.call = before
 
-    def rows(self, named: Layer, own: Callable[[], Rows]) -> Rows:
+    def rows(self, named: LookupLayer, own: Callable[[], Rows]) -> Rows:
         """The table for the call that is asking, or for a layer of which only its names are known."""
         call: Call | None = getattr(self._asking, "call", None)
         if call is None:
@@ -88,18 +88,18 @@ class Overlay:
         self._choices.say(call.layer, choice)
         match choice:
             case Ours(up):
-                return {call.tokens: entry_of(up)}
+                return {call.tokens: config_dict_of(up)}
             case Default():
                 return None
             case Engines():
                 return _unless_broken(own)
 
-    def _whole(self, named: Layer, own: Callable[[], Rows]) -> Rows:
+    def _whole(self, named: LookupLayer, own: Callable[[], Rows]) -> Rows:
         if self._engine.is_deterministic():
             return own()
         shelf = self._choices.shelf(named, any_layer=True)
         table = None if shelf is None else selection.first(shelf)
-        return _unless_broken(own) if table is None else {m: entry_of(config) for m, config in table.up.items()}
+        return _unless_broken(own) if table is None else {m: config_dict_of(config) for m, config in table.up.items()}
 
     def forget(self) -> None:
         """Read all tables anew."""
@@ -116,7 +116,7 @@ def _unless_broken(own: Callable[[], Rows]) -> Rows:
         return None
 
 
-def table(engine: Targets, overlay: Overlay) -> Callable[..., Any]:
+def table(engine: VllmHookPoints, overlay: Overlay) -> Callable[..., Any]:
     """A function to stand where `engine.table` stood, before its cache. It never raises where that would not have."""
     original = engine.table
 
@@ -134,7 +134,7 @@ def table(engine: Targets, overlay: Overlay) -> Callable[..., Any]:
 
         try:
             block = (block_n, block_k) if block_n and block_k else None
-            return overlay.rows(lookup_args.layer_named(E, N, dtype, block), own)
+            return overlay.rows(lookup_args.layer_from_name(E, N, dtype, block), own)
         except Exception as error:  # whatever is broken here, the engine's own lookup runs
             warn_once(f"the engine's own tables are taken, ours failed: {type(error).__name__}: {error}")
             return own()
@@ -149,7 +149,7 @@ def table(engine: Targets, overlay: Overlay) -> Callable[..., Any]:
     return get_moe_configs
 
 
-def lookup(engine: Targets, overlay: Overlay) -> Callable[..., Any]:
+def lookup(engine: VllmHookPoints, overlay: Overlay) -> Callable[..., Any]:
     """A function to stand where `engine.lookup` stood. It never raises where that would not have."""
     original, answers = engine.lookup, overlay.answers
 

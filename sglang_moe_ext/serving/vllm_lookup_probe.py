@@ -16,10 +16,10 @@ from sglang_moe_ext.serving.vllm_hooks import places
 def main() -> int:
     """Read the question from stdin, print the answer."""
     try:
-        engine, module = vllm_lookup_probe.imported()
+        engine, module = vllm_lookup_probe.import_engine()
         attach.attach(sys.modules[LAYER_MODULE], "doctor")
         request = json.load(sys.stdin)
-        said = vllm_lookup_probe.answer(engine, module, request)
+        said = vllm_lookup_probe.look_up(engine, module, request)
         layer = vllm_lookup_probe.layer_of(request)
         print(json.dumps(serving_lookup_probe.added(said, "vllm", layer, request["tokens"], places(engine))))
     except MoEExtError as error:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sglang_moe_ext.core import EngineError, MoEShape
-from sglang_moe_ext.engines.adapter import EngineName, Tunable
+from sglang_moe_ext.engines.adapter import EngineAdapter, EngineName
 from sglang_moe_ext.engines.sglang import config_dir
 from sglang_moe_ext.engines.sglang import table_names as sglang_names
-from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.engines.vllm import installation as vllm
 from sglang_moe_ext.tables import files, user_store
 
@@ -65,7 +65,9 @@ def _configs(root: Path, triton: str) -> Path:
     return root / "configs" / sglang_names.version_folder(triton)
 
 
-def chosen(install: Install, output_dir: Path | None, engine: Installation | None, triton: str) -> Destination | None:
+def chosen(
+    install: Install, output_dir: Path | None, engine: SglangInstallation | None, triton: str
+) -> Destination | None:
     """The place that a server will read, or None where the user's own store is the only one.
 
     Raises:
@@ -96,7 +98,7 @@ def chosen(install: Install, output_dir: Path | None, engine: Installation | Non
     return _overlay(engine, triton, "")
 
 
-def _overlay(engine: Installation, triton: str, why: str) -> Destination:
+def _overlay(engine: SglangInstallation, triton: str, why: str) -> Destination:
     root = config_dir.place(engine)
     config_dir.build(root, engine.configs_root)
     note = f"{why}start the server with {config_dir.VARIABLE}={root}"
@@ -104,7 +106,7 @@ def _overlay(engine: Installation, triton: str, why: str) -> Destination:
 
 
 def chosen_of_vllm(
-    install: Install, output_dir: Path | None, engine: vllm.Installation | None, triton: str
+    install: Install, output_dir: Path | None, engine: vllm.VllmInstallation | None, triton: str
 ) -> Destination | None:
     """The folder that a server of vLLM will read, or None where the user's own store is the only place.
 
@@ -135,7 +137,7 @@ CHOSEN: Mapping[EngineName, Callable[[Install, Path | None, Any, str], Destinati
 """By engine, where the tables of an installation of it go."""
 
 
-def table_names(tunable: Tunable, shape: MoEShape, device_name: str) -> dict[bool, str]:
+def table_names(tunable: EngineAdapter, shape: MoEShape, device_name: str) -> dict[bool, str]:
     """File names of the up table (False), and of the table for the down projection (True) where the engine has such."""
     which = (False, True) if tunable.HAS_DOWN_TABLES else (False,)
     return {down: tunable.file_name(tunable.table_key(shape, device_name, down=down)) for down in which}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from sglang_moe_ext.core import EngineError, TileConfig
 from sglang_moe_ext.engines import installed
-from sglang_moe_ext.engines.adapter import Asked, Installation
-from sglang_moe_ext.engines.lookup_probe import Answer
+from sglang_moe_ext.engines.adapter import InstallationLike, ProbeLike
+from sglang_moe_ext.engines.lookup_probe import LookupResult
 from sglang_moe_ext.tables import kernel_table, merge, provenance
 from sglang_moe_ext.tables.kernel_table import PathTable
 from sglang_moe_ext.tables.merge import Refused, Stored
@@ -42,11 +42,11 @@ class Outcome:
     written: tuple[Path, ...]
     refused: dict[Path, str]
     destination: Destination | None
-    answer: Answer | None
+    answer: LookupResult | None
     kernel: KernelSource
 
 
-def destination_of(request: Request, engine: Installation | None) -> Destination | None:
+def destination_of(request: Request, engine: InstallationLike | None) -> Destination | None:
     """Where the tables will go for a server to read, or None where the user's own store is the only place.
 
     Raises:
@@ -90,7 +90,7 @@ def run(request: Request, progress: Progress) -> Outcome:
     kernel_table.read(_paths_file(request, triton))
     with ExitStack() as processes:
 
-        def ask_later(environment: dict[str, str]) -> Asked:
+        def ask_later(environment: dict[str, str]) -> ProbeLike:
             return processes.enter_context(closing(request.tunable.asked(verify_install.environment(environment))))
 
         today = None if engine is None else ask_later({} if destination is None else destination.environment_today)
@@ -129,7 +129,7 @@ def run(request: Request, progress: Progress) -> Outcome:
     )
 
 
-def _refuse_to_shadow(engine: str, answer: Answer) -> None:
+def _refuse_to_shadow(engine: str, answer: LookupResult) -> None:
     """A prediction under the running Triton's name would hide a table that was measured under another's.
 
     Raises:
@@ -148,7 +148,7 @@ def _predicted(
     request: Request,
     kept: tuple[TileConfig, ...],
     destination: Destination | None,
-    today: Asked | None,
+    today: ProbeLike | None,
     source: KernelSource,
     progress: Progress,
 ) -> dict[int, Predicted]:
@@ -195,7 +195,7 @@ def _put_paths(request: Request, table: PathTable, triton: str) -> list[Path]:
     return [file]
 
 
-def _ours_to_say(request: Request, engine: Installation | None, results: Results) -> Iterable[int]:
+def _ours_to_say(request: Request, engine: InstallationLike | None, results: Results) -> Iterable[int]:
     """The numbers of tokens of which this run knows best whether our own path is to run."""
     can_run = engine is not None and request.tunable.has_own_path(engine.version, request.gpu.sm)
     return results if request.measuring is not None and can_run else ()
@@ -218,9 +218,9 @@ def _proven(
     request: Request,
     stored: dict[Path, Stored | Refused],
     destination: Destination,
-    proof: Asked,
+    proof: ProbeLike,
     progress: Progress,
-) -> Answer | None:
+) -> LookupResult | None:
     """The engine's own answer to what was written, None where nothing was."""
     names = install_target.table_names(request.tunable, request.shape, request.gpu.device_name)
     files = {down: destination.folder / name for down, name in names.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sglang_moe_ext.core import CompileJob, Gpu, GpuError, ModelError, MoEShape, TileConfig
-from sglang_moe_ext.engines.adapter import Tunable
+from sglang_moe_ext.engines.adapter import EngineAdapter
 from sglang_moe_ext.engines.registry import SGLANG
 from sglang_moe_ext.gpu.roofline import pair_floor_us
 from sglang_moe_ext.tuning.bench.messages import Pair
@@ -46,7 +46,7 @@ class Plan:
     estimated_s: float
 
 
-def sifted(shape: MoEShape, gpu: Gpu, engine: Tunable = SGLANG) -> space.Sifted:
+def sifted(shape: MoEShape, gpu: Gpu, engine: EngineAdapter = SGLANG) -> space.Sifted:
     """The candidates that no rule drops.
 
     Raises:

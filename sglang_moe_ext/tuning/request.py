@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_moe_ext.core import Gpu, MoEShape, Projection
-from sglang_moe_ext.engines.adapter import EngineName, Tunable
+from sglang_moe_ext.engines.adapter import EngineAdapter, EngineName
 from sglang_moe_ext.engines.registry import ENGINES
 from sglang_moe_ext.tuning.bench.routing import Source
 from sglang_moe_ext.tuning.install_target import Install
@@ -59,6 +59,6 @@ class Request:
     engine: EngineName = "sglang"
 
     @property
-    def tunable(self) -> Tunable:
+    def tunable(self) -> EngineAdapter:
         """The engine that is tuned."""
         return ENGINES[self.engine]

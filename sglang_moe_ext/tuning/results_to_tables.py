@@ -13,7 +13,7 @@ from typing import Any
 from sglang_moe_ext import __version__
 from sglang_moe_ext.core import MoEShape, Origin, Table
 from sglang_moe_ext.engines import installed
-from sglang_moe_ext.engines.adapter import Installation
+from sglang_moe_ext.engines.adapter import InstallationLike
 from sglang_moe_ext.gpu.roofline import pair_floor_us
 from sglang_moe_ext.sorted_kernels import SortedPath
 from sglang_moe_ext.tables import kernel_table
@@ -30,7 +30,7 @@ from sglang_moe_ext.tuning.transfer import Source
 Results = Mapping[int, Predicted] | Mapping[int, Measured[Pair]]
 
 
-def circumstances(request: Request, engine: Installation | None, kernel: str) -> Run:
+def circumstances(request: Request, engine: InstallationLike | None, kernel: str) -> Run:
     """Where, when and with what the run takes place."""
     return Run(
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sglang_moe_ext.core import EngineError, Table, TileConfig
-from sglang_moe_ext.engines.adapter import Asked
-from sglang_moe_ext.engines.lookup_probe import Answer, Question
+from sglang_moe_ext.engines.adapter import ProbeLike
+from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.tables import config_table
 from sglang_moe_ext.tuning.bench.messages import Pair
 from sglang_moe_ext.tuning.request import Request
@@ -33,17 +33,17 @@ def environment(variables: Mapping[str, str]) -> dict[str, str]:
     return {**os.environ, **variables}
 
 
-def question(request: Request, tokens: Sequence[int] | None = None) -> Question:
+def question(request: Request, tokens: Sequence[int] | None = None) -> LookupRequest:
     """What the engine takes for the layer; where the GPU is not here, it is told to believe in it."""
-    return Question(request.shape, tokens or request.tokens, None if request.gpu_is_here else request.gpu)
+    return LookupRequest(request.shape, tokens or request.tokens, None if request.gpu_is_here else request.gpu)
 
 
-def pairs_of(answer: Answer) -> dict[int, Pair]:
+def pairs_of(answer: LookupResult) -> dict[int, Pair]:
     """The configurations of both GEMMs; without a table for the down projection the engine runs the up projection's."""
     return {m: {"up": up, "down": answer.down[m] or replace(up, use_tma=False)} for m, up in answer.up.items()}
 
 
-def prove(written: Written, request: Request, engine: Asked) -> Answer:
+def prove(written: Written, request: Request, engine: ProbeLike) -> LookupResult:
     """The engine's answer, when it is the one that the tables give.
 
     Raises:

@@ -28,7 +28,7 @@ from benchmarks.vs_upstream.report import Place
 from benchmarks.vs_upstream.timed_run import Line, Run
 from sglang_moe_ext.core import CompileJob, EngineError, Failure, ModelError, MoEShape, Quantisation, TileConfig
 from sglang_moe_ext.engines.sglang import lookup_probe
-from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tables import config_table
 from sglang_moe_ext.tuning.bench import routing
@@ -144,7 +144,7 @@ class FakeWorker:
 def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeWorker:
     """A place with an H200, an SGLang, our command and a worker, none of which is one."""
     gpu, fake = specs.find("H200"), FakeWorker()
-    place = Place(gpu, Installation("0.5.15", tmp_path, "3.6.0"), "2026-11-21", "the command")
+    place = Place(gpu, SglangInstallation("0.5.15", tmp_path, "3.6.0"), "2026-11-21", "the command")
     taken = lookup_probe.Answer("0.5.15", "3.6.0", gpu.device_name, {8: TODAYS}, {8: None}, (), ())
     command = tmp_path / "our_command.py"
     command.write_text(OUR_COMMAND, encoding="utf-8")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sglang_moe_ext.core import EngineError, MoEShape
-from sglang_moe_ext.engines.sglang.lookup_probe import Asked, Question
+from sglang_moe_ext.engines.sglang.lookup_probe import Question, SglangProbe
 from tests.engines.installed import REPO_ROOT
 
 CHATTER = """
@@ -31,7 +31,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 def test_a_chatty_engine_is_ready_before_it_is_asked(environment: dict[str, str]) -> None:
-    with closing(Asked(environment)):
+    with closing(SglangProbe(environment)):
         end = time.monotonic() + PATIENCE_S
         while not (said := Path(environment["SAID_IT_ALL"]).exists()) and time.monotonic() < end:
             time.sleep(0.02)
@@ -40,10 +40,10 @@ def test_a_chatty_engine_is_ready_before_it_is_asked(environment: dict[str, str]
 
 def test_the_last_line_of_a_chatty_engine_is_the_reason(environment: dict[str, str]) -> None:
     with pytest.raises(EngineError, match=r"^SGLang's own table lookup failed: SGLang is not installed in this env"):
-        Asked(environment).answer(Question(MoEShape(8, 64, 64, 2), (1,)))
+        SglangProbe(environment).answer(Question(MoEShape(8, 64, 64, 2), (1,)))
 
 
 def test_a_process_that_was_not_asked_ends_when_it_is_closed(environment: dict[str, str]) -> None:
-    asked = Asked(environment)
+    asked = SglangProbe(environment)
     asked.close()
     assert asked._child.returncode is not None

@@ -10,12 +10,12 @@ from sglang_moe_ext.core import GpuError
 from sglang_moe_ext.gpu import specs
 
 
-@pytest.mark.parametrize("name", specs.known())
+@pytest.mark.parametrize("name", specs.known_gpus())
 def test_a_gpu_is_found_by_the_name_that_torch_reports(name: str) -> None:
     assert specs.find(name).device_name == name
 
 
-@pytest.mark.parametrize("name", specs.known())
+@pytest.mark.parametrize("name", specs.known_gpus())
 def test_a_gpu_is_found_by_the_name_that_file_names_have(name: str) -> None:
     assert specs.find(name.replace(" ", "_")).device_name == name
 
@@ -51,15 +51,15 @@ def test_a_name_like_none_is_refused_with_examples(said: str) -> None:
 
 
 def test_no_two_gpus_share_a_plain_name() -> None:
-    assert len({specs._plain(name) for name in specs.known()}) == len(specs.known())
+    assert len({specs._plain(name) for name in specs.known_gpus()}) == len(specs.known_gpus())
 
 
 @pytest.mark.parametrize("alias", specs._ALIASES)
 def test_an_alias_hides_no_gpu(alias: str) -> None:
-    assert specs._plain(alias) not in {specs._plain(name) for name in specs.known()}
+    assert specs._plain(alias) not in {specs._plain(name) for name in specs.known_gpus()}
 
 
-@pytest.mark.parametrize("name", specs.known())
+@pytest.mark.parametrize("name", specs.known_gpus())
 def test_the_facts_of_a_gpu_are_those_of_its_architecture(name: str) -> None:
     gpu = specs.find(name)
     architecture = specs.ARCHITECTURES[gpu.sm]
@@ -69,7 +69,7 @@ def test_the_facts_of_a_gpu_are_those_of_its_architecture(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", specs.known())
+@pytest.mark.parametrize("name", specs.known_gpus())
 def test_a_gpu_has_an_fp8_rate_from_sm_89_on(name: str) -> None:
     gpu = specs.find(name)
     assert (gpu.fp8_tflops is not None) == (gpu.sm >= 89)
@@ -80,16 +80,16 @@ def described(**properties: int) -> object:
 
 
 def test_an_unlisted_gpu_takes_its_limits_from_the_driver() -> None:
-    gpu = specs.described("NVIDIA H100 New", described(shared_memory_per_block_optin=200_000))
+    gpu = specs.describe("NVIDIA H100 New", described(shared_memory_per_block_optin=200_000))
     assert gpu.smem_per_block == 200_000
 
 
 def test_an_unlisted_gpu_takes_its_rates_from_its_family_by_multiprocessors() -> None:
     relative = specs.find("H100")
-    gpu = specs.described("NVIDIA H100 New", described(multi_processor_count=relative.multiprocessors // 2))
+    gpu = specs.describe("NVIDIA H100 New", described(multi_processor_count=relative.multiprocessors // 2))
     assert gpu.bf16_tflops == relative.bf16_tflops / 2
 
 
 def test_an_unlisted_gpu_of_an_unknown_family_is_refused() -> None:
     with pytest.raises(GpuError, match="compute capability 75"):
-        specs.described("Tesla T4", described(major=7, minor=5))
+        specs.describe("Tesla T4", described(major=7, minor=5))

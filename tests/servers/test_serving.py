@@ -12,7 +12,7 @@ from tests.servers.runs import Run
 from tests.servers.server import Site
 
 VERSIONS = ("0.5.12", "0.5.15", "0.5.18", "0.5.20", "0.5.23")
-OURS = config_dict.entry_of(tables.OURS)
+OURS = config_dict.config_dict_of(tables.OURS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ def bare(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_the_entry_point_is_enough(bare: Run) -> None:
     assert bare.launches
-    assert [launch for launch in bare.launches if launch.config != config_dict.entry_of(tables.OURS)] == []
+    assert [launch for launch in bare.launches if launch.config != config_dict.config_dict_of(tables.OURS)] == []
 
 
 def test_the_log_says_that_the_entry_point_brought_us_in(bare: Run) -> None:
@@ -65,7 +65,7 @@ def test_the_log_says_that_the_entry_point_brought_us_in(bare: Run) -> None:
 
 def test_plugins_without_our_name_keep_us_out(two: Two) -> None:
     assert two.others.launches
-    assert [launch for launch in two.others.launches if launch.config == config_dict.entry_of(tables.OURS)] == []
+    assert [launch for launch in two.others.launches if launch.config == config_dict.config_dict_of(tables.OURS)] == []
 
 
 def test_kept_out_we_do_not_say_that_we_are_active(two: Two) -> None:

@@ -93,7 +93,7 @@ def test_whatever_is_broken_attaching_never_raises(
     def breaks(_: ModuleType) -> None:
         raise error
 
-    monkeypatch.setattr(hook_points, "found", breaks)
+    monkeypatch.setattr(hook_points, "locate", breaks)
     plugin.attach_engine(LAYER, "a test")
     assert f"is off, the engine runs as it is: {type(error).__name__}: broken" in caplog.text
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, load_file
 
 from sglang_moe_ext.core import MoEShape
-from sglang_moe_ext.engines.sglang.routing_hook import Batch
+from sglang_moe_ext.engines.sglang.routing_hook import RoutingBatch
 from sglang_moe_ext.serving import capture
 from sglang_moe_ext.serving.capture import VARIABLE, Bounds, Recorder, Table, Wish
 from sglang_moe_ext.tuning.bench import captured_routing, routing
@@ -213,7 +213,7 @@ class TestTheBound:
 
     def test_a_batch_that_would_not_be_kept_is_not_even_copied(self, tmp_path: Path) -> None:
         recorder = Recorder(Wish(tmp_path, max_files=1))
-        recorder.take(Batch(0, ids_of(50), None))
+        recorder.take(RoutingBatch(0, ids_of(50), None))
         wait_until(lambda: not recorder.wants(50, 400))
         assert recorder.wants(500, 4000)
 
@@ -223,7 +223,7 @@ class TestTheBound:
         monkeypatch.setattr(capture, "_MOST_WAITING_BYTES", 100)
         recorder = Recorder(Wish(tmp_path))
         for _ in range(3):
-            recorder.take(Batch(0, ids_of(50), None))
+            recorder.take(RoutingBatch(0, ids_of(50), None))
         assert recorder.dropped == 3
         assert len(caplog.records) == 1
 
@@ -233,7 +233,7 @@ class TestTheBound:
         monkeypatch.setattr(capture, "_MOST_WAITING_BYTES", 500)
         recorder = Recorder(Wish(tmp_path))
         for written in range(1, 4):
-            recorder.take(Batch(0, ids_of(50), None))
+            recorder.take(RoutingBatch(0, ids_of(50), None))
             wait_until(lambda written=written: len(rows_kept(tmp_path)) == written and not recorder._waiting_bytes)
         assert recorder.dropped == 0
 

@@ -100,7 +100,7 @@ def test_the_last_step_is_small_enough_for_any_gpu() -> None:
 @settings(deadline=None)
 @given(usual, shapes, st.sampled_from(["up", "down"]))
 def test_an_entry_that_fits_and_is_right_is_a_plain_copy(config: TileConfig, shape: MoEShape, of: Projection) -> None:
-    entry = config_dict.entry_of(dataclasses.replace(config, use_tma=False)) | {"waves_per_eu": 2}
+    entry = config_dict.config_dict_of(dataclasses.replace(config, use_tma=False)) | {"waves_per_eu": 2}
     safe = Guard(NEW, None).safe(entry, shape, of)
     assert safe == entry
     assert safe is not entry
@@ -112,7 +112,7 @@ def test_what_leaves_the_guard_fits_wherever_a_smaller_one_does(config: TileConf
     def fits(it: TileConfig) -> bool:
         return smem_bytes(it, shape, RTX_4090.sm) <= RTX_4090.smem_per_block
 
-    safe = Guard(NEW, RTX_4090).safe(config_dict.entry_of(config), shape, "up")
+    safe = Guard(NEW, RTX_4090).safe(config_dict.config_dict_of(config), shape, "up")
     assert fits(config_dict.tile_of(safe)) == any(map(fits, (config, *degraded(config))))
 
 
@@ -127,17 +127,17 @@ def test_a_single_stage_asks_for_what_the_compiler_says(quantisation: str, expec
 
 def test_the_crash_of_glm_4_7_flash_on_an_rtx_4090_is_a_configuration_that_fits() -> None:
     assert (smem_bytes(SEED, GLM, RTX_4090.sm), RTX_4090.smem_per_block) == (147_456, 101_376)
-    safe = config_dict.tile_of(Guard(NEW, RTX_4090).safe(config_dict.entry_of(SEED), GLM, "up"))
+    safe = config_dict.tile_of(Guard(NEW, RTX_4090).safe(config_dict.config_dict_of(SEED), GLM, "up"))
     assert safe == dataclasses.replace(SEED, num_stages=3)
     assert smem_bytes(safe, GLM, RTX_4090.sm) <= RTX_4090.smem_per_block
 
 
 def test_the_same_configuration_stays_as_it_is_on_an_h200() -> None:
-    assert Guard(NEW, H200).safe(config_dict.entry_of(SEED), GLM, "up") == config_dict.entry_of(SEED)
+    assert Guard(NEW, H200).safe(config_dict.config_dict_of(SEED), GLM, "up") == config_dict.config_dict_of(SEED)
 
 
 def test_what_else_an_entry_says_stays_when_it_is_made_smaller() -> None:
-    entry = config_dict.entry_of(SEED) | {"waves_per_eu": 2, "SPLIT_K": 1}
+    entry = config_dict.config_dict_of(SEED) | {"waves_per_eu": 2, "SPLIT_K": 1}
     safe = Guard(NEW, RTX_4090).safe(entry, GLM, "up")
     assert safe == entry | {"num_stages": 3}
 
@@ -149,7 +149,7 @@ def test_an_entry_without_stages_is_held_against_what_triton_takes() -> None:
 
 def test_what_was_made_smaller_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(3):
-        Guard(NEW, RTX_4090).safe(config_dict.entry_of(SEED), GLM, "up")
+        Guard(NEW, RTX_4090).safe(config_dict.config_dict_of(SEED), GLM, "up")
     (line,) = caplog.messages
     assert "147456 B" in line
     assert "101376 B" in line
@@ -161,7 +161,7 @@ UP_IS_WRONG = {"int4-group"}
 
 @pytest.mark.parametrize("name", QUANTISATIONS)
 def test_tma_of_the_down_projection_stays_where_it_is_right_alone(name: str) -> None:
-    entry: dict[str, Any] = config_dict.entry_of(dataclasses.replace(SEED, use_tma=True))
+    entry: dict[str, Any] = config_dict.config_dict_of(dataclasses.replace(SEED, use_tma=True))
     shape = dataclasses.replace(GLM, quantisation=QUANTISATIONS[name])
     assert config_dict.USE_TMA in entry
     assert Guard(NEW, H200).safe(entry, shape, "down").get(config_dict.USE_TMA, False) == (name in DOWN_IS_RIGHT)
@@ -170,20 +170,20 @@ def test_tma_of_the_down_projection_stays_where_it_is_right_alone(name: str) -> 
 @pytest.mark.parametrize("version", [OLD, NEW], ids=["0.5.17", "0.5.18"])
 @pytest.mark.parametrize("name", QUANTISATIONS)
 def test_tma_of_the_up_projection_stays_from_0_5_18_on(name: str, version: tuple[int, int, int]) -> None:
-    entry = config_dict.entry_of(dataclasses.replace(SEED, use_tma=True))
+    entry = config_dict.config_dict_of(dataclasses.replace(SEED, use_tma=True))
     shape = dataclasses.replace(GLM, quantisation=QUANTISATIONS[name])
     stays = version == NEW and name not in UP_IS_WRONG
     assert Guard(version, H200).safe(entry, shape, "up").get(config_dict.USE_TMA, False) == stays
 
 
 def test_tma_that_is_off_leaves_no_key_behind() -> None:
-    entry = config_dict.entry_of(SEED) | {config_dict.USE_TMA: False}
+    entry = config_dict.config_dict_of(SEED) | {config_dict.USE_TMA: False}
     assert config_dict.USE_TMA not in Guard(OLD, H200).safe(entry, GLM, "up")
 
 
 def test_wrong_tma_is_said_once_for_each_layer_and_projection(caplog: pytest.LogCaptureFixture) -> None:
     shape = dataclasses.replace(GLM, quantisation=QUANTISATIONS["fp8-channel"])
     for group_m, projection in itertools.product((1, 16), ("up", "down", "down")):
-        entry = config_dict.entry_of(dataclasses.replace(SEED, use_tma=True, group_m=group_m))
+        entry = config_dict.config_dict_of(dataclasses.replace(SEED, use_tma=True, group_m=group_m))
         Guard(OLD, H200).safe(entry, shape, projection)  # type: ignore[arg-type]
     assert len(caplog.messages) == 2

@@ -67,7 +67,7 @@ def by_name(config: dict[str, Any], weights: torch.Tensor = WEIGHTS) -> tuple[tu
 
 
 either = pytest.mark.parametrize("call", [by_position, by_name], ids=["by-position", "by-name"])
-ENTRY = config_dict.entry_of(LARGE) | {"waves_per_eu": 2}
+ENTRY = config_dict.config_dict_of(LARGE) | {"waves_per_eu": 2}
 
 
 @either

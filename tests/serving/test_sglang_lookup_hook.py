@@ -15,9 +15,9 @@ import torch
 
 from sglang_moe_ext.core import EngineError, MoEShape, Quantisation
 from sglang_moe_ext.engines import config_dict, running
-from sglang_moe_ext.engines.lookup_args import layer_of
-from sglang_moe_ext.engines.sglang.hook_points import Targets
-from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.engines.lookup_args import lookup_layer
+from sglang_moe_ext.engines.sglang.hook_points import SglangHookPoints
+from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.serving import guard, selection, sglang_lookup_hook
 from sglang_moe_ext.serving.table_search import Place
 from tests.serving.test_selection import ENGINES, H200, SHAPE, YOURS, at, config, known, write
@@ -44,7 +44,9 @@ class Engine:
             get_server_args=lambda: SimpleNamespace(enable_deterministic_inference=self.is_deterministic),
         )
         package: Any = SimpleNamespace(get_config=lambda: self.override)
-        found = Targets(Installation(version, Path(), "3.7.1"), package, module, module, module, self.own, print, None)
+        found = SglangHookPoints(
+            SglangInstallation(version, Path(), "3.7.1"), package, module, module, module, self.own, print, None
+        )
         self.resolver = sglang_lookup_hook.Resolver(found, lambda: list(places), self.at_first_call)
         self.lookup = sglang_lookup_hook.lookup_hook(found, self.resolver)
 
@@ -80,7 +82,7 @@ def tuned(tmp_path: Path) -> Engine:
 
 
 def test_a_layer_with_a_table_runs_its_entries(tuned: Engine) -> None:
-    assert tuned.pair() == (config_dict.entry_of(config(1)), (config_dict.entry_of(config(3)), 128))
+    assert tuned.pair() == (config_dict.config_dict_of(config(1)), (config_dict.config_dict_of(config(3)), 128))
 
 
 def test_the_engines_lookup_is_not_asked_where_there_is_a_table(tuned: Engine) -> None:
@@ -201,7 +203,10 @@ def test_without_the_down_projection_an_entry_has_no_tma(tmp_path: Path) -> None
     table = {64: config(1, use_tma=True)}
     write(tmp_path, table, known(table))
     engine = Engine([at(YOURS, tmp_path)])
-    assert (engine.up(), engine.pair()[0]) == (config_dict.entry_of(config(1)), config_dict.entry_of(table[64]))
+    assert (engine.up(), engine.pair()[0]) == (
+        config_dict.config_dict_of(config(1)),
+        config_dict.config_dict_of(table[64]),
+    )
 
 
 def test_one_line_says_once_which_table_a_layer_runs(tuned: Engine, caplog: pytest.LogCaptureFixture) -> None:
@@ -258,11 +263,11 @@ def test_the_arguments_of_a_call_are_one_of_our_shapes(
     dtype: str | None, block: list[int] | None, per_channel: bool, shape: MoEShape
 ) -> None:
     w1 = (8, 2 * shape.intermediate_size, 512)
-    assert layer_of(w1, W2, 2, dtype, block, per_channel).shape() == shape
+    assert lookup_layer(w1, W2, 2, dtype, block, per_channel).shape() == shape
 
 
 def test_a_layer_without_a_gate_is_told_by_its_rows() -> None:
-    shape = layer_of((8, 256, 512), W2, 2, None, None, False).shape()
+    shape = lookup_layer((8, 256, 512), W2, 2, None, None, False).shape()
     assert shape is not None
     assert not shape.gated
 
@@ -271,16 +276,16 @@ def test_a_layer_without_a_gate_is_told_by_its_rows() -> None:
 def test_an_engine_says_whether_it_is_deterministic(name: str) -> None:
     module: Any = SimpleNamespace(**{name: lambda: SimpleNamespace(enable_deterministic_inference=True)})
     engine: Any = SimpleNamespace(version_text="0.5.8")
-    assert Targets(engine, module, module, module, module, print, print, None).is_deterministic()
+    assert SglangHookPoints(engine, module, module, module, module, print, print, None).is_deterministic()
 
 
 def test_an_engine_that_says_nowhere_whether_it_is_deterministic_is_named() -> None:
     module: Any = SimpleNamespace()
     engine: Any = SimpleNamespace(version_text="0.6.0")
     with pytest.raises(EngineError, match=r"SGLang 0\.6\.0"):
-        Targets(engine, module, module, module, module, print, print, None).is_deterministic()
+        SglangHookPoints(engine, module, module, module, module, print, print, None).is_deterministic()
 
 
 def test_a_gpu_of_another_vendor_is_taken_for_none_of_nvidia(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert running.gpu(H200.device_name) is None
+    assert running.running_gpu(H200.device_name) is None

@@ -10,7 +10,7 @@ import pytest
 
 from sglang_moe_ext import package_data
 from sglang_moe_ext.engines.sglang import config_dir as directory
-from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.serving.sglang_hooks import places
 from sglang_moe_ext.tables import user_store
 
@@ -18,17 +18,17 @@ CONFIG_MODULE = "srt/layers/moe/moe_runner/triton_utils/fused_moe_triton_config.
 
 
 @pytest.fixture
-def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Installation:
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SglangInstallation:
     module = tmp_path / "sglang" / CONFIG_MODULE
     module.parent.mkdir(parents=True)
     module.touch()
     monkeypatch.setenv(user_store.VARIABLE, str(tmp_path / "store"))
     monkeypatch.delenv(directory.VARIABLE, raising=False)
-    return Installation("0.5.23", tmp_path / "sglang", "3.7.1")
+    return SglangInstallation("0.5.23", tmp_path / "sglang", "3.7.1")
 
 
 def test_the_users_tables_come_before_the_shipped_ones_and_those_before_the_engines(
-    engine: Installation, tmp_path: Path
+    engine: SglangInstallation, tmp_path: Path
 ) -> None:
     tuned = package_data.folder("tuned_configs")
     assert tuned is not None
@@ -36,31 +36,35 @@ def test_the_users_tables_come_before_the_shipped_ones_and_those_before_the_engi
     assert [place.root for place in places(engine)] == expected
 
 
-def test_only_the_last_place_is_read_by_the_engine_itself(engine: Installation) -> None:
+def test_only_the_last_place_is_read_by_the_engine_itself(engine: SglangInstallation) -> None:
     assert [place.is_engines for place in places(engine)] == [False, False, True]
 
 
-def test_without_shipped_tables_the_others_are_left(engine: Installation, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_shipped_tables_the_others_are_left(
+    engine: SglangInstallation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(package_data, "folder", lambda _: None)
     assert [place.name for place in places(engine)] == ["your", "the engine's"]
 
 
 def test_a_folder_that_the_user_names_to_the_engine_takes_the_place_of_its_own_and_is_asked_for(
-    engine: Installation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: SglangInstallation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(directory.VARIABLE, str(tmp_path / "named"))
     last = places(engine)[-1]
     assert (last.root, last.is_engines, last.is_asked_for) == (tmp_path / "named" / "configs", True, True)
 
 
-def test_our_own_overlay_is_not_what_a_user_asks_for(engine: Installation, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_own_overlay_is_not_what_a_user_asks_for(
+    engine: SglangInstallation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(directory.VARIABLE, str(directory.place(engine)))
     assert not places(engine)[-1].is_asked_for
 
 
 @pytest.mark.parametrize("named", ["", "/somewhere"])
 def test_a_user_without_a_home_has_the_other_places(
-    engine: Installation, named: str, monkeypatch: pytest.MonkeyPatch
+    engine: SglangInstallation, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def nobody(_: int) -> Any:
         raise KeyError("no such user")

@@ -10,7 +10,7 @@ import pytest
 from sglang_moe_ext.core import Gpu, MoEShape, Origin, Table, TileConfig
 from sglang_moe_ext.engines.sglang import table_names as sglangs
 from sglang_moe_ext.engines.vllm import table_names
-from sglang_moe_ext.engines.vllm.installation import Installation
+from sglang_moe_ext.engines.vllm.installation import VllmInstallation
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.serving import selection, table_search
 from sglang_moe_ext.serving.selection import Choice, Default, Engines, Ours
@@ -22,7 +22,7 @@ from tests.tables.generated import A_RUN
 
 SHAPE, TRITON = MoEShape(8, 256, 512, 2), "3.7.1"
 H200, H200_NVL = specs.find("H200"), specs.find("H200 NVL")
-ENGINE = Installation("0.33.0", Path("/vllm"), TRITON)
+ENGINE = VllmInstallation("0.33.0", Path("/vllm"), TRITON)
 
 
 @pytest.fixture(autouse=True)
@@ -55,12 +55,12 @@ def choice(found: list[Place], tokens: int = 64, gpu: Gpu = H200) -> Choice:
 @pytest.fixture
 def furnished(tmp_path: Path) -> dict[str, Place]:
     """A place of each kind, all empty."""
-    flat = Place("the engine's", tmp_path / "engine", is_engines=True, is_flat=True, dialect=table_names.DIALECT)
+    flat = Place("the engine's", tmp_path / "engine", is_engines=True, is_flat=True, dialect=table_names.NAMING)
     return {
         "named": dataclasses.replace(flat, name="your", root=tmp_path / "named", is_asked_for=True),
-        "own": Place("your", tmp_path / "own", dialect=table_names.DIALECT),
+        "own": Place("your", tmp_path / "own", dialect=table_names.NAMING),
         "engine": flat,
-        "shipped": Place("the shipped", tmp_path / "shipped", dialect=table_names.DIALECT),
+        "shipped": Place("the shipped", tmp_path / "shipped", dialect=table_names.NAMING),
     }
 
 
@@ -75,7 +75,7 @@ def test_the_folder_that_the_user_names_comes_first_and_vllms_own_last(
 
 
 def test_no_table_of_sglang_is_served_that_nobody_exported() -> None:
-    assert {place.dialect for place in places(ENGINE)} == {table_names.DIALECT}
+    assert {place.dialect for place in places(ENGINE)} == {table_names.NAMING}
 
 
 def test_without_a_named_folder_the_engine_reads_its_own_alone() -> None:

@@ -17,8 +17,8 @@ from sglang_moe_ext.engines.sglang import (
     support,
     table_names,
 )
-from sglang_moe_ext.engines.sglang.installation import Installation
-from sglang_moe_ext.engines.sglang.runner import Engine
+from sglang_moe_ext.engines.sglang.installation import SglangInstallation
+from sglang_moe_ext.engines.sglang.runner import LoadedSglang
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
 from sglang_moe_ext.sorted_kernels import FIRST_SM, SortedPath
 from sglang_moe_ext.tables import config_table
@@ -32,16 +32,16 @@ OFFLINE = "sglang_moe_ext.engines.sglang.compile"
 HAS_DOWN_TABLES = True
 
 
-def find() -> Installation | None:
+def find() -> SglangInstallation | None:
     return installation.find()
 
 
-def kernel_file(engine: Installation) -> Path:
+def kernel_file(engine: SglangInstallation) -> Path:
     return engine.kernel_file
 
 
-def asked(environment: Mapping[str, str]) -> lookup_probe.Asked:
-    return lookup_probe.Asked(environment)
+def asked(environment: Mapping[str, str]) -> lookup_probe.SglangProbe:
+    return lookup_probe.SglangProbe(environment)
 
 
 def table_key(shape: MoEShape, device_name: str, *, down: bool) -> TableKey:
@@ -81,11 +81,11 @@ def has_own_path(version: Version, sm: int) -> bool:
     return version >= kernel_sequence.FIRST_RELEASE and sm >= FIRST_SM
 
 
-def load() -> Engine:
+def load() -> LoadedSglang:
     return runner.load()
 
 
-def warm_up(loaded: Engine, shape: MoEShape) -> None:
+def warm_up(loaded: LoadedSglang, shape: MoEShape) -> None:
     runner.warm_up(loaded, shape)
 
 
@@ -94,17 +94,21 @@ def seen_ids(shape: MoEShape, topk_ids: torch.Tensor) -> torch.Tensor:
     return topk_ids
 
 
-def sort(loaded: Engine, shape: MoEShape, topk_ids: torch.Tensor, block_m: int) -> Sorted:
+def sort(loaded: LoadedSglang, shape: MoEShape, topk_ids: torch.Tensor, block_m: int) -> Sorted:
     return loaded.align(topk_ids, block_m, shape.experts)
 
 
-def launch(loaded: Engine, shape: MoEShape, projection: Projection, tensors: GemmTensors, config: TileConfig) -> None:
+def launch(
+    loaded: LoadedSglang, shape: MoEShape, projection: Projection, tensors: GemmTensors, config: TileConfig
+) -> None:
     runner.launch(loaded, shape, projection, tensors, config)
 
 
-def run_layer(loaded: Engine, shape: MoEShape, tensors: LayerTensors, up: TileConfig, down: TileConfig) -> torch.Tensor:
+def run_layer(
+    loaded: LoadedSglang, shape: MoEShape, tensors: LayerTensors, up: TileConfig, down: TileConfig
+) -> torch.Tensor:
     return runner.run(loaded, shape, tensors, up, down)
 
 
-def run_path(loaded: Engine, shape: MoEShape, tensors: LayerTensors, path: SortedPath) -> torch.Tensor:
+def run_path(loaded: LoadedSglang, shape: MoEShape, tensors: LayerTensors, path: SortedPath) -> torch.Tensor:
     return sorted_layer.result(loaded, shape, tensors, path)

@@ -35,7 +35,7 @@ _DEFAULT = "MixtralForCausalLM"
 _A_NAME = "ForCausalLM"
 
 
-def patched(upstream: GetModelConfig) -> GetModelConfig:
+def patch(upstream: GetModelConfig) -> GetModelConfig:
     """`upstream`, which now knows what we know. What it names it answers itself, and its errors stay its own."""
     stated = _strings(getattr(inspect.unwrap(upstream), "__code__", None))
     if not any(text.endswith(_A_NAME) for text in stated):

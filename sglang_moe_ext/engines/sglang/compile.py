@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEShape, Projection, Resources
 from sglang_moe_ext.engines import meta_compile
 from sglang_moe_ext.engines.meta_compile import any_group, meta
-from sglang_moe_ext.engines.sglang.runner import Engine, launch, load
+from sglang_moe_ext.engines.sglang.runner import LoadedSglang, launch, load
 from sglang_moe_ext.engines.tensors import GemmTensors, sorted_rows
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @functools.cache
-def _engine() -> Engine:
+def _engine() -> LoadedSglang:
     engine = load()
     engine.aligner.sgl_moe_align_block_size = lambda *_: None  # the sizes of its buffers are all that is asked for
     return engine
@@ -33,7 +33,9 @@ def warm_up() -> None:
     _engine()
 
 
-def _tensors(engine: Engine, shape: MoEShape, projection: Projection, tokens: int, key: CompileKey) -> GemmTensors:
+def _tensors(
+    engine: LoadedSglang, shape: MoEShape, projection: Projection, tokens: int, key: CompileKey
+) -> GemmTensors:
     import torch
 
     columns, reduction = shape.gemm(projection)
@@ -105,4 +107,4 @@ def compile_job(job: CompileJob) -> Resources | Failure:
         with any_group(engine.kernels) if job.group_m is None else nullcontext():
             launch(engine, job.shape, job.projection, tensors, config, writes_sorted=job.sorted_rows)
 
-    return meta_compile.last_launched(job.sm, launch_it)
+    return meta_compile.compile_last_launch(job.sm, launch_it)

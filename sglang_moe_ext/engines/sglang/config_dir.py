@@ -11,13 +11,13 @@ from pathlib import Path
 
 from sglang_moe_ext.core import StoreError
 from sglang_moe_ext.engines.sglang import table_names as sglang_table_names
-from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.tables import user_store
 
 VARIABLE = "SGLANG_MOE_CONFIG_DIR"
 
 
-def place(engine: Installation) -> Path:
+def place(engine: SglangInstallation) -> Path:
     """Where that engine's overlay lies: in the user's store, one for each release."""
     return user_store.root() / "overlay" / f"sglang-{engine.version_text}"
 

@@ -12,7 +12,7 @@ from typing import Any
 from sglang_moe_ext.core import EngineError
 from sglang_moe_ext.engines.running import AnyFunction
 from sglang_moe_ext.engines.sglang import installation
-from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 
 LAYER_MODULES = (
     "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe",
@@ -32,13 +32,13 @@ CONFIG_POSITION = 14
 
 
 @dataclass(frozen=True, slots=True)
-class Targets:
+class SglangHookPoints:
     """The modules of one running engine; the functions are its own, whatever stands there now.
 
     `sequence` None: this release has none that our path could stand for.
     """
 
-    engine: Installation
+    engine: SglangInstallation
     package: ModuleType
     config: ModuleType
     kernels: ModuleType
@@ -93,7 +93,7 @@ class Targets:
         return entry
 
 
-def found(layer: ModuleType) -> Targets:
+def locate(layer: ModuleType) -> SglangHookPoints:
     """What is to be replaced in the engine whose layer module this is.
 
     Raises:
@@ -106,7 +106,7 @@ def found(layer: ModuleType) -> Targets:
     config = _module(f"{package.__name__}.fused_moe_triton_config")
     kernels = _module(engine.kernel_module)
     sequence = _function(layer, SEQUENCE) if hasattr(layer, SEQUENCE) else None
-    targets = Targets(
+    targets = SglangHookPoints(
         engine, package, config, kernels, layer, _function(config, LOOKUP), _function(kernels, LAUNCH), sequence
     )
     _check(targets, layer)
@@ -126,7 +126,7 @@ def _function(module: ModuleType, name: str) -> AnyFunction:
     return function
 
 
-def _check(targets: Targets, layer: ModuleType) -> None:
+def _check(targets: SglangHookPoints, layer: ModuleType) -> None:
     asked = list(inspect.signature(targets.lookup).parameters)
     if tuple(asked[: len(_LOOKUP_PARAMETERS)]) != _LOOKUP_PARAMETERS or _LOOKUP_NAMED not in asked:
         raise EngineError(f"{LOOKUP} takes other arguments: {', '.join(asked)}")

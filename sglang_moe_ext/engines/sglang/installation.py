@@ -25,7 +25,7 @@ OLDEST = (0, 5, 5)
 
 
 @dataclass(frozen=True, slots=True)
-class Installation:
+class SglangInstallation:
     """One SGLang. `root` is the folder of its package; `triton` the Triton it will run with, if there is one."""
 
     version_text: str
@@ -80,17 +80,17 @@ class Installation:
         return ".".join(("sglang", *relative.parts))
 
 
-def find() -> Installation | None:
+def find() -> SglangInstallation | None:
     """The SGLang that `import sglang` would load here, or None.
 
     Raises:
         EngineError: it is older than anything we know.
     """
-    found = installed.found("sglang")
+    found = installed.find_distribution("sglang")
     if found is None:
         return None
     version_text, root = found
     if parse_version(version_text) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise EngineError(f"SGLang {version_text} at {root} is too old: expected {oldest} or newer")
-    return Installation(version_text, root, running_triton())
+    return SglangInstallation(version_text, root, running_triton())

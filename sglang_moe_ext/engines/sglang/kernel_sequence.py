@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sglang_moe_ext.core import ActivationDtype, EngineError, MoEShape, Quantisation
-from sglang_moe_ext.engines.config_dict import WithPath
-from sglang_moe_ext.engines.sglang.hook_points import SEQUENCE, Targets
+from sglang_moe_ext.engines.config_dict import ConfigWithPlan
+from sglang_moe_ext.engines.sglang.hook_points import SEQUENCE, SglangHookPoints
 from sglang_moe_ext.sorted_kernels import SortedPath
 
 if TYPE_CHECKING:
     import torch
 
-    from sglang_moe_ext.engines.sglang.sorted_layer import Layer
+    from sglang_moe_ext.engines.sglang.sorted_layer import SortedLayer
 
 FIRST_RELEASE = (0, 5, 11)
 """The first with a function of all kernels behind the sort."""
@@ -51,7 +51,7 @@ Arguments = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Gate:
+class ArgumentGate:
     """A reason why the engine's own kernels run, for this layer's next batches as well."""
 
     why: str
@@ -73,16 +73,16 @@ def _any_set(*names: str) -> Callable[[Arguments], bool]:
     return lambda given: any(given.get(name) for name in names)
 
 
-def _unless_given(why: str, *names: str) -> Gate:
-    return Gate(why, _any_given(*names), names)
+def _unless_given(why: str, *names: str) -> ArgumentGate:
+    return ArgumentGate(why, _any_given(*names), names)
 
 
-def _unless_set(why: str, *names: str) -> Gate:
-    return Gate(why, _any_set(*names), names)
+def _unless_set(why: str, *names: str) -> ArgumentGate:
+    return ArgumentGate(why, _any_set(*names), names)
 
 
 GATES = (
-    Gate(
+    ArgumentGate(
         "its activation is not SwiGLU",
         lambda given: given["activation"] != "silu" or not given["is_gated"],
         ("activation", "is_gated"),
@@ -92,7 +92,7 @@ GATES = (
     _unless_given("it has biases", "b1", "b2"),
     _unless_set("its weights are integers", "use_int8_w8a8", "use_int8_w8a16", "use_int4_w4a16"),
     _unless_given("its weights have zero points", "w1_zp", "w2_zp"),
-    Gate(
+    ArgumentGate(
         "its scales are not those of float8 blocks of 128, or of channels",
         lambda given: bool(given["use_fp8_w8a8"]) and not _is_scaled_as_known(given),
     ),
@@ -106,7 +106,7 @@ _KNOWN = _TAKEN.union(*(gate.names for gate in GATES))
 
 
 @dataclass(frozen=True, slots=True)
-class Parameters:
+class SequenceParameters:
     """Of one release: names in order, what is meant where one is not given, and the names that are not known here."""
 
     names: tuple[str, ...]
@@ -118,7 +118,7 @@ class Parameters:
         return {**self.defaults, **dict(zip(self.names, args, strict=False)), **kwargs}
 
 
-def parameters(function: Callable[..., Any]) -> Parameters:
+def parameters(function: Callable[..., Any]) -> SequenceParameters:
     """Those of this release's function, where it takes what our path needs in the order that is known.
 
     Raises:
@@ -130,16 +130,16 @@ def parameters(function: Callable[..., Any]) -> Parameters:
     if names[: len(_BY_POSITION)] != _BY_POSITION or missing:
         raise EngineError(f"{SEQUENCE} takes other arguments: {', '.join(names)}")
     defaults = {name: it.default for name, it in found.items() if it.default is not inspect.Parameter.empty}
-    return Parameters(names, defaults, tuple(name for name in names if name not in _KNOWN))
+    return SequenceParameters(names, defaults, tuple(name for name in names if name not in _KNOWN))
 
 
-def path_of(args: tuple[Any, ...], kwargs: Arguments) -> SortedPath | None:
+def plan_of(args: tuple[Any, ...], kwargs: Arguments) -> SortedPath | None:
     """The path that our lookup chose for this call, if it did."""
     entry = args[DOWN_POSITION] if len(args) > DOWN_POSITION else kwargs.get(_DOWN)
-    return entry.path if isinstance(entry, WithPath) else None
+    return entry.path if isinstance(entry, ConfigWithPlan) else None
 
 
-def refusal(of: Parameters, given: Arguments, engine: Targets) -> Gate | None:
+def refusal(of: SequenceParameters, given: Arguments, engine: SglangHookPoints) -> ArgumentGate | None:
     """Why our path may not run for these arguments, defaults included.
 
     Raises:
@@ -147,18 +147,18 @@ def refusal(of: Parameters, given: Arguments, engine: Targets) -> Gate | None:
     """
     for name in of.unknown:
         if given[name] is not of.defaults.get(name, _NOTHING):
-            return Gate(f"what {name} asks for is not known here", bool)
+            return ArgumentGate(f"what {name} asks for is not known here", bool)
     for gate in GATES:
         if gate.refuses(given):
             return gate
     if engine.sums_in_the_down_gemm():
-        return Gate("the server sums in the down GEMM", bool)
+        return ArgumentGate("the server sums in the down GEMM", bool)
     if not given["inplace"] and _allocates_for_all_ranks(engine):
-        return Gate("its result is allocated for all ranks", bool)
+        return ArgumentGate("its result is allocated for all ranks", bool)
     return _of_tensors(given)
 
 
-def _allocates_for_all_ranks(engine: Targets) -> bool:
+def _allocates_for_all_ranks(engine: SglangHookPoints) -> bool:
     """Whether results lie in memory that NCCL shares, which the layers of 0.5.18 and newer allocate for it."""
     if not hasattr(engine.layer, "use_symmetric_memory"):
         return False
@@ -166,27 +166,27 @@ def _allocates_for_all_ranks(engine: Targets) -> bool:
     return is_enabled is None or bool(is_enabled())
 
 
-def _of_tensors(given: Arguments) -> Gate | None:
+def _of_tensors(given: Arguments) -> ArgumentGate | None:
     import torch
 
     hidden, w1, w2 = given["hidden_states"], given["w1"], given["w2"]
     if given["use_fp8_w8a8"]:
         scales = given["w1_scale"], given["w2_scale"]
         if any(scale is None or scale.dtype != torch.float32 for scale in scales):
-            return Gate("its scales are not float32", bool)
+            return ArgumentGate("its scales are not float32", bool)
         if hidden.shape[1] % _FP8_BLOCK[1] or w2.shape[2] % _FP8_BLOCK[1]:
-            return Gate("its columns are no whole groups of 128", bool)
+            return ArgumentGate("its columns are no whole groups of 128", bool)
         wanted = torch.float8_e4m3fn
     else:
         wanted = hidden.dtype
     if hidden.dtype not in (torch.bfloat16, torch.float16) or {w1.dtype, w2.dtype} != {wanted}:
-        return Gate(f"it multiplies {hidden.dtype} by {w1.dtype} and {w2.dtype}", bool)
+        return ArgumentGate(f"it multiplies {hidden.dtype} by {w1.dtype} and {w2.dtype}", bool)
     if w2.shape[2] * 2 != w1.shape[1] or not (w1.is_contiguous() and w2.is_contiguous() and hidden.is_contiguous()):
-        return Gate("its weights are padded, or lie otherwise", bool)
+        return ArgumentGate("its weights are padded, or lie otherwise", bool)
     return None
 
 
-def run(given: Arguments, path: SortedPath, engine: Targets) -> torch.Tensor:
+def run(given: Arguments, path: SortedPath, engine: SglangHookPoints) -> torch.Tensor:
     """What the sequence returns: [tokens, hidden], the hidden states themselves where it works in place."""
     import torch
 
@@ -198,9 +198,9 @@ def run(given: Arguments, path: SortedPath, engine: Targets) -> torch.Tensor:
     return out
 
 
-def _layer(given: Arguments, path: SortedPath, engine: Targets) -> Layer:
-    from sglang_moe_ext.engines.sglang.runner import Engine
-    from sglang_moe_ext.engines.sglang.sorted_layer import Layer
+def _layer(given: Arguments, path: SortedPath, engine: SglangHookPoints) -> SortedLayer:
+    from sglang_moe_ext.engines.sglang.runner import LoadedSglang
+    from sglang_moe_ext.engines.sglang.sorted_layer import SortedLayer
     from sglang_moe_ext.engines.tensors import LayerTensors
 
     hidden, w1, w2, topk_ids = (given[name] for name in ("hidden_states", "w1", "w2", "topk_ids"))
@@ -208,8 +208,8 @@ def _layer(given: Arguments, path: SortedPath, engine: Targets) -> Layer:
     if given["use_fp8_w8a8"]:
         per_channel = bool(given["per_channel_quant"])
         quantisation = Quantisation("fp8_w8a8", None if per_channel else (128, 128), per_channel)
-    return Layer(
-        engine=Engine(engine.engine.version, engine.kernels, None, engine.layer),
+    return SortedLayer(
+        engine=LoadedSglang(engine.engine.version, engine.kernels, None, engine.layer),
         shape=MoEShape(
             experts=w1.shape[0],
             intermediate_size=w2.shape[2],

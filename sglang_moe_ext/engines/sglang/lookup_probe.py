@@ -10,30 +10,32 @@ from typing import Any
 
 from sglang_moe_ext.core import MoEExtError
 from sglang_moe_ext.engines import lookup_probe
-from sglang_moe_ext.engines.lookup_probe import Answer, Overheard, Question, Who
+from sglang_moe_ext.engines.lookup_probe import LogCapture, LookupRequest, LookupResult, ProbeModule
 from sglang_moe_ext.engines.sglang import bootstrap, installation
-from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 
 __all__ = ["ALONE", "AS_SERVED", "Answer", "Asked", "Question", "ask"]
 
-ALONE = Who("SGLang", "sglang_moe_ext.engines.sglang.lookup_probe", is_alone=True)
-AS_SERVED = Who("SGLang", "sglang_moe_ext.serving.lookup_probe", is_alone=False)
+ALONE = ProbeModule("SGLang", "sglang_moe_ext.engines.sglang.lookup_probe", is_alone=True)
+AS_SERVED = ProbeModule("SGLang", "sglang_moe_ext.serving.lookup_probe", is_alone=False)
 
 
-class Asked(lookup_probe.Asked):
+class SglangProbe(lookup_probe.ProbeProcess):
     """A process of SGLang, ready to ask."""
 
-    def __init__(self, environment: Mapping[str, str] | None = None, who: Who = ALONE) -> None:
+    def __init__(self, environment: Mapping[str, str] | None = None, who: ProbeModule = ALONE) -> None:
         super().__init__(who, environment)
 
 
-def ask(question: Question, environment: Mapping[str, str] | None = None, who: Who = ALONE) -> Answer:
+def ask(
+    question: LookupRequest, environment: Mapping[str, str] | None = None, who: ProbeModule = ALONE
+) -> LookupResult:
     """What the engine takes, asked in a process that is started for it.
 
     Raises:
         EngineError: the engine could not be asked, or its lookup raised.
     """
-    return Asked(environment, who).answer(question)
+    return SglangProbe(environment, who).answer(question)
 
 
 def _pretend(config: Any, device_name: str, smem_bytes: int) -> None:
@@ -42,7 +44,7 @@ def _pretend(config: Any, device_name: str, smem_bytes: int) -> None:
     config._get_cuda_shared_memory_per_block_optin = lambda: smem_bytes
 
 
-def imported() -> tuple[Installation, Any]:
+def import_engine() -> tuple[SglangInstallation, Any]:
     """The engine, and its module of the table lookup; all that takes long is imported then."""
     engine = installation.find()
     if engine is None:
@@ -52,12 +54,12 @@ def imported() -> tuple[Installation, Any]:
     return engine, config
 
 
-def answer(engine: Installation, config: Any, request: dict[str, Any]) -> dict[str, Any]:
+def look_up(engine: SglangInstallation, config: Any, request: dict[str, Any]) -> dict[str, Any]:
     """`request` and answer are described by `lookups.Question` and `lookups.Answer`."""
     bootstrap.publish_server_args(deterministic=request["deterministic"])
     if request["pretend_device"] is not None:
         _pretend(config, request["pretend_device"], request["pretend_smem"])
-    heard = Overheard(config.logger)
+    heard = LogCapture(config.logger)
     layer = lookup_probe.layer_of(request)
     # 0.5.5 looks up every table as if scales were not per channel.
     asks_for_channels = "per_channel_quant" in inspect.signature(config.try_get_optimal_moe_config).parameters
@@ -87,8 +89,8 @@ def answer(engine: Installation, config: Any, request: dict[str, Any]) -> dict[s
 
 def main() -> int:
     try:
-        engine, config = imported()  # before the question comes, which may be a minute from now
-        print(json.dumps(answer(engine, config, json.load(sys.stdin))))
+        engine, config = import_engine()  # before the question comes, which may be a minute from now
+        print(json.dumps(look_up(engine, config, json.load(sys.stdin))))
     except MoEExtError as error:
         print(error, file=sys.stderr)
         return 1

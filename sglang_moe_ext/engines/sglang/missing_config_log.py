@@ -16,7 +16,7 @@ _SIZES = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True, slots=True)
-class Guess:
+class LaunchGuess:
     """A model, and the way it must be split, that asks for the table of the line."""
 
     model: MoEModel
@@ -48,9 +48,11 @@ def _asks_for(shape: MoEShape, key: TableKey) -> bool:
     return asked == key
 
 
-def guesses(key: TableKey, models: Iterable[MoEModel], engine_version: tuple[int, int, int] = NEWEST) -> list[Guess]:
+def guess_launches(
+    key: TableKey, models: Iterable[MoEModel], engine_version: tuple[int, int, int] = NEWEST
+) -> list[LaunchGuess]:
     """The known models that ask for this table, each with the smallest split that does."""
-    found: list[Guess] = []
+    found: list[LaunchGuess] = []
     for model in models:
         quantised = _with_scheme_of(key, model)
         for tp in _SIZES:
@@ -61,7 +63,7 @@ def guesses(key: TableKey, models: Iterable[MoEModel], engine_version: tuple[int
                 except ModelError:
                     continue
                 if _asks_for(shape, key) and not any(guess.model.name == model.name for guess in found):
-                    found.append(Guess(quantised, parallelism, shape))
+                    found.append(LaunchGuess(quantised, parallelism, shape))
     return found
 
 

@@ -44,7 +44,7 @@ _PARALLEL_STATE = "sglang.srt.distributed.parallel_state"
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class RoutingBatch:
     """One layer's ids on their way to host memory; `copied` says when they are there, None: they are."""
 
     layer: int
@@ -67,12 +67,12 @@ class Batch:
         return ids.shape[1], ids.numpy().tobytes()
 
 
-class Watcher(Protocol):
+class RoutingWatcher(Protocol):
     """Who is told of the batches, from the thread that launches the model."""
 
     def wants(self, rows: int, size_bytes: int) -> bool: ...
 
-    def take(self, batch: Batch) -> None: ...
+    def take(self, batch: RoutingBatch) -> None: ...
 
     def stop(self, why: str) -> None: ...
 
@@ -93,7 +93,7 @@ def is_watched(runner_module: ModuleType) -> bool:
     return hasattr(vars(getattr(runner_module, _CLASS)).get(_METHOD), _MARK)
 
 
-def watch(runner_module: ModuleType, watcher: Watcher) -> None:
+def watch(runner_module: ModuleType, watcher: RoutingWatcher) -> None:
     """Tell the watcher of the batches of every MoE layer that run in eager mode; `obstacle` has found none."""
     runner = getattr(runner_module, _CLASS)
     setattr(runner, _METHOD, _watched(getattr(runner, _METHOD), _observer(watcher)))
@@ -114,7 +114,7 @@ def _watched(run: Callable[..., Any], observe: Callable[[Any, Any], None]) -> Ca
     return watched
 
 
-def _observer(watcher: Watcher) -> Callable[[Any, Any], None]:
+def _observer(watcher: RoutingWatcher) -> Callable[[Any, Any], None]:
     is_first_rank = functools.cache(_is_first_rank)
 
     def observe(runner: Any, dispatch_output: Any) -> None:
@@ -164,15 +164,15 @@ def _is_making_graphs() -> bool:
     return any(says() for says in known if says is not None)
 
 
-def _copied(layer: int, ids: torch.Tensor) -> Batch:
+def _copied(layer: int, ids: torch.Tensor) -> RoutingBatch:
     """A copy in host memory, under way: the layer may change its ids as soon as it runs."""
     import torch
 
     if not ids.is_cuda:
-        return Batch(layer, ids.detach().to("cpu", copy=True), None)
+        return RoutingBatch(layer, ids.detach().to("cpu", copy=True), None)
     # torch keeps pinned blocks for the next batch; an own one for each would be made anew each time.
     host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
     host.copy_(ids.detach(), non_blocking=True)
     copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # the thread that waits sleeps
     copied.record()
-    return Batch(layer, host, copied)
+    return RoutingBatch(layer, host, copied)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from sglang_moe_ext.core import EngineError, MoEShape, Projection, TileConfig
-from sglang_moe_ext.engines.config_dict import entry_of, launched
+from sglang_moe_ext.engines.config_dict import config_dict_of, launch_args
 from sglang_moe_ext.engines.sglang import bootstrap, installation
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
+class LoadedSglang:
     """The modules of the engine that a launch needs: the GEMM kernels, the sort of the tokens, the whole layer."""
 
     version: tuple[int, int, int]
@@ -36,7 +36,7 @@ class Engine:
         return sorted_token_ids, expert_ids, num_tokens_post_padded
 
 
-def load() -> Engine:
+def load() -> LoadedSglang:
     """Import the installed engine's kernel and give it the server arguments that it asks for.
 
     Raises:
@@ -49,11 +49,11 @@ def load() -> Engine:
     aligner = bootstrap.import_engine(engine.align_module)
     layer = bootstrap.import_engine(engine.layer_module)
     bootstrap.publish_server_args()
-    return Engine(engine.version, kernels, aligner, layer)
+    return LoadedSglang(engine.version, kernels, aligner, layer)
 
 
 def launch(
-    engine: Engine,
+    engine: LoadedSglang,
     shape: MoEShape,
     projection: Projection,
     tensors: GemmTensors,
@@ -88,7 +88,7 @@ def launch(
         num_tokens_post_padded=tensors.num_tokens_post_padded,
         mul_routed_weight=projection == "down",
         top_k=shape.top_k if projection == "up" else 1,
-        config=launched(config),
+        config=launch_args(config),
         compute_type=tl.bfloat16 if shape.dtype == "bfloat16" else tl.float16,
         use_fp8_w8a8=scheme == "fp8_w8a8",
         use_int8_w8a8=scheme == "int8_w8a8",
@@ -104,7 +104,7 @@ def launch(
     )
 
 
-def warm_up(engine: Engine, shape: MoEShape) -> None:
+def warm_up(engine: LoadedSglang, shape: MoEShape) -> None:
     """Have the activation compiled: the engine calls the CUDA compiler, for seconds, when it is first needed."""
     import torch
 
@@ -123,10 +123,10 @@ def alone(layer: Any) -> None:
     layer.get_parallel = lambda: SimpleNamespace(tp_group=None)
 
 
-def run(engine: Engine, shape: MoEShape, tensors: LayerTensors, up: TileConfig, down: TileConfig) -> torch.Tensor:
+def run(engine: LoadedSglang, shape: MoEShape, tensors: LayerTensors, up: TileConfig, down: TileConfig) -> torch.Tensor:
     """[tokens, hidden], by the engine's `fused_experts_impl`."""
     scheme, block = shape.quantisation.scheme, shape.quantisation.block_shape
-    engine.layer.try_get_optimal_moe_config = lambda *_, **__: (entry_of(up), (entry_of(down), up.block_m))
+    engine.layer.try_get_optimal_moe_config = lambda *_, **__: (config_dict_of(up), (config_dict_of(down), up.block_m))
     alone(engine.layer)
     out: torch.Tensor = engine.layer.fused_experts_impl(
         tensors.hidden,

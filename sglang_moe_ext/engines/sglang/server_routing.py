@@ -30,7 +30,7 @@ _BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class RoutingServer:
     """Where a server answers, and how long it may take to."""
 
     url: str

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sglang_moe_ext.core import MoEShape, TileConfig
 from sglang_moe_ext.engines.sglang import runner
-from sglang_moe_ext.engines.sglang.runner import Engine
+from sglang_moe_ext.engines.sglang.runner import LoadedSglang
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors, sorted_rows
 from sglang_moe_ext.sorted_kernels import ShortDownConfig, SortedPath, UpConfig
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class SortedLayer:
     """One batch of one layer. `aligned`: the engine's sort of it into blocks of the path's `block_m`."""
 
-    engine: Engine
+    engine: LoadedSglang
     shape: MoEShape
     tensors: LayerTensors
     aligned: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -50,36 +50,36 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class Values:
+class RowValues:
     """Activations between the GEMMs; in float8, with float32 scales of rows, or of 128 columns of a row."""
 
     values: torch.Tensor
     scale: torch.Tensor | None = None
 
 
-def run(layer: Layer, out: torch.Tensor, routed_scaling_factor: float = 1.0) -> None:
+def run(layer: SortedLayer, out: torch.Tensor, routed_scaling_factor: float = 1.0) -> None:
     """Write [tokens, hidden] to `out`, which may be the hidden states themselves."""
-    gate_up = multiplied_up(layer, read(layer))
-    inner = activated(layer, gate_up)
+    gate_up = run_up(layer, read(layer))
+    inner = run_activation(layer, gate_up)
     del gate_up  # its memory is the next one's
-    write_sum(layer, multiplied_down(layer, inner), out, routed_scaling_factor)
+    write_sum(layer, run_down(layer, inner), out, routed_scaling_factor)
 
 
-def sorted_by_engine(engine: Engine, shape: MoEShape, tensors: LayerTensors, path: SortedPath) -> Layer:
+def sort_tokens(engine: LoadedSglang, shape: MoEShape, tensors: LayerTensors, path: SortedPath) -> SortedLayer:
     """The batch, with the engine's sort of it, which is run."""
-    return Layer(engine, shape, tensors, engine.align(tensors.topk_ids, path.block_m, shape.experts), path)
+    return SortedLayer(engine, shape, tensors, engine.align(tensors.topk_ids, path.block_m, shape.experts), path)
 
 
-def result(engine: Engine, shape: MoEShape, tensors: LayerTensors, path: SortedPath) -> torch.Tensor:
+def result(engine: LoadedSglang, shape: MoEShape, tensors: LayerTensors, path: SortedPath) -> torch.Tensor:
     """[tokens, hidden], the engine's sort included."""
     import torch
 
     out = torch.empty_like(tensors.hidden)
-    run(sorted_by_engine(engine, shape, tensors, path), out)
+    run(sort_tokens(engine, shape, tensors, path), out)
     return out
 
 
-def read(layer: Layer) -> Values:
+def read(layer: SortedLayer) -> RowValues:
     """The hidden states [tokens, hidden], quantised where our up GEMM wants them so; the engine's does it itself."""
     import torch
 
@@ -87,13 +87,13 @@ def read(layer: Layer) -> Values:
 
     hidden = layer.tensors.hidden
     if isinstance(layer.path.up, TileConfig) or layer.shape.quantisation.scheme is None:
-        return Values(hidden)
+        return RowValues(hidden)
     values, scale = torch.empty_like(hidden, dtype=torch.float8_e4m3fn), _scale_for(hidden)
     swiglu.launch_quantise(hidden, values, scale)
-    return Values(values, scale)
+    return RowValues(values, scale)
 
 
-def multiplied_up(layer: Layer, hidden: Values) -> Values:
+def run_up(layer: SortedLayer, hidden: RowValues) -> RowValues:
     """Gate and up [rows, 2 I], or, where the up kernel is fused, what comes of them [rows, I]."""
     import torch
 
@@ -102,7 +102,7 @@ def multiplied_up(layer: Layer, hidden: Values) -> Values:
         case TileConfig() as config:
             gate_up = hidden.values.new_empty(layer.rows, width)
             runner.launch(layer.engine, layer.shape, "up", _engines_gemm(layer, gate_up), config, writes_sorted=True)
-            return Values(gate_up)
+            return RowValues(gate_up)
         case UpConfig() as config:
             from sglang_moe_ext.kernels import sorted_up, swiglu
 
@@ -117,10 +117,10 @@ def multiplied_up(layer: Layer, hidden: Values) -> Values:
                 pairs=tensors.topk_ids.numel(), top_k=shape.top_k, align_block_m=layer.path.block_m,
                 scales=layer.scales(hidden.scale, tensors.w1_scale), out_scale=scale,
             )  # fmt: skip
-            return Values(gate_up, scale)
+            return RowValues(gate_up, scale)
 
 
-def activated(layer: Layer, gate_up: Values) -> Values:
+def run_activation(layer: SortedLayer, gate_up: RowValues) -> RowValues:
     """What the down GEMM reads [rows, I]: what the up kernel left, activated and quantised where it is not yet."""
     import torch
 
@@ -134,13 +134,13 @@ def activated(layer: Layer, gate_up: Values) -> Values:
     if layer.shape.quantisation.per_channel:
         of_rows = inner.new_empty(layer.rows, 1, dtype=torch.float32)
         swiglu.launch_swiglu_of_rows(gate_up.values, layer.aligned[2], inner, of_rows)
-        return Values(inner, of_rows)
+        return RowValues(inner, of_rows)
     scale = _scale_for(inner) if is_scaled else None
     swiglu.launch_swiglu(gate_up.values, layer.aligned[2], inner, scales=scale)
-    return Values(inner, scale)
+    return RowValues(inner, scale)
 
 
-def multiplied_down(layer: Layer, inner: Values) -> torch.Tensor:
+def run_down(layer: SortedLayer, inner: RowValues) -> torch.Tensor:
     """[rows, hidden], not yet weighted."""
     from sglang_moe_ext.kernels import sorted_down, sorted_down_short_k
 
@@ -161,7 +161,7 @@ def multiplied_down(layer: Layer, inner: Values) -> torch.Tensor:
     return down
 
 
-def write_sum(layer: Layer, down: torch.Tensor, out: torch.Tensor, routed_scaling_factor: float = 1.0) -> None:
+def write_sum(layer: SortedLayer, down: torch.Tensor, out: torch.Tensor, routed_scaling_factor: float = 1.0) -> None:
     """Each token's rows, weighted, in order, to `out` [tokens, hidden]."""
     import torch
 
@@ -187,7 +187,7 @@ def _scale_for(values: torch.Tensor) -> torch.Tensor:
     return values.new_empty(rows, columns // GROUP, dtype=torch.float32)
 
 
-def _engines_gemm(layer: Layer, out: torch.Tensor) -> GemmTensors:
+def _engines_gemm(layer: SortedLayer, out: torch.Tensor) -> GemmTensors:
     tensors, (ids, experts, padded) = layer.tensors, layer.aligned
     return GemmTensors(
         a=tensors.hidden,

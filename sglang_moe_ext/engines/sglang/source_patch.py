@@ -19,7 +19,7 @@ from typing import Literal
 
 from sglang_moe_ext import package_data
 from sglang_moe_ext.core import EngineError
-from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 
 NAME = "0001-attach-sglang-moe-ext.patch"
 State = Literal["not applied", "applied", "unknown contents"]
@@ -33,7 +33,7 @@ _PATCH = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Patch:
+class SourcePatch:
     """Lines to insert after line `line` of `target`, a path in the engine's package; SHA-256 of it before and after."""
 
     release: str
@@ -43,11 +43,11 @@ class Patch:
     before: str
     after: str
 
-    def file(self, engine: Installation) -> Path:
+    def file(self, engine: SglangInstallation) -> Path:
         return engine.root / self.target
 
 
-def parse(release: str, text: bytes) -> Patch:
+def parse(release: str, text: bytes) -> SourcePatch:
     """The patch that a file of ours holds.
 
     Raises:
@@ -57,7 +57,7 @@ def parse(release: str, text: bytes) -> Patch:
     if match is None:
         raise EngineError(f"the patch for SGLang {release} is damaged: install sglang-moe-ext again")
     lines = match["inserted"].splitlines(keepends=True)
-    return Patch(
+    return SourcePatch(
         release,
         match["target"].decode(),
         int(match["line"]),
@@ -67,7 +67,7 @@ def parse(release: str, text: bytes) -> Patch:
     )
 
 
-def find(engine: Installation) -> Patch:
+def find(engine: SglangInstallation) -> SourcePatch:
     """The patch for that release.
 
     Raises:
@@ -85,7 +85,7 @@ def find(engine: Installation) -> Patch:
     return parse(engine.version_text, path.read_bytes())
 
 
-def state(patch: Patch, engine: Installation) -> State:
+def state(patch: SourcePatch, engine: SglangInstallation) -> State:
     """What the engine's file holds.
 
     Raises:
@@ -94,7 +94,7 @@ def state(patch: Patch, engine: Installation) -> State:
     return _state(patch, _read(patch.file(engine)))
 
 
-def apply(patch: Patch, engine: Installation) -> bool:
+def apply(patch: SourcePatch, engine: SglangInstallation) -> bool:
     """Put the lines in; False where they are in already.
 
     Raises:
@@ -103,7 +103,7 @@ def apply(patch: Patch, engine: Installation) -> bool:
     return _change(patch, engine, "applied", _with)
 
 
-def revert(patch: Patch, engine: Installation) -> bool:
+def revert(patch: SourcePatch, engine: SglangInstallation) -> bool:
     """Take the lines out; False where they are not in.
 
     Raises:
@@ -112,7 +112,9 @@ def revert(patch: Patch, engine: Installation) -> bool:
     return _change(patch, engine, "not applied", _without)
 
 
-def _change(patch: Patch, engine: Installation, wanted: State, change: Callable[[Patch, bytes], bytes]) -> bool:
+def _change(
+    patch: SourcePatch, engine: SglangInstallation, wanted: State, change: Callable[[SourcePatch, bytes], bytes]
+) -> bool:
     file = patch.file(engine)
     contents = _read(file)
     found = _state(patch, contents)
@@ -128,17 +130,17 @@ def _change(patch: Patch, engine: Installation, wanted: State, change: Callable[
     return True
 
 
-def _with(patch: Patch, contents: bytes) -> bytes:
+def _with(patch: SourcePatch, contents: bytes) -> bytes:
     lines = contents.splitlines(keepends=True)
     return b"".join((*lines[: patch.line], patch.inserted, *lines[patch.line :]))
 
 
-def _without(patch: Patch, contents: bytes) -> bytes:
+def _without(patch: SourcePatch, contents: bytes) -> bytes:
     before, _, after = contents.partition(patch.inserted)
     return before + after
 
 
-def _state(patch: Patch, contents: bytes) -> State:
+def _state(patch: SourcePatch, contents: bytes) -> State:
     digest = hashlib.sha256(contents).hexdigest()
     states: dict[str, State] = {patch.before: "not applied", patch.after: "applied"}
     return states.get(digest, "unknown contents")
@@ -179,7 +181,7 @@ STARTUP_FILE = "sglang_moe_ext_startup.pth"
 
 
 @dataclass(frozen=True, slots=True)
-class WaysIn:
+class HookRoutes:
     """`startup_file`: the one that each process of this Python runs. `entry_point`: the engine calls ours."""
 
     startup_file: Path | None
@@ -193,12 +195,12 @@ class WaysIn:
         return "bench_one_batch, Ray's SchedulerActor and scripts" if self.entry_point else "all processes"
 
 
-def found(engine: Installation) -> WaysIn:
+def find_routes(engine: SglangInstallation) -> HookRoutes:
     """What this Python and that engine have."""
-    return WaysIn(_startup_file(), calls_plugins(engine) and _is_entry_point_installed())
+    return HookRoutes(_startup_file(), calls_plugins(engine) and _is_entry_point_installed())
 
 
-def calls_plugins(engine: Installation) -> bool:
+def calls_plugins(engine: SglangInstallation) -> bool:
     """Whether that release has the module that calls entry points."""
     return (engine.root.parent / GROUP.replace(".", "/") / "__init__.py").is_file()
 

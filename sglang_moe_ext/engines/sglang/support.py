@@ -12,7 +12,7 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True)
-class Other:
+class OtherBackend:
     """Where `--moe-runner-backend auto` takes, or may take, another backend. Read in SGLang 0.5.23."""
 
     why: str
@@ -20,16 +20,16 @@ class Other:
 
 
 _OTHERS = (
-    Other(
+    OtherBackend(
         "4-bit weights run Marlin on NVIDIA GPUs, which reads no table",
         lambda shape, gpu, architecture: shape.quantisation.scheme == "int4_w4a16",
     ),
-    Other(
+    OtherBackend(
         "gpt-oss runs the triton_kernel backend, which reads no table, where it is available: "
         "--moe-runner-backend triton makes sure",
         lambda shape, gpu, architecture: architecture == "GptOssForCausalLM",
     ),
-    Other(
+    OtherBackend(
         "on this GPU `auto` takes FlashInfer for several models, which reads no table: "
         "--moe-runner-backend triton makes sure (the server's log names its choice)",
         lambda shape, gpu, architecture: gpu.sm in (100, 103),

@@ -6,7 +6,7 @@ import re
 
 from sglang_moe_ext.core import MoEShape, TableKey
 from sglang_moe_ext.engines.lookup_args import INT4_WEIGHTS_PER_BYTE
-from sglang_moe_ext.engines.table_names import Dialect
+from sglang_moe_ext.engines.table_names import TableNaming
 
 
 def table_key(shape: MoEShape, device_name: str, *, down: bool = False) -> TableKey:
@@ -49,4 +49,4 @@ def version_folder(triton_version: str) -> str:
     return f"triton_{triton_version.replace('.', '_')}"
 
 
-DIALECT = Dialect(table_key, file_name, has_down=True)
+NAMING = TableNaming(table_key, file_name, has_down=True)

@@ -12,8 +12,8 @@ from sglang_moe_ext.engines.adapter import EngineName, Sorted, Version
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
 from sglang_moe_ext.engines.vllm import installation, lookup_probe, runner, support, table_names
 from sglang_moe_ext.engines.vllm.hook_points import GROUPS_RUN_TRITON
-from sglang_moe_ext.engines.vllm.installation import Installation
-from sglang_moe_ext.engines.vllm.runner import Engine
+from sglang_moe_ext.engines.vllm.installation import VllmInstallation
+from sglang_moe_ext.engines.vllm.runner import LoadedVllm
 from sglang_moe_ext.sorted_kernels import SortedPath
 from sglang_moe_ext.tables import config_table
 
@@ -26,16 +26,16 @@ OFFLINE = "sglang_moe_ext.engines.vllm.compile"
 HAS_DOWN_TABLES = False
 
 
-def find() -> Installation | None:
+def find() -> VllmInstallation | None:
     return installation.find()
 
 
-def kernel_file(engine: Installation) -> Path:
+def kernel_file(engine: VllmInstallation) -> Path:
     return engine.configs_folder.with_name("fused_moe.py")
 
 
-def asked(environment: Mapping[str, str]) -> lookup_probe.Asked:
-    return lookup_probe.Asked(environment)
+def asked(environment: Mapping[str, str]) -> lookup_probe.VllmProbe:
+    return lookup_probe.VllmProbe(environment)
 
 
 def table_key(shape: MoEShape, device_name: str, *, down: bool) -> TableKey:
@@ -81,11 +81,11 @@ def has_own_path(version: Version, sm: int) -> bool:
     return False
 
 
-def load() -> Engine:
+def load() -> LoadedVllm:
     return runner.load()
 
 
-def warm_up(loaded: Engine, shape: MoEShape) -> None:
+def warm_up(loaded: LoadedVllm, shape: MoEShape) -> None:
     """Nothing: what the layer runs beside its GEMMs is compiled in the engine's libraries."""
 
 
@@ -93,17 +93,21 @@ def seen_ids(shape: MoEShape, topk_ids: torch.Tensor) -> torch.Tensor:
     return runner.global_ids(shape, topk_ids)
 
 
-def sort(loaded: Engine, shape: MoEShape, topk_ids: torch.Tensor, block_m: int) -> Sorted:
+def sort(loaded: LoadedVllm, shape: MoEShape, topk_ids: torch.Tensor, block_m: int) -> Sorted:
     return runner.sort(loaded, shape, topk_ids, block_m)
 
 
-def launch(loaded: Engine, shape: MoEShape, projection: Projection, tensors: GemmTensors, config: TileConfig) -> None:
+def launch(
+    loaded: LoadedVllm, shape: MoEShape, projection: Projection, tensors: GemmTensors, config: TileConfig
+) -> None:
     runner.launch(loaded, shape, projection, tensors, config)
 
 
-def run_layer(loaded: Engine, shape: MoEShape, tensors: LayerTensors, up: TileConfig, down: TileConfig) -> torch.Tensor:
+def run_layer(
+    loaded: LoadedVllm, shape: MoEShape, tensors: LayerTensors, up: TileConfig, down: TileConfig
+) -> torch.Tensor:
     return runner.run(loaded, shape, tensors, up, down)
 
 
-def run_path(loaded: Engine, shape: MoEShape, tensors: LayerTensors, path: SortedPath) -> torch.Tensor:
+def run_path(loaded: LoadedVllm, shape: MoEShape, tensors: LayerTensors, path: SortedPath) -> torch.Tensor:
     raise EngineError(f"vLLM runs no kernels of ours: {path} is for SGLang")

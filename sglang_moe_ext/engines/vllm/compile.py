@@ -15,14 +15,14 @@ from sglang_moe_ext.engines import meta_compile
 from sglang_moe_ext.engines.meta_compile import any_group, meta
 from sglang_moe_ext.engines.tensors import GemmTensors
 from sglang_moe_ext.engines.vllm import runner
-from sglang_moe_ext.engines.vllm.runner import Engine
+from sglang_moe_ext.engines.vllm.runner import LoadedVllm
 
 if TYPE_CHECKING:
     import torch
 
 
 @functools.cache
-def _engine() -> Engine:
+def _engine() -> LoadedVllm:
     engine = runner.load()
     # The sizes of its buffers are all that is asked for.
     engine.kernels.ops.moe_align_block_size = lambda *_, **__: None
@@ -55,7 +55,7 @@ def _quantised(
     return meta((rows, k), quant_dtype), meta(scales, torch.float32)
 
 
-def _tensors(engine: Engine, shape: MoEShape, projection: Projection, tokens: int, key: CompileKey) -> GemmTensors:
+def _tensors(engine: LoadedVllm, shape: MoEShape, projection: Projection, tokens: int, key: CompileKey) -> GemmTensors:
     import torch
 
     columns, reduction = shape.gemm(projection)
@@ -93,4 +93,4 @@ def compile_job(job: CompileJob) -> Resources | Failure:
         with any_group(engine.kernels) if job.group_m is None else nullcontext():
             runner.launch(engine, job.shape, job.projection, tensors, config)
 
-    return meta_compile.last_launched(job.sm, launch_it)
+    return meta_compile.compile_last_launch(job.sm, launch_it)

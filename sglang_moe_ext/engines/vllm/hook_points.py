@@ -11,10 +11,10 @@ from types import ModuleType
 from typing import Any
 
 from sglang_moe_ext.core import EngineError
-from sglang_moe_ext.engines.lookup_args import Layer
+from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.engines.running import AnyFunction
 from sglang_moe_ext.engines.vllm import installation
-from sglang_moe_ext.engines.vllm.installation import Installation
+from sglang_moe_ext.engines.vllm.installation import VllmInstallation
 
 LOOKUP, TABLE = "try_get_optimal_moe_config", "get_moe_configs"
 GROUPS_RUN_TRITON = (0, 33, 0)
@@ -33,10 +33,10 @@ _USES_CUDA_PARAMETERS = ("num_valid_tokens", "group_size", "num_experts", "bit")
 
 
 @dataclass(frozen=True, slots=True)
-class Targets:
+class VllmHookPoints:
     """The modules of one running engine, and its own functions, whatever stands there now."""
 
-    engine: Installation
+    engine: VllmInstallation
     package: ModuleType
     layer: ModuleType
     lookup: AnyFunction
@@ -73,7 +73,7 @@ class Targets:
             return None
         return name
 
-    def runs_cuda(self, layer: Layer, tokens: int) -> bool:
+    def runs_cuda(self, layer: LookupLayer, tokens: int) -> bool:
         """Whether a CUDA kernel runs the layer, whose tiles are not those of a Triton kernel."""
         if self.engine.version >= GROUPS_RUN_TRITON:
             return False
@@ -84,7 +84,7 @@ class Targets:
         return bool(uses_cuda(tokens * layer.top_k, layer.block_shape[1], layer.w1_shape[0], bits))
 
 
-def found(layer: ModuleType) -> Targets:
+def locate(layer: ModuleType) -> VllmHookPoints:
     """What is to be replaced in the engine whose layer module this is.
 
     Raises:
@@ -98,7 +98,7 @@ def found(layer: ModuleType) -> Targets:
     if not inspect.isclass(kernel):
         raise EngineError(f"{KERNEL_MODULE} has no class {KERNEL_CLASS}, or was not imported with the layer")
     lookup, table, launch, launch_groups = (_function(layer, name) for name in (LOOKUP, TABLE, LAUNCH, LAUNCH_GROUPS))
-    targets = Targets(engine, package, layer, lookup, table, launch, launch_groups, kernel)
+    targets = VllmHookPoints(engine, package, layer, lookup, table, launch, launch_groups, kernel)
     if wrong := next(_misfits(targets), None):
         raise EngineError(wrong)
     return targets
@@ -115,7 +115,7 @@ def _parameters(function: AnyFunction) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def _misfits(targets: Targets) -> Iterator[str]:
+def _misfits(targets: VllmHookPoints) -> Iterator[str]:
     """What is not as it was, in words."""
     for name, function, known in (
         (LOOKUP, targets.lookup, _LOOKUP_PARAMETERS),

@@ -19,7 +19,7 @@ VARIABLE = "VLLM_TUNED_CONFIG_FOLDER"
 
 
 @dataclass(frozen=True, slots=True)
-class Installation:
+class VllmInstallation:
     """One vLLM. `root` is the folder of its package; `triton` the Triton it will run with, if there is one."""
 
     version_text: str
@@ -36,17 +36,17 @@ class Installation:
         return self.root.parent / Path(*LAYER_MODULE.split(".")[:-1]) / "configs"
 
 
-def find() -> Installation | None:
+def find() -> VllmInstallation | None:
     """The vLLM that `import vllm` would load here, or None.
 
     Raises:
         EngineError: it is older than anything we know.
     """
-    found = installed.found("vllm")
+    found = installed.find_distribution("vllm")
     if found is None:
         return None
     version_text, root = found
     if installed.parse_version(version_text) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise EngineError(f"vLLM {version_text} at {root} is too old: expected {oldest} or newer")
-    return Installation(version_text, root, installed.running_triton())
+    return VllmInstallation(version_text, root, installed.running_triton())

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sglang_moe_ext.core import MoEShape, Quantisation, Scheme, TileConfig
-from sglang_moe_ext.engines.config_dict import Entry, launched
+from sglang_moe_ext.engines.config_dict import ConfigDict, launch_args
 
 _FLAGS: tuple[tuple[str, Scheme], ...] = (
     ("use_fp8_w8a8", "fp8_w8a8"),
@@ -25,7 +25,7 @@ def shape_of(arguments: Mapping[str, Any]) -> MoEShape:
     return MoEShape(experts, columns, reduction, arguments["top_k"], quantisation, gated=False)
 
 
-def clamped(entry: Mapping[str, Any], shape: MoEShape) -> Entry:
+def clamp_to_block(entry: Mapping[str, Any], shape: MoEShape) -> ConfigDict:
     """The entry as the launcher cuts it: a tile reaches over no more of K than one block of scales."""
     quantisation = shape.quantisation
     if not quantisation.is_block_wise or quantisation.block_shape is None:
@@ -36,6 +36,6 @@ def clamped(entry: Mapping[str, Any], shape: MoEShape) -> Entry:
 SPLIT_K = "SPLIT_K"
 
 
-def entry_of(config: TileConfig) -> Entry:
+def config_dict_of(config: TileConfig) -> ConfigDict:
     """A fresh entry. `fused_moe_kernel_gptq_awq` has SPLIT_K as a constant without a default; there is only 1."""
-    return {**launched(config), SPLIT_K: 1}
+    return {**launch_args(config), SPLIT_K: 1}

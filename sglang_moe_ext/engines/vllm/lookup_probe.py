@@ -10,34 +10,36 @@ from typing import Any
 
 from sglang_moe_ext.core import MoEExtError
 from sglang_moe_ext.engines import lookup_probe
-from sglang_moe_ext.engines.lookup_args import Layer
-from sglang_moe_ext.engines.lookup_probe import Answer, Overheard, Question, Who
+from sglang_moe_ext.engines.lookup_args import LookupLayer
+from sglang_moe_ext.engines.lookup_probe import LogCapture, LookupRequest, LookupResult, ProbeModule
 from sglang_moe_ext.engines.vllm import bootstrap, installation, table_names
-from sglang_moe_ext.engines.vllm.installation import LAYER_MODULE, Installation
+from sglang_moe_ext.engines.vllm.installation import LAYER_MODULE, VllmInstallation
 
 __all__ = ["ALONE", "AS_SERVED", "Answer", "Asked", "Question", "ask"]
 
-ALONE = Who("vLLM", "sglang_moe_ext.engines.vllm.lookup_probe", is_alone=True)
-AS_SERVED = Who("vLLM", "sglang_moe_ext.serving.vllm_lookup_probe", is_alone=False)
+ALONE = ProbeModule("vLLM", "sglang_moe_ext.engines.vllm.lookup_probe", is_alone=True)
+AS_SERVED = ProbeModule("vLLM", "sglang_moe_ext.serving.vllm_lookup_probe", is_alone=False)
 
 
-class Asked(lookup_probe.Asked):
+class VllmProbe(lookup_probe.ProbeProcess):
     """A process of vLLM, ready to ask."""
 
-    def __init__(self, environment: Mapping[str, str] | None = None, who: Who = ALONE) -> None:
+    def __init__(self, environment: Mapping[str, str] | None = None, who: ProbeModule = ALONE) -> None:
         super().__init__(who, environment)
 
 
-def ask(question: Question, environment: Mapping[str, str] | None = None, who: Who = ALONE) -> Answer:
+def ask(
+    question: LookupRequest, environment: Mapping[str, str] | None = None, who: ProbeModule = ALONE
+) -> LookupResult:
     """What the engine takes, asked in a process that is started for it.
 
     Raises:
         EngineError: the engine could not be asked, or its lookup raised.
     """
-    return Asked(environment, who).answer(question)
+    return VllmProbe(environment, who).answer(question)
 
 
-def imported() -> tuple[Installation, Any]:
+def import_engine() -> tuple[VllmInstallation, Any]:
     """The engine, and its module of the table lookup; all that takes long is imported then."""
     engine = installation.find()
     if engine is None:
@@ -45,12 +47,12 @@ def imported() -> tuple[Installation, Any]:
     return engine, bootstrap.import_engine(LAYER_MODULE)
 
 
-def layer_of(request: dict[str, Any]) -> Layer:
+def layer_of(request: dict[str, Any]) -> LookupLayer:
     """The layer that a request is about, as this engine's calls state it."""
     return lookup_probe.layer_of(request | {"scheme": table_names.tag(request["scheme"]), "per_channel": False})
 
 
-def _whole(module: Any, entry: dict[str, Any], layer: Layer, tokens: int) -> dict[str, Any]:
+def _whole(module: Any, entry: dict[str, Any], layer: LookupLayer, tokens: int) -> dict[str, Any]:
     """The entry with the tile that the launcher gives one that names none, as the defaults for groups along K do."""
     if "BLOCK_SIZE_N" in entry:
         return dict(entry)
@@ -70,13 +72,13 @@ def _whole(module: Any, entry: dict[str, Any], layer: Layer, tokens: int) -> dic
     return {**entry, **tile}
 
 
-def answer(engine: Installation, module: Any, request: dict[str, Any]) -> dict[str, Any]:
+def look_up(engine: VllmInstallation, module: Any, request: dict[str, Any]) -> dict[str, Any]:
     """`request` and answer are described by `lookups.Question` and `lookups.Answer`."""
     if request["deterministic"]:
         os.environ[bootstrap.BATCH_INVARIANT] = "1"
     if request["pretend_device"] is not None:
         bootstrap.pretend(request["pretend_device"])
-    heard = Overheard(module.logger)
+    heard = LogCapture(module.logger)
     layer = layer_of(request)
     taken: dict[int, Any] = {}
     for tokens in request["tokens"]:
@@ -96,8 +98,8 @@ def answer(engine: Installation, module: Any, request: dict[str, Any]) -> dict[s
 
 def main() -> int:
     try:
-        engine, module = imported()  # before the question comes, which may be a minute from now
-        print(json.dumps(answer(engine, module, json.load(sys.stdin))))
+        engine, module = import_engine()  # before the question comes, which may be a minute from now
+        print(json.dumps(look_up(engine, module, json.load(sys.stdin))))
     except MoEExtError as error:
         print(error, file=sys.stderr)
         return 1

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_moe_ext.core import EngineError, MoEShape, Projection, TileConfig
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
 from sglang_moe_ext.engines.vllm import bootstrap, installation
-from sglang_moe_ext.engines.vllm.launch_args import entry_of
+from sglang_moe_ext.engines.vllm.launch_args import config_dict_of
 
 if TYPE_CHECKING:
     import torch
@@ -22,14 +22,14 @@ _NO_RANK = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
+class LoadedVllm:
     """The engine's module of the kernels, their launchers, the sort of the tokens and the whole layer."""
 
     version: tuple[int, int, int]
     kernels: Any
 
 
-def load() -> Engine:
+def load() -> LoadedVllm:
     """Import the installed engine's kernels.
 
     Raises:
@@ -51,7 +51,7 @@ def load() -> Engine:
     # A server of 0.33 runs weights of groups through TritonWNA16Experts at every M; what we call would take a CUDA
     # kernel at few tokens, which reads no table.
     kernels.should_moe_wna16_use_cuda = lambda *_, **__: False
-    return Engine(engine.version, kernels)
+    return LoadedVllm(engine.version, kernels)
 
 
 def global_experts(shape: MoEShape) -> int:
@@ -86,7 +86,7 @@ def expert_map(shape: MoEShape, device: torch.device) -> torch.Tensor | None:
 
 
 def sort(
-    engine: Engine, shape: MoEShape, topk_ids: torch.Tensor, block_m: int
+    engine: LoadedVllm, shape: MoEShape, topk_ids: torch.Tensor, block_m: int
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """(sorted_token_ids, expert_ids, num_tokens_post_padded), as the engine's layer makes them.
 
@@ -121,7 +121,7 @@ def flags(shape: MoEShape) -> dict[str, Any]:
     }
 
 
-def _quantised(engine: Engine, shape: MoEShape, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _quantised(engine: LoadedVllm, shape: MoEShape, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The activations as the GEMM reads them, and their scales; the engine quantises them before it launches."""
     import torch
 
@@ -137,7 +137,9 @@ def _quantised(engine: Engine, shape: MoEShape, a: torch.Tensor) -> tuple[torch.
     return quantised, scale
 
 
-def launch(engine: Engine, shape: MoEShape, projection: Projection, tensors: GemmTensors, config: TileConfig) -> None:
+def launch(
+    engine: LoadedVllm, shape: MoEShape, projection: Projection, tensors: GemmTensors, config: TileConfig
+) -> None:
     """Run one GEMM through the engine's launcher. Writes `tensors.out`."""
     import triton.language as tl
 
@@ -155,13 +157,13 @@ def launch(engine: Engine, shape: MoEShape, projection: Projection, tensors: Gem
         num_tokens_post_padded=tensors.num_tokens_post_padded,
         mul_routed_weight=projection == "down",
         top_k=shape.top_k if projection == "up" else 1,
-        config=entry_of(config),
+        config=config_dict_of(config),
         compute_type=tl.bfloat16 if shape.dtype == "bfloat16" else tl.float16,
         **flags(shape),
     )
 
 
-def run(engine: Engine, shape: MoEShape, tensors: LayerTensors, up: TileConfig, down: TileConfig) -> torch.Tensor:
+def run(engine: LoadedVllm, shape: MoEShape, tensors: LayerTensors, up: TileConfig, down: TileConfig) -> torch.Tensor:
     """[tokens, hidden], by the engine's `fused_experts_impl`.
 
     Raises:
@@ -169,7 +171,7 @@ def run(engine: Engine, shape: MoEShape, tensors: LayerTensors, up: TileConfig, 
     """
     if up != down:
         raise EngineError(f"vLLM runs both GEMMs with one configuration: expected the same twice, got {up} and {down}")
-    engine.kernels.try_get_optimal_moe_config = lambda *_, **__: entry_of(up)
+    engine.kernels.try_get_optimal_moe_config = lambda *_, **__: config_dict_of(up)
     layer = engine.kernels.fused_experts_impl
     out: torch.Tensor = layer(
         tensors.hidden,

@@ -13,7 +13,7 @@ _AMPERE, _HOPPER, _BLACKWELL, _SMALL_BLACKWELL = (80, 86, 87), (90,), (100, 103)
 
 
 @dataclass(frozen=True, slots=True)
-class Other:
+class OtherVllmBackend:
     """Where `--moe-backend auto` takes, or may take, another backend. Read in the oracles of vLLM 0.33.0."""
 
     backend: str
@@ -29,14 +29,14 @@ def _is_fp8_by_channel(shape: MoEShape) -> bool:
 
 
 _OTHERS = (
-    Other("Marlin or Humming", lambda shape, gpu: shape.quantisation.scheme == "int4_w4a16"),
-    Other("Marlin", lambda shape, gpu: shape.quantisation.scheme == "fp8_w8a8" and gpu.sm in _AMPERE),
-    Other("FlashInfer", lambda shape, gpu: shape.quantisation.scheme is None and gpu.sm in _BLACKWELL),
-    Other("FlashInfer", lambda shape, gpu: shape.quantisation.scheme is None and gpu.sm in _SMALL_BLACKWELL),
-    Other("FlashInfer or DeepGEMM", lambda shape, gpu: _is_block_wise_fp8(shape) and gpu.sm in _BLACKWELL),
-    Other("DeepGEMM", lambda shape, gpu: _is_block_wise_fp8(shape) and gpu.sm in _SMALL_BLACKWELL),
-    Other("FlashInfer", lambda shape, gpu: _is_block_wise_fp8(shape) and gpu.sm in _HOPPER and shape.ep > 1),
-    Other("CUTLASS", lambda shape, gpu: _is_fp8_by_channel(shape) and gpu.sm in (*_HOPPER, *_BLACKWELL)),
+    OtherVllmBackend("Marlin or Humming", lambda shape, gpu: shape.quantisation.scheme == "int4_w4a16"),
+    OtherVllmBackend("Marlin", lambda shape, gpu: shape.quantisation.scheme == "fp8_w8a8" and gpu.sm in _AMPERE),
+    OtherVllmBackend("FlashInfer", lambda shape, gpu: shape.quantisation.scheme is None and gpu.sm in _BLACKWELL),
+    OtherVllmBackend("FlashInfer", lambda shape, gpu: shape.quantisation.scheme is None and gpu.sm in _SMALL_BLACKWELL),
+    OtherVllmBackend("FlashInfer or DeepGEMM", lambda shape, gpu: _is_block_wise_fp8(shape) and gpu.sm in _BLACKWELL),
+    OtherVllmBackend("DeepGEMM", lambda shape, gpu: _is_block_wise_fp8(shape) and gpu.sm in _SMALL_BLACKWELL),
+    OtherVllmBackend("FlashInfer", lambda shape, gpu: _is_block_wise_fp8(shape) and gpu.sm in _HOPPER and shape.ep > 1),
+    OtherVllmBackend("CUTLASS", lambda shape, gpu: _is_fp8_by_channel(shape) and gpu.sm in (*_HOPPER, *_BLACKWELL)),
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from sglang_moe_ext.core import MoEShape, Scheme, TableKey
-from sglang_moe_ext.engines.table_names import Dialect
+from sglang_moe_ext.engines.table_names import TableNaming
 
 _TAGGED: frozenset[Scheme] = frozenset({"fp8_w8a8", "int8_w8a16", "int4_w4a16"})
 """Schemes that vLLM puts into the name; int8_w8a8 has no tag there."""
@@ -46,4 +46,4 @@ def file_name(key: TableKey) -> str:
     )
 
 
-DIALECT = Dialect(table_key, file_name, has_down=False)
+NAMING = TableNaming(table_key, file_name, has_down=False)

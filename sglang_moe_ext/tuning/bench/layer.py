@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sglang_moe_ext.core import PROJECTIONS, MoEShape, Projection, TileConfig
-from sglang_moe_ext.engines.adapter import Sorted, Tunable
+from sglang_moe_ext.engines.adapter import EngineAdapter, Sorted
 from sglang_moe_ext.engines.registry import SGLANG
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors, sorted_rows
 from sglang_moe_ext.kernels import reference
@@ -66,7 +66,7 @@ class Layer:
         source: routing.Source,
         seed: int,
         device: str = "cuda",
-        tunable: Tunable = SGLANG,
+        tunable: EngineAdapter = SGLANG,
     ) -> None:
         import torch
 

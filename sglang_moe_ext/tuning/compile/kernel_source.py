@@ -11,7 +11,7 @@ from pathlib import Path
 
 import sglang_moe_ext.kernels
 from sglang_moe_ext.core import CompileJob, EngineError, Failure, Resources
-from sglang_moe_ext.engines.adapter import Installation, Tunable
+from sglang_moe_ext.engines.adapter import EngineAdapter, InstallationLike
 from sglang_moe_ext.engines.registry import SGLANG
 
 Compiled = dict[CompileJob, Resources | Failure]
@@ -29,7 +29,7 @@ class KernelSource:
     is_engines_own: bool
 
 
-def kernel_source(engine: Installation | None, tunable: Tunable = SGLANG) -> KernelSource:
+def kernel_source(engine: InstallationLike | None, tunable: EngineAdapter = SGLANG) -> KernelSource:
     """The source for that installation of that engine; None: ours.
 
     Raises:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sglang_moe_ext import __version__
 from sglang_moe_ext.core import CompileJob, EngineError, TileConfig
-from sglang_moe_ext.engines.adapter import Asked
+from sglang_moe_ext.engines.adapter import ProbeLike
 from sglang_moe_ext.tuning import verify_install
 from sglang_moe_ext.tuning.bench.gpu_bench import Setup
 from sglang_moe_ext.tuning.bench.worker import Worker
@@ -61,7 +61,7 @@ def results(
     measuring: Measuring,
     run: Run,
     kept: tuple[TileConfig, ...],
-    today: Asked,
+    today: ProbeLike,
     source: KernelSource,
     progress: Progress,
 ) -> Found:

@@ -17,7 +17,7 @@ from sglang_moe_ext.core import (
     Resources,
     TileConfig,
 )
-from sglang_moe_ext.engines.adapter import Tunable
+from sglang_moe_ext.engines.adapter import EngineAdapter
 from sglang_moe_ext.engines.registry import SGLANG
 from sglang_moe_ext.tuning.bench.messages import Pair
 from sglang_moe_ext.tuning.request import Measuring, Request
@@ -92,14 +92,14 @@ def _ranked(
 
 
 def screening_job(
-    shape: MoEShape, tokens: int, projection: Projection, key: CompileKey, sm: int, engine: Tunable = SGLANG
+    shape: MoEShape, tokens: int, projection: Projection, key: CompileKey, sm: int, engine: EngineAdapter = SGLANG
 ) -> CompileJob:
     """The binary that a screening launches: for any GROUP_SIZE_M."""
     return CompileJob(shape, projection, engine.representative_tokens(shape, tokens), key, sm)
 
 
 def screening_jobs(
-    candidates: Candidates, shape: MoEShape, tokens: int, sm: int, engine: Tunable = SGLANG
+    candidates: Candidates, shape: MoEShape, tokens: int, sm: int, engine: EngineAdapter = SGLANG
 ) -> list[CompileJob]:
     """The binaries of all candidates at one M, each once."""
     return list(
@@ -121,7 +121,7 @@ def misfit(job: CompileJob, needs: Resources | Failure, gpu: Gpu) -> Failure | N
     return None
 
 
-def pair_jobs(pair: Pair, shape: MoEShape, tokens: int, sm: int, engine: Tunable = SGLANG) -> list[CompileJob]:
+def pair_jobs(pair: Pair, shape: MoEShape, tokens: int, sm: int, engine: EngineAdapter = SGLANG) -> list[CompileJob]:
     """The binaries that the engine launches for a pair: groups are constants, and TMA decides the up GEMM's order."""
     representative = engine.representative_tokens(shape, tokens)
     return [

@@ -19,7 +19,7 @@ from sglang_moe_ext.core import (
     Resources,
     TileConfig,
 )
-from sglang_moe_ext.engines.adapter import Tunable
+from sglang_moe_ext.engines.adapter import EngineAdapter
 from sglang_moe_ext.engines.registry import SGLANG
 from sglang_moe_ext.tuning.compile.kernel_source import Compiled
 from sglang_moe_ext.tuning.compile.processes import UNABLE
@@ -42,7 +42,7 @@ class Predicted:
 
 
 def jobs_of(
-    config: TileConfig, shape: MoEShape, tokens: int, sm: int, engine: Tunable = SGLANG
+    config: TileConfig, shape: MoEShape, tokens: int, sm: int, engine: EngineAdapter = SGLANG
 ) -> dict[Projection, CompileJob]:
     """The binaries that a configuration needs at that many tokens."""
     representative = engine.representative_tokens(shape, tokens)
@@ -70,7 +70,7 @@ def table(
     gpu: Gpu,
     tokens: Sequence[int],
     compile_all: CompileAll,
-    engine: Tunable = SGLANG,
+    engine: EngineAdapter = SGLANG,
 ) -> dict[int, Predicted]:
     """The best candidate for each M, compiled. Only what is ranked ahead of a compiled, clean candidate is compiled.
 

@@ -68,7 +68,7 @@ def in_order_of_experts(rows: Tensor, sorted_token_ids: Tensor, filler: float) -
     return padded[sorted_token_ids.long()]
 
 
-def error_of(engine: runner.Engine, case: dict[str, Any]) -> float | None:
+def error_of(engine: runner.LoadedSglang, case: dict[str, Any]) -> float | None:
     """Relative error of one GEMM; what the kernel left unwritten is NaN."""
     torch.manual_seed(0)
     shape, projection, change = read_shape(case["shape"]), case["projection"], case["change"]

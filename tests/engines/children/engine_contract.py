@@ -15,7 +15,7 @@ from typing import Any
 
 from sglang_moe_ext.core import MoEShape, TileConfig
 from sglang_moe_ext.engines.sglang import bootstrap, installation, lookup_probe, runner
-from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.engines.tensors import LayerTensors
 
 CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -41,9 +41,9 @@ def misfit(function: Callable[..., Any], name: str) -> str | None:
     return None
 
 
-def record_our_calls(engine: Installation, config: Any, lookup: dict[str, Any]) -> None:
+def record_our_calls(engine: SglangInstallation, config: Any, lookup: dict[str, Any]) -> None:
     layer = SimpleNamespace(fused_experts_impl=recorded("fused_experts_impl", None), moe_sum_reduce=None)
-    recorder = runner.Engine(
+    recorder = runner.LoadedSglang(
         engine.version,
         kernels=SimpleNamespace(invoke_fused_moe_kernel=recorded("invoke_fused_moe_kernel", None)),
         aligner=SimpleNamespace(moe_align_block_size=recorded("moe_align_block_size", (None, None, None))),
@@ -56,7 +56,7 @@ def record_our_calls(engine: Installation, config: Any, lookup: dict[str, Any]) 
     runner.run(recorder, shape, LayerTensors(*[None] * 7), tile, tile)  # type: ignore[arg-type]
     real = config.try_get_optimal_moe_config
     config.try_get_optimal_moe_config = recorded("try_get_optimal_moe_config", ({}, (None, None)))
-    lookup_probe.answer(engine, config, lookup)
+    lookup_probe.look_up(engine, config, lookup)
     config.try_get_optimal_moe_config = real
 
 
@@ -87,7 +87,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     lookups = {}
     for name, lookup in request["lookups"].items():
         config.get_moe_configs.cache_clear()
-        lookups[name] = lookup_probe.answer(engine, config, lookup)
+        lookups[name] = lookup_probe.look_up(engine, config, lookup)
     return {
         "names": [file_name(config, case) for case in request["names"]],
         "misfits": {name: misfit(function, name) for name, function in functions.items()},

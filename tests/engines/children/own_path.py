@@ -110,7 +110,7 @@ def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
     setattr(module, name, before)
 
 
-def refused(layer: ModuleType, engine: hook_points.Targets, given: dict[str, Any]) -> dict[str, bool]:
+def refused(layer: ModuleType, engine: hook_points.SglangHookPoints, given: dict[str, Any]) -> dict[str, bool]:
     """For each argument of this release that our path does not take: whether it refuses a value that is not usual."""
     parameters = kernel_sequence.parameters(getattr(layer, hook_points.SEQUENCE).__wrapped__)
     named = {name for gate in GATES for name in gate.names}
@@ -163,7 +163,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     logging.getLogger("sglang_moe_ext").addHandler(handler)
     problem = Problem(SHAPES["16 bits"])
     stock = problem.run(layer)
-    engine = hook_points.found(layer)
+    engine = hook_points.locate(layer)
     traced: list[bool] = []
     with replaced(torch.compiler, "is_compiling", lambda: bool(traced)):
         plugin.attach_patched()

@@ -18,7 +18,7 @@ from sglang_moe_ext.core import TileConfig
 from sglang_moe_ext.engines.config_dict import tile_of
 from sglang_moe_ext.engines.vllm import bootstrap, launch_args
 from sglang_moe_ext.engines.vllm.installation import LAYER_MODULE
-from sglang_moe_ext.engines.vllm.launch_args import entry_of
+from sglang_moe_ext.engines.vllm.launch_args import config_dict_of
 from sglang_moe_ext.gpu.shared_memory import smem_bytes
 from sglang_moe_ext.kernels.compiled import TargetOnlyDriver
 
@@ -69,7 +69,7 @@ def arguments_of(kind: str, tile: TileConfig) -> dict[str, Any]:
         "num_tokens_post_padded": meta(1, dtype=torch.int32),
         "mul_routed_weight": False,
         "top_k": TOP_K,
-        "config": entry_of(tile),
+        "config": config_dict_of(tile),
         "compute_type": triton.language.bfloat16,
         "use_fp8_w8a8": kind.startswith("fp8"),
         "use_int8_w8a8": kind == "int8",
@@ -93,7 +93,7 @@ def main(asked: list[Any]) -> list[list[int]]:
         arguments = arguments_of(kind, TileConfig(block_m, block_n, block_k, 1, warps, stages))
         layer.invoke_fused_moe_triton_kernel(**arguments)
         shape = launch_args.shape_of(arguments)
-        formula = smem_bytes(tile_of(launch_args.clamped(arguments["config"], shape)), shape, sm)
+        formula = smem_bytes(tile_of(launch_args.clamp_to_block(arguments["config"], shape)), shape, sm)
         said.append([int(compiled.binary.metadata.shared), formula])
     return said
 

@@ -85,14 +85,14 @@ def model(tmp_path: Path) -> Any:
 )
 def test_what_upstream_answers_right_stays_its_answer(model: Any, architecture: str, fields: dict[str, int]) -> None:
     folder = model(architecture, **fields)
-    assert benchmark_scripts.patched(function(NEW))(folder, 2) == function(NEW)(folder, 2)
+    assert benchmark_scripts.patch(function(NEW))(folder, 2) == function(NEW)(folder, 2)
 
 
 def test_where_upstream_raises_we_answer_in_its_layout(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = model("UnnamedForCausalLM", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
     config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
     monkeypatch.setattr(benchmark_scripts, "config_of_class", lambda *_, **__: config)
-    assert benchmark_scripts.patched(function(NEW))(folder, 2) == {
+    assert benchmark_scripts.patch(function(NEW))(folder, 2) == {
         "num_experts": 64,
         "topk": 4,
         "hidden_size": 512,
@@ -108,7 +108,7 @@ def test_where_upstream_raises_we_answer_in_its_layout(model: Any, monkeypatch: 
 def test_a_silently_wrong_width_is_corrected_and_the_rest_stays_upstreams(model: Any) -> None:
     folder = model("UnnamedForCausalLM", num_local_experts=64)
     wrong = function(NEW)(folder, 2)
-    assert benchmark_scripts.patched(function(NEW))(folder, 2) == {**wrong, "shard_intermediate_size": 256}
+    assert benchmark_scripts.patch(function(NEW))(folder, 2) == {**wrong, "shard_intermediate_size": 256}
 
 
 @pytest.mark.parametrize(
@@ -119,19 +119,19 @@ def test_a_silently_wrong_width_is_corrected_and_the_rest_stays_upstreams(model:
 def test_a_fused_expert_is_among_the_topk_of_recorded_ids_only(
     model: Any, disabled: bool, ids: str | None, expected: tuple[int, int]
 ) -> None:
-    answer = benchmark_scripts.patched(function(NEW))(model("Glm4MoeLiteForCausalLM"), 1, 1, disabled, topk_ids_dir=ids)
+    answer = benchmark_scripts.patch(function(NEW))(model("Glm4MoeLiteForCausalLM"), 1, 1, disabled, topk_ids_dir=ids)
     assert (answer["num_experts"], answer["topk"]) == expected
 
 
 def test_a_version_with_two_parameters_gets_no_keys_that_it_does_not_know(model: Any) -> None:
-    answer = benchmark_scripts.patched(function(OLD))(model("UnnamedForCausalLM"), tp_size=2)
+    answer = benchmark_scripts.patch(function(OLD))(model("UnnamedForCausalLM"), tp_size=2)
     assert not answer.keys() & benchmark_scripts.LAYERS.keys()
     assert answer["shard_intermediate_size"] == 256
 
 
 def test_an_answer_of_ours_is_one_line_in_the_log(model: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        benchmark_scripts.patched(function(OLD))(model("UnnamedForCausalLM"), 2)
+        benchmark_scripts.patch(function(OLD))(model("UnnamedForCausalLM"), 2)
     (line,) = (line for message in caplog.messages for line in message.splitlines())
     assert line.startswith("sglang-moe-ext answers for UnnamedForCausalLM")
 
@@ -139,17 +139,17 @@ def test_an_answer_of_ours_is_one_line_in_the_log(model: Any, caplog: pytest.Log
 def test_upstream_answers_where_our_resolver_fails(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = model("UnnamedForCausalLM", num_local_experts=64)
     monkeypatch.setattr(benchmark_scripts, "resolve", breaks)
-    assert benchmark_scripts.patched(function(NEW))(folder, 2) == function(NEW)(folder, 2)
+    assert benchmark_scripts.patch(function(NEW))(folder, 2) == function(NEW)(folder, 2)
 
 
 def test_upstreams_error_is_the_users_where_we_have_no_answer(tmp_path: Path) -> None:
     with pytest.raises(AttributeError, match="no num_local_experts"):
-        benchmark_scripts.patched(function(OLD))(str(tmp_path), 2)
+        benchmark_scripts.patch(function(OLD))(str(tmp_path), 2)
 
 
 def test_a_function_that_names_no_architecture_is_left_alone() -> None:
     upstream = function("def get_model_config(model_name, tp_size): return ask(model_name)")
-    assert benchmark_scripts.patched(upstream) is upstream
+    assert benchmark_scripts.patch(upstream) is upstream
 
 
 def start(site: Path, code: str, *, package: Path = REPO_ROOT, switch: str = "") -> tuple[str, str]:

@@ -26,7 +26,7 @@ from sglang_moe_ext.engines.sglang import config_dir as overlays
 from sglang_moe_ext.engines.sglang import config_dir_tables, installation, lookup_probe, support
 from sglang_moe_ext.engines.sglang import table_names as sglang_table_names
 from sglang_moe_ext.engines.sglang.config_dir_tables import Sources
-from sglang_moe_ext.engines.sglang.installation import Installation
+from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.models import parse_shape
 from sglang_moe_ext.tables import config_table, provenance
@@ -281,7 +281,7 @@ def test_a_folder_that_would_end_the_engines_lookup_is_named(tmp_path: Path) -> 
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Installation:
+def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SglangInstallation:
     """The real 0.5.15 with Triton 3.7.1, and a store of the user's own."""
     monkeypatch.setenv("SGLANG_MOE_EXT_STORE", str(tmp_path / "a store"))
     monkeypatch.delenv(overlays.VARIABLE, raising=False)
@@ -298,7 +298,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], dict[str, Any]]
 
 
 def test_the_line_that_is_printed_sets_the_variable_in_a_shell(
-    engine: Installation, capsys: pytest.CaptureFixture[str]
+    engine: SglangInstallation, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines, document = said(capsys)
     (export,) = (line for line in lines if line.startswith("export "))
@@ -308,21 +308,21 @@ def test_the_line_that_is_printed_sets_the_variable_in_a_shell(
     assert Path(told, "configs", RUNNING).is_dir()
 
 
-def test_built_twice_an_overlay_is_the_same(engine: Installation, capsys: pytest.CaptureFixture[str]) -> None:
+def test_built_twice_an_overlay_is_the_same(engine: SglangInstallation, capsys: pytest.CaptureFixture[str]) -> None:
     first = said(capsys)[1]
     before = {path: path.read_bytes() for path in overlays.place(engine).rglob("*.json")}
     assert said(capsys)[1] == first
     assert {path: path.read_bytes() for path in overlays.place(engine).rglob("*.json")} == before
 
 
-def test_tuning_writes_into_the_same_overlay(engine: Installation) -> None:
+def test_tuning_writes_into_the_same_overlay(engine: SglangInstallation) -> None:
     destination = install_target.chosen("overlay", None, engine, "3.7.1")
     assert destination is not None
     assert destination.folder == overlays.place(engine) / "configs" / RUNNING
 
 
 def test_a_variable_that_names_another_folder_is_not_overruled(
-    engine: Installation, monkeypatch: pytest.MonkeyPatch
+    engine: SglangInstallation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(overlays.VARIABLE, "/mine")
     with pytest.raises(EngineError, match=r"SGLANG_MOE_CONFIG_DIR is /mine, .*unset it"):
@@ -330,13 +330,13 @@ def test_a_variable_that_names_another_folder_is_not_overruled(
 
 
 def test_a_variable_that_names_the_overlay_is_as_it_should_be(
-    engine: Installation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    engine: SglangInstallation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(overlays.VARIABLE, str(overlays.place(engine)))
     assert said(capsys)[0][-1] == f"export {overlays.VARIABLE}={shlex.quote(str(overlays.place(engine)))}"
 
 
-def test_a_triton_of_its_own_build_gets_no_overlay(engine: Installation, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_triton_of_its_own_build_gets_no_overlay(engine: SglangInstallation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installation, "running_triton", lambda: "3.7.1+git1234")
     with pytest.raises(EngineError, match="is a build of its own"):
         overlay.run(argparse.Namespace())

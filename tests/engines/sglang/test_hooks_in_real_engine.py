@@ -13,7 +13,7 @@ import triton
 
 from sglang_moe_ext import SWITCH
 from sglang_moe_ext.core import MoEShape, Table, TileConfig
-from sglang_moe_ext.engines.config_dict import entry_of
+from sglang_moe_ext.engines.config_dict import config_dict_of
 from sglang_moe_ext.engines.sglang import hook_points, table_names
 from sglang_moe_ext.engines.sglang.installation import parse_version
 from sglang_moe_ext.tables import config_table, files, provenance, user_store
@@ -79,7 +79,7 @@ def has_up_tma(version: str) -> bool:
 
 
 def up_entry(version: str) -> dict[str, Any]:
-    return entry_of(dataclasses.replace(UP[64], use_tma=has_up_tma(version)))
+    return config_dict_of(dataclasses.replace(UP[64], use_tma=has_up_tma(version)))
 
 
 @every_version
@@ -104,12 +104,12 @@ def test_the_kernel_module_and_the_layer_hold_our_launcher(version: str) -> None
 
 @every_version
 def test_a_call_for_both_projections_returns_a_pair_of_ours(version: str) -> None:
-    assert said(version)["pair"] == [up_entry(version), [entry_of(DOWN[64]), 64]]
+    assert said(version)["pair"] == [up_entry(version), [config_dict_of(DOWN[64]), 64]]
 
 
 @every_version
 def test_a_call_for_one_entry_returns_ours_without_tma(version: str) -> None:
-    assert said(version)["up_only"] == entry_of(dataclasses.replace(UP[64], use_tma=False))
+    assert said(version)["up_only"] == config_dict_of(dataclasses.replace(UP[64], use_tma=False))
 
 
 @every_version

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from sglang_moe_ext.core import EngineError
 from sglang_moe_ext.engines.sglang import source_patch
-from sglang_moe_ext.engines.sglang.installation import Installation
-from sglang_moe_ext.engines.sglang.source_patch import Patch
+from sglang_moe_ext.engines.sglang.installation import SglangInstallation
+from sglang_moe_ext.engines.sglang.source_patch import SourcePatch
 from tests.engines.installed import ENGINES_DIR, REPO_ROOT, engine_environment
 from tools import make_patches
 
@@ -25,11 +25,11 @@ VERSIONS = ("0.5.5", "0.5.8", "0.5.10", "0.5.12", "0.5.15", "0.5.18", "0.5.20", 
 every_release = pytest.mark.parametrize("version", VERSIONS)
 
 
-def unpacked(version: str) -> Installation:
-    return Installation(version, ENGINES_DIR / "sglang" / version / "sglang", triton=None)
+def unpacked(version: str) -> SglangInstallation:
+    return SglangInstallation(version, ENGINES_DIR / "sglang" / version / "sglang", triton=None)
 
 
-def patch_of(version: str) -> Patch:
+def patch_of(version: str) -> SourcePatch:
     return source_patch.find(unpacked(version))
 
 
@@ -37,9 +37,9 @@ def original(version: str) -> bytes:
     return patch_of(version).file(unpacked(version)).read_bytes()
 
 
-def laid_out(version: str, site: Path) -> Installation:
+def laid_out(version: str, site: Path) -> SglangInstallation:
     """An engine that has only the file to patch."""
-    engine = Installation(version, site / "sglang", triton=None)
+    engine = SglangInstallation(version, site / "sglang", triton=None)
     file = patch_of(version).file(engine)
     file.parent.mkdir(parents=True)
     file.write_bytes(original(version))
@@ -197,12 +197,12 @@ def test_a_crash_leaves_the_old_file_or_the_new_one(step: str, when: str, left: 
 
 def test_a_release_without_a_patch_is_told_which_have_one() -> None:
     with pytest.raises(EngineError, match=r"no patch for SGLang 0\.5\.9 .*0\.5\.8, 0\.5\.10, 0\.5\.12"):
-        source_patch.find(Installation("0.5.9", Path("/nowhere"), None))
+        source_patch.find(SglangInstallation("0.5.9", Path("/nowhere"), None))
 
 
 def test_an_engine_without_the_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"cannot read .*fused_moe\.py: No such file or directory"):
-        source_patch.state(patch_of("0.5.15"), Installation("0.5.15", tmp_path, None))
+        source_patch.state(patch_of("0.5.15"), SglangInstallation("0.5.15", tmp_path, None))
 
 
 @given(st.binary(max_size=400), st.integers(0, 900), st.integers(0, 40))
@@ -235,7 +235,7 @@ def test_the_patched_engine_is_hooked_and_starts_without_us(
     version: str, ours: str, state: str, tmp_path: Path
 ) -> None:
     subprocess.run(["cp", "-al", ENGINES_DIR / "sglang" / version, tmp_path / "site"], check=True)
-    engine = Installation(version, tmp_path / "site" / "sglang", None)
+    engine = SglangInstallation(version, tmp_path / "site" / "sglang", None)
     source_patch.apply(patch_of(version), engine)
     assert source_patch.state(patch_of(version), unpacked(version)) == "not applied"
     environment = engine_environment(version)

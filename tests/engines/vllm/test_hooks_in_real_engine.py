@@ -19,9 +19,9 @@ import pytest
 import triton
 
 from sglang_moe_ext.core import MoEShape, Origin, Quantisation, Table, TileConfig
-from sglang_moe_ext.engines.config_dict import entry_of, launched
+from sglang_moe_ext.engines.config_dict import config_dict_of, launch_args
 from sglang_moe_ext.engines.sglang import table_names as sglangs
-from sglang_moe_ext.engines.table_names import Dialect
+from sglang_moe_ext.engines.table_names import TableNaming
 from sglang_moe_ext.engines.vllm import table_names
 from sglang_moe_ext.tables import config_table, files, provenance, user_store
 from sglang_moe_ext.tables.provenance import Entry, Provenance
@@ -74,7 +74,7 @@ def put(
     table: Table,
     *,
     origin: Origin | None = "measured",
-    dialect: Dialect = table_names.DIALECT,
+    dialect: TableNaming = table_names.NAMING,
     made_for: MoEShape | None = None,
 ) -> Path:
     shape = shape_of(name)
@@ -98,7 +98,7 @@ def furnish(root: Path) -> None:
         put(ours, name, TABLE)
     put(ours, "of-another-layer", TABLE, made_for=dataclasses.replace(shape_of("bf16"), hidden_size=64))
     for name, origin in (("of-sglang", "measured"), ("predicted-in-sglang", "predicted"), ("bf16", "measured")):
-        put(of_sglang, name, WITH_TMA, origin=origin, dialect=sglangs.DIALECT)  # type: ignore[arg-type]
+        put(of_sglang, name, WITH_TMA, origin=origin, dialect=sglangs.NAMING)  # type: ignore[arg-type]
     put(named, "named-by-the-user", ANOTHER, origin=None)
     put(named, "with-tma", WITH_TMA, origin=None)
     for place, name in ((ours, "damaged"), (named, "damaged-by-the-user")):
@@ -141,7 +141,7 @@ every_version = pytest.mark.parametrize("version", VLLM_VERSIONS)
 
 def ours(config: TileConfig) -> dict[str, Any]:
     """As an entry of ours reaches vLLM's kernel, which has a SPLIT_K and no USE_TMA."""
-    return launched(config) | {"SPLIT_K": 1}
+    return launch_args(config) | {"SPLIT_K": 1}
 
 
 def from_json(table: Any) -> Any:
@@ -192,7 +192,7 @@ def test_a_table_that_the_engine_ships_stays_where_ours_is_of_another_engine(ver
 
 @every_version
 def test_the_folder_that_the_user_names_to_the_engine_comes_first(version: str) -> None:
-    expected = entry_of(ANOTHER[64])
+    expected = config_dict_of(ANOTHER[64])
     assert said(version)["answers"]["named-by-the-user"] == expected
     assert said(version)["few_tokens_of_the_users"] == expected
 
@@ -225,7 +225,7 @@ def test_a_users_table_that_would_end_the_engine_is_named_in_one_line(version: s
 
 @every_version
 def test_a_users_entry_with_tma_loses_what_the_kernel_does_not_know(version: str) -> None:
-    assert said(version)["answers"]["with-tma"] == entry_of(TABLE[64])
+    assert said(version)["answers"]["with-tma"] == config_dict_of(TABLE[64])
 
 
 @every_version
@@ -235,7 +235,7 @@ def test_who_asks_for_a_whole_table_gets_it(version: str) -> None:
 
 @every_version
 def test_who_asks_for_a_whole_table_gets_the_users_named_one_first(version: str) -> None:
-    assert from_json(said(version)["named"]["named-by-the-user"]) == {64: entry_of(ANOTHER[64])}
+    assert from_json(said(version)["named"]["named-by-the-user"]) == {64: config_dict_of(ANOTHER[64])}
 
 
 @every_version

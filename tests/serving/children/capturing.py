@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sglang_moe_ext.engines.sglang.routing_hook import Batch
+from sglang_moe_ext.engines.sglang.routing_hook import RoutingBatch
 from sglang_moe_ext.serving.capture import Recorder, Wish
 
 _PIECES = 20
@@ -33,5 +33,5 @@ if __name__ == "__main__":
     os.fdopen = lambda descriptor, mode: SlowFile(descriptor, mode)  # type: ignore[assignment, misc]  # noqa: PLW0108
     recorder = Recorder(Wish(Path(sys.argv[1]), max_files=10_000))
     while True:
-        recorder.take(Batch(0, torch.rand(2_000, 16).topk(2, dim=1).indices.int(), None))
+        recorder.take(RoutingBatch(0, torch.rand(2_000, 16).topk(2, dim=1).indices.int(), None))
         time.sleep(_PAUSE_S)

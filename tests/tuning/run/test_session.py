@@ -188,7 +188,7 @@ def results(run: Run, gpus: tuple[str, ...] = ("0",)) -> dict[int, Measured]:
     measuring: Measuring = dataclasses.replace(MEASURING, effort="quick", gpus=gpus)
     request = request_of(LAYER, FEW, measuring)
     kept = plan.sifted(request.shape, request.gpu).kept
-    today: lookup_probe.Asked = EngineThatIsAsked()  # type: ignore[assignment]
+    today: lookup_probe.SglangProbe = EngineThatIsAsked()  # type: ignore[assignment]
     return session.results(request, measuring, run, kept, today, SOURCE, unseen).pairs
 
 
