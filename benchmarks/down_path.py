@@ -25,7 +25,7 @@ from benchmarks.vs_upstream.report import here
 from sglang_moe_ext.core import EngineError, Failure, MoEExtError, MoEShape, Quantisation
 from sglang_moe_ext.engines.sglang import lookup_probe, sorted_layer
 from sglang_moe_ext.gpu.roofline import pair_floor_us
-from sglang_moe_ext.sorted_kernels import SortedPath
+from sglang_moe_ext.sorted_kernels import KernelPlan
 from sglang_moe_ext.tables import kernel_table
 from sglang_moe_ext.tuning import verify_install
 from sglang_moe_ext.tuning.bench import routing
@@ -55,7 +55,7 @@ class Row:
 
     tokens: int
     tuned: Pair
-    path: SortedPath
+    path: KernelPlan
     shipped_us: float
     tuned_us: float
     ours_us: float
@@ -113,7 +113,7 @@ class Racer:
             floor_us=floor_us,
         )
 
-    def _by_stage(self, tokens: int, path: SortedPath) -> dict[str, float]:
+    def _by_stage(self, tokens: int, path: KernelPlan) -> dict[str, float]:
         """Median microseconds of each stage of ours alone, on what the stages before it left."""
         import torch
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_moe_ext.core import MoEShape, Quantisation
-from sglang_moe_ext.sorted_kernels import DownConfig, SortedPath, UpConfig
+from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, UpConfig
 
 TOKENS, LAYERS, TURNS = 1024, 130, 16
 FEW = TOKENS // 2 - 1
@@ -25,12 +25,12 @@ FEW = TOKENS // 2 - 1
 CASES = {
     "16 bits": (
         MoEShape(16, 768, 1024, 4),
-        SortedPath(UpConfig(128, 128, 64, 8, 8, 4), DownConfig(128, 256, 64, 8, 8, 4, half_stores=True)),
+        KernelPlan(UpConfig(128, 128, 64, 8, 8, 4), DownConfig(128, 256, 64, 8, 8, 4, half_stores=True)),
         1e-2,
     ),
     "float8 in blocks": (
         MoEShape(16, 768, 1024, 4, Quantisation("fp8_w8a8", (128, 128))),
-        SortedPath(
+        KernelPlan(
             UpConfig(64, 128, 128, 8, 8, 2, persistent=False), DownConfig(64, 128, 128, 8, 4, 4, programs_per_sm=2)
         ),
         5e-2,
@@ -63,7 +63,7 @@ def hooked(store: Path) -> Any:
     from sglang_moe_ext.serving import attach, plugin
     from sglang_moe_ext.serving.kernel_selection import SHORTEST_US
     from sglang_moe_ext.tables import kernel_table, user_store
-    from sglang_moe_ext.tables.provenance import Run
+    from sglang_moe_ext.tables.provenance import TuningRun
 
     engine, installed = runner.load(), find()
     assert installed is not None
@@ -74,9 +74,9 @@ def hooked(store: Path) -> Any:
     assert folder.is_relative_to(store)
     for shape, path, _ in CASES.values():
         name = table_names.file_name(table_names.table_key(shape, config.get_device_name()))
-        run = Run("", "", "", str(shape), "", "", None, None, None, None, 0, "")
-        entries = {m: kernel_table.Entry(path, run, {"us": SHORTEST_US}) for m in (TOKENS // 2, 4 * TOKENS)}
-        kernel_table.put(kernel_table.beside(folder / name), entries)
+        run = TuningRun("", "", "", str(shape), "", "", None, None, None, None, 0, "")
+        entries = {m: kernel_table.KernelEntry(path, run, {"us": SHORTEST_US}) for m in (TOKENS // 2, 4 * TOKENS)}
+        kernel_table.put(kernel_table.path_beside(folder / name), entries)
     plugin.attach_patched()
     assert attach.state().is_active, attach.state().why
     return engine.layer

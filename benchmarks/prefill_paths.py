@@ -32,13 +32,13 @@ def main() -> int:
     engine = attached.engine_here()
     from benchmarks.serving.served_model import Plan, ServedModel
     from sglang_moe_ext.serving import attach
-    from sglang_moe_ext.serving.sglang_lookup_hook import Resolver
+    from sglang_moe_ext.serving.sglang_lookup_hook import ConfigResolver
 
     with tempfile.TemporaryDirectory() as folder:
         dummy_model.write(Path(folder), asked.model, asked.layers)
         model = ServedModel(engine, Plan(folder, "spread", asked.tokens + 1024, (), 1))
-    resolver = attach.resolver()
-    assert isinstance(resolver, Resolver)
+    resolver = attach.sglang_resolver()
+    assert isinstance(resolver, ConfigResolver)
     chooses = resolver.path
     kinds: dict[str, Callable[..., object]] = {"our": chooses, "the engine's": lambda *_: None}
     taken: dict[str, list[float]] = {kind: [] for kind in kinds}

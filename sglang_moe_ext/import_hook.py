@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 
-class Arrivals:
+class ImportHook:
     """Finds the modules that are awaited where the path has them. An import that works without us works with us."""
 
     def __init__(self) -> None:
@@ -47,13 +47,13 @@ def _spec(
     return spec
 
 
-def expect(fullname: str, act: "Callable[[ModuleType], None]") -> None:
+def on_import(fullname: str, act: "Callable[[ModuleType], None]") -> None:
     """Call `act`, which must not raise, with the module of that name once it has been executed.
 
     Who was first to expect a module acts on it.
     """
-    finder = next((finder for finder in sys.meta_path if isinstance(finder, Arrivals)), None)
+    finder = next((finder for finder in sys.meta_path if isinstance(finder, ImportHook)), None)
     if finder is None:
-        finder = Arrivals()
+        finder = ImportHook()
         sys.meta_path.insert(0, finder)
     finder.awaited.setdefault(fullname, act)

@@ -60,7 +60,7 @@ LONGEST_K = 512
 
 
 @dataclass(frozen=True, slots=True)
-class ShortDownConfig:
+class ShortKDownConfig:
     """Tiles of `short_down`, and how many of them along N one program takes with the rows of A that it keeps."""
 
     block_m: int
@@ -78,11 +78,11 @@ class ShortDownConfig:
 Up = TileConfig | UpConfig
 """The engine's up GEMM with that configuration, or ours, which may be fused with the activation."""
 
-Down = DownConfig | ShortDownConfig
+Down = DownConfig | ShortKDownConfig
 
 
 @dataclass(frozen=True, slots=True)
-class SortedPath:
+class KernelPlan:
     """Rows stay in the order of the experts from the up GEMM to the last sum.
 
     They are sorted into blocks of the up GEMM's `block_m`, which the down GEMM's divides.

@@ -55,6 +55,6 @@ def install() -> None:
     """Wait from now on; SGLANG_MOE_EXT_DISABLE=1 keeps us out."""
     if os.environ.get(SWITCH, "0") not in ("", "0"):
         return
-    import_hook.expect(MODULE, _patch)
+    import_hook.on_import(MODULE, _patch)
     for name in LAYER_MODULES:
-        import_hook.expect(name, _attach)
+        import_hook.on_import(name, _attach)

@@ -51,7 +51,7 @@ def test_a_shipped_table_of_vllm_was_measured_with_vllm_and_has_the_name_that_it
     assert all(smem_bytes(config, shape, gpu.sm) <= gpu.smem_per_block for config in table.values())
 
 
-PATHS = [kernel_table.beside(path) for path in TABLES if kernel_table.beside(path).exists()]
+PATHS = [kernel_table.path_beside(path) for path in TABLES if kernel_table.path_beside(path).exists()]
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}/{path.stem}")

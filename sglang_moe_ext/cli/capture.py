@@ -14,7 +14,7 @@ from sglang_moe_ext.engines.sglang import server_routing
 from sglang_moe_ext.engines.sglang.server_routing import RoutingServer
 from sglang_moe_ext.models import resolve
 from sglang_moe_ext.serving import capture
-from sglang_moe_ext.serving.capture import Table
+from sglang_moe_ext.serving.capture import RoutingTable
 
 FEW_ROWS = 16_384
 """The largest batch that is tuned by default; fewer rows repeat in it."""
@@ -96,7 +96,7 @@ def _ask(server: RoutingServer, texts: list[str], max_tokens: int, top_k: int) -
     return gathered
 
 
-def tables(gathered: list[bytearray], model: MoEModel) -> Iterator[Table]:
+def tables(gathered: list[bytearray], model: MoEModel) -> Iterator[RoutingTable]:
     """One of each MoE layer.
 
     Raises:
@@ -109,10 +109,10 @@ def tables(gathered: list[bytearray], model: MoEModel) -> Iterator[Table]:
             raise EngineError(
                 f"layer {layer} of the server gives {model.name} {wrong}; name the model it serves with --model"
             )
-        yield Table(layer, model.top_k, layers[layer])
+        yield RoutingTable(layer, model.top_k, layers[layer])
 
 
-def _write(folder: Path, found: list[Table]) -> list[Path]:
+def _write(folder: Path, found: list[RoutingTable]) -> list[Path]:
     run = capture.new_run()
     try:
         return [capture.write(folder, table, 0, run) for table in found]

@@ -11,7 +11,7 @@ from pathlib import Path
 from sglang_moe_ext.core import EngineError, MoEExtError, StoreError
 from sglang_moe_ext.engines.registry import ENGINES
 from sglang_moe_ext.tables import merge
-from sglang_moe_ext.tables.merge import Refused, Stored
+from sglang_moe_ext.tables.merge import RefusedTable, StoredTable
 from sglang_moe_ext.tables.provenance import Provenance
 from sglang_moe_ext.tuning import install_target, results_to_tables, transfer
 from sglang_moe_ext.tuning.run import journal_reader, run_folder
@@ -69,20 +69,22 @@ def run(arguments: argparse.Namespace) -> None:
     command = shlex.join([*_COMMAND.split(), str(path), "--engine", arguments.engine])
     run_of = results_to_tables.of_journal(journal, source, shape, command)
     entries = results_to_tables.of_transfer(run_of, {m: of.us for m, of in found.items()})
-    table = Stored({m: of.config for m, of in found.items()}, Provenance(entries))
+    table = StoredTable({m: of.config for m, of in found.items()}, Provenance(entries))
     name = install_target.table_names(tunable, shape, source.device_name)[False]
     places = [folder / name for folder in _folders(arguments, source)]
     results = merge.put(dict.fromkeys(places, table), text=lambda of: tunable.table_text(of, source.triton))
     print(f"{shape} on {source.device_name}, measured in {theirs.TITLE} {source.version}, for {tunable.TITLE}:")
     for place, result in results.items():
-        print(f"kept  {place}: {result.why}" if isinstance(result, Refused) else f"wrote {place}")
+        print(f"kept  {place}: {result.why}" if isinstance(result, RefusedTable) else f"wrote {place}")
     print(
         json.dumps(
             {
                 "origin": "transferred",
                 "entries": {m: str(of.config) for m, of in found.items()},
-                "written": [str(place) for place, result in results.items() if isinstance(result, Stored)],
-                "kept": {str(place): result.why for place, result in results.items() if isinstance(result, Refused)},
+                "written": [str(place) for place, result in results.items() if isinstance(result, StoredTable)],
+                "kept": {
+                    str(place): result.why for place, result in results.items() if isinstance(result, RefusedTable)
+                },
             }
         )
     )

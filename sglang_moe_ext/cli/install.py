@@ -10,7 +10,7 @@ from pathlib import Path
 from sglang_moe_ext.core import EngineError, MoEExtError
 from sglang_moe_ext.engines.sglang import installation
 from sglang_moe_ext.tables import config_table, merge, provenance, user_store
-from sglang_moe_ext.tables.merge import Refused, Stored
+from sglang_moe_ext.tables.merge import RefusedTable, StoredTable
 from sglang_moe_ext.tuning import install_target
 
 
@@ -19,7 +19,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     install_target.add_to(parser)
 
 
-def _hidden_by(folders: Sequence[Path], target: Path, table: Stored) -> Path | None:
+def _hidden_by(folders: Sequence[Path], target: Path, table: StoredTable) -> Path | None:
     """The table for another Triton that this one, a prediction, would hide."""
     if table.has_measured():
         return None
@@ -30,7 +30,7 @@ def _hidden_by(folders: Sequence[Path], target: Path, table: Stored) -> Path | N
 def _put(up: Path, folder: Path, shipped: Path) -> dict[Path, str | None]:
     """For the up table and the down table beside it: why it was not put there, or None where it was."""
     down = up.with_name(f"{up.stem}_down.json")
-    found = {path: Stored(config_table.read(path), provenance.read(path)) for path in (up, down) if path.exists()}
+    found = {path: StoredTable(config_table.read(path), provenance.read(path)) for path in (up, down) if path.exists()}
     targets = {folder / path.name: table for path, table in found.items()}
     for target, table in targets.items():
         hidden = _hidden_by((folder.parent, shipped), target, table)
@@ -38,7 +38,7 @@ def _put(up: Path, folder: Path, shipped: Path) -> dict[Path, str | None]:
             return dict.fromkeys(targets, f"a prediction would hide {hidden}")
     pairs = [(folder / up.name, folder / down.name)] if len(found) > 1 else []
     results = merge.put(targets, pairs)
-    return {target: result.why if isinstance(result, Refused) else None for target, result in results.items()}
+    return {target: result.why if isinstance(result, RefusedTable) else None for target, result in results.items()}
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from sglang_moe_ext.core import CompileKey, Failure, MoEShape, Origin, TileConfi
 from sglang_moe_ext.engines.sglang import table_names
 from sglang_moe_ext.engines.vllm import table_names as vllm_naming
 from sglang_moe_ext.gpu.roofline import pair_floor_us
-from sglang_moe_ext.sorted_kernels import SortedPath
+from sglang_moe_ext.sorted_kernels import KernelPlan
 from sglang_moe_ext.tables import config_table, kernel_table
 from sglang_moe_ext.tuning.bench.messages import Pair, Runner
 from sglang_moe_ext.tuning.compare_configs import TODAY, Compared, Timed
@@ -57,7 +57,7 @@ def measured_rows(tokens: int, result: Measured[Pair], floor_us: float) -> list[
 
 def path_rows(raced: Measured[Runner] | None, floor_us: float) -> list[list[str]]:
     """Our own path, below the pair that it beat; nothing where it did not."""
-    if raced is None or not isinstance(raced.pair, SortedPath):
+    if raced is None or not isinstance(raced.pair, KernelPlan):
         return []
     up, down = raced.pair.up, raced.pair.down
     engines = "engine's " if isinstance(up, TileConfig) else ""
@@ -116,10 +116,10 @@ def measurement(tokens: int, result: Measured[Pair]) -> Mapping[str, Any]:
 
 def raced_path(tokens: int, raced: Measured[Runner]) -> Mapping[str, Any]:
     """The race of one M between our own path and the chosen pair, for programs; `path` null where the pair won."""
-    is_won = isinstance(raced.pair, SortedPath)
+    is_won = isinstance(raced.pair, KernelPlan)
     return {
         "m": tokens,
-        "path": kernel_table.document_of(raced.pair) if isinstance(raced.pair, SortedPath) else None,
+        "path": kernel_table.document_of(raced.pair) if isinstance(raced.pair, KernelPlan) else None,
         "us": round(raced.us, 2),
         "pair_us": round(raced.incumbent_us, 2),
         "gain": round(raced.gain.value, 4) if is_won else None,
@@ -212,7 +212,7 @@ def results(request: Request, outcome: Outcome) -> Grid:
                 *path_rows(outcome.paths.get(m), floors[m]),
             )
         ]
-        if any(isinstance(raced.pair, SortedPath) for raced in outcome.paths.values()):
+        if any(isinstance(raced.pair, KernelPlan) for raced in outcome.paths.values()):
             title += "\nkernel: our own kernels, which a server with this plugin runs there; gain: over what is above"
         title += "\nus: whole layer; roof: how much of the GEMM roofline that is; gain: with its 95 % interval"
         columns = ["M", "", "configuration", "us", "gain", "roof", "error"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from sglang_moe_ext.core import Gpu, MoEShape, Projection, Quantisation, Table, TableKey, TileConfig
 from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
-from sglang_moe_ext.sorted_kernels import SortedPath
+from sglang_moe_ext.sorted_kernels import KernelPlan
 
 if TYPE_CHECKING:
     import torch
@@ -104,5 +104,5 @@ class EngineAdapter(Protocol):
     ) -> torch.Tensor:
         """[tokens, hidden], by the engine's own layer."""
 
-    def run_path(self, loaded: Any, shape: MoEShape, tensors: LayerTensors, path: SortedPath) -> torch.Tensor:
+    def run_path(self, loaded: Any, shape: MoEShape, tensors: LayerTensors, path: KernelPlan) -> torch.Tensor:
         """The same by our own kernels, behind the engine's sort. Raises EngineError where there is no such path."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sglang_moe_ext.core import TileConfig
-from sglang_moe_ext.sorted_kernels import SortedPath
+from sglang_moe_ext.sorted_kernels import KernelPlan
 
 ConfigDict = dict[str, Any]
 
@@ -62,6 +62,6 @@ class ConfigWithPlan(ConfigDict):
     know the entry alone.
     """
 
-    def __init__(self, entry: Mapping[str, Any], path: SortedPath) -> None:
+    def __init__(self, entry: Mapping[str, Any], path: KernelPlan) -> None:
         super().__init__(entry)
         self.path = path

@@ -44,7 +44,7 @@ def _told_apart(value: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
+class RecordedLaunch:
     """One launch of a compiled kernel: its grid, and its arguments by name, constants included."""
 
     kernel: Any
@@ -55,21 +55,21 @@ class Launch:
         """Launch it on the current stream."""
         self.kernel[self.grid](*self.arguments.values())
 
-    def with_argument(self, name: str, value: object) -> Launch:
+    def with_argument(self, name: str, value: object) -> RecordedLaunch:
         """The same launch with another value of one argument, of the same type."""
         return replace(self, arguments={**self.arguments, name: value})
 
-    def with_tensors(self, replaced: Mapping[int, Any]) -> Launch:
+    def with_tensors(self, replaced: Mapping[int, Any]) -> RecordedLaunch:
         """The same launch with other tensors: by the id() of each that is to be replaced."""
         return replace(self, arguments={name: replaced.get(id(value), value) for name, value in self.arguments.items()})
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
+def record_launch() -> Iterator[list[RecordedLaunch]]:
     """Within, each launch of a Triton kernel takes place, and is noted in the list."""
     from triton.runtime.jit import JITFunction
 
-    launches: list[Launch] = []
+    launches: list[RecordedLaunch] = []
     run = JITFunction.run
 
     def run_and_note(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
@@ -78,7 +78,7 @@ def recorded() -> Iterator[list[Launch]]:
         bound.apply_defaults()
         kernel = run(self, *arguments, grid=grid, warmup=warmup, **named)
         size = tuple(grid(bound.arguments) if callable(grid) else grid)
-        launches.append(Launch(kernel, (*size, 1, 1)[:3], dict(bound.arguments)))
+        launches.append(RecordedLaunch(kernel, (*size, 1, 1)[:3], dict(bound.arguments)))
         return kernel
 
     JITFunction.run = run_and_note

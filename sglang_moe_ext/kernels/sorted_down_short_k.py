@@ -16,7 +16,7 @@ from sglang_moe_ext.kernels import tma
 from sglang_moe_ext.kernels.launcher import launch
 from sglang_moe_ext.kernels.quantize import Scales
 from sglang_moe_ext.kernels.sorted_down import scaled
-from sglang_moe_ext.sorted_kernels import LONGEST_K, ShortDownConfig
+from sglang_moe_ext.sorted_kernels import LONGEST_K, ShortKDownConfig
 
 
 @triton.jit(do_not_specialize=("tiles_per_program",))  # type: ignore[untyped-decorator]
@@ -84,7 +84,7 @@ def launch_short_down(
     out: Tensor,
     expert_ids: Tensor,
     num_tokens_post_padded: Tensor,
-    config: ShortDownConfig,
+    config: ShortKDownConfig,
     *,
     align_block_m: int,
     scales: Scales | None = None,
@@ -107,7 +107,7 @@ def short_arguments(
     out: Tensor,
     expert_ids: Tensor,
     num_tokens_post_padded: Tensor,
-    config: ShortDownConfig,
+    config: ShortKDownConfig,
     *,
     align_block_m: int,
     scales: Scales | None,

@@ -2,7 +2,7 @@
 
 from sglang_moe_ext.models.builtin import builtin_models
 from sglang_moe_ext.models.hf_config import from_config
-from sglang_moe_ext.models.quantization import quantisation_from_config
+from sglang_moe_ext.models.quantization import quantization_from_config
 from sglang_moe_ext.models.resolve import resolve
 from sglang_moe_ext.models.shape_string import parse_dtype_flag, parse_shape
 

@@ -39,7 +39,7 @@ _ONE_LINE = _OneLine()
 _ONE_LINE.maxlevel, _ONE_LINE.maxstring, _ONE_LINE.maxother = 2, 60, 60
 
 
-def shown(value: object) -> str:
+def show(value: object) -> str:
     """The value in an error message: short, whatever it is."""
     return _ONE_LINE.repr(value)
 
@@ -50,7 +50,7 @@ def refusal(source: str, complaint: str) -> ModelError:
     return ModelError(" ".join(line.split()))
 
 
-def read(section: Section, name: str) -> object:
+def read_field(section: Section, name: str) -> object:
     """The field, or None where there is none; a field that cannot be read as one value counts as not there."""
     if isinstance(section, Mapping):
         return section.get(name)
@@ -60,12 +60,12 @@ def read(section: Section, name: str) -> object:
         return None
 
 
-def whole(value: object, name: str, source: str, *, at_least: int = 1) -> int:
+def whole_number(value: object, name: str, source: str, *, at_least: int = 1) -> int:
     """Raises: ModelError when the value is not an integer of a believable size."""
     if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value <= LARGEST:
         raise refusal(
             source,
-            f"{name} is {shown(value)}, expected a whole number from {at_least} to {LARGEST}; "
+            f"{name} is {show(value)}, expected a whole number from {at_least} to {LARGEST}; "
             "correct it, or state the experts with --shape",
         )
     return value
@@ -85,7 +85,7 @@ def _parts(config: Section) -> Iterator[Section]:
     if text is not None:
         yield text
     for wrapper in WRAPPERS:
-        part = read(config, wrapper)
+        part = read_field(config, wrapper)
         if isinstance(part, Mapping) or hasattr(part, "__dict__"):
             yield part
 
@@ -94,7 +94,7 @@ def _text_config(config: Section) -> Section | None:
     """What the config class itself names as its language model, when that is another config."""
     if isinstance(config, Mapping):
         return None
-    choose = read(config, "get_text_config")
+    choose = read_field(config, "get_text_config")
     if not callable(choose):
         return None
     try:

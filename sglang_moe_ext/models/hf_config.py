@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from sglang_moe_ext.core import ActivationDtype, ModelError, MoEModel
-from sglang_moe_ext.models.config_fields import Section, lineages, read, refusal, shown, whole
+from sglang_moe_ext.models.config_fields import Section, lineages, read_field, refusal, show, whole_number
 from sglang_moe_ext.models.families import (
     COMMON,
     EXPERTS,
@@ -18,7 +18,7 @@ from sglang_moe_ext.models.families import (
     Family,
     Names,
 )
-from sglang_moe_ext.models.quantization import quantisation_from_config
+from sglang_moe_ext.models.quantization import quantization_from_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Experts:
         """The first of the names that is stated, with its value."""
         for place in self._places() if places is None else places:
             for name in names:
-                value = read(place, name)
+                value = read_field(place, name)
                 if value is not None:
                     return name, value
         return None
@@ -41,7 +41,7 @@ class Experts:
     def _places(self) -> Iterator[Section]:
         yield self.section
         for name in PARTS:
-            yield read(self.section, name)
+            yield read_field(self.section, name)
 
     def has_moe_layers(self) -> bool:
         layers = self.first(self.family.layer_lists)
@@ -50,7 +50,7 @@ class Experts:
         return any(kind in layers[1] for kind in self.family.moe_layers)
 
 
-def located(config: Section) -> Experts | None:
+def locate_experts(config: Section) -> Experts | None:
     """None for a dense model."""
     for lineage in lineages(config):
         root, section = lineage[0], lineage[-1]
@@ -70,10 +70,10 @@ def _family(section: Section, root: Section) -> Family:
 
 def _identities(section: Section) -> Iterator[str]:
     """Model type, then architectures."""
-    model_type = read(section, "model_type")
+    model_type = read_field(section, "model_type")
     if isinstance(model_type, str):
         yield model_type
-    architectures = read(section, "architectures")
+    architectures = read_field(section, "architectures")
     if isinstance(architectures, (list, tuple)):
         yield from (name for name in architectures if isinstance(name, str))
 
@@ -83,7 +83,7 @@ DTYPES: dict[str, ActivationDtype] = {"float16": "float16", "half": "float16", "
 
 def from_config(config: Section, *, name: str, source: str) -> MoEModel:
     """Raises: ModelError when the model is dense, a number is missing or impossible, or the kernel is not its own."""
-    experts = located(config)
+    experts = locate_experts(config)
     if experts is None:
         raise _dense(source)
     if not experts.family.runs_fused_moe:
@@ -105,7 +105,7 @@ def from_config(config: Section, *, name: str, source: str) -> MoEModel:
         intermediate_size=_width(experts, source),
         shared_experts=_shared(experts, source),
         gated=_gated(experts),
-        quantisation=quantisation_from_config(config, source=source),
+        quantisation=quantization_from_config(config, source=source),
         dtype=_dtype(experts),
         source=source,
     )
@@ -121,7 +121,7 @@ def leaves_to_its_class(config: Section) -> bool:
 
     A nested section of a saved config lists only what departs from those defaults.
     """
-    experts = located(config)
+    experts = locate_experts(config)
     if experts is None:
         return True
     needed = (EXPERTS, TOP_K, (*experts.family.width, *experts.family.merged_width), experts.family.hidden)
@@ -144,20 +144,20 @@ def _number(
     _refuse_differing_layers(experts, name, source)
     if isinstance(value, (list, tuple)):
         value = _one_of_list(value, name, experts.family, source)
-    return whole(value, name, source)
+    return whole_number(value, name, source)
 
 
 def _one_of_list(values: list[object] | tuple[object, ...], name: str, family: Family, source: str) -> object:
     if not values or not (
         family.text_comes_first or all(type(value) is int and value == values[0] for value in values)
     ):
-        raise refusal(source, f"{name} is {shown(values)}, expected the same in every layer; state one with --shape")
+        raise refusal(source, f"{name} is {show(values)}, expected the same in every layer; state one with --shape")
     return values[0]
 
 
 def _refuse_differing_layers(experts: Experts, name: str, source: str) -> None:
-    layers = read(experts.section, "per_layer_config")
-    if isinstance(layers, Mapping) and any(read(layer, name) is not None for layer in layers.values()):
+    layers = read_field(experts.section, "per_layer_config")
+    if isinstance(layers, Mapping) and any(read_field(layer, name) is not None for layer in layers.values()):
         raise refusal(
             source, f"per_layer_config changes {name} from layer to layer, expected one value; state it with --shape"
         )
@@ -166,7 +166,7 @@ def _refuse_differing_layers(experts: Experts, name: str, source: str) -> None:
 def _width(experts: Experts, source: str) -> int:
     merged = experts.first(experts.family.merged_width)
     if merged is not None and experts.first(experts.family.width) is None:
-        return whole(merged[1], merged[0], source, at_least=2) // 2
+        return whole_number(merged[1], merged[0], source, at_least=2) // 2
     return _number(experts, (*experts.family.width, *experts.family.dense_width), "width of an expert", source)
 
 
@@ -177,7 +177,7 @@ def _shared(experts: Experts, source: str) -> int:
     name, value = found
     if isinstance(value, (list, tuple)):
         value = _one_of_list(value, name, experts.family, source)
-    return whole(value, name, source, at_least=0)
+    return whole_number(value, name, source, at_least=0)
 
 
 def _shared_by_width(experts: Experts, source: str) -> int:
@@ -185,19 +185,19 @@ def _shared_by_width(experts: Experts, source: str) -> int:
     found = experts.first(SHARED_WIDTH) if experts.family.shared else None
     if found is None:
         return 0
-    shared, width = whole(found[1], found[0], source, at_least=0), _width(experts, source)
+    shared, width = whole_number(found[1], found[0], source, at_least=0), _width(experts, source)
     return shared // width if shared % width == 0 else 0
 
 
 def _gated(experts: Experts) -> bool:
-    activation = read(experts.section, "mlp_hidden_act") or read(experts.section, "hidden_act")
+    activation = read_field(experts.section, "mlp_hidden_act") or read_field(experts.section, "hidden_act")
     return experts.family.gated and activation not in NOT_GATED
 
 
 def _dtype(experts: Experts) -> ActivationDtype:
     for section in (experts.section, experts.root):
         for name in ("dtype", "torch_dtype"):
-            value = read(section, name)
+            value = read_field(section, name)
             stated = "" if isinstance(value, (Mapping, list)) else str(value).removeprefix("torch.")
             if stated in DTYPES:
                 return DTYPES[stated]
@@ -207,8 +207,8 @@ def _dtype(experts: Experts) -> ActivationDtype:
 def _architecture(experts: Experts) -> str:
     """The root's, because that is the class that an engine picks."""
     for section in (experts.root, experts.section):
-        architectures = read(section, "architectures")
+        architectures = read_field(section, "architectures")
         if isinstance(architectures, (list, tuple)) and architectures and isinstance(architectures[0], str):
             return architectures[0]
-    model_type = read(experts.root, "model_type")
+    model_type = read_field(experts.root, "model_type")
     return model_type if isinstance(model_type, str) else ""

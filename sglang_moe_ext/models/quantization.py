@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from sglang_moe_ext.core import ModelError, Quantisation, Scheme
-from sglang_moe_ext.models.config_fields import CONFIG_CLASS_ERRORS, Section, lineages, read, refusal, shown, whole
+from sglang_moe_ext.models.config_fields import (
+    CONFIG_CLASS_ERRORS,
+    Section,
+    lineages,
+    read_field,
+    refusal,
+    show,
+    whole_number,
+)
 
 EXCLUSIONS = ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules")
 NO_BLOCK = (None, 0, -1)
@@ -25,34 +33,34 @@ def weight_block(stated: object, name: str, source: str) -> tuple[int, int] | No
     if stated is None:
         return None
     if not isinstance(stated, (list, tuple)) or len(stated) != 2:
-        raise refusal(source, f"{name} is {shown(stated)}, expected [N, K], such as [128, 128]; correct it")
+        raise refusal(source, f"{name} is {show(stated)}, expected [N, K], such as [128, 128]; correct it")
     n, k = stated
     if n in NO_BLOCK and k in NO_BLOCK:
         return None
-    return whole(n, f"{name} N", source), whole(k, f"{name} K", source)
+    return whole_number(n, f"{name} N", source), whole_number(k, f"{name} K", source)
 
 
 def group_size(section: Section, source: str) -> int | None:
     """Weights along K that share a scale; None (also written -1) where a whole channel does."""
     for name in ("group_size", "q_group_size"):
-        stated = read(section, name)
+        stated = read_field(section, name)
         if stated is not None:
-            return None if stated == -1 else whole(stated, name, source)
+            return None if stated == -1 else whole_number(stated, name, source)
     return None
 
 
-def in_groups(bits: object, group: int | None, source: str) -> Quantisation:
+def group_quantization(bits: object, group: int | None, source: str) -> Quantisation:
     """Weights of 4 or 8 bits that the kernel unpacks; activations stay in 16."""
     scheme = WEIGHT_ONLY.get(bits) if isinstance(bits, int) else None
     if scheme is None:
-        raise refusal(source, f"weights of {shown(bits)} bits, expected 4 or 8; state the experts with --shape")
+        raise refusal(source, f"weights of {show(bits)} bits, expected 4 or 8; state the experts with --shape")
     return Quantisation(scheme, per_channel=True) if group is None else Quantisation(scheme, (0, group))
 
 
-def experts_left_out(section: Section) -> bool:
+def excludes_experts(section: Section) -> bool:
     """True where an exclusion covers the experts of every layer: it names experts, and not shared ones or a layer."""
     for name in EXCLUSIONS:
-        excluded = read(section, name)
+        excluded = read_field(section, name)
         for entry in excluded if isinstance(excluded, (list, tuple)) else ():
             if isinstance(entry, str) and not _is_narrower(entry):
                 return True
@@ -76,13 +84,13 @@ CLASS_TARGETS = ("Linear", "FusedMoE")
 _W8A8: dict[str, Scheme] = {"float": "fp8_w8a8", "int": "int8_w8a8"}
 
 
-def of_config_groups(section: Section, source: str) -> Quantisation:
-    stated = read(section, "config_groups")
+def parse_config_groups(section: Section, source: str) -> Quantisation:
+    stated = read_field(section, "config_groups")
     if stated is None or stated == {}:
         return Quantisation()
     if not isinstance(stated, Mapping) or not all(isinstance(group, Mapping) for group in stated.values()):
-        raise refusal(source, f"config_groups is {shown(stated)}, expected an object of objects; correct it")
-    of_experts = {_of_group(group, source) for group in _for_experts(list(stated.values()))}
+        raise refusal(source, f"config_groups is {show(stated)}, expected an object of objects; correct it")
+    of_experts = {_parse_group(group, source) for group in _for_experts(list(stated.values()))}
     if len(of_experts) > 1:
         raise refusal(source, "several config_groups may hold the experts, expected one; state them with --shape")
     return of_experts.pop()
@@ -96,40 +104,43 @@ def _for_experts(groups: list[Section]) -> list[Section]:
 
 
 def _targets(group: Section) -> list[str]:
-    targets = read(group, "targets")
+    targets = read_field(group, "targets")
     return [target for target in targets if isinstance(target, str)] if isinstance(targets, (list, tuple)) else []
 
 
-def _of_group(group: Section, source: str) -> Quantisation:
-    weights, activations = read(group, "weights"), read(group, "input_activations")
+def _parse_group(group: Section, source: str) -> Quantisation:
+    weights, activations = read_field(group, "weights"), read_field(group, "input_activations")
     if weights is None:
         return Quantisation()
-    match read(weights, "type") or "int", read(weights, "num_bits"), activations is not None:
+    match read_field(weights, "type") or "int", read_field(weights, "num_bits"), activations is not None:
         case "int", int(bits), False if bits in WEIGHT_ONLY:
             return _group_weight_only(weights, bits, source)
-        case "float" | "int" as kind, 8, True if (read(activations, "type"), read(activations, "num_bits")) == (
+        case "float" | "int" as kind, 8, True if (
+            read_field(activations, "type"),
+            read_field(activations, "num_bits"),
+        ) == (
             kind,
             8,
         ):
             return _w8a8(weights, _W8A8[kind], source)
-    stored = f"{shown(read(weights, 'type'))} weights of {shown(read(weights, 'num_bits'))} bits"
-    layout = read(group, "format")
-    packed = f" as {shown(layout)}" if layout is not None else ""
+    stored = f"{show(read_field(weights, 'type'))} weights of {show(read_field(weights, 'num_bits'))} bits"
+    layout = read_field(group, "format")
+    packed = f" as {show(layout)}" if layout is not None else ""
     raise other_kernel(f"compressed-tensors, {stored}{packed},", source)
 
 
 def _group_weight_only(weights: Section, bits: int, source: str) -> Quantisation:
-    match read(weights, "strategy"):
+    match read_field(weights, "strategy"):
         case "channel":
-            return in_groups(bits, None, source)
+            return group_quantization(bits, None, source)
         case "group" | None:
-            return in_groups(bits, group_size(weights, source), source)
+            return group_quantization(bits, group_size(weights, source), source)
         case strategy:
-            raise other_kernel(f"compressed-tensors, {bits} bits with strategy {shown(strategy)},", source)
+            raise other_kernel(f"compressed-tensors, {bits} bits with strategy {show(strategy)},", source)
 
 
 def _w8a8(weights: Section, scheme: Scheme, source: str) -> Quantisation:
-    match read(weights, "strategy"):
+    match read_field(weights, "strategy"):
         case "tensor" | None:
             return Quantisation(scheme)
         case "channel":
@@ -137,17 +148,17 @@ def _w8a8(weights: Section, scheme: Scheme, source: str) -> Quantisation:
         case "block":
             return Quantisation(scheme, _block(weights, source))
         case strategy:
-            raise other_kernel(f"compressed-tensors, {scheme} with strategy {shown(strategy)},", source)
+            raise other_kernel(f"compressed-tensors, {scheme} with strategy {show(strategy)},", source)
 
 
 def _block(weights: Section, source: str) -> tuple[int, int]:
-    stated = read(weights, "block_structure")
+    stated = read_field(weights, "block_structure")
     if isinstance(stated, str) and len(stated) < 20:
         # older releases write "128x128"
         stated = [int(side) if side.isdecimal() else side for side in stated.split("x")]
     block = weight_block(stated, "block_structure", source)
     if block is None:
-        raise refusal(source, f"strategy 'block' with block_structure {shown(stated)}, expected [N, K]; correct it")
+        raise refusal(source, f"strategy 'block' with block_structure {show(stated)}, expected [N, K]; correct it")
     return block
 
 
@@ -156,18 +167,18 @@ BLOCK_SIDE = 128
 """Where a block-wise algorithm states no group_size (SGLang 0.5.23, modelopt_quant.py)."""
 
 
-def of_modelopt(section: Section, source: str) -> Quantisation:
-    inner = read(section, "quantization")
+def parse_modelopt(section: Section, source: str) -> Quantisation:
+    inner = read_field(section, "quantization")
     section = inner if isinstance(inner, Mapping) else section
-    if experts_left_out(section):
+    if excludes_experts(section):
         return Quantisation()
-    if read(section, "quant_algo") == MIXED:
-        return _of_mixed(read(section, "quantized_layers"), source)
-    return _of_algorithm(section, source)
+    if read_field(section, "quant_algo") == MIXED:
+        return _parse_mixed(read_field(section, "quantized_layers"), source)
+    return _parse_algorithm(section, source)
 
 
-def _of_algorithm(section: Section, source: str) -> Quantisation:
-    match read(section, "quant_algo"):
+def _parse_algorithm(section: Section, source: str) -> Quantisation:
+    match read_field(section, "quant_algo"):
         case "FP8" | None:
             return Quantisation("fp8_w8a8")
         case "FP8_PER_CHANNEL_PER_TOKEN":
@@ -176,13 +187,13 @@ def _of_algorithm(section: Section, source: str) -> Quantisation:
             side = group_size(section, source) or BLOCK_SIDE
             return Quantisation("fp8_w8a8", (side, side))
         case algorithm:
-            raise other_kernel(f"modelopt {shown(algorithm)}", source)
+            raise other_kernel(f"modelopt {show(algorithm)}", source)
 
 
-def _of_mixed(layers: object, source: str) -> Quantisation:
+def _parse_mixed(layers: object, source: str) -> Quantisation:
     """An algorithm a layer; those without one are not quantised."""
     of_experts = {
-        _of_algorithm(layer, source)
+        _parse_algorithm(layer, source)
         for name, layer in (layers.items() if isinstance(layers, Mapping) else ())
         if isinstance(layer, Mapping) and names_experts(str(name))
     }
@@ -212,28 +223,28 @@ OTHER_KERNELS = (
 """Methods whose experts never reach the Triton kernel that reads JSON tables (SGLang 0.5.23, layers/quantization)."""
 
 
-def quantisation_from_config(config: Section, *, source: str = "config.json") -> Quantisation:
+def quantization_from_config(config: Section, *, source: str = "config.json") -> Quantisation:
     """Raises: ModelError when the method is unknown, malformed, or its experts run another kernel."""
     parts = {id(lineage[-1]): lineage[-1] for lineage in lineages(config)}
     for part in (config, *parts.values()):
-        expert_dtype = read(part, "expert_dtype")
+        expert_dtype = read_field(part, "expert_dtype")
         if isinstance(expert_dtype, str) and "fp4" in expert_dtype.lower():
-            raise other_kernel(f"expert_dtype {shown(expert_dtype)}", source)
+            raise other_kernel(f"expert_dtype {show(expert_dtype)}", source)
     for part in (config, *parts.values()):
         for name in SECTIONS:
-            stated = read(part, name)
+            stated = read_field(part, name)
             if stated is not None and stated != {}:
-                return _of_section(stated, name, source)
+                return _parse_section(stated, name, source)
     return Quantisation()
 
 
-def _of_section(stated: object, name: str, source: str) -> Quantisation:
+def _parse_section(stated: object, name: str, source: str) -> Quantisation:
     section = _opened(stated)
     if section is None:
         raise refusal(
-            source, f"{name} is {shown(stated)}, expected an object; correct it, or state the layer with --shape"
+            source, f"{name} is {show(stated)}, expected an object; correct it, or state the layer with --shape"
         )
-    if experts_left_out(section):
+    if excludes_experts(section):
         return Quantisation()
     method = _method(section)
     if method is None:
@@ -241,13 +252,13 @@ def _of_section(stated: object, name: str, source: str) -> Quantisation:
     if method in OTHER_KERNELS:
         raise other_kernel(method, source)
     if method not in METHODS:
-        raise refusal(source, f"unknown quant_method {shown(method)}; state the experts with --shape and its dtype")
+        raise refusal(source, f"unknown quant_method {show(method)}; state the experts with --shape and its dtype")
     return METHODS[method](section, source)
 
 
 def _opened(stated: object) -> Mapping[str, object] | None:
     """The section as a mapping, also when a library has already made an object of it."""
-    to_dict = None if isinstance(stated, Mapping) else read(stated, "to_dict")
+    to_dict = None if isinstance(stated, Mapping) else read_field(stated, "to_dict")
     try:
         opened = to_dict() if callable(to_dict) else stated
     except CONFIG_CLASS_ERRORS:
@@ -256,7 +267,7 @@ def _opened(stated: object) -> Mapping[str, object] | None:
 
 
 def _method(section: Mapping[str, object]) -> str | None:
-    stated = read(section, "quant_method")
+    stated = read_field(section, "quant_method")
     if stated is not None:
         return stated.lower().replace("-", "_") if isinstance(stated, str) else None
     marks = {"config_groups": "compressed_tensors", "quant_algo": "modelopt", "quantization": "modelopt"}
@@ -264,11 +275,13 @@ def _method(section: Mapping[str, object]) -> str | None:
 
 
 def _fp8(section: Section, source: str) -> Quantisation:
-    return Quantisation("fp8_w8a8", weight_block(read(section, "weight_block_size"), "weight_block_size", source))
+    return Quantisation("fp8_w8a8", weight_block(read_field(section, "weight_block_size"), "weight_block_size", source))
 
 
 def _blockwise_int8(section: Section, source: str) -> Quantisation:
-    return Quantisation("int8_w8a8", weight_block(read(section, "weight_block_size"), "weight_block_size", source))
+    return Quantisation(
+        "int8_w8a8", weight_block(read_field(section, "weight_block_size"), "weight_block_size", source)
+    )
 
 
 def _per_channel(scheme: Scheme) -> Callable[[Section, str], Quantisation]:
@@ -276,8 +289,11 @@ def _per_channel(scheme: Scheme) -> Callable[[Section, str], Quantisation]:
 
 
 def _weight_only(section: Section, source: str) -> Quantisation:
-    bits = next((read(section, name) for name in ("bits", "w_bit", "wbits") if read(section, name) is not None), None)
-    return in_groups(bits, group_size(section, source), source)
+    bits = next(
+        (read_field(section, name) for name in ("bits", "w_bit", "wbits") if read_field(section, name) is not None),
+        None,
+    )
+    return group_quantization(bits, group_size(section, source), source)
 
 
 METHODS: dict[str, Callable[[Section, str], Quantisation]] = {
@@ -286,14 +302,14 @@ METHODS: dict[str, Callable[[Section, str], Quantisation]] = {
     "fbgemm_fp8": _per_channel("fp8_w8a8"),
     "w8a8_int8": _per_channel("int8_w8a8"),
     "blockwise_int8": _blockwise_int8,
-    "compressed_tensors": of_config_groups,
+    "compressed_tensors": parse_config_groups,
     "awq": _weight_only,
     "awq_marlin": _weight_only,
     "gptq": _weight_only,
     "gptq_marlin": _weight_only,
     "auto_round": _weight_only,
     "moe_wna16": _weight_only,
-    "modelopt": of_modelopt,
-    "modelopt_fp8": of_modelopt,
-    "modelopt_mixed": of_modelopt,
+    "modelopt": parse_modelopt,
+    "modelopt_fp8": parse_modelopt,
+    "modelopt_mixed": parse_modelopt,
 }

@@ -13,14 +13,14 @@ from pathlib import Path
 
 from sglang_moe_ext.core import ModelError, MoEModel
 from sglang_moe_ext.models.builtin import builtin_records, find_builtin
-from sglang_moe_ext.models.config_fields import CONFIG_CLASS_ERRORS, Section, refusal, shown
+from sglang_moe_ext.models.config_fields import CONFIG_CLASS_ERRORS, Section, refusal, show
 from sglang_moe_ext.models.hf_config import from_config, leaves_to_its_class
-from sglang_moe_ext.models.quantization import quantisation_from_config
+from sglang_moe_ext.models.quantization import quantization_from_config
 
 GO_ON = "give a folder that has its config.json, or state the experts with --shape"
 
 
-def downloaded(hub_id: str, name: str, *, must_exist: bool = True) -> Path:
+def download(hub_id: str, name: str, *, must_exist: bool = True) -> Path:
     """The file in the hub's cache, fetched when it is not there yet; a file that need not exist may not either.
 
     Raises: ModelError when it cannot be had.
@@ -63,7 +63,7 @@ def config_of_class(path: str, *, trust_remote_code: bool) -> Section:
         AssertionError,
         *CONFIG_CLASS_ERRORS,
     ) as error:
-        raise _not_loaded(error, trust_remote_code=trust_remote_code) from error
+        raise _refuse_not_loaded(error, trust_remote_code=trust_remote_code) from error
     finally:
         logging.set_verbosity(verbosity)
     return config
@@ -78,14 +78,14 @@ def _network_error() -> type[Exception]:
     return HTTPError
 
 
-def _not_loaded(error: Exception, *, trust_remote_code: bool) -> ModelError:
+def _refuse_not_loaded(error: Exception, *, trust_remote_code: bool) -> ModelError:
     if "trust_remote_code" in str(error) and not trust_remote_code:
         return refusal("transformers", "its config class is Python of its own; add --trust-remote-code if you trust it")
     return refusal("transformers", f"cannot load it ({_kind(error)}); upgrade it, or complete the config")
 
 
 def _kind(error: Exception) -> str:
-    return f"{type(error).__name__}: {shown(str(error))}"
+    return f"{type(error).__name__}: {show(str(error))}"
 
 
 CONFIG = "config.json"
@@ -103,11 +103,11 @@ def resolve(model: str, *, trust_remote_code: bool = False, section: str | None 
     """
     path = os.path.expanduser(model)
     if section is not None:
-        return _of_section(model, section)
+        return _resolve_section(model, section)
     if os.path.isfile(os.path.join(path, CONFIG)):
-        return _of_folder(Path(path), trust_remote_code=trust_remote_code)
+        return _resolve_folder(Path(path), trust_remote_code=trust_remote_code)
     if os.path.isfile(path):
-        return _of_file(Path(path), trust_remote_code=trust_remote_code)
+        return _resolve_file(Path(path), trust_remote_code=trust_remote_code)
     builtin = find_builtin(model)
     if builtin is not None:
         return builtin
@@ -115,7 +115,7 @@ def resolve(model: str, *, trust_remote_code: bool = False, section: str | None 
         raise refusal(model, f"the folder has no {CONFIG}; give the folder of a checkpoint, or --shape")
     if HUB_ID.fullmatch(model) is None:
         raise _unknown(model)
-    return _of_hub(model, trust_remote_code=trust_remote_code)
+    return _resolve_hub(model, trust_remote_code=trust_remote_code)
 
 
 def _unknown(model: str) -> ModelError:
@@ -124,11 +124,11 @@ def _unknown(model: str) -> ModelError:
     meant = f"did you mean {' or '.join(close)}? " if close else ""
     return refusal(
         "model",
-        f"{shown(model)} is no folder, built-in name or hub id; {meant}else give a folder with a {CONFIG}, or --shape",
+        f"{show(model)} is no folder, built-in name or hub id; {meant}else give a folder with a {CONFIG}, or --shape",
     )
 
 
-def _of_section(model: str, section: str) -> MoEModel:
+def _resolve_section(model: str, section: str) -> MoEModel:
     """Of a file that is here: the section, quantised as the whole is."""
     path = Path(model).expanduser()
     path = path / CONFIG if path.is_dir() else path
@@ -138,14 +138,14 @@ def _of_section(model: str, section: str) -> MoEModel:
     found = whole.get(section)
     if not isinstance(found, dict):
         sections = ", ".join(name for name, value in whole.items() if isinstance(value, dict)) or "none"
-        raise refusal(str(path), f"no section {shown(section)}; it has {sections}")
+        raise refusal(str(path), f"no section {show(section)}; it has {sections}")
     quantised = {name: whole[name] for name in ("quantization_config",) if name in whole and name not in found}
     return from_config({**found, **quantised}, name=path.resolve().parent.name, source=f"{path}, {section}")
 
 
-def _of_folder(folder: Path, *, trust_remote_code: bool) -> MoEModel:
+def _resolve_folder(folder: Path, *, trust_remote_code: bool) -> MoEModel:
     raw = _with_modelopt(_parsed(folder / CONFIG), folder)
-    return _of_raw(
+    return _resolve_raw(
         raw,
         name=folder.resolve().name,
         source=str(folder / CONFIG),
@@ -153,8 +153,8 @@ def _of_folder(folder: Path, *, trust_remote_code: bool) -> MoEModel:
     )
 
 
-def _of_file(path: Path, *, trust_remote_code: bool) -> MoEModel:
-    return _of_raw(
+def _resolve_file(path: Path, *, trust_remote_code: bool) -> MoEModel:
+    return _resolve_raw(
         _with_modelopt(_parsed(path), path.parent),
         name=path.resolve().parent.name if path.name == CONFIG else path.stem,
         source=str(path),
@@ -162,12 +162,12 @@ def _of_file(path: Path, *, trust_remote_code: bool) -> MoEModel:
     )
 
 
-def _of_hub(hub_id: str, *, trust_remote_code: bool) -> MoEModel:
-    folder = downloaded(hub_id, CONFIG).parent
+def _resolve_hub(hub_id: str, *, trust_remote_code: bool) -> MoEModel:
+    folder = download(hub_id, CONFIG).parent
     raw = _parsed(folder / CONFIG)
     if not raw.get("quantization_config"):
-        downloaded(hub_id, MODELOPT_CONFIG, must_exist=False)
-    return _of_raw(
+        download(hub_id, MODELOPT_CONFIG, must_exist=False)
+    return _resolve_raw(
         _with_modelopt(raw, folder),
         name=hub_id,
         source=f"{hub_id} on the hub",
@@ -175,7 +175,7 @@ def _of_hub(hub_id: str, *, trust_remote_code: bool) -> MoEModel:
     )
 
 
-def _of_raw(raw: dict[str, object], *, name: str, source: str, of_class: Callable[[], Section]) -> MoEModel:
+def _resolve_raw(raw: dict[str, object], *, name: str, source: str, of_class: Callable[[], Section]) -> MoEModel:
     """The file itself says it all, as a rule; what it leaves to the defaults of its class is asked of transformers."""
     if not leaves_to_its_class(raw):
         return from_config(raw, name=name, source=source)
@@ -184,7 +184,7 @@ def _of_raw(raw: dict[str, object], *, name: str, source: str, of_class: Callabl
     except ModelError as of_transformers:
         return _without_its_class(raw, of_transformers, name=name, source=source)
     model = from_config(config, name=name, source=source)
-    return replace(model, quantisation=quantisation_from_config(raw, source=source))
+    return replace(model, quantisation=quantization_from_config(raw, source=source))
 
 
 def _without_its_class(raw: dict[str, object], of_transformers: ModelError, *, name: str, source: str) -> MoEModel:
@@ -212,8 +212,8 @@ def _parsed(path: Path) -> dict[str, object]:
         raise refusal(source, f"cannot be read ({error.strerror}); check the path and its permissions") from error
     except (ValueError, RecursionError) as error:
         raise refusal(
-            source, f"not JSON ({shown(str(error))}); download it again, or state the experts with --shape"
+            source, f"not JSON ({show(str(error))}); download it again, or state the experts with --shape"
         ) from error
     if not isinstance(parsed, dict):
-        raise refusal(source, f"{shown(parsed)} where an object was expected; give a model's {CONFIG}")
+        raise refusal(source, f"{show(parsed)} where an object was expected; give a model's {CONFIG}")
     return parsed

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 from sglang_moe_ext.core import ActivationDtype, MoEShape, Quantisation, Scheme
-from sglang_moe_ext.models.config_fields import LARGEST, refusal, shown, whole
+from sglang_moe_ext.models.config_fields import LARGEST, refusal, show, whole_number
 
 SCHEMES: dict[str, Scheme] = {scheme: scheme for scheme in get_args(Scheme)}
 DTYPES: dict[str, ActivationDtype] = {
@@ -60,7 +60,7 @@ def _scheme(flag: str | None, stored: Quantisation) -> Scheme | None:
         return None
     if wanted not in SCHEMES:
         known = ", ".join(("auto", *DTYPES, *SCHEMES))
-        raise refusal("--dtype", f"unknown dtype {shown(flag)}, expected one of {known}")
+        raise refusal("--dtype", f"unknown dtype {show(flag)}, expected one of {known}")
     return SCHEMES[wanted]
 
 
@@ -68,8 +68,8 @@ def _block(sides: Sequence[int], scheme: Scheme) -> tuple[int, int]:
     """8-bit activations take blocks of N and K, 16-bit ones groups along K: (0, group)."""
     lowest, example = (1, "[128, 128]") if Quantisation(scheme).activation_bits == 8 else (0, "[0, 128]")
     if len(sides) != 2 or (sides[0] == 0) != (lowest == 0):
-        raise refusal("block_shape", f"{shown(list(sides))} with {scheme}, expected the like of {example}")
-    return whole(sides[0], "N", "block_shape", at_least=lowest), whole(sides[1], "K", "block_shape")
+        raise refusal("block_shape", f"{show(list(sides))} with {scheme}, expected the like of {example}")
+    return whole_number(sides[0], "N", "block_shape", at_least=lowest), whole_number(sides[1], "K", "block_shape")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +82,9 @@ class _Stated:
     def number(self, name: str) -> int:
         stated = self.fields.get(name.lower())
         if stated is None:
-            raise refusal("--shape", f"no {name} in {shown(self.text)}, expected the like of {EXAMPLE}")
+            raise refusal("--shape", f"no {name} in {show(self.text)}, expected the like of {EXAMPLE}")
         if not re.fullmatch(r"[0-9]{1,7}", stated) or not 0 < int(stated) <= LARGEST:
-            raise refusal("--shape", f"{name}={shown(stated)}, expected a whole number from 1 to {LARGEST}")
+            raise refusal("--shape", f"{name}={show(stated)}, expected a whole number from 1 to {LARGEST}")
         return int(stated)
 
     def yes(self, name: str, *, otherwise: bool) -> bool:
@@ -96,7 +96,7 @@ class _Stated:
                 return True
             case "false" | "0":
                 return False
-        raise refusal("--shape", f"{name}={shown(stated)}, expected True or False")
+        raise refusal("--shape", f"{name}={show(stated)}, expected True or False")
 
     def block_shape(self) -> list[int] | None:
         stated = self.fields.get("block_shape")
@@ -104,7 +104,7 @@ class _Stated:
             return None
         sides = re.fullmatch(r"\[\s*([0-9]{1,7})\s*,\s*([0-9]{1,7})\s*\]", stated)
         if sides is None:
-            raise refusal("--shape", f"block_shape={shown(stated)}, expected the like of [128,128]")
+            raise refusal("--shape", f"block_shape={show(stated)}, expected the like of [128,128]")
         return [int(side) for side in sides.groups()]
 
 
@@ -145,10 +145,10 @@ def _fields(text: str) -> dict[str, str]:
     while at < len(text) or at == 0:
         match = FIELD.match(text, at)
         if match is None:
-            raise refusal("--shape", f"cannot read {shown(text[at:])}, expected the like of {EXAMPLE}")
+            raise refusal("--shape", f"cannot read {show(text[at:])}, expected the like of {EXAMPLE}")
         key, value = match[1].lower(), match[2]
         if key not in known:
-            raise refusal("--shape", f"unknown field {shown(match[1])}, expected one of {', '.join(KEYS)}")
+            raise refusal("--shape", f"unknown field {show(match[1])}, expected one of {', '.join(KEYS)}")
         if key in fields:
             raise refusal("--shape", f"{match[1]} is stated twice, expected once; drop one")
         fields[key] = value

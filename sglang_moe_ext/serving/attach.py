@@ -13,32 +13,32 @@ from sglang_moe_ext import SWITCH, __version__
 from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.serving.guard import warn_once
 from sglang_moe_ext.serving.selection import Choice
-from sglang_moe_ext.sorted_kernels import SortedPath
+from sglang_moe_ext.sorted_kernels import KernelPlan
 
 if TYPE_CHECKING:
-    from sglang_moe_ext.serving.sglang_lookup_hook import Resolver
+    from sglang_moe_ext.serving.sglang_lookup_hook import ConfigResolver
 
 Engine = Literal["sglang", "vllm"]
 _OUR_NAME = "sglang_moe_ext"
 
 
-class Chooser(Protocol):
+class ConfigChooser(Protocol):
     """What stands in an engine now, and knows what a layer takes."""
 
     def choice(self, layer: LookupLayer, tokens: int) -> Choice: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Half:
+class EngineHooks:
     """What is done in one engine. `keeps_out`: whether its own `plugins` variable leaves out a plugin."""
 
     plugins: str
     keeps_out: Callable[[str | None, str], bool]
-    put_in: Callable[[ModuleType, str], Chooser]
+    put_in: Callable[[ModuleType, str], ConfigChooser]
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class HookState:
     """What became of a process: the way that our functions came in, or why they did not, and milliseconds of that."""
 
     is_active: bool
@@ -46,12 +46,12 @@ class State:
     ms: float = 0.0
 
 
-_ABSENT = State(False, "the engine's layer has not been imported")
-_choosers: dict[Engine, Chooser] = {}
-_states: dict[Engine, State] = {}
+_ABSENT = HookState(False, "the engine's layer has not been imported")
+_choosers: dict[Engine, ConfigChooser] = {}
+_states: dict[Engine, HookState] = {}
 
 
-def state(engine: Engine = "sglang") -> State:
+def state(engine: Engine = "sglang") -> HookState:
     """Of this process."""
     return _states.get(engine, _ABSENT)
 
@@ -62,35 +62,35 @@ def choices(layer: LookupLayer, tokens: Sequence[int], engine: Engine = "sglang"
     return {} if chooser is None else {m: chooser.choice(layer, m) for m in tokens}
 
 
-def resolver() -> Resolver | None:
+def sglang_resolver() -> ConfigResolver | None:
     """What answers SGLang's layers in this process; None where our functions are not in place."""
-    return cast("Resolver | None", _choosers.get("sglang"))
+    return cast("ConfigResolver | None", _choosers.get("sglang"))
 
 
-def paths(layer: LookupLayer, tokens: Sequence[int]) -> dict[int, SortedPath | None]:
+def kernel_plans(layer: LookupLayer, tokens: Sequence[int]) -> dict[int, KernelPlan | None]:
     """Which of our own paths SGLang's layers take at each M; empty where our functions are not in place."""
-    found = resolver()
+    found = sglang_resolver()
     return {} if found is None else {m: found.path(layer, m) for m in tokens}
 
 
-def decline_path(layer: LookupLayer) -> None:
+def decline_plan(layer: LookupLayer) -> None:
     """Let SGLang's own kernels run for layers of such weights from now on."""
-    if (found := resolver()) is not None:
+    if (found := sglang_resolver()) is not None:
         found.decline_path(layer.w1_shape, layer.w2_shape)
 
 
-def half_of(engine: Engine) -> Half:
+def hooks_of(engine: Engine) -> EngineHooks:
     """What is done in that engine; the other's modules are not loaded."""
     if engine == "vllm":
         from sglang_moe_ext.serving import vllm_hooks
 
-        return Half(vllm_hooks.PLUGINS, vllm_hooks.keeps_out, vllm_hooks.put_in)
+        return EngineHooks(vllm_hooks.PLUGINS, vllm_hooks.excludes_plugin, vllm_hooks.install_hooks)
     from sglang_moe_ext.serving import sglang_hooks
 
-    return Half(sglang_hooks.PLUGINS, sglang_hooks.keeps_out, sglang_hooks.put_in)
+    return EngineHooks(sglang_hooks.PLUGINS, sglang_hooks.excludes_plugin, sglang_hooks.install_hooks)
 
 
-def why_off(half: Half) -> str | None:
+def why_off(half: EngineHooks) -> str | None:
     """The variable that keeps us out of this process, if one does."""
     if os.environ.get(SWITCH, "0") not in ("", "0"):
         return f"{SWITCH} is set"
@@ -100,25 +100,25 @@ def why_off(half: Half) -> str | None:
     return None
 
 
-def attach(layer: ModuleType, way: str, started: float | None = None) -> State:
+def attach(layer: ModuleType, way: str, started: float | None = None) -> HookState:
     """Hook the engine whose layer module has been executed; `way` is how we came to know of it.
 
     `started`: when that was, by time.perf_counter(), so that our imports count.
     """
     engine: Engine = "vllm" if layer.__name__.partition(".")[0] == "vllm" else "sglang"
     if not state(engine).is_active:
-        _states[engine] = _attached(engine, layer, way, time.perf_counter() if started is None else started)
+        _states[engine] = _attach(engine, layer, way, time.perf_counter() if started is None else started)
     return _states[engine]
 
 
-def _attached(engine: Engine, layer: ModuleType, way: str, started: float) -> State:
+def _attach(engine: Engine, layer: ModuleType, way: str, started: float) -> HookState:
     try:
-        half = half_of(engine)
+        half = hooks_of(engine)
         if why := why_off(half):
-            return State(False, why)
+            return HookState(False, why)
         _choosers[engine] = half.put_in(layer, way)
     except Exception as error:  # the engine runs as if we were not installed
         why = f"{type(error).__name__}: {error}"
         warn_once(f"{__version__} is off, the engine runs as it is: {why}")  # two ways in may meet the same
-        return State(False, why)
-    return State(True, way, 1000 * (time.perf_counter() - started))
+        return HookState(False, why)
+    return HookState(True, way, 1000 * (time.perf_counter() - started))

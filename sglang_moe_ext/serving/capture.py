@@ -30,7 +30,7 @@ MOST_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class RoutingTable:
     """Ids of one batch in one layer, int32 in the order of this machine, `width` a token."""
 
     layer: int
@@ -43,14 +43,14 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class FolderBounds:
     """What a folder may hold of such files."""
 
     max_files: int
     most_bytes: int = MOST_BYTES
 
 
-def encoded(table: Table) -> bytes:
+def encode(table: RoutingTable) -> bytes:
     """The table as a safetensors file has it: size of the header, header, numbers."""
     entry = {"dtype": "I32", "shape": [table.rows, table.width], "data_offsets": [0, len(table.ids)]}
     header = json.dumps({KEY: entry}).encode()
@@ -63,22 +63,22 @@ def new_run() -> str:
     return secrets.token_hex(4)
 
 
-def write(folder: Path, table: Table, index: int, run: str) -> Path:
+def write(folder: Path, table: RoutingTable, index: int, run: str) -> Path:
     """Write one file, whole.
 
     Raises:
         OSError: the folder cannot be made or written.
     """
-    return _write(folder, encoded(table), f"topk_ids_layer{table.layer}_idx{index}_{run}.safetensors")
+    return _write(folder, encode(table), f"topk_ids_layer{table.layer}_idx{index}_{run}.safetensors")
 
 
-def keep(folder: Path, table: Table, index: int, run: str, bounds: Bounds) -> int:
+def keep(folder: Path, table: RoutingTable, index: int, run: str, bounds: FolderBounds) -> int:
     """Write the table if there is room, or in the place of smaller ones; returns how large the next has to be.
 
     Raises:
         OSError: the folder cannot be made or written.
     """
-    size = len(encoded(table))
+    size = len(encode(table))
     files = _ours(folder)
     while files and not _has_room(files, size, bounds):
         smallest, path = files[0]
@@ -117,7 +117,7 @@ def _stat(path: Path) -> os.stat_result | None:
         return None
 
 
-def _has_room(files: list[tuple[int, Path]], size: int, bounds: Bounds) -> bool:
+def _has_room(files: list[tuple[int, Path]], size: int, bounds: FolderBounds) -> bool:
     return len(files) < bounds.max_files and sum(held for held, _ in files) + size <= bounds.most_bytes
 
 
@@ -145,7 +145,7 @@ _MOST_WAITING_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class CaptureRequest:
     """What the user wants captured; `folder` is absolute, batches of fewer than `min_tokens` are left out."""
 
     folder: Path
@@ -153,7 +153,7 @@ class Wish:
     min_tokens: int = 1
 
 
-def wish(environ: Mapping[str, str]) -> Wish | None:
+def parse_request(environ: Mapping[str, str]) -> CaptureRequest | None:
     """What DIR[:max_files][:min_tokens] says; None where it is not set, and, with a warning, where it makes no sense.
 
     A colon after the last slash begins a number. So `/runs/a:b/ids:50` is the folder `/runs/a:b/ids`, 50 files of it;
@@ -171,13 +171,13 @@ def wish(environ: Mapping[str, str]) -> Wish | None:
         )
         return None
     try:
-        return Wish(Path(folder).absolute(), *map(int, numbers))
+        return CaptureRequest(Path(folder).absolute(), *map(int, numbers))
     except OSError as error:  # the folder that this process runs in is gone
         log.warning("%s=%s: %s; no routing is captured", VARIABLE, value, error)
         return None
 
 
-def install(runner_module: ModuleType, wish: Wish) -> bool:
+def install(runner_module: ModuleType, wish: CaptureRequest) -> bool:
     """Watch the engine's MoE layers; False, and one line, where this engine has them otherwise."""
     reason = routing_hook.obstacle(runner_module)
     if reason is not None:
@@ -198,10 +198,10 @@ def install(runner_module: ModuleType, wish: Wish) -> bool:
 class Recorder:
     """Takes batches from the thread that launches the model, and writes them from one of its own."""
 
-    def __init__(self, wish: Wish) -> None:
+    def __init__(self, wish: CaptureRequest) -> None:
         self.dropped = 0
         self._wish = wish
-        self._bounds = Bounds(wish.max_files)
+        self._bounds = FolderBounds(wish.max_files)
         self._waiting: queue.SimpleQueue[routing_hook.RoutingBatch] = queue.SimpleQueue()
         self._waiting_bytes = 0
         self._lock = threading.Lock()
@@ -243,7 +243,7 @@ class Recorder:
                 batch = self._waiting.get()
                 width, ids = batch.rows()
                 if ids:
-                    table = Table(batch.layer, width, ids)
+                    table = RoutingTable(batch.layer, width, ids)
                     self._must_exceed = keep(self._wish.folder, table, index, run, self._bounds)
                     index += 1
                 with self._lock:

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 _FEWEST_STAGES, _SMALLEST_SIDE = 2, 32
 
 
-def degraded(config: TileConfig) -> Iterator[TileConfig]:
+def degrade(config: TileConfig) -> Iterator[TileConfig]:
     """Ever smaller ones: fewer stages, then a narrower N, then a shorter K, last one stage.
 
     BLOCK_SIZE_M stays: tokens are sorted into blocks of it. Halves of a BLOCK_SIZE_K divide what it divides, so a
@@ -39,7 +39,7 @@ def degraded(config: TileConfig) -> Iterator[TileConfig]:
 
 
 @dataclass(frozen=True, slots=True)
-class Guard:
+class ConfigGuard:
     """The rules of one SGLang on one GPU; without a GPU that is known, only a launch tells what fits."""
 
     version: tuple[int, int, int]
@@ -47,7 +47,7 @@ class Guard:
 
     def safe(self, entry: ConfigDict, shape: MoEShape, projection: Projection) -> ConfigDict:
         """A fresh entry that this GPU can run and that computes what it should; most often a plain copy."""
-        return fitting(self._right(entry, shape, projection), shape, self.gpu)
+        return fit_to_shared_memory(self._right(entry, shape, projection), shape, self.gpu)
 
     def _right(self, entry: ConfigDict, shape: MoEShape, projection: Projection) -> ConfigDict:
         if entry.get(config_dict.USE_TMA):
@@ -60,12 +60,12 @@ class Guard:
         return config_dict.drop_tma(entry)
 
 
-def fitting(entry: ConfigDict, shape: MoEShape, gpu: Gpu | None) -> ConfigDict:
+def fit_to_shared_memory(entry: ConfigDict, shape: MoEShape, gpu: Gpu | None) -> ConfigDict:
     """The entry, or a smaller one where that asks for more shared memory than the GPU has a block."""
     config = config_dict.tile_of(entry)
     if gpu is None or (asked := smem_bytes(config, shape, gpu.sm)) <= gpu.smem_per_block:
         return entry
-    smaller = next((it for it in degraded(config) if smem_bytes(it, shape, gpu.sm) <= gpu.smem_per_block), None)
+    smaller = next((it for it in degrade(config) if smem_bytes(it, shape, gpu.sm) <= gpu.smem_per_block), None)
     if smaller is None:
         return entry
     warn_once(
@@ -85,7 +85,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Launcher:
+class GuardedLauncher:
     """An engine's function that launches one GEMM of a layer, as its callers call it: A, B, ... config, ...
 
     `override` is the configuration of the engine's `override_config`, None where none is in force. `fitted` says before
@@ -98,7 +98,7 @@ class Launcher:
     fitted: Callable[[tuple[Any, ...], dict[str, Any]], ConfigDict | None] | None = None
 
 
-def launch_hook(launcher: Launcher) -> Callable[..., Any]:
+def launch_hook(launcher: GuardedLauncher) -> Callable[..., Any]:
     """A function to stand where the launcher stood: what Triton refuses runs smaller, from then on for its shape.
 
     Triton refuses before it launches anything, so a second try finds all tensors as they were. What torch.compile
@@ -146,7 +146,7 @@ def _key(position: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
 
 
 def _known(
-    known: dict[Any, ConfigDict | None], launcher: Launcher, args: tuple[Any, ...], kwargs: dict[str, Any]
+    known: dict[Any, ConfigDict | None], launcher: GuardedLauncher, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> ConfigDict | None:
     if launcher.override():
         return None
@@ -165,7 +165,7 @@ def _known(
 
 
 def _smaller(
-    launcher: Launcher, args: tuple[Any, ...], kwargs: Mapping[str, Any], refused: Exception
+    launcher: GuardedLauncher, args: tuple[Any, ...], kwargs: Mapping[str, Any], refused: Exception
 ) -> tuple[ConfigDict, Any]:
     """The first smaller entry that Triton does not refuse, and what the launch with it returned.
 
@@ -176,7 +176,7 @@ def _smaller(
     if "BLOCK_SIZE_N" not in entry:  # vLLM's launcher for groups along K chooses a tile itself
         raise refused
     asked = config_dict.tile_of(entry)
-    for config in degraded(asked):
+    for config in degrade(asked):
         smaller = config_dict.resize(entry, config)
         try:
             once_more, named = _with_config(launcher.config_position, args, kwargs, smaller)

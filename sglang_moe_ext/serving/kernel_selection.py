@@ -13,10 +13,10 @@ from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.engines.sglang import table_names
 from sglang_moe_ext.engines.sglang.hook_points import SglangHookPoints
 from sglang_moe_ext.serving.selection import SATURATED_TOKENS
-from sglang_moe_ext.serving.table_search import Place, Shelf, is_of
-from sglang_moe_ext.sorted_kernels import FIRST_SM, SortedPath
+from sglang_moe_ext.serving.table_search import FoundTables, TableDir, is_made_for
+from sglang_moe_ext.sorted_kernels import FIRST_SM, KernelPlan
 from sglang_moe_ext.tables import kernel_table
-from sglang_moe_ext.tables.kernel_table import Entry, PathTable
+from sglang_moe_ext.tables.kernel_table import KernelEntry, KernelTable
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def is_on() -> bool:
     return os.environ.get(SWITCH, "1") != "0"
 
 
-class Paths:
+class KernelPlans:
     """Of one running engine: reads the tables of a layer when it first asks.
 
     `shelf_of` a layer is what its configurations come from: where the user named a folder of them to the engine, that
@@ -41,20 +41,20 @@ class Paths:
     def __init__(
         self,
         engine: SglangHookPoints,
-        places: Callable[[], Sequence[Place]],
-        shelf_of: Callable[[LookupLayer], Shelf | None],
+        places: Callable[[], Sequence[TableDir]],
+        shelf_of: Callable[[LookupLayer], FoundTables | None],
     ) -> None:
         self._engine, self._places, self._shelf_of = engine, places, shelf_of
-        self._tables: dict[LookupLayer, PathTable] = {}
+        self._tables: dict[LookupLayer, KernelTable] = {}
         self._declined: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
 
-    def of(self, layer: LookupLayer, tokens: int) -> SortedPath | None:
+    def of(self, layer: LookupLayer, tokens: int) -> KernelPlan | None:
         """What runs in place of the engine's own kernels, before anything is known of the batch but its size."""
         if (layer.w1_shape, layer.w2_shape) in self._declined or self._engine.is_deterministic():
             return None
         if layer not in self._tables:
             self._tables[layer] = self._table(layer)
-        return chosen(self._tables[layer], tokens)
+        return select_plan(self._tables[layer], tokens)
 
     def decline(self, w1_shape: tuple[int, ...], w2_shape: tuple[int, ...]) -> bool:
         """Never again choose our path for layers of such weights; False where that is so already."""
@@ -62,7 +62,7 @@ class Paths:
         self._declined.add((w1_shape, w2_shape))
         return is_new
 
-    def _table(self, layer: LookupLayer) -> PathTable:
+    def _table(self, layer: LookupLayer) -> KernelTable:
         shape, device_name, triton = layer.shape(), self._engine.device_name(), self._engine.triton
         if not is_on() or self._engine.sequence is None or shape is None or device_name is None or triton is None:
             return {}
@@ -70,35 +70,35 @@ class Paths:
         is_asked_for = shelf is not None and any(candidate.place.is_asked_for for candidate in shelf.candidates)
         if gpu is None or gpu.sm < FIRST_SM or is_asked_for:
             return {}
-        table = gathered(shape, device_name, triton, self._places())
+        table = load_plans(shape, device_name, triton, self._places())
         if won := [str(m) for m, entry in sorted(table.items()) if entry.path is not None]:
             log.info("sglang-moe-ext: %s: our own kernels run at M=%s, where they are faster", shape, ", ".join(won))
         return table
 
 
-def gathered(shape: MoEShape, device_name: str, triton: str, places: Sequence[Place]) -> PathTable:
+def load_plans(shape: MoEShape, device_name: str, triton: str, places: Sequence[TableDir]) -> KernelTable:
     """What the places say of that layer on that very GPU with that very Triton, the first of them last.
 
     What cannot be read is passed over, with a line: the engine's own kernels run, as they do where a layer is short.
     """
     name = table_names.file_name(table_names.table_key(shape, device_name))
-    found: PathTable = {}
+    found: KernelTable = {}
     for place in reversed(places):
-        file = kernel_table.beside(place.root / table_names.version_folder(triton) / name)
+        file = kernel_table.path_beside(place.root / table_names.version_folder(triton) / name)
         try:
             table = kernel_table.read(file)
         except (TableError, OSError) as error:
             log.warning("sglang-moe-ext passes over a table of paths: %s", error)
             continue
-        found |= {m: entry for m, entry in table.items() if is_of(entry.run.shape, shape)}
+        found |= {m: entry for m, entry in table.items() if is_made_for(entry.run.shape, shape)}
     return {m: entry if _is_long(entry) else replace(entry, path=None) for m, entry in found.items()}
 
 
-def _is_long(entry: Entry) -> bool:
+def _is_long(entry: KernelEntry) -> bool:
     return entry.figures.get("us", 0.0) >= SHORTEST_US
 
 
-def chosen(table: PathTable, tokens: int) -> SortedPath | None:
+def select_plan(table: KernelTable, tokens: int) -> KernelPlan | None:
     """The nearest entry's path, where those on both sides of that many tokens say that there is one.
 
     Behind the last entry, only where that is of so many tokens that more of them change nothing.

@@ -14,14 +14,14 @@ from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.engines.sglang import lookup_probe as sglang_lookup_probe
 from sglang_moe_ext.serving import attach
 from sglang_moe_ext.serving.attach import Engine
-from sglang_moe_ext.serving.selection import Choice, Default, Engines, Ours
-from sglang_moe_ext.serving.sglang_hooks import places
-from sglang_moe_ext.serving.table_search import Place
+from sglang_moe_ext.serving.selection import Choice, EngineDefault, EngineEntry, OurEntry
+from sglang_moe_ext.serving.sglang_hooks import table_dirs
+from sglang_moe_ext.serving.table_search import TableDir
 from sglang_moe_ext.tables import config_table
 
 
-def added(
-    said: Mapping[str, Any], engine: Engine, layer: LookupLayer, tokens: Sequence[int], places: Iterable[Place]
+def add_hook_state(
+    said: Mapping[str, Any], engine: Engine, layer: LookupLayer, tokens: Sequence[int], places: Iterable[TableDir]
 ) -> Any:
     """The answer with `plugin`, what became of our hooks, and `whys`, by M why it is not the engine's own choice.
 
@@ -35,20 +35,20 @@ def added(
 
 def _why(choice: Choice) -> str | None:
     match choice:
-        case Ours():
+        case OurEntry():
             return f"{choice.place} table, entry {choice.entry}; {choice.origin}"
-        case Default(why):
+        case EngineDefault(why):
             return f"the engine's default: {why}"
-        case Engines():
+        case EngineEntry():
             return None
 
 
-def _files(opened: Sequence[str], taken: Mapping[int, Choice], places: Iterable[Place]) -> list[str]:
+def _files(opened: Sequence[str], taken: Mapping[int, Choice], places: Iterable[TableDir]) -> list[str]:
     """The tables that something was taken from: ours, and the engine's where its own lookup ran."""
-    ours = [choice.path for choice in taken.values() if isinstance(choice, Ours)]
+    ours = [choice.path for choice in taken.values() if isinstance(choice, OurEntry)]
     ours = [file for up in ours for file in (up, up.with_name(f"{up.stem}_down.json")) if file.exists()]
     roots = [place.root for place in places if place.is_engines]
-    is_asked = not taken or any(isinstance(choice, Engines) for choice in taken.values())
+    is_asked = not taken or any(isinstance(choice, EngineEntry) for choice in taken.values())
     theirs = [Path(file) for file in opened if is_asked and any(root in Path(file).parents for root in roots)]
     return list(dict.fromkeys(str(file) for file in (*ours, *theirs) if config_table.is_table(file.name)))
 
@@ -61,10 +61,10 @@ def main() -> int:
         request = json.load(sys.stdin)
         said = sglang_lookup_probe.look_up(engine, config, request)
         layer, tokens = lookup_probe.layer_of(request), request["tokens"]
-        if paths := {m: str(path) for m, path in attach.paths(layer, tokens).items() if path is not None}:
-            attach.decline_path(layer)
+        if paths := {m: str(path) for m, path in attach.kernel_plans(layer, tokens).items() if path is not None}:
+            attach.decline_plan(layer)
             said = {**sglang_lookup_probe.look_up(engine, config, request), "paths": paths}
-        print(json.dumps(added(said, "sglang", layer, tokens, places(engine))))
+        print(json.dumps(add_hook_state(said, "sglang", layer, tokens, table_dirs(engine))))
     except MoEExtError as error:
         print(error, file=sys.stderr)
         return 1

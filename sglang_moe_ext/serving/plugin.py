@@ -38,7 +38,7 @@ def _attach_or_expect(way: str, engine: str) -> None:
         attach_engine(layer, way)
         return
     for name in modules:
-        import_hook.expect(name, lambda module: attach_engine(module, way))
+        import_hook.on_import(name, lambda module: attach_engine(module, way))
 
 
 def _layer_modules(engine: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from sglang_moe_ext.core import Table, TileConfig
 from sglang_moe_ext.engines import running
 from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.serving import table_search
-from sglang_moe_ext.serving.table_search import Candidate, Place, Shelf
+from sglang_moe_ext.serving.table_search import FoundTables, TableCandidate, TableDir
 from sglang_moe_ext.tables import config_table
 
 SATURATED_TOKENS = 4096
@@ -24,7 +24,7 @@ _STANDING = {"transferred": 1, "predicted": 2}
 
 
 @dataclass(frozen=True, slots=True)
-class Ours:
+class OurEntry:
     """A configuration of one of our tables; no `down`: both GEMMs run `up`.
 
     `entry` is the M that it was made for, `origin` what is known of it: measured or predicted, and for what else.
@@ -45,20 +45,20 @@ class Ours:
 
 
 @dataclass(frozen=True, slots=True)
-class Engines:
+class EngineEntry:
     """The engine's own lookup knows no worse."""
 
     why: str
 
 
 @dataclass(frozen=True, slots=True)
-class Default:
+class EngineDefault:
     """The engine's lookup would take a far neighbour out of a table of ours; its default is the better guess."""
 
     why: str
 
 
-Choice = Ours | Engines | Default
+Choice = OurEntry | EngineEntry | EngineDefault
 
 
 def covers(table: Table, tokens: int) -> bool:
@@ -69,7 +69,7 @@ def covers(table: Table, tokens: int) -> bool:
     return key <= _FARTHEST * tokens
 
 
-def chosen(shelf: Shelf, tokens: int) -> Choice:
+def select(shelf: FoundTables, tokens: int) -> Choice:
     """What was asked for, then measured before predicted, this GPU and this Triton before others, then by place."""
     read = _read_by_engine(shelf)
     theirs = read if read is not None and read.known is None else None
@@ -77,15 +77,15 @@ def chosen(shelf: Shelf, tokens: int) -> Choice:
     if not fitting:
         # Not the number: this is logged once for all of them.
         why = "no table is for this many tokens" if any(one.up for one in shelf.candidates) else "there is no table"
-        return Engines(why) if read is None else Default(why)
+        return EngineEntry(why) if read is None else EngineDefault(why)
     # The first of equals: candidates lie in the order of places.
     best = min(fitting, key=lambda one: _rank(one, tokens))
     if best is theirs:
-        return Engines(f"its own table {best.path.parent.name}/{best.path.name} stands before any of ours")
+        return EngineEntry(f"its own table {best.path.parent.name}/{best.path.name} stands before any of ours")
     return _of(best, tokens)
 
 
-def _read_by_engine(shelf: Shelf) -> Candidate | None:
+def _read_by_engine(shelf: FoundTables) -> TableCandidate | None:
     """What the engine's own lookup takes of its places, for this GPU's name.
 
     Where Tritons have folders, its Triton's table or else the newest; where they have none, the first that there is.
@@ -95,23 +95,23 @@ def _read_by_engine(shelf: Shelf) -> Candidate | None:
     return exact or (own[0] if own else None)
 
 
-def first(shelf: Shelf) -> Candidate | None:
+def best_table(shelf: FoundTables) -> TableCandidate | None:
     """The table that stands before all others, whatever the number of tokens; None where that is the engine's own."""
     found = [one for one in shelf.candidates if one.up]
     best = min(found, key=lambda one: _rank(one, next(iter(one.up))), default=None)
     return None if best is not None and best is _read_by_engine(shelf) and best.known is None else best
 
 
-def _origin(candidate: Candidate, tokens: int) -> str:
+def _origin(candidate: TableCandidate, tokens: int) -> str:
     return (candidate.known and candidate.known.origin(config_table.nearest(candidate.up, tokens))) or "origin unknown"
 
 
-def _rank(candidate: Candidate, tokens: int) -> tuple[int, ...]:
+def _rank(candidate: TableCandidate, tokens: int) -> tuple[int, ...]:
     standing = _STANDING.get(_origin(candidate, tokens), 0)
     return not candidate.place.is_asked_for, standing, candidate.is_alias, not candidate.is_exact_triton
 
 
-def _of(candidate: Candidate, tokens: int) -> Ours:
+def _of(candidate: TableCandidate, tokens: int) -> OurEntry:
     up = candidate.up[config_table.nearest(candidate.up, tokens)]
     down = None
     if candidate.down and covers(candidate.down, tokens):
@@ -121,7 +121,7 @@ def _of(candidate: Candidate, tokens: int) -> Ours:
     most_block_m = max(config.block_m for config in (candidate.down or candidate.up).values())
     triton = "" if candidate.is_exact_triton else f", made with {candidate.made_with}"
     device = f", made for {candidate.device_name}" if candidate.is_alias else ""
-    return Ours(
+    return OurEntry(
         up,
         down,
         most_block_m,
@@ -135,7 +135,7 @@ def _of(candidate: Candidate, tokens: int) -> Ours:
 log = logging.getLogger(__name__)
 
 
-class Engine(Protocol):
+class RunningEngine(Protocol):
     """What is asked of a running engine."""
 
     @property
@@ -146,54 +146,54 @@ class Engine(Protocol):
     def device_name(self) -> str | None: ...
 
 
-class Choices:
+class TableSelector:
     """Reads the tables of a layer when it first asks."""
 
-    def __init__(self, engine: Engine, places: Callable[[], Sequence[Place]]) -> None:
+    def __init__(self, engine: RunningEngine, places: Callable[[], Sequence[TableDir]]) -> None:
         self._engine, self._places = engine, places
-        self._shelves: dict[LookupLayer, Shelf | None] = {}
+        self._shelves: dict[LookupLayer, FoundTables | None] = {}
         self._said: set[tuple[LookupLayer, str]] = set()
 
     def of(self, layer: LookupLayer, tokens: int) -> Choice:
         """Which configuration runs, before any guard looks at it."""
         if self._engine.is_deterministic():
-            return Engines("deterministic inference reads no table")
+            return EngineEntry("deterministic inference reads no table")
         found = self.known_shelf(layer)
         if found is None:
-            return Engines("no tables are known for this kind of layer or GPU")
-        return chosen(found, tokens)
+            return EngineEntry("no tables are known for this kind of layer or GPU")
+        return select(found, tokens)
 
-    def known_shelf(self, layer: LookupLayer) -> Shelf | None:
+    def known_shelf(self, layer: LookupLayer) -> FoundTables | None:
         """The tables for it, read once."""
         if layer not in self._shelves:
             self._shelves[layer] = self.shelf(layer)
         return self._shelves[layer]
 
-    def shelf(self, layer: LookupLayer, *, any_layer: bool = False) -> Shelf | None:
+    def shelf(self, layer: LookupLayer, *, any_layer: bool = False) -> FoundTables | None:
         """The tables for it, read now; None where it is of a kind, or on a GPU, that has none."""
         shape, device_name, triton = layer.shape(), self._engine.device_name(), self._engine.triton
         if shape is None or device_name is None or triton is None:
             return None
         gpu = running.running_gpu(device_name)
-        return table_search.gathered(shape, device_name, gpu, triton, self._places(), any_layer=any_layer)
+        return table_search.search(shape, device_name, gpu, triton, self._places(), any_layer=any_layer)
 
     def say(self, layer: LookupLayer, choice: Choice) -> None:
         """One line for each reason of each layer."""
         if (layer, choice.why) not in self._said:
             self._said.add((layer, choice.why))
-            log.info("sglang-moe-ext: %s: %s", layer.shape() or layer, said(choice))
+            log.info("sglang-moe-ext: %s: %s", layer.shape() or layer, describe(choice))
 
     def forget(self) -> None:
         """Read all tables anew."""
         self._shelves.clear()
 
 
-def said(choice: Choice) -> str:
+def describe(choice: Choice) -> str:
     """What a log says of a choice."""
     match choice:
-        case Ours():
+        case OurEntry():
             return choice.why
-        case Default():
+        case EngineDefault():
             return f"the engine's default, {choice.why}"
-        case Engines():
+        case EngineEntry():
             return f"the engine's own choice, {choice.why}"

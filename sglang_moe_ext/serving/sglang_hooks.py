@@ -21,8 +21,8 @@ from sglang_moe_ext.engines.sglang import kernel_sequence as known_sequence
 from sglang_moe_ext.engines.sglang.hook_points import SglangHookPoints
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.serving import guard, sglang_lookup_hook
-from sglang_moe_ext.serving.guard import Launcher, warn_once
-from sglang_moe_ext.serving.table_search import Place
+from sglang_moe_ext.serving.guard import GuardedLauncher, warn_once
+from sglang_moe_ext.serving.table_search import TableDir
 from sglang_moe_ext.tables import user_store
 
 Declines = Callable[[tuple[int, ...], tuple[int, ...]], None]
@@ -68,14 +68,14 @@ def sequence_hook(engine: SglangHookPoints, original: Callable[..., Any], declin
 ENGINE = "sglang"
 
 
-def places(engine: SglangInstallation) -> list[Place]:
+def table_dirs(engine: SglangInstallation) -> list[TableDir]:
     """In order. A folder that the user names to the engine takes the place of the engine's own."""
     named, own = os.environ.get(directory.VARIABLE), user_store.root_if_any()
     tuned = package_data.folder("tuned_configs")
     return [
-        *([] if own is None else [Place("your", own / "tables" / ENGINE)]),
-        *([] if tuned is None else [Place("the shipped", tuned / "configs")]),
-        Place(
+        *([] if own is None else [TableDir("your", own / "tables" / ENGINE)]),
+        *([] if tuned is None else [TableDir("the shipped", tuned / "configs")]),
+        TableDir(
             "the engine's",
             Path(named) / "configs" if named else engine.configs_root,
             is_engines=True,
@@ -90,20 +90,22 @@ PLUGINS = "SGLANG_PLUGINS"
 CAPTURE = "SGLANG_MOE_EXT_CAPTURE"
 
 
-def keeps_out(wanted: str | None, name: str) -> bool:
+def excludes_plugin(wanted: str | None, name: str) -> bool:
     """Whether that value of the engine's variable leaves out the plugin of that name."""
     return bool(wanted) and name not in (it.strip() for it in (wanted or "").split(","))
 
 
-def put_in(layer: ModuleType, way: str) -> sglang_lookup_hook.Resolver:
+def install_hooks(layer: ModuleType, way: str) -> sglang_lookup_hook.ConfigResolver:
     """Replace the engine's functions, all or none.
 
     Raises:
         EngineError: something of the engine is not as it was.
     """
     engine = _with_known_sequence(hook_points.locate(layer))
-    resolver = sglang_lookup_hook.Resolver(engine, lambda: places(engine.engine), lambda: _first_call(engine, way))
-    launcher = Launcher(engine.launch, hook_points.CONFIG_POSITION, engine.override)
+    resolver = sglang_lookup_hook.ConfigResolver(
+        engine, lambda: table_dirs(engine.engine), lambda: _first_call(engine, way)
+    )
+    launcher = GuardedLauncher(engine.launch, hook_points.CONFIG_POSITION, engine.override)
     replaced = [
         (engine.lookup, sglang_lookup_hook.lookup_hook(engine, resolver)),
         (engine.launch, guard.launch_hook(launcher)),
@@ -138,7 +140,7 @@ def _capture() -> None:
         from sglang_moe_ext.engines.sglang import routing_hook
         from sglang_moe_ext.serving import capture
 
-        wish, runner = capture.wish(os.environ), sys.modules.get(routing_hook.MODULE)
+        wish, runner = capture.parse_request(os.environ), sys.modules.get(routing_hook.MODULE)
         if wish is not None and runner is not None:
             capture.install(runner, wish)
     except Exception as error:  # the layers run uncaptured

@@ -12,18 +12,18 @@ from sglang_moe_ext.engines import config_dict, lookup_args, running
 from sglang_moe_ext.engines.config_dict import ConfigDict, ConfigWithPlan
 from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.engines.sglang.hook_points import SglangHookPoints
-from sglang_moe_ext.serving.guard import Guard, warn_once
-from sglang_moe_ext.serving.kernel_selection import Paths
-from sglang_moe_ext.serving.selection import Choice, Choices, Default, Engines, Ours
-from sglang_moe_ext.serving.table_search import Place
-from sglang_moe_ext.sorted_kernels import SortedPath
+from sglang_moe_ext.serving.guard import ConfigGuard, warn_once
+from sglang_moe_ext.serving.kernel_selection import KernelPlans
+from sglang_moe_ext.serving.selection import Choice, EngineDefault, EngineEntry, OurEntry, TableSelector
+from sglang_moe_ext.serving.table_search import TableDir
+from sglang_moe_ext.sorted_kernels import KernelPlan
 
 _MOST_ANSWERS = 65536
 """Of a process: every layer for every M up to 16384, a few times over."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ServedConfigs:
     """What the engine's lookup returns, in parts; both entries are copied before they leave.
 
     `path`: what runs instead of the engine's own kernels, which both entries are for.
@@ -32,7 +32,7 @@ class Answer:
     up: ConfigDict
     down: ConfigDict | None
     most_block_m: int | None
-    path: SortedPath | None = None
+    path: KernelPlan | None = None
 
     def down_to_hand_on(self) -> ConfigDict | None:
         """A fresh entry of the down GEMM."""
@@ -41,12 +41,12 @@ class Answer:
         return None if self.down is None else self.down.copy()
 
 
-Answers = dict[Any, Answer]
+Answers = dict[Any, ServedConfigs]
 """What was answered before, by what was asked; emptied where an answer is no longer to be given."""
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class SglangCall:
     """One call of the lookup. `wants_down`: it asks for the entry of the down projection too."""
 
     layer: LookupLayer
@@ -55,18 +55,18 @@ class Call:
     wants_down: bool
 
 
-class Resolver:
+class ConfigResolver:
     """Finds answers: reads the tables of a layer when it first asks, and says in a line what it found."""
 
     def __init__(
-        self, engine: SglangHookPoints, places: Callable[[], Sequence[Place]], at_first_call: Callable[[], None]
+        self, engine: SglangHookPoints, places: Callable[[], Sequence[TableDir]], at_first_call: Callable[[], None]
     ) -> None:
-        self._engine, self._choices = engine, Choices(engine, places)
+        self._engine, self._choices = engine, TableSelector(engine, places)
         self._at_first_call: Callable[[], None] | None = at_first_call
-        self._paths, self.answers = Paths(engine, places, self._choices.known_shelf), Answers()
-        self._guards: dict[str, Guard] = {}
+        self._paths, self.answers = KernelPlans(engine, places, self._choices.known_shelf), Answers()
+        self._guards: dict[str, ConfigGuard] = {}
 
-    def __call__(self, call: Call, original: Callable[[], Any]) -> Answer:
+    def __call__(self, call: SglangCall, original: Callable[[], Any]) -> ServedConfigs:
         """`original` is the engine's own lookup, called as this was called."""
         if (at_first_call := self._at_first_call) is not None:
             self._at_first_call = None
@@ -74,15 +74,15 @@ class Resolver:
         choice = self.choice(call.layer, call.tokens)
         self._choices.say(call.layer, choice)
         match choice:
-            case Ours(up, down, most_block_m):
-                answer = Answer(
+            case OurEntry(up, down, most_block_m):
+                answer = ServedConfigs(
                     config_dict.config_dict_of(up),
                     config_dict.config_dict_of(down) if down is not None else None,
                     most_block_m if down is not None else None,
                 )
-            case Default():
+            case EngineDefault():
                 answer = self._default(call)
-            case Engines():
+            case EngineEntry():
                 answer = self._of_engine(call, original)
         if not call.wants_down:  # whoever asks so hands the entry to the kernel as it is, and that knows no USE_TMA
             answer = replace(answer, up=config_dict.drop_tma(answer.up))
@@ -90,15 +90,17 @@ class Resolver:
             answer = _behind(path, answer)
         return self._safe(answer, call.layer)
 
-    def _default(self, call: Call) -> Answer:
+    def _default(self, call: SglangCall) -> ServedConfigs:
         layer, block = call.layer, call.layer.block_shape
         rest = layer.top_k, layer.dtype, call.is_marlin, None if block is None else list(block)
-        return Answer(self._engine.default_entry(call.tokens, (layer.w1_shape, layer.w2_shape), rest), None, None)
+        return ServedConfigs(
+            self._engine.default_entry(call.tokens, (layer.w1_shape, layer.w2_shape), rest), None, None
+        )
 
-    def _of_engine(self, call: Call, original: Callable[[], Any]) -> Answer:
+    def _of_engine(self, call: SglangCall, original: Callable[[], Any]) -> ServedConfigs:
         """A table of the engine's own that it cannot read ends a server: its default, if it has one, does not."""
         try:
-            return of_engine(original(), call.wants_down)
+            return from_engine(original(), call.wants_down)
         except Exception as error:
             answer = self._default(call)
             warn_once(f"the engine's default runs, its own lookup failed: {type(error).__name__}: {error}")
@@ -108,7 +110,7 @@ class Resolver:
         """Which configuration runs, before the guard looks at it."""
         return self._choices.of(layer, tokens)
 
-    def path(self, layer: LookupLayer, tokens: int) -> SortedPath | None:
+    def path(self, layer: LookupLayer, tokens: int) -> KernelPlan | None:
         """What runs in place of the engine's own kernels, before anything is known of the batch but its size."""
         return self._paths.of(layer, tokens)
 
@@ -117,44 +119,44 @@ class Resolver:
         if self._paths.decline(w1_shape, w2_shape):
             self.answers.clear()
 
-    def _safe(self, answer: Answer, layer: LookupLayer) -> Answer:
+    def _safe(self, answer: ServedConfigs, layer: LookupLayer) -> ServedConfigs:
         shape, device_name = layer.shape(), self._engine.device_name()
         if shape is None or device_name is None:
             return answer
         if device_name not in self._guards:
-            self._guards[device_name] = Guard(self._engine.engine.version, running.running_gpu(device_name))
+            self._guards[device_name] = ConfigGuard(self._engine.engine.version, running.running_gpu(device_name))
         guard = self._guards[device_name]
         down = None if answer.down is None else guard.safe(answer.down, shape, "down")
         return replace(answer, up=guard.safe(answer.up, shape, "up"), down=down)
 
 
-def _behind(path: SortedPath, answer: Answer) -> Answer:
+def _behind(path: KernelPlan, answer: ServedConfigs) -> ServedConfigs:
     """The path, with entries for the engine's own kernels where it may not run: for its blocks of the sort."""
     if answer.up["BLOCK_SIZE_M"] == path.block_m and answer.down is not None:
         return replace(answer, path=path)
     known = path.up if isinstance(path.up, TileConfig) else config_dict.tile_of(answer.up)
     entry = config_dict.config_dict_of(replace(known, block_m=path.block_m, use_tma=False))
-    return Answer(entry, dict(entry), path.block_m, path)
+    return ServedConfigs(entry, dict(entry), path.block_m, path)
 
 
-def of_engine(returned: Any, wants_down: bool) -> Answer:
+def from_engine(returned: Any, wants_down: bool) -> ServedConfigs:
     """What the engine's own lookup returned, in parts."""
     if not wants_down:
-        return Answer(returned, None, None)
+        return ServedConfigs(returned, None, None)
     up, (down, most_block_m) = returned
-    return Answer(up, down, most_block_m)
+    return ServedConfigs(up, down, most_block_m)
 
 
-def lookup_hook(engine: SglangHookPoints, resolve: Resolver) -> Callable[..., Any]:
+def lookup_hook(engine: SglangHookPoints, resolve: ConfigResolver) -> Callable[..., Any]:
     """A function to stand where `engine.lookup` stood. It never raises where that would not have."""
     original, answers = engine.lookup, resolve.answers
 
-    def resolved(call: Call, own: Callable[[], Any]) -> Answer:
+    def resolved(call: SglangCall, own: Callable[[], Any]) -> ServedConfigs:
         try:
             return resolve(call, own)
         except Exception as error:  # whatever is broken here, the engine's own lookup runs
             warn_once(f"the engine's own lookup runs, ours failed: {type(error).__name__}: {error}")
-            return of_engine(own(), call.wants_down)
+            return from_engine(own(), call.wants_down)
 
     @functools.wraps(original)
     def try_get_optimal_moe_config(
@@ -180,7 +182,7 @@ def lookup_hook(engine: SglangHookPoints, resolve: Resolver) -> Callable[..., An
         if answer is None:
             layer = lookup_args.lookup_layer(w1_shape, w2_shape, top_k, dtype, block_shape, per_channel)
             answer = resolved(
-                Call(layer, M, is_marlin, wants_down),
+                SglangCall(layer, M, is_marlin, wants_down),
                 lambda: original(w1_shape, w2_shape, top_k, dtype, M, is_marlin, block_shape, **named),
             )
             if len(answers) >= _MOST_ANSWERS:

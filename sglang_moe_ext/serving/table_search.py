@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TableDir:
     """Folders `triton_X_Y_Z` of tables under one root, or tables themselves where it `is_flat`.
 
     `is_engines`: what the engine itself reads; `is_asked_for`: the user named it to the engine, so it comes first.
@@ -36,14 +36,14 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class TableCandidate:
     """A table that could serve a layer, with the table for its down projection alone, if there is one.
 
     `known` None: nobody knows where it comes from, so it is the engine's own, or was put there by hand. `up` is empty
     where all of it was made for another layer.
     """
 
-    place: Place
+    place: TableDir
     path: Path
     device_name: str
     is_alias: bool
@@ -59,15 +59,21 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Shelf:
+class FoundTables:
     """All the tables for one layer on one GPU, best place first, whatever the number of tokens."""
 
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[TableCandidate, ...]
 
 
-def gathered(
-    shape: MoEShape, device_name: str, gpu: Gpu | None, triton: str, places: Sequence[Place], *, any_layer: bool = False
-) -> Shelf:
+def search(
+    shape: MoEShape,
+    device_name: str,
+    gpu: Gpu | None,
+    triton: str,
+    places: Sequence[TableDir],
+    *,
+    any_layer: bool = False,
+) -> FoundTables:
     """Read what lies at the places for that layer. What cannot be read as a table is passed over, with one line.
 
     `any_layer`: whatever hidden size and top-k its entries were made for; the names of tables tell neither.
@@ -83,7 +89,7 @@ def gathered(
         if (candidate := _candidate(place, folder, shape, name, name != device_name, running, any_layer=any_layer))
         is not None
     ]
-    return Shelf(tuple(found))
+    return FoundTables(tuple(found))
 
 
 def _told_apart(names: Sequence[str], shape: MoEShape, dialect: TableNaming) -> list[str]:
@@ -92,7 +98,7 @@ def _told_apart(names: Sequence[str], shape: MoEShape, dialect: TableNaming) -> 
     return list(reversed(first.values()))
 
 
-def _folders(place: Place) -> list[Path]:
+def _folders(place: TableDir) -> list[Path]:
     """Newest Triton first, as the engine searches them."""
     if place.is_flat:
         return [place.root]
@@ -104,8 +110,8 @@ def _folders(place: Place) -> list[Path]:
 
 
 def _candidate(
-    place: Place, folder: Path, shape: MoEShape, device_name: str, is_alias: bool, running: str, *, any_layer: bool
-) -> Candidate | None:
+    place: TableDir, folder: Path, shape: MoEShape, device_name: str, is_alias: bool, running: str, *, any_layer: bool
+) -> TableCandidate | None:
     dialect = place.dialect
     path = folder / dialect.file_name(dialect.key(shape, device_name))
     try:
@@ -122,10 +128,10 @@ def _candidate(
         return None
     up = up if any_layer else _of_layer(up, known, shape)
     is_exact = _made_with(place, folder, known) == running
-    return Candidate(place, path, device_name, is_alias, is_exact, up, known, down)
+    return TableCandidate(place, path, device_name, is_alias, is_exact, up, known, down)
 
 
-def _made_with(place: Place, folder: Path, known: Provenance | None) -> str:
+def _made_with(place: TableDir, folder: Path, known: Provenance | None) -> str:
     if not place.is_flat:
         return folder.name
     run = None if known is None else next((entry.run for entry in known.entries.values()), None)
@@ -135,10 +141,10 @@ def _made_with(place: Place, folder: Path, known: Provenance | None) -> str:
 def _of_layer(table: Table, known: Provenance | None, shape: MoEShape) -> Table:
     """Its entries that were made for this hidden size and top-k: the file's name tells neither."""
     entries = {} if known is None else known.entries
-    return {m: config for m, config in table.items() if m not in entries or is_of(entries[m].run.shape, shape)}
+    return {m: config for m, config in table.items() if m not in entries or is_made_for(entries[m].run.shape, shape)}
 
 
-def is_of(made_for: object, shape: MoEShape) -> bool:
+def is_made_for(made_for: object, shape: MoEShape) -> bool:
     """Whether it was made for this hidden size and top-k.
 
     `made_for` is a shape as text, or whatever else a file has there. No parser: one of few experts is no --shape.

@@ -19,13 +19,13 @@ from sglang_moe_ext.engines.vllm.hook_points import VllmHookPoints
 from sglang_moe_ext.engines.vllm.installation import VARIABLE, VllmInstallation
 from sglang_moe_ext.engines.vllm.table_names import NAMING
 from sglang_moe_ext.serving import guard, vllm_lookup_hook
-from sglang_moe_ext.serving.guard import Launcher, fitting, warn_once
-from sglang_moe_ext.serving.table_search import Place
-from sglang_moe_ext.serving.vllm_lookup_hook import Overlay
+from sglang_moe_ext.serving.guard import GuardedLauncher, fit_to_shared_memory, warn_once
+from sglang_moe_ext.serving.table_search import TableDir
+from sglang_moe_ext.serving.vllm_lookup_hook import VllmTableResolver
 from sglang_moe_ext.tables import user_store
 
 
-def places(engine: VllmInstallation) -> list[Place]:
+def table_dirs(engine: VllmInstallation) -> list[TableDir]:
     """In order. What SGLang's tables are worth to vLLM nobody has measured: `export` makes them into tables of vLLM's.
 
     The engine's variable is read and never set, since a value of it has LoRA layers ask for other tables.
@@ -34,14 +34,14 @@ def places(engine: VllmInstallation) -> list[Place]:
     tuned = package_data.folder("tuned_configs")
     return [
         *([] if named is None else [_flat("your", Path(named), is_asked_for=True)]),
-        *([] if own is None else [Place("your", own / "tables" / "vllm", dialect=NAMING)]),
-        *([] if tuned is None else [Place("the shipped", tuned / "vllm", dialect=NAMING)]),
+        *([] if own is None else [TableDir("your", own / "tables" / "vllm", dialect=NAMING)]),
+        *([] if tuned is None else [TableDir("the shipped", tuned / "vllm", dialect=NAMING)]),
         _flat("the engine's", engine.configs_folder),
     ]
 
 
-def _flat(name: str, root: Path, *, is_asked_for: bool = False) -> Place:
-    return Place(name, root, is_engines=True, is_asked_for=is_asked_for, is_flat=True, dialect=NAMING)
+def _flat(name: str, root: Path, *, is_asked_for: bool = False) -> TableDir:
+    return TableDir(name, root, is_engines=True, is_asked_for=is_asked_for, is_flat=True, dialect=NAMING)
 
 
 log = logging.getLogger(__name__)
@@ -50,23 +50,23 @@ PLUGINS = "VLLM_PLUGINS"
 _OURS, _THEIRS = "sglang_moe_ext", "vllm"
 
 
-def keeps_out(wanted: str | None, name: str) -> bool:
+def excludes_plugin(wanted: str | None, name: str) -> bool:
     """Whether that value of the engine's variable leaves out the plugin of that name, read as the engine reads it."""
     return wanted is not None and name not in wanted.split(",")
 
 
-def put_in(layer: ModuleType, way: str) -> Overlay:
+def install_hooks(layer: ModuleType, way: str) -> VllmTableResolver:
     """Replace the engine's functions, all or none.
 
     Raises:
         EngineError: something of the engine is not as it was.
     """
     engine = hook_points.locate(layer)
-    line = Line(engine, way)
-    overlay = Overlay(engine, lambda: places(engine.engine), line.looked_up)
+    line = ActivityLine(engine, way)
+    overlay = VllmTableResolver(engine, lambda: table_dirs(engine.engine), line.looked_up)
     replaced = [
-        (engine.lookup, vllm_lookup_hook.lookup(engine, overlay)),
-        (engine.table, vllm_lookup_hook.table(engine, overlay)),
+        (engine.lookup, vllm_lookup_hook.lookup_hook(engine, overlay)),
+        (engine.table, vllm_lookup_hook.table_hook(engine, overlay)),
     ]
     launchers = (engine.launch, engine.launch_groups)
     replaced += [(function, guard.launch_hook(_launcher(engine, function))) for function in launchers]
@@ -78,7 +78,7 @@ def put_in(layer: ModuleType, way: str) -> Overlay:
     return overlay
 
 
-def _launcher(engine: VllmHookPoints, function: Callable[..., Any]) -> Launcher:
+def _launcher(engine: VllmHookPoints, function: Callable[..., Any]) -> GuardedLauncher:
     signature = inspect.signature(function)
 
     def fitted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ConfigDict | None:
@@ -89,13 +89,13 @@ def _launcher(engine: VllmHookPoints, function: Callable[..., Any]) -> Launcher:
             return None
         shape = launch_args.shape_of(arguments)
         runs = launch_args.clamp_to_block(entry, shape)
-        smaller = fitting(runs, shape, running.running_gpu(device_name))
+        smaller = fit_to_shared_memory(runs, shape, running.running_gpu(device_name))
         return None if smaller is runs else smaller
 
-    return Launcher(function, hook_points.CONFIG_POSITION, engine.override, fitted)
+    return GuardedLauncher(function, hook_points.CONFIG_POSITION, engine.override, fitted)
 
 
-class Line:
+class ActivityLine:
     """What a log says once for each kind of experts: who is active, with which tables, and whether those matter."""
 
     def __init__(self, engine: VllmHookPoints, way: str) -> None:
@@ -117,12 +117,12 @@ class Line:
             return
         self._said.add(what)
         release = self._engine.engine
-        folders = ", ".join(str(place.root) for place in places(release) if os.path.isdir(place.root))
+        folders = ", ".join(str(place.root) for place in table_dirs(release) if os.path.isdir(place.root))
         active = f"{__version__} is active in vLLM {release.version_text}, by {self._way}"
         log.info("sglang-moe-ext %s, with the tables in %s: %s", active, folders, what)
 
 
-def _building(original: Callable[..., None], line: Line) -> Callable[..., None]:
+def _building(original: Callable[..., None], line: ActivityLine) -> Callable[..., None]:
     """In the place of the engine's `__init__` of what a layer's experts are put into."""
 
     @functools.wraps(original)

@@ -21,8 +21,8 @@ from sglang_moe_ext.engines.vllm.hook_points import VllmHookPoints
 from sglang_moe_ext.engines.vllm.launch_args import config_dict_of
 from sglang_moe_ext.serving import selection
 from sglang_moe_ext.serving.guard import warn_once
-from sglang_moe_ext.serving.selection import Choice, Choices, Default, Engines, Ours
-from sglang_moe_ext.serving.table_search import Place
+from sglang_moe_ext.serving.selection import Choice, EngineDefault, EngineEntry, OurEntry, TableSelector
+from sglang_moe_ext.serving.table_search import TableDir
 
 Rows = dict[int, ConfigDict] | None
 """A table as the engine has it; None: its default runs."""
@@ -33,34 +33,34 @@ _MOST_ANSWERS = 65536
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class VllmCall:
     """For whom the engine's own lookup asks for a table."""
 
     layer: LookupLayer
     tokens: int
 
 
-class Overlay:
+class VllmTableResolver:
     """Answers the engine's question for a table, and remembers what its lookup made of that."""
 
     def __init__(
-        self, engine: VllmHookPoints, places: Callable[[], Sequence[Place]], at_first_call: Callable[[], None]
+        self, engine: VllmHookPoints, places: Callable[[], Sequence[TableDir]], at_first_call: Callable[[], None]
     ) -> None:
-        self._engine, self._choices, self._at_first_call = engine, Choices(engine, places), at_first_call
+        self._engine, self._choices, self._at_first_call = engine, TableSelector(engine, places), at_first_call
         self._asking = threading.local()
         self.answers: dict[Key, ConfigDict] = {}
 
     def choice(self, layer: LookupLayer, tokens: int) -> Choice:
         """Which configuration runs, before the guard looks at it."""
         if self._engine.runs_cuda(layer, tokens):
-            return Engines("a CUDA kernel runs it, for which no table of ours is")
+            return EngineEntry("a CUDA kernel runs it, for which no table of ours is")
         return self._choices.of(layer, tokens)
 
     def answered(self, key: Key, own: Callable[[], ConfigDict]) -> ConfigDict:
         """What the engine's own lookup returns, while the tables that it asks us for are for that call."""
         tokens, *of_layer = key
         try:
-            call = Call(lookup_args.lookup_layer(*of_layer), tokens)
+            call = VllmCall(lookup_args.lookup_layer(*of_layer), tokens)
         except (TypeError, ValueError, IndexError):  # shapes that are none
             return own()
         with self._asking_for(call):
@@ -71,7 +71,7 @@ class Overlay:
         return entry
 
     @contextmanager
-    def _asking_for(self, call: Call) -> Iterator[None]:
+    def _asking_for(self, call: VllmCall) -> Iterator[None]:
         before, self._asking.call = getattr(self._asking, "call", None), call
         try:
             yield
@@ -80,25 +80,25 @@ class Overlay:
 
     def rows(self, named: LookupLayer, own: Callable[[], Rows]) -> Rows:
         """The table for the call that is asking, or for a layer of which only its names are known."""
-        call: Call | None = getattr(self._asking, "call", None)
+        call: VllmCall | None = getattr(self._asking, "call", None)
         if call is None:
             return self._whole(named, own)
         self._at_first_call()
         choice = self.choice(call.layer, call.tokens)
         self._choices.say(call.layer, choice)
         match choice:
-            case Ours(up):
+            case OurEntry(up):
                 return {call.tokens: config_dict_of(up)}
-            case Default():
+            case EngineDefault():
                 return None
-            case Engines():
+            case EngineEntry():
                 return _unless_broken(own)
 
     def _whole(self, named: LookupLayer, own: Callable[[], Rows]) -> Rows:
         if self._engine.is_deterministic():
             return own()
         shelf = self._choices.shelf(named, any_layer=True)
-        table = None if shelf is None else selection.first(shelf)
+        table = None if shelf is None else selection.best_table(shelf)
         return _unless_broken(own) if table is None else {m: config_dict_of(config) for m, config in table.up.items()}
 
     def forget(self) -> None:
@@ -116,7 +116,7 @@ def _unless_broken(own: Callable[[], Rows]) -> Rows:
         return None
 
 
-def table(engine: VllmHookPoints, overlay: Overlay) -> Callable[..., Any]:
+def table_hook(engine: VllmHookPoints, overlay: VllmTableResolver) -> Callable[..., Any]:
     """A function to stand where `engine.table` stood, before its cache. It never raises where that would not have."""
     original = engine.table
 
@@ -149,7 +149,7 @@ def table(engine: VllmHookPoints, overlay: Overlay) -> Callable[..., Any]:
     return get_moe_configs
 
 
-def lookup(engine: VllmHookPoints, overlay: Overlay) -> Callable[..., Any]:
+def lookup_hook(engine: VllmHookPoints, overlay: VllmTableResolver) -> Callable[..., Any]:
     """A function to stand where `engine.lookup` stood. It never raises where that would not have."""
     original, answers = engine.lookup, overlay.answers
 

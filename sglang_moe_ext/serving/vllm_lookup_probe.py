@@ -10,7 +10,7 @@ from sglang_moe_ext.engines.vllm import lookup_probe as vllm_lookup_probe
 from sglang_moe_ext.engines.vllm.installation import LAYER_MODULE
 from sglang_moe_ext.serving import attach
 from sglang_moe_ext.serving import lookup_probe as serving_lookup_probe
-from sglang_moe_ext.serving.vllm_hooks import places
+from sglang_moe_ext.serving.vllm_hooks import table_dirs
 
 
 def main() -> int:
@@ -21,7 +21,9 @@ def main() -> int:
         request = json.load(sys.stdin)
         said = vllm_lookup_probe.look_up(engine, module, request)
         layer = vllm_lookup_probe.layer_of(request)
-        print(json.dumps(serving_lookup_probe.added(said, "vllm", layer, request["tokens"], places(engine))))
+        print(
+            json.dumps(serving_lookup_probe.add_hook_state(said, "vllm", layer, request["tokens"], table_dirs(engine)))
+        )
     except MoEExtError as error:
         print(error, file=sys.stderr)
         return 1

@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from sglang_moe_ext.core import TableError, TileConfig
-from sglang_moe_ext.sorted_kernels import Down, DownConfig, ShortDownConfig, SortedPath, Up, UpConfig
+from sglang_moe_ext.sorted_kernels import Down, DownConfig, KernelPlan, ShortKDownConfig, Up, UpConfig
 from sglang_moe_ext.tables import files, provenance, user_store
-from sglang_moe_ext.tables.provenance import Run
+from sglang_moe_ext.tables.provenance import TuningRun
 
 FORMAT = 1
 """Of the file, and of our kernels: where one comes to do something else, nothing measured before may choose it."""
 SUFFIX = ".paths.json"
 _UP: dict[str, type[TileConfig] | type[UpConfig]] = {"engine": TileConfig, "sorted_up": UpConfig}
-_DOWN: dict[str, type[DownConfig] | type[ShortDownConfig]] = {"sorted_down": DownConfig, "short_down": ShortDownConfig}
+_DOWN: dict[str, type[DownConfig] | type[ShortKDownConfig]] = {
+    "sorted_down": DownConfig,
+    "short_down": ShortKDownConfig,
+}
 _LARGEST = {"num_warps": 32, "num_stages": 16, "programs_per_sm": 8, "group_m": 4096, "tiles_per_program": 4096}
 _LARGEST_SIDE = 256
 _POWERS_OF_TWO = ("block_m", "block_n", "block_k", "num_warps")
@@ -26,23 +29,23 @@ _TOKENS = re.compile(r"[1-9][0-9]{0,18}")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class KernelEntry:
     """What was measured at one M. No path: the engine's own kernels were as fast, or none of ours was right."""
 
-    path: SortedPath | None
-    run: Run
+    path: KernelPlan | None
+    run: TuningRun
     figures: dict[str, float] = field(default_factory=dict)
 
 
-PathTable = dict[int, Entry]
+KernelTable = dict[int, KernelEntry]
 
 
-def beside(table: Path) -> Path:
+def path_beside(table: Path) -> Path:
     """The file of the paths of the layer that a table is for."""
     return table.with_name(f"{table.stem}{SUFFIX}")
 
 
-def document_of(path: SortedPath) -> dict[str, Any]:
+def document_of(path: KernelPlan) -> dict[str, Any]:
     """The path as JSON has it."""
     return {"up": _with_kernel(path.up, _UP), "down": _with_kernel(path.down, _DOWN)}
 
@@ -52,11 +55,11 @@ def _with_kernel(config: Up | Down, kernels: Mapping[str, type[Any]]) -> dict[st
     return {"kernel": name, **asdict(config)}
 
 
-def parse_path(document: Any) -> SortedPath:
+def parse_plan(document: Any) -> KernelPlan:
     """Raises TableError where the document is no path."""
     match document:
         case {"up": up, "down": down, **rest} if not rest:
-            path = SortedPath(_config(up, _UP), _config(down, _DOWN))
+            path = KernelPlan(_config(up, _UP), _config(down, _DOWN))
             if path.block_m % path.down.block_m == 0:
                 return path
             raise TableError(f"a down tile of {path.down.block_m} rows in blocks of {path.block_m}: expected a divisor")
@@ -85,7 +88,7 @@ def _check(name: str, value: object, *, is_flag: bool) -> None:
         raise TableError(f"{name}={value}: expected a power of two")
 
 
-def to_json(table: PathTable) -> str:
+def to_json(table: KernelTable) -> str:
     """The file's text."""
     runs = list(dict.fromkeys(entry.run for entry in table.values()))
     document = {
@@ -103,15 +106,15 @@ def to_json(table: PathTable) -> str:
     return json.dumps(document, indent=1) + "\n"
 
 
-def parse(document: Any) -> PathTable:
+def parse(document: Any) -> KernelTable:
     """Raises TableError where the document is no table of paths of this format."""
     try:
         if document["format"] != FORMAT:
             raise TableError(f"a table of paths of format {document['format']!r}: expected {FORMAT}")
         runs = [provenance.parse_run(run) for run in document["runs"]]
         return {
-            _tokens(m): Entry(
-                None if entry["path"] is None else parse_path(entry["path"]),
+            _tokens(m): KernelEntry(
+                None if entry["path"] is None else parse_plan(entry["path"]),
                 dict(enumerate(runs))[entry["run"]],
                 {name: float(figure) for name, figure in entry["figures"].items()},
             )
@@ -127,7 +130,7 @@ def _tokens(text: str) -> int:
     return int(text)
 
 
-def read(path: Path) -> PathTable:
+def read(path: Path) -> KernelTable:
     """What lies there; nothing where there is no file.
 
     Raises:
@@ -145,7 +148,7 @@ def read(path: Path) -> PathTable:
         raise TableError(f"{path}: {error}") from error
 
 
-def put(path: Path, table: PathTable) -> None:
+def put(path: Path, table: KernelTable) -> None:
     """Write the entries; those of other numbers of tokens that lie there already stay.
 
     Raises:

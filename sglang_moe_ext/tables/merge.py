@@ -15,7 +15,7 @@ _ORIGINS: tuple[Origin, ...] = get_args(Origin)
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTable:
     """A table with what is known of it; without provenance it is the engine's or a user's, and counts as measured."""
 
     table: Table
@@ -33,20 +33,20 @@ class Stored:
         """True where some entry is not known to be other than measured."""
         return self.worth() == 0
 
-    def of_worth(self, least: int) -> Stored:
+    def of_worth(self, least: int) -> StoredTable:
         """The entries that are worth so much."""
         kept, known = {m: of for m, of in self.table.items() if self._worth(m) >= least}, self.provenance
-        return Stored(kept, known and Provenance({m: entry for m, entry in known.entries.items() if m in kept}))
+        return StoredTable(kept, known and Provenance({m: entry for m, entry in known.entries.items() if m in kept}))
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class RefusedTable:
     """Why the new table was not put there."""
 
     why: str
 
 
-def read(path: Path) -> Stored | None:
+def read(path: Path) -> StoredTable | None:
     """What lies at that place, or None.
 
     Raises:
@@ -57,10 +57,10 @@ def read(path: Path) -> Stored | None:
             return None
     except OSError as error:
         raise StoreError(f"cannot look at {path}: {error.strerror}; choose another place with --output-dir") from error
-    return Stored(config_table.read(path), provenance.read(path))
+    return StoredTable(config_table.read(path), provenance.read(path))
 
 
-def merged(old: Stored | None, new: Stored) -> Stored | Refused:
+def merge_tables(old: StoredTable | None, new: StoredTable) -> StoredTable | RefusedTable:
     """The two as one: of an M in both, the new entry. What is worth less is refused wherever something better lies.
 
     It is refused whole, also for an M that the old table lacks: the engine takes the nearest entry, so each key that is
@@ -71,7 +71,7 @@ def merged(old: Stored | None, new: Stored) -> Stored | Refused:
     least = old.worth()
     if new.worth() < least:
         there, ours = _ORIGINS[-least], _ORIGINS[-new.worth()]
-        return Refused(f"a {there} table already lies there, and a {ours} one never replaces it")
+        return RefusedTable(f"a {there} table already lies there, and a {ours} one never replaces it")
     new = new.of_worth(least)
     table = dict(sorted({**old.table, **new.table}.items()))
     known = (
@@ -80,18 +80,20 @@ def merged(old: Stored | None, new: Stored) -> Stored | Refused:
         else {m: entry for m, entry in old.provenance.entries.items() if m not in new.table}
     )
     fresh = {} if new.provenance is None else new.provenance.entries
-    return Stored(table, Provenance({m: entry for m, entry in sorted({**known, **fresh}.items()) if m in table}))
+    return StoredTable(table, Provenance({m: entry for m, entry in sorted({**known, **fresh}.items()) if m in table}))
 
 
-def paired(up: Stored | Refused, down: Stored | Refused) -> tuple[Stored | Refused, Stored | Refused]:
+def check_pair(
+    up: StoredTable | RefusedTable, down: StoredTable | RefusedTable
+) -> tuple[StoredTable | RefusedTable, StoredTable | RefusedTable]:
     """The tables of the up and the down projection as an engine reads them together: both of them or none.
 
     Both GEMMs share one sort of the tokens, so at each M there must be one BLOCK_SIZE_M: SGLang up to 0.5.12 ends the
     server otherwise. With the same keys in both, whatever is nearest in one is nearest in the other.
     """
-    if isinstance(up, Refused):
+    if isinstance(up, RefusedTable):
         return up, up
-    if isinstance(down, Refused):
+    if isinstance(down, RefusedTable):
         return down, down
     fitting = {m: config for m, config in down.table.items() if config.block_m == _at(up, m).block_m}
     keys = sorted({*up.table, *down.table})
@@ -99,19 +101,19 @@ def paired(up: Stored | Refused, down: Stored | Refused) -> tuple[Stored | Refus
     down_table = {m: fitting.get(m) or replace(_at(up, m), use_tma=False) for m in keys}
     known = {} if down.provenance is None else down.provenance.entries
     down_known = down.provenance and Provenance({m: entry for m, entry in known.items() if m in fitting})
-    return Stored({m: _at(up, m) for m in keys}, up.provenance), Stored(down_table, down_known)
+    return StoredTable({m: _at(up, m) for m in keys}, up.provenance), StoredTable(down_table, down_known)
 
 
-def _at(stored: Stored, tokens: int) -> TileConfig:
+def _at(stored: StoredTable, tokens: int) -> TileConfig:
     """The entry that an engine takes for that many tokens."""
     return stored.table[config_table.nearest(stored.table, tokens)]
 
 
 def put(
-    changes: dict[Path, Stored],
+    changes: dict[Path, StoredTable],
     pairs: Iterable[tuple[Path, Path]] = (),
     text: Callable[[Table], str] = config_table.to_json,
-) -> dict[Path, Stored | Refused]:
+) -> dict[Path, StoredTable | RefusedTable]:
     """Merge each table into its place and write all of them, or none where the disk refuses. Processes take turns.
 
     `pairs`: which of the places are the up and the down table of one layer; `text`: a table in its engine's dialect.
@@ -121,12 +123,12 @@ def put(
         TableError: what lies at a place is no table.
     """
     with user_store.locked({path.parent for path in changes}):
-        results = {path: merged(read(path), new) for path, new in changes.items()}
+        results = {path: merge_tables(read(path), new) for path, new in changes.items()}
         for up, down in pairs:
-            results[up], results[down] = paired(results[up], results[down])
+            results[up], results[down] = check_pair(results[up], results[down])
         contents: dict[Path, str] = {}
         for path, result in results.items():
-            if isinstance(result, Stored):
+            if isinstance(result, StoredTable):
                 if result.provenance is not None:
                     contents[provenance.sidecar(path)] = provenance.to_json(result.provenance)
                 contents[path] = text(result.table)

@@ -14,7 +14,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class TuningRun:
     """The circumstances under which entries were made; None where a machine has no such thing."""
 
     date: str
@@ -32,14 +32,14 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ProvenanceEntry:
     """How one M's configuration came to be.
 
     Times in microseconds: measured ones of the whole layer, predicted ones of the up and down GEMM together.
     """
 
     origin: Origin
-    run: Run
+    run: TuningRun
     figures: dict[str, float] = field(default_factory=dict)
 
 
@@ -47,7 +47,7 @@ class Entry:
 class Provenance:
     """What is known of each entry of a table, by M."""
 
-    entries: dict[int, Entry]
+    entries: dict[int, ProvenanceEntry]
 
     def origin(self, tokens: int) -> Origin | None:
         entry = self.entries.get(tokens)
@@ -60,7 +60,7 @@ def sidecar(table: Path) -> Path:
 
 
 def to_json(provenance: Provenance) -> str:
-    runs: list[Run] = list(dict.fromkeys(entry.run for entry in provenance.entries.values()))
+    runs: list[TuningRun] = list(dict.fromkeys(entry.run for entry in provenance.entries.values()))
     document = {
         "format": FORMAT,
         "runs": [asdict(run) for run in runs],
@@ -87,7 +87,7 @@ def parse(document: Any) -> Provenance:
             raise TableError(f"provenance format {document['format']!r}: expected {FORMAT}")
         runs = [parse_run(run) for run in document["runs"]]
         entries = {
-            int(m): Entry(_origin(entry["origin"]), runs[entry["run"]], _figures(entry["figures"]))
+            int(m): ProvenanceEntry(_origin(entry["origin"]), runs[entry["run"]], _figures(entry["figures"]))
             for m, entry in document["entries"].items()
         }
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -95,13 +95,13 @@ def parse(document: Any) -> Provenance:
     return Provenance(entries)
 
 
-def parse_run(document: dict[str, Any]) -> Run:
+def parse_run(document: dict[str, Any]) -> TuningRun:
     """Raises TableError or KeyError where the document is none."""
-    values = {item.name: document[item.name] for item in fields(Run)}
+    values = {item.name: document[item.name] for item in fields(TuningRun)}
     for name, value in values.items():
         if not isinstance(value, str | int | None):
             raise TableError(f"run with {name}={value!r}: expected text or a whole number")
-    return Run(**values)
+    return TuningRun(**values)
 
 
 def _figures(document: dict[str, Any]) -> dict[str, float]:

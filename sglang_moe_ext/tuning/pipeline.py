@@ -13,8 +13,8 @@ from sglang_moe_ext.engines import installed
 from sglang_moe_ext.engines.adapter import InstallationLike, ProbeLike
 from sglang_moe_ext.engines.lookup_probe import LookupResult
 from sglang_moe_ext.tables import kernel_table, merge, provenance
-from sglang_moe_ext.tables.kernel_table import PathTable
-from sglang_moe_ext.tables.merge import Refused, Stored
+from sglang_moe_ext.tables.kernel_table import KernelTable
+from sglang_moe_ext.tables.merge import RefusedTable, StoredTable
 from sglang_moe_ext.tuning import install_target, plan, results_to_tables, verify_install
 from sglang_moe_ext.tuning.bench.messages import Runner
 from sglang_moe_ext.tuning.compile.cache import CompileCache, default_path
@@ -121,8 +121,8 @@ def run(request: Request, progress: Progress) -> Outcome:
     return Outcome(
         results=results,
         paths=paths,
-        written=(*(path for path, result in stored.items() if isinstance(result, Stored)), *own),
-        refused={path: result.why for path, result in stored.items() if isinstance(result, Refused)},
+        written=(*(path for path, result in stored.items() if isinstance(result, StoredTable)), *own),
+        refused={path: result.why for path, result in stored.items() if isinstance(result, RefusedTable)},
         destination=destination,
         answer=answer,
         kernel=source,
@@ -171,11 +171,11 @@ def _predicted(
 
 
 def _put(
-    request: Request, results: Results, run_of: provenance.Run, destination: Destination | None, triton: str
-) -> dict[Path, Stored | Refused]:
+    request: Request, results: Results, run_of: provenance.TuningRun, destination: Destination | None, triton: str
+) -> dict[Path, StoredTable | RefusedTable]:
     ours = results_to_tables.tables(request, results, run_of)
     others = results_to_tables.tables(request, results_to_tables.for_any_engine(results), run_of)
-    changes: dict[Path, Stored] = {}
+    changes: dict[Path, StoredTable] = {}
     pairs: list[tuple[Path, Path]] = []
     for place in _places(request, destination, triton):
         up = place[False]
@@ -187,7 +187,7 @@ def _put(
     return merge.put(changes, pairs, lambda table: request.tunable.table_text(table, triton))
 
 
-def _put_paths(request: Request, table: PathTable, triton: str) -> list[Path]:
+def _put_paths(request: Request, table: KernelTable, triton: str) -> list[Path]:
     """Write the table of our own path where our plugin reads it, and no engine; the file, if there is something."""
     if not table:
         return []
@@ -203,7 +203,7 @@ def _ours_to_say(request: Request, engine: InstallationLike | None, results: Res
 
 def _paths_file(request: Request, triton: str) -> Path:
     up = install_target.table_names(request.tunable, request.shape, request.gpu.device_name)[False]
-    return kernel_table.beside(install_target.store_folder(request.engine, triton) / up)
+    return kernel_table.path_beside(install_target.store_folder(request.engine, triton) / up)
 
 
 def _places(request: Request, destination: Destination | None, triton: str) -> list[dict[bool, Path]]:
@@ -216,7 +216,7 @@ def _places(request: Request, destination: Destination | None, triton: str) -> l
 
 def _proven(
     request: Request,
-    stored: dict[Path, Stored | Refused],
+    stored: dict[Path, StoredTable | RefusedTable],
     destination: Destination,
     proof: ProbeLike,
     progress: Progress,
@@ -224,7 +224,7 @@ def _proven(
     """The engine's own answer to what was written, None where nothing was."""
     names = install_target.table_names(request.tunable, request.shape, request.gpu.device_name)
     files = {down: destination.folder / name for down, name in names.items()}
-    found = {down: result.table for down, file in files.items() if isinstance(result := stored.get(file), Stored)}
+    found = {down: result.table for down, file in files.items() if isinstance(result := stored.get(file), StoredTable)}
     if found.keys() != files.keys():
         return None
     progress("pick-up", 0, 1)

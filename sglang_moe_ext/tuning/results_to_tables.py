@@ -15,11 +15,11 @@ from sglang_moe_ext.core import MoEShape, Origin, Table
 from sglang_moe_ext.engines import installed
 from sglang_moe_ext.engines.adapter import InstallationLike
 from sglang_moe_ext.gpu.roofline import pair_floor_us
-from sglang_moe_ext.sorted_kernels import SortedPath
+from sglang_moe_ext.sorted_kernels import KernelPlan
 from sglang_moe_ext.tables import kernel_table
-from sglang_moe_ext.tables.kernel_table import PathTable
-from sglang_moe_ext.tables.merge import Stored
-from sglang_moe_ext.tables.provenance import Entry, Provenance, Run
+from sglang_moe_ext.tables.kernel_table import KernelTable
+from sglang_moe_ext.tables.merge import StoredTable
+from sglang_moe_ext.tables.provenance import Provenance, ProvenanceEntry, TuningRun
 from sglang_moe_ext.tuning.bench.messages import Pair, Runner
 from sglang_moe_ext.tuning.request import Request
 from sglang_moe_ext.tuning.run.journal_reader import Recording
@@ -30,9 +30,9 @@ from sglang_moe_ext.tuning.transfer import Source
 Results = Mapping[int, Predicted] | Mapping[int, Measured[Pair]]
 
 
-def circumstances(request: Request, engine: InstallationLike | None, kernel: str) -> Run:
+def circumstances(request: Request, engine: InstallationLike | None, kernel: str) -> TuningRun:
     """Where, when and with what the run takes place."""
-    return Run(
+    return TuningRun(
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         command=request.command,
         model=request.model,
@@ -48,10 +48,10 @@ def circumstances(request: Request, engine: InstallationLike | None, kernel: str
     )
 
 
-def of_journal(journal: Recording, source: Source, shape: MoEShape, command: str) -> Run:
+def of_journal(journal: Recording, source: Source, shape: MoEShape, command: str) -> TuningRun:
     """Where, when and with what the entries of a journal were timed; the shape is that of the engine they are for."""
     stated = journal.circumstances
-    return Run(
+    return TuningRun(
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         command=command,
         model=str(shape),
@@ -100,10 +100,10 @@ def for_any_engine(results: Results) -> Results:
     return {m: result for m, result in measured.items() if not result.pair["up"].use_tma}
 
 
-def tables(request: Request, results: Results, run: Run) -> dict[bool, Stored]:
+def tables(request: Request, results: Results, run: TuningRun) -> dict[bool, StoredTable]:
     """The up table (False), and the table for the down projection (True) where the engine has such."""
     pairs: dict[int, Pair] = {}
-    entries: dict[int, Entry] = {}
+    entries: dict[int, ProvenanceEntry] = {}
     for m, result in results.items():
         floor = {"floor_us": round(pair_floor_us(request.shape, request.gpu, m), 2)}
         match result:
@@ -115,28 +115,28 @@ def tables(request: Request, results: Results, run: Run) -> dict[bool, Stored]:
                 entries[m] = _entry("measured", run, floor | _of_measurement(result))
     up: Table = {m: pair["up"] for m, pair in pairs.items()}
     down: Table = {m: pair["down"] for m, pair in pairs.items()}
-    of_up = {False: Stored(up, Provenance(entries))}
-    return of_up | {True: Stored(down, Provenance(entries))} if request.tunable.HAS_DOWN_TABLES else of_up
+    of_up = {False: StoredTable(up, Provenance(entries))}
+    return of_up | {True: StoredTable(down, Provenance(entries))} if request.tunable.HAS_DOWN_TABLES else of_up
 
 
-def of_transfer(run: Run, times_us: Mapping[int, float]) -> dict[int, Entry]:
+def of_transfer(run: TuningRun, times_us: Mapping[int, float]) -> dict[int, ProvenanceEntry]:
     """Of entries that were timed in another engine: the time of both GEMMs there."""
     return {m: _entry("transferred", run, {"gemms_us": round(us, 2)}) for m, us in times_us.items()}
 
 
-def paths(found: Mapping[int, Measured[Runner]], tokens: Iterable[int], run: Run) -> PathTable:
+def paths(found: Mapping[int, Measured[Runner]], tokens: Iterable[int], run: TuningRun) -> KernelTable:
     """Where our own path won, and where it did not, or was not tried: what was known there is known no more."""
-    untried = {m: kernel_table.Entry(None, run) for m in tokens}
+    untried = {m: kernel_table.KernelEntry(None, run) for m in tokens}
     return untried | {
-        m: kernel_table.Entry(
-            result.pair if isinstance(result.pair, SortedPath) else None, run, _of_measurement(result)
+        m: kernel_table.KernelEntry(
+            result.pair if isinstance(result.pair, KernelPlan) else None, run, _of_measurement(result)
         )
         for m, result in found.items()
     }
 
 
-def _entry(origin: Origin, run: Run, figures: dict[str, float]) -> Entry:
-    return Entry(origin, run, figures)
+def _entry(origin: Origin, run: TuningRun, figures: dict[str, float]) -> ProvenanceEntry:
+    return ProvenanceEntry(origin, run, figures)
 
 
 def _of_prediction(result: Predicted) -> dict[str, float]:

@@ -11,7 +11,7 @@ from sglang_moe_ext.core import PROJECTIONS, MoEShape, Projection, StoreError, T
 from sglang_moe_ext.engines.adapter import EngineName
 from sglang_moe_ext.engines.registry import ENGINES
 from sglang_moe_ext.models import parse_shape
-from sglang_moe_ext.sorted_kernels import SortedPath
+from sglang_moe_ext.sorted_kernels import KernelPlan
 from sglang_moe_ext.tuning.bench.messages import Check, Checked, Screen, Screened
 from sglang_moe_ext.tuning.run.journal_reader import Recording
 from sglang_moe_ext.tuning.search import screening
@@ -94,7 +94,7 @@ def _times(journal: Recording) -> dict[int, Times]:
 
 def _wrong(journal: Recording, shape: MoEShape) -> Iterable[TileConfig]:
     for question, answer in journal.answers.values():
-        if not isinstance(question, Check) or isinstance(question.pair, SortedPath):
+        if not isinstance(question, Check) or isinstance(question.pair, KernelPlan):
             continue  # our own path runs no tile of a table
         if isinstance(answer, Checked) and not is_right(shape, answer.error):
             yield from question.pair.values()

@@ -14,7 +14,7 @@ import pytest
 from sglang_moe_ext.cli import main, tune
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tables import config_table, files, merge, provenance
-from sglang_moe_ext.tables.merge import Refused, Stored
+from sglang_moe_ext.tables.merge import RefusedTable, StoredTable
 from tests.engines.installed import ENGINES_DIR, REPO_ROOT
 
 VERSION = "0.5.23"
@@ -118,7 +118,7 @@ def test_a_table_that_the_engine_does_not_take_fails_the_command(
 ) -> None:
     put = merge.put
 
-    def put_and_lose(changes: dict[Path, Stored], pairs: Any, text: Any) -> dict[Path, Stored | Refused]:
+    def put_and_lose(changes: dict[Path, StoredTable], pairs: Any, text: Any) -> dict[Path, StoredTable | RefusedTable]:
         stored = put(changes, pairs, text)
         for path in stored:
             path.unlink()

@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.runtime.jit import JITFunction
 
 from sglang_moe_ext.kernels.compiled import TargetOnlyDriver
-from sglang_moe_ext.kernels.launcher import Launch, recorded
+from sglang_moe_ext.kernels.launcher import RecordedLaunch, record_launch
 
 
 @triton.jit
@@ -39,8 +39,8 @@ class NotingKernel:
         return lambda *arguments: self.launched.append((grid, arguments))
 
 
-def launch(kernel: object, **arguments: object) -> Launch:
-    return Launch(kernel, (3, 1, 1), arguments)
+def launch(kernel: object, **arguments: object) -> RecordedLaunch:
+    return RecordedLaunch(kernel, (3, 1, 1), arguments)
 
 
 def test_a_launch_hands_over_its_grid_and_its_arguments_in_their_order() -> None:
@@ -94,7 +94,7 @@ def tensors() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.usefixtures("compiling")
 def test_arguments_are_noted_by_name_however_they_are_given() -> None:
     source, target = tensors()
-    with recorded() as launches:
+    with record_launch() as launches:
         scale[(7,)](source, target, count=100, factor=0.5, BLOCK=16, num_warps=2)
     (noted,) = launches
     assert list(noted.arguments) == ["source", "target", "factor", "count", "BLOCK", "ROUNDS"]
@@ -105,7 +105,7 @@ def test_arguments_are_noted_by_name_however_they_are_given() -> None:
 @pytest.mark.usefixtures("compiling")
 def test_what_is_noted_is_the_binary_of_the_launch() -> None:
     source, target = tensors()
-    with recorded() as launches:
+    with record_launch() as launches:
         returned = scale[(7,)](source, target, 0.5, 100, BLOCK=16, num_warps=2)
     assert launches[0].kernel is returned
     assert returned.metadata.num_warps == 2
@@ -118,21 +118,21 @@ def test_what_is_noted_is_the_binary_of_the_launch() -> None:
     ids=str,
 )
 def test_a_grid_has_three_sizes(grid: tuple[int, ...], size: tuple[int, int, int]) -> None:
-    with recorded() as launches:
+    with record_launch() as launches:
         scale[grid](*tensors(), 0.5, 100, BLOCK=16)
     assert launches[0].grid == size
 
 
 @pytest.mark.usefixtures("compiling")
 def test_a_grid_that_is_worked_out_from_the_arguments_is_noted_as_numbers() -> None:
-    with recorded() as launches:
+    with record_launch() as launches:
         scale[lambda meta: (triton.cdiv(meta["count"], meta["BLOCK"]),)](*tensors(), 0.5, 100, BLOCK=16)
     assert launches[0].grid == (7, 1, 1)
 
 
 @pytest.mark.usefixtures("compiling")
 def test_launches_are_noted_in_their_order() -> None:
-    with recorded() as launches:
+    with record_launch() as launches:
         for count in (100, 50):
             scale[(1,)](*tensors(), 0.5, count, BLOCK=16)
     assert [noted.arguments["count"] for noted in launches] == [100, 50]
@@ -140,7 +140,7 @@ def test_launches_are_noted_in_their_order() -> None:
 
 @pytest.mark.usefixtures("compiling")
 def test_outside_nothing_is_noted() -> None:
-    with recorded() as launches:
+    with record_launch() as launches:
         pass
     scale[(1,)](*tensors(), 0.5, 100, BLOCK=16)
     assert launches == []
@@ -149,6 +149,6 @@ def test_outside_nothing_is_noted() -> None:
 @pytest.mark.usefixtures("compiling")
 def test_triton_is_as_it_was_where_a_launcher_raises() -> None:
     before = JITFunction.run
-    with pytest.raises(ValueError, match="refused"), recorded():
+    with pytest.raises(ValueError, match="refused"), record_launch():
         raise ValueError("refused")
     assert JITFunction.run is before

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_moe_ext.core import ModelError, Quantisation
-from sglang_moe_ext.models.quantization import METHODS, OTHER_KERNELS, quantisation_from_config
+from sglang_moe_ext.models.quantization import METHODS, OTHER_KERNELS, quantization_from_config
 from sglang_moe_ext.models.shape_string import parse_dtype_flag
 
 FP8_TENSOR = Quantisation("fp8_w8a8")
@@ -20,7 +20,7 @@ FP8_BLOCK = Quantisation("fp8_w8a8", (128, 128))
 
 
 def stored(**section: Any) -> Quantisation:
-    return quantisation_from_config({"quantization_config": section})
+    return quantization_from_config({"quantization_config": section})
 
 
 def refusal(**section: Any) -> str:
@@ -136,7 +136,7 @@ def test_a_method_is_read_as_the_engine_runs_it(section: dict[str, Any], expecte
 
 @pytest.mark.parametrize("config", [{}, {"quantization_config": None}], ids=["none stated", "null"])
 def test_weights_without_a_section_are_not_quantised(config: dict[str, Any]) -> None:
-    assert quantisation_from_config(config) == Quantisation()
+    assert quantization_from_config(config) == Quantisation()
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_weights_without_a_section_are_not_quantised(config: dict[str, Any]) -> 
     ids=["compression_config", "in the text model", "in the text model under an empty one", "of an object"],
 )
 def test_the_section_is_found_wherever_it_stands(config: object) -> None:
-    assert quantisation_from_config(config) == FP8_TENSOR
+    assert quantization_from_config(config) == FP8_TENSOR
 
 
 def test_a_section_that_a_library_made_an_object_of_is_opened() -> None:
@@ -159,7 +159,7 @@ def test_a_section_that_a_library_made_an_object_of_is_opened() -> None:
 
     section = SimpleNamespace(to_dict=lambda: {"quant_method": Method.FP8, "weight_block_size": (128, 128)})
 
-    assert quantisation_from_config({"quantization_config": section}) == FP8_BLOCK
+    assert quantization_from_config({"quantization_config": section}) == FP8_BLOCK
 
 
 @pytest.mark.parametrize("method", OTHER_KERNELS)
@@ -193,7 +193,7 @@ def test_a_layout_of_another_kernel_is_refused_and_named(section: dict[str, Any]
 
 def test_fp4_experts_in_an_fp8_checkpoint_are_refused() -> None:
     with pytest.raises(ModelError, match="fp4"):
-        quantisation_from_config({"expert_dtype": "fp4", "quantization_config": {"quant_method": "fp8"}})
+        quantization_from_config({"expert_dtype": "fp4", "quantization_config": {"quant_method": "fp8"}})
 
 
 MALFORMED: dict[str, dict[str, Any]] = {
@@ -229,7 +229,7 @@ def test_a_malformed_section_is_refused_in_one_line(section: dict[str, Any]) -> 
 
 def test_a_section_that_is_no_object_is_refused() -> None:
     with pytest.raises(ModelError, match="expected an object"):
-        quantisation_from_config({"quantization_config": "fp8"})
+        quantization_from_config({"quantization_config": "fp8"})
 
 
 KEYS = (

@@ -46,7 +46,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 )
 def test_two_variables_keep_us_out(variable: str, value: str, is_off: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, value)
-    why = attach.why_off(attach.half_of("sglang"))
+    why = attach.why_off(attach.hooks_of("sglang"))
     assert (why is not None) == is_off
     assert why is None or variable in why
 
@@ -65,16 +65,16 @@ def test_vllms_list_of_plugins_is_read_as_vllm_reads_it(
     value: str, is_off: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VLLM_PLUGINS, value)
-    assert (attach.why_off(attach.half_of("vllm")) is not None) == is_off
+    assert (attach.why_off(attach.hooks_of("vllm")) is not None) == is_off
 
 
 def test_without_a_list_of_plugins_vllm_loads_us() -> None:
-    assert attach.why_off(attach.half_of("vllm")) is None
+    assert attach.why_off(attach.hooks_of("vllm")) is None
 
 
 def test_what_keeps_us_out_is_the_state_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SWITCH, "1")
-    assert attach.attach(LAYER, "a test") == attach.state() == attach.State(False, f"{SWITCH} is set")
+    assert attach.attach(LAYER, "a test") == attach.state() == attach.HookState(False, f"{SWITCH} is set")
 
 
 def test_without_an_engine_we_are_off_in_one_line(
@@ -129,9 +129,9 @@ def test_the_startup_file_waits_for_the_modules_that_are_hooked() -> None:
 def test_an_engine_that_is_not_imported_yet_is_waited_for(
     way: Way, modules: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sglang_moe_ext.import_hook import Arrivals
+    from sglang_moe_ext.import_hook import ImportHook
 
-    monkeypatch.setattr(sys, "meta_path", [it for it in sys.meta_path if not isinstance(it, Arrivals)])
+    monkeypatch.setattr(sys, "meta_path", [it for it in sys.meta_path if not isinstance(it, ImportHook)])
     way()
-    (finder,) = (it for it in sys.meta_path if isinstance(it, Arrivals))
+    (finder,) = (it for it in sys.meta_path if isinstance(it, ImportHook))
     assert set(finder.awaited) == set(modules)

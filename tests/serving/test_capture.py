@@ -23,7 +23,7 @@ from safetensors.torch import load, load_file
 from sglang_moe_ext.core import MoEShape
 from sglang_moe_ext.engines.sglang.routing_hook import RoutingBatch
 from sglang_moe_ext.serving import capture
-from sglang_moe_ext.serving.capture import VARIABLE, Bounds, Recorder, Table, Wish
+from sglang_moe_ext.serving.capture import VARIABLE, CaptureRequest, FolderBounds, Recorder, RoutingTable
 from sglang_moe_ext.tuning.bench import captured_routing, routing
 
 CHILD = Path(__file__).parent / "children" / "capturing.py"
@@ -43,8 +43,8 @@ def ids_of(tokens: int, width: int = 2, experts: int = 16) -> torch.Tensor:
     return torch.rand(tokens, experts).topk(width, dim=1).indices.int()
 
 
-def table(tokens: int, layer: int = 0) -> Table:
-    return Table(layer, 2, ids_of(tokens).numpy().tobytes())
+def table(tokens: int, layer: int = 0) -> RoutingTable:
+    return RoutingTable(layer, 2, ids_of(tokens).numpy().tobytes())
 
 
 def rows_kept(folder: Path) -> list[int]:
@@ -74,28 +74,28 @@ class TestTheWish:
     @pytest.mark.parametrize(
         ("value", "meant"),
         [
-            ("/data/ids", Wish(Path("/data/ids"))),
-            ("/data/ids:50", Wish(Path("/data/ids"), 50)),
-            ("/data/ids:50:64", Wish(Path("/data/ids"), 50, 64)),
-            ("/data/ids/", Wish(Path("/data/ids"))),
-            ("/run:7/ids:50", Wish(Path("/run:7/ids"), 50)),
-            ("/data/ids:50/", Wish(Path("/data/ids:50"))),
+            ("/data/ids", CaptureRequest(Path("/data/ids"))),
+            ("/data/ids:50", CaptureRequest(Path("/data/ids"), 50)),
+            ("/data/ids:50:64", CaptureRequest(Path("/data/ids"), 50, 64)),
+            ("/data/ids/", CaptureRequest(Path("/data/ids"))),
+            ("/run:7/ids:50", CaptureRequest(Path("/run:7/ids"), 50)),
+            ("/data/ids:50/", CaptureRequest(Path("/data/ids:50"))),
         ],
     )
-    def test_it_has_a_folder_and_up_to_two_numbers(self, value: str, meant: Wish) -> None:
-        assert capture.wish({VARIABLE: value}) == meant
+    def test_it_has_a_folder_and_up_to_two_numbers(self, value: str, meant: CaptureRequest) -> None:
+        assert capture.parse_request({VARIABLE: value}) == meant
 
     def test_a_relative_folder_is_meant_where_the_server_started(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(tmp_path)
-        assert capture.wish({VARIABLE: "ids"}) == Wish(tmp_path / "ids")
+        assert capture.parse_request({VARIABLE: "ids"}) == CaptureRequest(tmp_path / "ids")
 
     @pytest.mark.parametrize("environ", [{}, {VARIABLE: ""}], ids=["unset", "empty"])
     def test_nothing_is_captured_and_nothing_said_unless_it_is_set(
         self, environ: dict[str, str], caplog: pytest.LogCaptureFixture
     ) -> None:
-        assert capture.wish(environ) is None
+        assert capture.parse_request(environ) is None
         assert not caplog.records
 
     @pytest.mark.parametrize(
@@ -103,39 +103,39 @@ class TestTheWish:
         [":", ":5", "ids:", "ids:0", "ids:-1", "ids:many", "ids:1:2:3", "ids:5:", "ids:1e3", "ids:²", "/a/:5:x"],
     )
     def test_a_malformed_one_is_one_line_and_no_capture(self, value: str, caplog: pytest.LogCaptureFixture) -> None:
-        assert capture.wish({VARIABLE: value}) is None
+        assert capture.parse_request({VARIABLE: value}) is None
         [record] = caplog.records
         assert value in record.getMessage()
         assert "expected DIR[:max_files][:min_tokens]" in record.getMessage()
 
     @given(st.text(max_size=40))
     def test_no_text_raises(self, value: str) -> None:
-        capture.wish({VARIABLE: value})
+        capture.parse_request({VARIABLE: value})
 
 
 class TestTheInstallation:
     def test_a_runner_that_moved_is_one_line_and_no_capture(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        assert not capture.install(ModuleType("runner"), Wish(tmp_path))
+        assert not capture.install(ModuleType("runner"), CaptureRequest(tmp_path))
         [record] = caplog.records
         assert "runner has no MoeRunner.run" in record.getMessage()
 
     def test_the_log_says_where_and_how_much(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(logging.INFO)
-        capture.install(a_module(), Wish(tmp_path, 50, 64))
+        capture.install(a_module(), CaptureRequest(tmp_path, 50, 64))
         [record] = caplog.records
         assert f"batches of 64 tokens or more, at most 50 files, into {tmp_path};" in record.getMessage()
 
     def test_nothing_is_written_before_a_batch_comes(self, tmp_path: Path) -> None:
-        capture.install(a_module(), Wish(tmp_path / "ids"))
+        capture.install(a_module(), CaptureRequest(tmp_path / "ids"))
         assert not (tmp_path / "ids").exists()
 
 
 class TestWhatLiesThere:
     def test_the_tuner_routes_by_what_a_server_wrote(self, tmp_path: Path) -> None:
         module, ids = a_module(), ids_of(20)
-        capture.install(module, Wish(tmp_path))
+        capture.install(module, CaptureRequest(tmp_path))
         run(module, ids)
         wait_until(lambda: rows_kept(tmp_path))
         [made] = routing.routings(captured_routing.source(tmp_path, SHAPE), SHAPE, 20, 1, 0, "cpu")
@@ -144,7 +144,7 @@ class TestWhatLiesThere:
     def test_fused_shared_experts_are_the_tuners_too(self, tmp_path: Path) -> None:
         module = a_module()
         ids = torch.cat((ids_of(20), torch.full((20, 1), 16, dtype=torch.int32)), dim=1)
-        capture.install(module, Wish(tmp_path))
+        capture.install(module, CaptureRequest(tmp_path))
         run(module, ids)
         wait_until(lambda: rows_kept(tmp_path))
         [made] = routing.routings(captured_routing.source(tmp_path, SHARED), SHARED, 20, 1, 0, "cpu")
@@ -153,7 +153,7 @@ class TestWhatLiesThere:
     def test_a_batch_is_written_as_it_was_when_the_layer_began(self, tmp_path: Path) -> None:
         module, ids = a_module(), ids_of(20)
         before = ids.clone()
-        capture.install(module, Wish(tmp_path))
+        capture.install(module, CaptureRequest(tmp_path))
         run(module, ids).zero_()
         wait_until(lambda: rows_kept(tmp_path))
         [file] = tmp_path.glob("*.safetensors")
@@ -161,7 +161,7 @@ class TestWhatLiesThere:
 
     def test_a_batch_of_fewer_tokens_is_left_out(self, tmp_path: Path) -> None:
         module = a_module()
-        capture.install(module, Wish(tmp_path, min_tokens=8))
+        capture.install(module, CaptureRequest(tmp_path, min_tokens=8))
         for tokens in (7, 8):
             run(module, ids_of(tokens))
         wait_until(lambda: rows_kept(tmp_path))
@@ -172,7 +172,7 @@ class TestWhatLiesThere:
     )
     def test_safetensors_reads_the_table_that_was_encoded(self, rows: list[list[int]], layer: int) -> None:
         ids = torch.tensor(rows, dtype=torch.int32).view(-1, 3)
-        read = load(capture.encoded(Table(layer, 3, ids.numpy().tobytes())))["topk_ids"]
+        read = load(capture.encode(RoutingTable(layer, 3, ids.numpy().tobytes())))["topk_ids"]
         assert torch.equal(read, ids)
 
 
@@ -182,24 +182,24 @@ class TestTheBound:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             for index, size in enumerate(sizes):
-                capture.keep(folder, table(size), index, "0123abcd", Bounds(most))
+                capture.keep(folder, table(size), index, "0123abcd", FolderBounds(most))
             assert rows_kept(folder) == sorted(sizes)[-most:]
 
     def test_all_files_together_are_no_larger_than_that(self, tmp_path: Path) -> None:
-        bounds = Bounds(1000, most_bytes=4000)
+        bounds = FolderBounds(1000, most_bytes=4000)
         for index in range(20):
             capture.keep(tmp_path, table(50 + index), index, "0123abcd", bounds)
             assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 4000
         assert rows_kept(tmp_path)[-1] == 69
 
     def test_a_table_that_is_larger_than_all_room_is_left_out(self, tmp_path: Path) -> None:
-        assert capture.keep(tmp_path, table(5000), 0, "0123abcd", Bounds(10, most_bytes=4000)) == 4000
+        assert capture.keep(tmp_path, table(5000), 0, "0123abcd", FolderBounds(10, most_bytes=4000)) == 4000
         assert rows_kept(tmp_path) == []
 
     def test_two_runs_share_the_bound_and_take_no_name_from_each_other(self, tmp_path: Path) -> None:
         for run_name in ("00000000", "11111111", "22222222"):
             for index in range(2):
-                capture.keep(tmp_path, table(10), index, run_name, Bounds(5))
+                capture.keep(tmp_path, table(10), index, run_name, FolderBounds(5))
         assert rows_kept(tmp_path) == [10] * 5
 
     def test_files_of_others_are_neither_counted_nor_removed(self, tmp_path: Path) -> None:
@@ -207,12 +207,12 @@ class TestTheBound:
         for other in others:
             other.touch()
         for index in range(3):
-            capture.keep(tmp_path, table(10 + index), index, "0123abcd", Bounds(1))
+            capture.keep(tmp_path, table(10 + index), index, "0123abcd", FolderBounds(1))
         assert all(other.exists() for other in others)
         assert len(list(tmp_path.iterdir())) == 3
 
     def test_a_batch_that_would_not_be_kept_is_not_even_copied(self, tmp_path: Path) -> None:
-        recorder = Recorder(Wish(tmp_path, max_files=1))
+        recorder = Recorder(CaptureRequest(tmp_path, max_files=1))
         recorder.take(RoutingBatch(0, ids_of(50), None))
         wait_until(lambda: not recorder.wants(50, 400))
         assert recorder.wants(500, 4000)
@@ -221,7 +221,7 @@ class TestTheBound:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         monkeypatch.setattr(capture, "_MOST_WAITING_BYTES", 100)
-        recorder = Recorder(Wish(tmp_path))
+        recorder = Recorder(CaptureRequest(tmp_path))
         for _ in range(3):
             recorder.take(RoutingBatch(0, ids_of(50), None))
         assert recorder.dropped == 3
@@ -231,7 +231,7 @@ class TestTheBound:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(capture, "_MOST_WAITING_BYTES", 500)
-        recorder = Recorder(Wish(tmp_path))
+        recorder = Recorder(CaptureRequest(tmp_path))
         for written in range(1, 4):
             recorder.take(RoutingBatch(0, ids_of(50), None))
             wait_until(lambda written=written: len(rows_kept(tmp_path)) == written and not recorder._waiting_bytes)
@@ -245,7 +245,7 @@ class TestFaults:
 
     def broken(self, module: ModuleType, folder: Path, caplog: pytest.LogCaptureFixture) -> str:
         """The one line that it says when that folder cannot be written; the layer runs on."""
-        capture.install(module, Wish(folder))
+        capture.install(module, CaptureRequest(folder))
         for _ in range(3):
             ids = ids_of(20)
             assert run(module, ids) is ids
@@ -290,14 +290,14 @@ class TestFaults:
         module: Any = a_module()
         module.MoeRunner.run = lambda self, dispatch_output, quant_info: "ran"
         # The name of a lambda's first parameters is all that is looked at.
-        assert capture.install(module, Wish(tmp_path))
+        assert capture.install(module, CaptureRequest(tmp_path))
         assert module.MoeRunner().run(dispatched, None) == "ran"
         assert not caplog.records
 
     @pytest.mark.parametrize("ids", ["text", torch.zeros(2, 3, 4), object()], ids=["text", "three sides", "object"])
     def test_ids_of_another_kind_never_reach_the_engine_as_an_error(self, ids: Any, tmp_path: Path) -> None:
         module = a_module()
-        capture.install(module, Wish(tmp_path))
+        capture.install(module, CaptureRequest(tmp_path))
         assert run(module, ids) is ids
 
     def test_an_error_of_the_layer_is_the_engines_own(self, tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ class TestFaults:
             raise ZeroDivisionError
 
         module.MoeRunner.run = run_of_engine
-        capture.install(module, Wish(tmp_path))
+        capture.install(module, CaptureRequest(tmp_path))
         with pytest.raises(ZeroDivisionError):
             run(module, ids_of(4))
 
@@ -319,7 +319,7 @@ class TestFaults:
                 wait_until(lambda before=before: len(list(tmp_path.glob("topk_ids_layer*"))) > before)
                 time.sleep(0.1)  # it is in the middle of the next file
                 child.send_signal(signal.SIGKILL)
-        whole = len(capture.encoded(table(2_000)))
+        whole = len(capture.encode(table(2_000)))
         sizes = [file.stat().st_size for file in tmp_path.iterdir()]
         assert any(0 < size < whole for size in sizes), "no kill met a half-written file"
         [made] = captured_routing.source(tmp_path, SHAPE).makers

@@ -17,7 +17,7 @@ import pytest
 from sglang_moe_ext.core import Table
 from sglang_moe_ext.engines.sglang import table_names
 from sglang_moe_ext.tables import merge, user_store
-from sglang_moe_ext.tables.merge import Stored
+from sglang_moe_ext.tables.merge import StoredTable
 from tests.engines.installed import REPO_ROOT
 from tests.serving.test_selection import H200, SHAPE, TRITON, config, known
 
@@ -104,7 +104,7 @@ def put(root: Path, mark: int) -> None:
     folder = root / table_names.version_folder(TRITON)
     keys = [table_names.table_key(SHAPE, H200.device_name, down=down) for down in (False, True)]
     up, down = (folder / table_names.file_name(key) for key in keys)
-    stored = Stored(table(mark), known(table(mark)))
+    stored = StoredTable(table(mark), known(table(mark)))
     merge.put({up: stored, down: stored}, pairs=[(up, down)])
 
 

@@ -15,7 +15,7 @@ from sglang_moe_ext.engines import config_dict
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.gpu.shared_memory import smem_bytes
 from sglang_moe_ext.serving import guard
-from sglang_moe_ext.serving.guard import Guard, degraded
+from sglang_moe_ext.serving.guard import ConfigGuard, degrade
 from tests.tables.generated import powers_of_two
 
 RTX_4090, H200 = specs.find("RTX 4090"), specs.find("H200")
@@ -59,14 +59,14 @@ def changed(before: TileConfig, after: TileConfig) -> set[str]:
 @settings(deadline=None)
 @given(usual)
 def test_nothing_but_stages_and_the_sides_n_and_k_is_made_smaller(config: TileConfig) -> None:
-    for smaller in degraded(config):
+    for smaller in degrade(config):
         assert changed(config, smaller) <= {"num_stages", "block_n", "block_k"}
 
 
 @settings(deadline=None)
 @given(usual, shapes, st.sampled_from([80, 89, 90, 100, 120]))
 def test_no_step_asks_for_more_than_the_one_before(config: TileConfig, shape: MoEShape, sm: int) -> None:
-    asked = [smem_bytes(it, shape, sm) for it in (config, *degraded(config))]
+    asked = [smem_bytes(it, shape, sm) for it in (config, *degrade(config))]
     assert asked == sorted(asked, reverse=True)
 
 
@@ -74,13 +74,13 @@ def test_no_step_asks_for_more_than_the_one_before(config: TileConfig, shape: Mo
 @given(usual, st.sampled_from([32, 64, 128, 256, 512]))
 def test_a_tile_that_divides_a_block_of_scales_divides_it_at_each_step(config: TileConfig, block: int) -> None:
     config = dataclasses.replace(config, block_k=min(config.block_k, block))
-    assert all(block % it.block_k == 0 for it in degraded(config))
+    assert all(block % it.block_k == 0 for it in degrade(config))
 
 
 @settings(deadline=None)
 @given(usual)
 def test_stages_go_before_n_and_n_before_k(config: TileConfig) -> None:
-    steps = [changed(*pair).pop() for pair in itertools.pairwise((config, *degraded(config)))]
+    steps = [changed(*pair).pop() for pair in itertools.pairwise((config, *degrade(config)))]
     if steps and config.num_stages > 1:
         assert steps.pop() == "num_stages"  # down to one, where nothing else is left
     order = ["num_stages", "block_n", "block_k"]
@@ -88,12 +88,12 @@ def test_stages_go_before_n_and_n_before_k(config: TileConfig) -> None:
 
 
 def test_every_step_is_taken() -> None:
-    steps = [(it.num_stages, it.block_n, it.block_k) for it in degraded(TileConfig(64, 128, 128, 8, 4, 4))]
+    steps = [(it.num_stages, it.block_n, it.block_k) for it in degrade(TileConfig(64, 128, 128, 8, 4, 4))]
     assert steps == [(3, 128, 128), (2, 128, 128), (2, 64, 128), (2, 32, 128), (2, 32, 64), (2, 32, 32), (1, 32, 32)]
 
 
 def test_the_last_step_is_small_enough_for_any_gpu() -> None:
-    last = list(degraded(TileConfig(256, 512, 512, 1, 8, 8)))[-1]
+    last = list(degrade(TileConfig(256, 512, 512, 1, 8, 8)))[-1]
     assert smem_bytes(last, GLM, 90) <= min(it.smem_per_block for it in specs.ARCHITECTURES.values())
 
 
@@ -101,7 +101,7 @@ def test_the_last_step_is_small_enough_for_any_gpu() -> None:
 @given(usual, shapes, st.sampled_from(["up", "down"]))
 def test_an_entry_that_fits_and_is_right_is_a_plain_copy(config: TileConfig, shape: MoEShape, of: Projection) -> None:
     entry = config_dict.config_dict_of(dataclasses.replace(config, use_tma=False)) | {"waves_per_eu": 2}
-    safe = Guard(NEW, None).safe(entry, shape, of)
+    safe = ConfigGuard(NEW, None).safe(entry, shape, of)
     assert safe == entry
     assert safe is not entry
 
@@ -112,8 +112,8 @@ def test_what_leaves_the_guard_fits_wherever_a_smaller_one_does(config: TileConf
     def fits(it: TileConfig) -> bool:
         return smem_bytes(it, shape, RTX_4090.sm) <= RTX_4090.smem_per_block
 
-    safe = Guard(NEW, RTX_4090).safe(config_dict.config_dict_of(config), shape, "up")
-    assert fits(config_dict.tile_of(safe)) == any(map(fits, (config, *degraded(config))))
+    safe = ConfigGuard(NEW, RTX_4090).safe(config_dict.config_dict_of(config), shape, "up")
+    assert fits(config_dict.tile_of(safe)) == any(map(fits, (config, *degrade(config))))
 
 
 @pytest.mark.parametrize(
@@ -127,29 +127,29 @@ def test_a_single_stage_asks_for_what_the_compiler_says(quantisation: str, expec
 
 def test_the_crash_of_glm_4_7_flash_on_an_rtx_4090_is_a_configuration_that_fits() -> None:
     assert (smem_bytes(SEED, GLM, RTX_4090.sm), RTX_4090.smem_per_block) == (147_456, 101_376)
-    safe = config_dict.tile_of(Guard(NEW, RTX_4090).safe(config_dict.config_dict_of(SEED), GLM, "up"))
+    safe = config_dict.tile_of(ConfigGuard(NEW, RTX_4090).safe(config_dict.config_dict_of(SEED), GLM, "up"))
     assert safe == dataclasses.replace(SEED, num_stages=3)
     assert smem_bytes(safe, GLM, RTX_4090.sm) <= RTX_4090.smem_per_block
 
 
 def test_the_same_configuration_stays_as_it_is_on_an_h200() -> None:
-    assert Guard(NEW, H200).safe(config_dict.config_dict_of(SEED), GLM, "up") == config_dict.config_dict_of(SEED)
+    assert ConfigGuard(NEW, H200).safe(config_dict.config_dict_of(SEED), GLM, "up") == config_dict.config_dict_of(SEED)
 
 
 def test_what_else_an_entry_says_stays_when_it_is_made_smaller() -> None:
     entry = config_dict.config_dict_of(SEED) | {"waves_per_eu": 2, "SPLIT_K": 1}
-    safe = Guard(NEW, RTX_4090).safe(entry, GLM, "up")
+    safe = ConfigGuard(NEW, RTX_4090).safe(entry, GLM, "up")
     assert safe == entry | {"num_stages": 3}
 
 
 def test_an_entry_without_stages_is_held_against_what_triton_takes() -> None:
     entry = {"BLOCK_SIZE_M": 128, "BLOCK_SIZE_N": 256, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 8}
-    assert Guard(NEW, RTX_4090).safe(entry, GLM, "up")["num_stages"] < 3
+    assert ConfigGuard(NEW, RTX_4090).safe(entry, GLM, "up")["num_stages"] < 3
 
 
 def test_what_was_made_smaller_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(3):
-        Guard(NEW, RTX_4090).safe(config_dict.config_dict_of(SEED), GLM, "up")
+        ConfigGuard(NEW, RTX_4090).safe(config_dict.config_dict_of(SEED), GLM, "up")
     (line,) = caplog.messages
     assert "147456 B" in line
     assert "101376 B" in line
@@ -164,7 +164,7 @@ def test_tma_of_the_down_projection_stays_where_it_is_right_alone(name: str) -> 
     entry: dict[str, Any] = config_dict.config_dict_of(dataclasses.replace(SEED, use_tma=True))
     shape = dataclasses.replace(GLM, quantisation=QUANTISATIONS[name])
     assert config_dict.USE_TMA in entry
-    assert Guard(NEW, H200).safe(entry, shape, "down").get(config_dict.USE_TMA, False) == (name in DOWN_IS_RIGHT)
+    assert ConfigGuard(NEW, H200).safe(entry, shape, "down").get(config_dict.USE_TMA, False) == (name in DOWN_IS_RIGHT)
 
 
 @pytest.mark.parametrize("version", [OLD, NEW], ids=["0.5.17", "0.5.18"])
@@ -173,17 +173,17 @@ def test_tma_of_the_up_projection_stays_from_0_5_18_on(name: str, version: tuple
     entry = config_dict.config_dict_of(dataclasses.replace(SEED, use_tma=True))
     shape = dataclasses.replace(GLM, quantisation=QUANTISATIONS[name])
     stays = version == NEW and name not in UP_IS_WRONG
-    assert Guard(version, H200).safe(entry, shape, "up").get(config_dict.USE_TMA, False) == stays
+    assert ConfigGuard(version, H200).safe(entry, shape, "up").get(config_dict.USE_TMA, False) == stays
 
 
 def test_tma_that_is_off_leaves_no_key_behind() -> None:
     entry = config_dict.config_dict_of(SEED) | {config_dict.USE_TMA: False}
-    assert config_dict.USE_TMA not in Guard(OLD, H200).safe(entry, GLM, "up")
+    assert config_dict.USE_TMA not in ConfigGuard(OLD, H200).safe(entry, GLM, "up")
 
 
 def test_wrong_tma_is_said_once_for_each_layer_and_projection(caplog: pytest.LogCaptureFixture) -> None:
     shape = dataclasses.replace(GLM, quantisation=QUANTISATIONS["fp8-channel"])
     for group_m, projection in itertools.product((1, 16), ("up", "down", "down")):
         entry = config_dict.config_dict_of(dataclasses.replace(SEED, use_tma=True, group_m=group_m))
-        Guard(OLD, H200).safe(entry, shape, projection)  # type: ignore[arg-type]
+        ConfigGuard(OLD, H200).safe(entry, shape, projection)  # type: ignore[arg-type]
     assert len(caplog.messages) == 2

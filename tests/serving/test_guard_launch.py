@@ -17,7 +17,7 @@ from sglang_moe_ext.core import TileConfig
 from sglang_moe_ext.engines import config_dict
 from sglang_moe_ext.engines.sglang.hook_points import CONFIG_POSITION
 from sglang_moe_ext.serving import guard
-from sglang_moe_ext.serving.guard import Launcher as Launch
+from sglang_moe_ext.serving.guard import GuardedLauncher as Launch
 
 LARGE = TileConfig(128, 256, 64, 16, 8, 4)
 WEIGHTS = torch.empty(8, 512, 256, dtype=torch.bfloat16, device="meta")

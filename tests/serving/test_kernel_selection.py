@@ -14,10 +14,10 @@ from sglang_moe_ext.core import MoEShape
 from sglang_moe_ext.engines.sglang import table_names
 from sglang_moe_ext.serving import kernel_selection
 from sglang_moe_ext.serving.selection import SATURATED_TOKENS
-from sglang_moe_ext.serving.table_search import Place
-from sglang_moe_ext.sorted_kernels import DownConfig, SortedPath, UpConfig
+from sglang_moe_ext.serving.table_search import TableDir
+from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, UpConfig
 from sglang_moe_ext.tables import kernel_table
-from sglang_moe_ext.tables.kernel_table import Entry, PathTable
+from sglang_moe_ext.tables.kernel_table import KernelEntry, KernelTable
 from tests.tables.generated import A_RUN
 
 SHAPE = MoEShape(8, 128, 256, 2)
@@ -25,15 +25,15 @@ RUN = dataclasses.replace(A_RUN, shape=str(SHAPE))
 DEVICE, TRITON = "NVIDIA H200", "3.6.0"
 
 
-def path(block_m: int = 64) -> SortedPath:
-    return SortedPath(UpConfig(block_m, 128, 64, 8, 8, 4), DownConfig(block_m, 128, 64, 8, 8, 4))
+def path(block_m: int = 64) -> KernelPlan:
+    return KernelPlan(UpConfig(block_m, 128, 64, 8, 8, 4), DownConfig(block_m, 128, 64, 8, 8, 4))
 
 
 LONG = {"us": kernel_selection.SHORTEST_US}
 
 
-def table(**by_tokens: SortedPath | None) -> PathTable:
-    return {int(m[1:]): Entry(found, RUN, LONG) for m, found in by_tokens.items()}
+def table(**by_tokens: KernelPlan | None) -> KernelTable:
+    return {int(m[1:]): KernelEntry(found, RUN, LONG) for m, found in by_tokens.items()}
 
 
 CASES = table(m256=None, m1024=path(64), m4096=path(128))
@@ -44,21 +44,21 @@ CASES = table(m256=None, m1024=path(64), m4096=path(128))
     [(1, None), (256, None), (700, None), (1023, None), (1024, 64), (2560, 64), (2561, 128), (4096, 128), (9999, 128)],
 )
 def test_our_path_runs_between_numbers_of_tokens_that_it_won(tokens: int, block_m: int | None) -> None:
-    found = kernel_selection.chosen(CASES, tokens)
+    found = kernel_selection.select_plan(CASES, tokens)
     assert (found and found.block_m) == block_m
 
 
 def test_it_does_not_run_behind_the_last_number_where_more_tokens_change_the_tiles() -> None:
-    assert kernel_selection.chosen(table(m256=path(), m1024=path()), 1025) is None
+    assert kernel_selection.select_plan(table(m256=path(), m1024=path()), 1025) is None
 
 
 def test_it_does_not_run_below_the_first_number() -> None:
-    assert kernel_selection.chosen(table(m1024=path()), 1023) is None
+    assert kernel_selection.select_plan(table(m1024=path()), 1023) is None
 
 
 @given(st.dictionaries(st.integers(1, 20000), st.none() | st.builds(path), max_size=6), st.integers(1, 40000))
-def test_a_path_is_chosen_only_where_no_neighbour_lost(by_tokens: dict[int, SortedPath | None], tokens: int) -> None:
-    found = kernel_selection.chosen({m: Entry(it, RUN) for m, it in by_tokens.items()}, tokens)
+def test_a_path_is_chosen_only_where_no_neighbour_lost(by_tokens: dict[int, KernelPlan | None], tokens: int) -> None:
+    found = kernel_selection.select_plan({m: KernelEntry(it, RUN) for m, it in by_tokens.items()}, tokens)
     below = [m for m in by_tokens if m <= tokens]
     above = [m for m in by_tokens if m >= tokens]
     lost_below = not below or by_tokens[max(below)] is None
@@ -66,13 +66,13 @@ def test_a_path_is_chosen_only_where_no_neighbour_lost(by_tokens: dict[int, Sort
     assert (found is not None) == (not lost_below and not lost_above)
 
 
-def places(tmp_path: Path) -> list[Place]:
-    return [Place("your", tmp_path / "yours"), Place("the shipped", tmp_path / "shipped")]
+def places(tmp_path: Path) -> list[TableDir]:
+    return [TableDir("your", tmp_path / "yours"), TableDir("the shipped", tmp_path / "shipped")]
 
 
-def write(place: Place, entries: PathTable, *, triton: str = TRITON, device: str = DEVICE) -> Path:
+def write(place: TableDir, entries: KernelTable, *, triton: str = TRITON, device: str = DEVICE) -> Path:
     table_file = table_names.file_name(table_names.table_key(SHAPE, device))
-    file = kernel_table.beside(place.root / table_names.version_folder(triton) / table_file)
+    file = kernel_table.path_beside(place.root / table_names.version_folder(triton) / table_file)
     kernel_table.put(file, entries)
     return file
 
@@ -81,29 +81,29 @@ def test_what_the_user_measured_stands_before_what_is_shipped(tmp_path: Path) ->
     yours, shipped = places(tmp_path)
     write(shipped, table(m1024=path(64), m4096=path(64)))
     write(yours, table(m1024=None))
-    found = kernel_selection.gathered(SHAPE, DEVICE, TRITON, [yours, shipped])
+    found = kernel_selection.load_plans(SHAPE, DEVICE, TRITON, [yours, shipped])
     assert {m: entry.path for m, entry in found.items()} == {1024: None, 4096: path(64)}
 
 
 @pytest.mark.parametrize("other", [{"triton": "3.5.1"}, {"device": "NVIDIA H100"}], ids=["Triton", "GPU"])
 def test_nothing_is_taken_over_from_another(other: dict[str, str], tmp_path: Path) -> None:
     write(places(tmp_path)[0], CASES, **other)
-    assert kernel_selection.gathered(SHAPE, DEVICE, TRITON, places(tmp_path)) == {}
+    assert kernel_selection.load_plans(SHAPE, DEVICE, TRITON, places(tmp_path)) == {}
 
 
 @pytest.mark.parametrize("name", ["hidden_size", "top_k"])
 def test_entries_of_a_layer_that_only_shares_the_name_of_the_file_are_passed_over(name: str, tmp_path: Path) -> None:
     write(places(tmp_path)[0], CASES)
     unlike = dataclasses.replace(SHAPE, **{name: 4})
-    assert kernel_selection.gathered(unlike, DEVICE, TRITON, places(tmp_path)) == {}
+    assert kernel_selection.load_plans(unlike, DEVICE, TRITON, places(tmp_path)) == {}
 
 
 @pytest.mark.parametrize("figures", [{"us": kernel_selection.SHORTEST_US - 1}, {}], ids=["short", "nobody knows"])
 def test_a_layer_that_is_shorter_than_what_it_costs_the_host_is_left_to_the_engine(
     figures: dict[str, float], tmp_path: Path
 ) -> None:
-    write(places(tmp_path)[0], {1024: Entry(path(), RUN, figures), 4096: Entry(path(), RUN, LONG)})
-    found = kernel_selection.gathered(SHAPE, DEVICE, TRITON, places(tmp_path))
+    write(places(tmp_path)[0], {1024: KernelEntry(path(), RUN, figures), 4096: KernelEntry(path(), RUN, LONG)})
+    found = kernel_selection.load_plans(SHAPE, DEVICE, TRITON, places(tmp_path))
     assert {m: entry.path for m, entry in found.items()} == {1024: None, 4096: path()}
 
 
@@ -112,7 +112,7 @@ def test_a_broken_table_is_passed_over_with_a_line(tmp_path: Path, caplog: pytes
     write(shipped, CASES)
     write(yours, CASES).write_text('{"format": 1, "runs": [', encoding="utf-8")
     with caplog.at_level(logging.WARNING):
-        assert kernel_selection.gathered(SHAPE, DEVICE, TRITON, [yours, shipped]) == CASES
+        assert kernel_selection.load_plans(SHAPE, DEVICE, TRITON, [yours, shipped]) == CASES
     assert "passes over a table of paths" in caplog.text
 
 

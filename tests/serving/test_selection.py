@@ -17,17 +17,17 @@ from sglang_moe_ext.core import Gpu, MoEShape, Origin, Quantisation, Table, Tile
 from sglang_moe_ext.engines.sglang import table_names
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.serving import selection, table_search
-from sglang_moe_ext.serving.selection import Choice, Default, Engines, Ours
-from sglang_moe_ext.serving.table_search import Candidate, Place, Shelf
+from sglang_moe_ext.serving.selection import Choice, EngineDefault, EngineEntry, OurEntry
+from sglang_moe_ext.serving.table_search import FoundTables, TableCandidate, TableDir
 from sglang_moe_ext.tables import config_table, files, provenance
-from sglang_moe_ext.tables.provenance import Entry, Provenance
+from sglang_moe_ext.tables.provenance import Provenance, ProvenanceEntry
 from tests.tables.generated import A_RUN
 
 SHAPE = MoEShape(8, 256, 512, 2)
 TRITON, OLDER_TRITON = "3.7.1", "3.5.1"
 H200, H200_NVL = specs.find("H200"), specs.find("H200 NVL")
-YOURS, SHIPPED = Place("your", Path("yours")), Place("the shipped", Path("shipped"))
-ENGINES = Place("the engine's", Path("engines"), is_engines=True)
+YOURS, SHIPPED = TableDir("your", Path("yours")), TableDir("the shipped", Path("shipped"))
+ENGINES = TableDir("the engine's", Path("engines"), is_engines=True)
 ASKED_FOR = dataclasses.replace(ENGINES, is_asked_for=True)
 
 
@@ -37,7 +37,7 @@ def config(mark: int = 1, **changes: Any) -> TileConfig:
 
 
 def known(table: Table, origin: Origin = "measured", shape: str = str(SHAPE)) -> Provenance:
-    return Provenance(dict.fromkeys(table, Entry(origin, dataclasses.replace(A_RUN, shape=shape))))
+    return Provenance(dict.fromkeys(table, ProvenanceEntry(origin, dataclasses.replace(A_RUN, shape=shape))))
 
 
 def write(
@@ -58,35 +58,35 @@ def write(
     return path
 
 
-def at(place: Place, root: Path) -> Place:
+def at(place: TableDir, root: Path) -> TableDir:
     return dataclasses.replace(place, root=root)
 
 
-def choice(places: list[Place], tokens: int = 64, gpu: Gpu = H200, shape: MoEShape = SHAPE) -> Choice:
-    return selection.chosen(table_search.gathered(shape, gpu.device_name, gpu, TRITON, places), tokens)
+def choice(places: list[TableDir], tokens: int = 64, gpu: Gpu = H200, shape: MoEShape = SHAPE) -> Choice:
+    return selection.select(table_search.search(shape, gpu.device_name, gpu, TRITON, places), tokens)
 
 
 def mark_of(chosen: Choice) -> int:
-    assert isinstance(chosen, Ours), chosen
+    assert isinstance(chosen, OurEntry), chosen
     return chosen.up.group_m
 
 
 def candidate(
-    place: Place = YOURS,
+    place: TableDir = YOURS,
     origin: Origin | None = "measured",
     *,
     alias: bool = False,
     exact: bool = True,
     keys: tuple[int, ...] = (64,),
     mark: int = 1,
-) -> Candidate:
+) -> TableCandidate:
     table: Table = dict.fromkeys(keys, config(mark))
     made = None if origin is None else known(table, origin)
     folder = table_names.version_folder(TRITON if exact else OLDER_TRITON)
-    return Candidate(place, place.root / folder / "table.json", "a GPU", alias, exact, table, made, None)
+    return TableCandidate(place, place.root / folder / "table.json", "a GPU", alias, exact, table, made, None)
 
 
-def standing(chosen: Candidate) -> tuple[bool, ...]:
+def standing(chosen: TableCandidate) -> tuple[bool, ...]:
     """What it is better for than another, the weightiest first."""
     is_predicted = chosen.known is not None and chosen.known.origin(64) == "predicted"
     return chosen.place.is_asked_for, not is_predicted, not chosen.is_alias, chosen.is_exact_triton
@@ -105,13 +105,13 @@ PAIRS = {
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS.values(), ids=PAIRS)
-def test_the_better_of_two_tables_is_taken(first: Candidate, second: Candidate) -> None:
+def test_the_better_of_two_tables_is_taken(first: TableCandidate, second: TableCandidate) -> None:
     better, worse = (
         dataclasses.replace(first, up={64: config(1)}),
         dataclasses.replace(second, up=dict.fromkeys(second.up, config(2))),
     )
     order = [it for place in (YOURS, SHIPPED, ASKED_FOR, ENGINES) for it in (worse, better) if it.place == place]
-    assert mark_of(selection.chosen(Shelf(tuple(order)), 64)) == 1
+    assert mark_of(selection.select(FoundTables(tuple(order)), 64)) == 1
 
 
 any_candidate = st.builds(
@@ -125,32 +125,32 @@ any_candidate = st.builds(
 
 @settings(deadline=None)
 @given(st.lists(any_candidate, min_size=1, max_size=6))
-def test_no_table_that_is_left_stands_higher_than_the_one_that_is_taken(found: list[Candidate]) -> None:
+def test_no_table_that_is_left_stands_higher_than_the_one_that_is_taken(found: list[TableCandidate]) -> None:
     found.sort(key=lambda it: [YOURS, SHIPPED, ENGINES].index(it.place))
     marked = [dataclasses.replace(it, up={64: config(mark)}) for mark, it in enumerate(found, start=1)]
-    taken = mark_of(selection.chosen(Shelf(tuple(marked)), 64)) - 1
+    taken = mark_of(selection.select(FoundTables(tuple(marked)), 64)) - 1
     assert standing(found[taken]) == max(map(standing, found))
     assert all(standing(it) < standing(found[taken]) for it in found[:taken])
 
 
 def test_a_table_of_the_engines_own_that_stands_first_is_left_to_the_engine() -> None:
-    found = Shelf((candidate(YOURS, exact=False), candidate(ENGINES, None)))
-    assert isinstance(selection.chosen(found, 64), Engines)
+    found = FoundTables((candidate(YOURS, exact=False), candidate(ENGINES, None)))
+    assert isinstance(selection.select(found, 64), EngineEntry)
 
 
 @pytest.mark.parametrize("tokens", [1, 16384])
 def test_a_table_of_the_engines_own_is_left_to_the_engine_for_any_number_of_tokens(tokens: int) -> None:
-    assert isinstance(selection.chosen(Shelf((candidate(ENGINES, None),)), tokens), Engines)
+    assert isinstance(selection.select(FoundTables((candidate(ENGINES, None),)), tokens), EngineEntry)
 
 
 def test_a_measured_table_of_yours_goes_before_the_engines_own() -> None:
-    assert mark_of(selection.chosen(Shelf((candidate(YOURS, mark=2), candidate(ENGINES, None))), 64)) == 2
+    assert mark_of(selection.select(FoundTables((candidate(YOURS, mark=2), candidate(ENGINES, None))), 64)) == 2
 
 
 def test_a_table_of_the_engines_that_it_would_not_read_itself_is_read_for_it() -> None:
     ours_far = candidate(ENGINES, keys=(4096,))
     theirs = candidate(ENGINES, None, exact=False, mark=3)
-    assert mark_of(selection.chosen(Shelf((ours_far, theirs)), 64)) == 3
+    assert mark_of(selection.select(FoundTables((ours_far, theirs)), 64)) == 3
 
 
 KEYS_MIDDLE, KEYS_TO_SATURATION = (256, 512, 1024), (256, 1024, 4096)
@@ -178,15 +178,17 @@ def test_a_table_covers_what_lies_within_twice_its_keys_and_all_beyond_saturatio
     assert selection.covers(dict.fromkeys(keys, config()), tokens) == covered
 
 
-@pytest.mark.parametrize(("place", "expected"), [(ENGINES, Default), (YOURS, Engines)], ids=["engines", "yours"])
+@pytest.mark.parametrize(
+    ("place", "expected"), [(ENGINES, EngineDefault), (YOURS, EngineEntry)], ids=["engines", "yours"]
+)
 @pytest.mark.parametrize("tokens", [1, 8192])
-def test_an_uncovered_number_of_tokens_runs_no_far_neighbour(place: Place, expected: type, tokens: int) -> None:
-    assert isinstance(selection.chosen(Shelf((candidate(place, keys=KEYS_MIDDLE),)), tokens), expected)
+def test_an_uncovered_number_of_tokens_runs_no_far_neighbour(place: TableDir, expected: type, tokens: int) -> None:
+    assert isinstance(selection.select(FoundTables((candidate(place, keys=KEYS_MIDDLE),)), tokens), expected)
 
 
 def test_few_lines_say_what_is_chosen_for_all_numbers_of_tokens() -> None:
-    found = Shelf((candidate(ENGINES, keys=KEYS_MIDDLE), candidate(SHIPPED, "predicted", keys=(16, 32))))
-    assert len({selection.chosen(found, tokens).why for tokens in range(1, 9000)}) == 3
+    found = FoundTables((candidate(ENGINES, keys=KEYS_MIDDLE), candidate(SHIPPED, "predicted", keys=(16, 32))))
+    assert len({selection.select(found, tokens).why for tokens in range(1, 9000)}) == 3
 
 
 OTHER_LAYERS = {
@@ -196,9 +198,11 @@ OTHER_LAYERS = {
 
 
 @pytest.mark.parametrize("other", OTHER_LAYERS.values(), ids=OTHER_LAYERS)
-@pytest.mark.parametrize(("place", "expected"), [(ENGINES, Default), (YOURS, Engines)], ids=["engines", "yours"])
+@pytest.mark.parametrize(
+    ("place", "expected"), [(ENGINES, EngineDefault), (YOURS, EngineEntry)], ids=["engines", "yours"]
+)
 def test_a_table_for_another_layer_of_the_same_file_name_is_not_used(
-    tmp_path: Path, other: MoEShape, place: Place, expected: type
+    tmp_path: Path, other: MoEShape, place: TableDir, expected: type
 ) -> None:
     table = {64: config()}
     write(tmp_path, table, known(table, shape=str(other)))
@@ -219,14 +223,14 @@ LAYERS = {
 def test_a_table_for_this_very_layer_is_used(tmp_path: Path, shape: MoEShape) -> None:
     table = {64: config()}
     write(tmp_path, table, known(table, shape=str(shape)), shape=shape)
-    assert isinstance(choice([at(YOURS, tmp_path)], shape=shape), Ours)
+    assert isinstance(choice([at(YOURS, tmp_path)], shape=shape), OurEntry)
 
 
 @pytest.mark.parametrize("shape", ["", "something else", None, 5], ids=str)
 def test_a_table_for_nobody_knows_which_layer_is_not_used(tmp_path: Path, shape: Any) -> None:
     table = {64: config()}
     write(tmp_path, table, known(table, shape=shape))
-    assert isinstance(choice([at(YOURS, tmp_path)]), Engines)
+    assert isinstance(choice([at(YOURS, tmp_path)]), EngineEntry)
 
 
 def test_of_a_table_for_two_layers_each_takes_its_own_entries(tmp_path: Path) -> None:
@@ -240,7 +244,7 @@ def test_a_gpu_takes_the_tables_of_one_with_the_same_limits_and_says_so(tmp_path
     table = {64: config()}
     write(tmp_path, table, known(table))
     chosen = choice([at(SHIPPED, tmp_path)], gpu=H200_NVL)
-    assert isinstance(chosen, Ours)
+    assert isinstance(chosen, OurEntry)
     assert "made for NVIDIA H200" in chosen.why
 
 
@@ -254,13 +258,13 @@ def test_a_slice_of_a_gpu_takes_its_tables_if_it_is_all_of_it(tmp_path: Path, mu
     table = {64: config()}
     write(tmp_path, table, known(table))
     part = dataclasses.replace(H200, device_name="NVIDIA H200 MIG 1g.18gb", multiprocessors=multiprocessors)
-    assert isinstance(choice([at(SHIPPED, tmp_path)], gpu=part), Ours) == (multiprocessors == 132)
+    assert isinstance(choice([at(SHIPPED, tmp_path)], gpu=part), OurEntry) == (multiprocessors == 132)
 
 
 def test_a_gpu_that_nothing_is_known_of_takes_tables_of_its_own_name_alone(tmp_path: Path) -> None:
     table = {64: config()}
     write(tmp_path, table, known(table), device_name="AMD Instinct MI300X")
-    found = table_search.gathered(SHAPE, "AMD Instinct MI300X", None, TRITON, [at(YOURS, tmp_path)])
+    found = table_search.search(SHAPE, "AMD Instinct MI300X", None, TRITON, [at(YOURS, tmp_path)])
     assert [it.device_name for it in found.candidates] == ["AMD Instinct MI300X"]
 
 
@@ -268,7 +272,7 @@ def test_a_table_of_another_triton_is_used_and_named(tmp_path: Path) -> None:
     table = {64: config()}
     write(tmp_path, table, known(table), triton=OLDER_TRITON)
     chosen = choice([at(SHIPPED, tmp_path)])
-    assert isinstance(chosen, Ours)
+    assert isinstance(chosen, OurEntry)
     assert chosen.why.endswith("(measured, made with triton_3_5_1)")
 
 
@@ -287,7 +291,7 @@ def test_an_entry_for_the_down_projection_is_used_where_both_sort_alike(
     write(tmp_path, up, known(up))
     write(tmp_path, down, known(down), down=True)
     chosen = choice([at(YOURS, tmp_path)])
-    assert isinstance(chosen, Ours)
+    assert isinstance(chosen, OurEntry)
     assert (chosen.down, chosen.most_block_m) == (down[64] if used else None, 128)
 
 
@@ -353,7 +357,7 @@ def test_a_place_without_tables_has_none(tmp_path: Path, make: Any, caplog: pyte
     if make is not None:
         make(tmp_path / "place")
     with caplog.at_level(logging.DEBUG):
-        assert isinstance(choice([at(YOURS, tmp_path / "place")]), Engines)
+        assert isinstance(choice([at(YOURS, tmp_path / "place")]), EngineEntry)
     assert not caplog.messages
 
 
@@ -368,7 +372,7 @@ almost_tables = st.dictionaries(
     nonsense | st.dictionaries(st.sampled_from(names), nonsense),
     max_size=3,
 )
-runs = st.fixed_dictionaries({item.name: leaves for item in dataclasses.fields(provenance.Run)})
+runs = st.fixed_dictionaries({item.name: leaves for item in dataclasses.fields(provenance.TuningRun)})
 entries = st.fixed_dictionaries(
     {"origin": st.sampled_from(["measured", "predicted", ""]) | nonsense, "run": st.just(0) | nonsense}
     | {"figures": st.dictionaries(st.text(max_size=3), leaves, max_size=2) | nonsense}
@@ -407,5 +411,5 @@ def test_a_table_whose_provenance_has_a_figure_that_no_float_holds_is_of_unknown
     path = provenance.sidecar(write(tmp_path, table, made))
     path.write_text(path.read_text(encoding="utf-8").replace("1.0", "1" + "0" * 400), encoding="utf-8")
     chosen = choice([at(YOURS, tmp_path)])
-    assert isinstance(chosen, Ours)
+    assert isinstance(chosen, OurEntry)
     assert chosen.origin == "origin unknown"

@@ -19,7 +19,7 @@ from sglang_moe_ext.engines.lookup_args import lookup_layer
 from sglang_moe_ext.engines.sglang.hook_points import SglangHookPoints
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.serving import guard, selection, sglang_lookup_hook
-from sglang_moe_ext.serving.table_search import Place
+from sglang_moe_ext.serving.table_search import TableDir
 from tests.serving.test_selection import ENGINES, H200, SHAPE, YOURS, at, config, known, write
 
 DEFAULT = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32, "GROUP_SIZE_M": 8}
@@ -31,7 +31,7 @@ W1, W2 = (8, 512, 512), (8, 512, 256)
 class Engine:
     """A lookup that answers as the engine's does, and notes each call; `lookup` is what stands in its place."""
 
-    def __init__(self, places: Sequence[Place] = (), version: str = "0.5.23") -> None:
+    def __init__(self, places: Sequence[TableDir] = (), version: str = "0.5.23") -> None:
         self.calls: list[dict[str, Any]] = []
         self.override: dict[str, Any] | None = None
         self.error: Exception | None = None
@@ -47,7 +47,7 @@ class Engine:
         found = SglangHookPoints(
             SglangInstallation(version, Path(), "3.7.1"), package, module, module, module, self.own, print, None
         )
-        self.resolver = sglang_lookup_hook.Resolver(found, lambda: list(places), self.at_first_call)
+        self.resolver = sglang_lookup_hook.ConfigResolver(found, lambda: list(places), self.at_first_call)
         self.lookup = sglang_lookup_hook.lookup_hook(found, self.resolver)
 
     def at_first_call(self) -> None:
@@ -153,7 +153,7 @@ def test_whatever_fails_in_ours_the_engines_lookup_runs(
     def breaks(*_: object) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(selection, "chosen", breaks)
+    monkeypatch.setattr(selection, "select", breaks)
     assert [tuned.up(tokens) for tokens in (64, 65, 66)] == [THEIRS] * 3
     assert [message for message in caplog.messages if "RuntimeError: broken" in message] == caplog.messages[-1:]
 

@@ -11,7 +11,7 @@ import pytest
 from sglang_moe_ext import package_data
 from sglang_moe_ext.engines.sglang import config_dir as directory
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
-from sglang_moe_ext.serving.sglang_hooks import places
+from sglang_moe_ext.serving.sglang_hooks import table_dirs
 from sglang_moe_ext.tables import user_store
 
 CONFIG_MODULE = "srt/layers/moe/moe_runner/triton_utils/fused_moe_triton_config.py"
@@ -33,25 +33,25 @@ def test_the_users_tables_come_before_the_shipped_ones_and_those_before_the_engi
     tuned = package_data.folder("tuned_configs")
     assert tuned is not None
     expected = [tmp_path / "store" / "tables" / "sglang", tuned / "configs", engine.configs_root]
-    assert [place.root for place in places(engine)] == expected
+    assert [place.root for place in table_dirs(engine)] == expected
 
 
 def test_only_the_last_place_is_read_by_the_engine_itself(engine: SglangInstallation) -> None:
-    assert [place.is_engines for place in places(engine)] == [False, False, True]
+    assert [place.is_engines for place in table_dirs(engine)] == [False, False, True]
 
 
 def test_without_shipped_tables_the_others_are_left(
     engine: SglangInstallation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(package_data, "folder", lambda _: None)
-    assert [place.name for place in places(engine)] == ["your", "the engine's"]
+    assert [place.name for place in table_dirs(engine)] == ["your", "the engine's"]
 
 
 def test_a_folder_that_the_user_names_to_the_engine_takes_the_place_of_its_own_and_is_asked_for(
     engine: SglangInstallation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(directory.VARIABLE, str(tmp_path / "named"))
-    last = places(engine)[-1]
+    last = table_dirs(engine)[-1]
     assert (last.root, last.is_engines, last.is_asked_for) == (tmp_path / "named" / "configs", True, True)
 
 
@@ -59,7 +59,7 @@ def test_our_own_overlay_is_not_what_a_user_asks_for(
     engine: SglangInstallation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(directory.VARIABLE, str(directory.place(engine)))
-    assert not places(engine)[-1].is_asked_for
+    assert not table_dirs(engine)[-1].is_asked_for
 
 
 @pytest.mark.parametrize("named", ["", "/somewhere"])
@@ -73,4 +73,4 @@ def test_a_user_without_a_home_has_the_other_places(
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv(directory.VARIABLE, named)
     monkeypatch.setattr(pwd, "getpwuid", nobody)
-    assert [place.name for place in places(engine)] == ["the shipped", "the engine's"]
+    assert [place.name for place in table_dirs(engine)] == ["the shipped", "the engine's"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from sglang_moe_ext.core import TileConfig
-from sglang_moe_ext.sorted_kernels import DownConfig, ShortDownConfig, SortedPath, UpConfig
-from sglang_moe_ext.tables.provenance import Entry, Provenance, Run
+from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, ShortKDownConfig, UpConfig
+from sglang_moe_ext.tables.provenance import Provenance, ProvenanceEntry, TuningRun
 
 
 def powers_of_two(lowest: int, highest: int) -> st.SearchStrategy[int]:
@@ -29,7 +29,7 @@ configs = st.builds(
 tables = st.dictionaries(token_counts, configs, min_size=1, max_size=6)
 
 runs = st.builds(
-    Run,
+    TuningRun,
     **dict.fromkeys(("date", "command", "model", "shape", "gpu", "kernel", "sglang_moe_ext"), st.text(max_size=8)),
     **dict.fromkeys(("engine", "triton", "torch", "driver"), st.none() | st.text(max_size=8)),
     seed=st.integers(0, 2**63),
@@ -38,10 +38,12 @@ runs = st.builds(
 figures = st.dictionaries(st.text(max_size=8), st.floats(allow_nan=False), max_size=3)
 
 provenances = st.dictionaries(
-    token_counts, st.builds(Entry, st.sampled_from(["measured", "transferred", "predicted"]), runs, figures), max_size=4
+    token_counts,
+    st.builds(ProvenanceEntry, st.sampled_from(["measured", "transferred", "predicted"]), runs, figures),
+    max_size=4,
 ).map(Provenance)
 
-A_RUN = Run("2026-11-21", "tune", "model", "shape", "gpu", "kernel", "0.5.23", "3.7.1", "2.13.0", None, 0, "1")
+A_RUN = TuningRun("2026-11-21", "tune", "model", "shape", "gpu", "kernel", "0.5.23", "3.7.1", "2.13.0", None, 0, "1")
 
 
 def config(block_n: int = 64) -> TileConfig:
@@ -51,9 +53,9 @@ def config(block_n: int = 64) -> TileConfig:
 _side, _warps, _count = powers_of_two(16, 128), powers_of_two(1, 16), st.integers(1, 8)
 _crew = (st.booleans(), _count)
 paths = st.builds(
-    SortedPath,
+    KernelPlan,
     st.builds(TileConfig, st.just(128), _side, _side, _count, _warps, _count)
     | st.builds(UpConfig, st.just(128), _side, _side, _count, _warps, _count, *_crew, st.booleans(), st.booleans()),
     st.builds(DownConfig, _side, _side, _side, _count, _warps, _count, *_crew, st.booleans())
-    | st.builds(ShortDownConfig, _side, _side, _side, _count, _warps, _count),
+    | st.builds(ShortKDownConfig, _side, _side, _side, _count, _warps, _count),
 )

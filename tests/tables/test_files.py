@@ -14,8 +14,8 @@ import pytest
 
 from sglang_moe_ext.core import StoreError, TableError
 from sglang_moe_ext.tables import config_table, files, merge
-from sglang_moe_ext.tables.merge import Stored
-from sglang_moe_ext.tables.provenance import Entry, Provenance
+from sglang_moe_ext.tables.merge import StoredTable
+from sglang_moe_ext.tables.provenance import Provenance, ProvenanceEntry
 from tests.tables import generated
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
@@ -54,10 +54,10 @@ print(reads)
 """
 
 
-def made(origin: str, block_n: int) -> Stored:
+def made(origin: str, block_n: int) -> StoredTable:
     """A table of 40 entries that are all of one width, so that a mixture of two tables shows."""
     table = {m: generated.config(block_n) for m in range(1, 41)}
-    return Stored(table, Provenance({m: Entry(origin, generated.A_RUN) for m in table}))  # type: ignore[arg-type]
+    return StoredTable(table, Provenance({m: ProvenanceEntry(origin, generated.A_RUN) for m in table}))  # type: ignore[arg-type]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -10,31 +10,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_moe_ext.core import TableError, TileConfig
-from sglang_moe_ext.sorted_kernels import DownConfig, SortedPath, UpConfig
+from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, UpConfig
 from sglang_moe_ext.tables import config_table, kernel_table
-from sglang_moe_ext.tables.kernel_table import Entry
-from sglang_moe_ext.tables.provenance import Run
+from sglang_moe_ext.tables.kernel_table import KernelEntry
+from sglang_moe_ext.tables.provenance import TuningRun
 from tests.tables.generated import paths
 
-RUN = Run(
+RUN = TuningRun(
     "2026-11-21", "tune", "m", "E=8,N=128,K=256,topk=2", "H200", "k", "sglang 0.5.15", "3.6.0", None, None, 0, "1"
 )
 UP = UpConfig(128, 128, 64, 8, 8, 4)
 DOWN = DownConfig(64, 256, 64, 8, 8, 4, half_stores=True)
-PATH = SortedPath(UP, DOWN)
+PATH = KernelPlan(UP, DOWN)
 
-entries = st.builds(Entry, st.none() | paths, st.just(RUN), st.just({"us": 1.5}))
+entries = st.builds(KernelEntry, st.none() | paths, st.just(RUN), st.just({"us": 1.5}))
 
 
 @given(st.dictionaries(st.integers(1, 1 << 20), entries))
-def test_what_is_written_is_read_again(table: kernel_table.PathTable) -> None:
+def test_what_is_written_is_read_again(table: kernel_table.KernelTable) -> None:
     assert kernel_table.parse(json.loads(kernel_table.to_json(table))) == table
 
 
 def test_entries_of_other_numbers_of_tokens_stay(tmp_path: Path) -> None:
     file = tmp_path / "E=8.paths.json"
-    kernel_table.put(file, {64: Entry(None, RUN), 4096: Entry(None, RUN)})
-    kernel_table.put(file, {4096: Entry(PATH, RUN)})
+    kernel_table.put(file, {64: KernelEntry(None, RUN), 4096: KernelEntry(None, RUN)})
+    kernel_table.put(file, {4096: KernelEntry(PATH, RUN)})
     assert {m: entry.path for m, entry in kernel_table.read(file).items()} == {64: None, 4096: PATH}
 
 
@@ -68,17 +68,17 @@ def changed(**new: Any) -> dict[str, Any]:
 )
 def test_what_is_no_path_is_refused(document: Any) -> None:
     with pytest.raises(TableError):
-        kernel_table.parse_path(document)
+        kernel_table.parse_plan(document)
 
 
 def test_an_up_gemm_of_the_engine_that_asks_for_tma_is_refused() -> None:
     with pytest.raises(TableError, match="without"):
-        kernel_table.parse_path(kernel_table.document_of(replace(PATH, up=TileConfig(128, 64, 64, 1, 4, 3, True))))
+        kernel_table.parse_plan(kernel_table.document_of(replace(PATH, up=TileConfig(128, 64, 64, 1, 4, 3, True))))
 
 
 @pytest.mark.parametrize(("key", "run"), [("0", 0), ("-4", 0), ("1_0", 0), ("64", -1), ("64", 1)], ids=str)
 def test_entries_without_a_number_of_tokens_or_a_run_are_refused(key: str, run: int) -> None:
-    document = json.loads(kernel_table.to_json({64: Entry(PATH, RUN)}))
+    document = json.loads(kernel_table.to_json({64: KernelEntry(PATH, RUN)}))
     document["entries"] = {key: {**document["entries"]["64"], "run": run}}
     with pytest.raises(TableError):
         kernel_table.parse(document)
@@ -86,7 +86,7 @@ def test_entries_without_a_number_of_tokens_or_a_run_are_refused(key: str, run: 
 
 def test_a_file_cut_at_any_byte_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "E=8.paths.json"
-    whole = kernel_table.to_json({4096: Entry(PATH, RUN, {"us": 1.0})}).rstrip()
+    whole = kernel_table.to_json({4096: KernelEntry(PATH, RUN, {"us": 1.0})}).rstrip()
     for length in range(0, len(whole), 7):
         file.write_text(whole[:length])
         with pytest.raises(TableError, match=r"E=8\.paths\.json"):
@@ -95,7 +95,7 @@ def test_a_file_cut_at_any_byte_is_refused(tmp_path: Path) -> None:
 
 def test_an_engine_would_not_take_it_for_a_table(tmp_path: Path) -> None:
     file = tmp_path / "E=8.paths.json"
-    kernel_table.put(file, {4096: Entry(PATH, RUN)})
+    kernel_table.put(file, {4096: KernelEntry(PATH, RUN)})
     with pytest.raises(TableError):
         config_table.read(file)
 

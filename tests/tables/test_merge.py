@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from sglang_moe_ext.core import Origin, TableError
 from sglang_moe_ext.tables import config_table, merge, provenance
-from sglang_moe_ext.tables.merge import Refused, Stored
-from sglang_moe_ext.tables.provenance import Entry, Provenance
+from sglang_moe_ext.tables.merge import RefusedTable, StoredTable
+from sglang_moe_ext.tables.provenance import Provenance, ProvenanceEntry
 from tests.tables import generated
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
@@ -50,58 +50,58 @@ def user_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @st.composite
-def stored_tables(draw: st.DrawFn) -> Stored:
+def stored_tables(draw: st.DrawFn) -> StoredTable:
     """A table of which everything, something, or nothing is known; an entry unknown to its provenance included."""
     table = draw(small_tables)
     origins = draw(st.dictionaries(st.sampled_from(sorted(table)), st.sampled_from(["measured", "predicted"])))
-    entries = {m: Entry(origin, generated.A_RUN) for m, origin in origins.items()}
-    return Stored(table, draw(st.sampled_from([None, Provenance(entries)])))
+    entries = {m: ProvenanceEntry(origin, generated.A_RUN) for m, origin in origins.items()}
+    return StoredTable(table, draw(st.sampled_from([None, Provenance(entries)])))
 
 
-def made(origin: Origin, table: dict[int, int]) -> Stored:
+def made(origin: Origin, table: dict[int, int]) -> StoredTable:
     """A table of one origin, from M -> BLOCK_SIZE_N."""
-    return Stored(
+    return StoredTable(
         {m: generated.config(block_n) for m, block_n in table.items()},
-        Provenance({m: Entry(origin, generated.A_RUN) for m in table}),
+        Provenance({m: ProvenanceEntry(origin, generated.A_RUN) for m in table}),
     )
 
 
-def bare(table: dict[int, int]) -> Stored:
+def bare(table: dict[int, int]) -> StoredTable:
     """A table without provenance, as it comes with the engine."""
-    return Stored({m: generated.config(block_n) for m, block_n in table.items()}, None)
+    return StoredTable({m: generated.config(block_n) for m, block_n in table.items()}, None)
 
 
-def is_predicted(stored: Stored, m: int) -> bool:
+def is_predicted(stored: StoredTable, m: int) -> bool:
     return stored.provenance is not None and stored.provenance.origin(m) == "predicted"
 
 
 @given(stored_tables(), stored_tables())
-def test_a_prediction_never_changes_what_a_measured_table_says(old: Stored, new: Stored) -> None:
-    result = merge.merged(old, new)
-    if old.has_measured() and isinstance(result, Stored):
+def test_a_prediction_never_changes_what_a_measured_table_says(old: StoredTable, new: StoredTable) -> None:
+    result = merge.merge_tables(old, new)
+    if old.has_measured() and isinstance(result, StoredTable):
         accepted = {m for m in new.table if not is_predicted(new, m)}
         unchanged = {m: config for m, config in old.table.items() if m not in accepted}
         assert {m: config for m, config in result.table.items() if m not in accepted} == unchanged
 
 
 @given(stored_tables(), stored_tables())
-def test_no_entry_of_the_old_table_is_lost(old: Stored, new: Stored) -> None:
-    result = merge.merged(old, new)
-    assert isinstance(result, Refused) or set(old.table) <= set(result.table)
+def test_no_entry_of_the_old_table_is_lost(old: StoredTable, new: StoredTable) -> None:
+    result = merge.merge_tables(old, new)
+    assert isinstance(result, RefusedTable) or set(old.table) <= set(result.table)
 
 
 @given(stored_tables(), stored_tables())
-def test_no_measured_entry_of_the_new_table_is_lost(old: Stored, new: Stored) -> None:
-    result = merge.merged(old, new)
-    table = {} if isinstance(result, Refused) else result.table
+def test_no_measured_entry_of_the_new_table_is_lost(old: StoredTable, new: StoredTable) -> None:
+    result = merge.merge_tables(old, new)
+    table = {} if isinstance(result, RefusedTable) else result.table
     fresh = {m: config for m, config in new.table.items() if not is_predicted(new, m)}
     assert fresh.items() <= table.items()
 
 
 @given(stored_tables(), stored_tables())
-def test_what_is_known_of_an_entry_is_what_its_own_side_knew(old: Stored, new: Stored) -> None:
-    result = merge.merged(old, new)
-    if isinstance(result, Refused):
+def test_what_is_known_of_an_entry_is_what_its_own_side_knew(old: StoredTable, new: StoredTable) -> None:
+    result = merge.merge_tables(old, new)
+    if isinstance(result, RefusedTable):
         return
     for m in result.table:
         side = new if m in new.table and not (old.has_measured() and is_predicted(new, m)) else old
@@ -110,30 +110,30 @@ def test_what_is_known_of_an_entry_is_what_its_own_side_knew(old: Stored, new: S
 
 @pytest.mark.parametrize("old", [made("measured", {64: 32}), bare({64: 32})], ids=["measured", "without provenance"])
 @pytest.mark.parametrize("m", [64, 128], ids=["the same M", "another M"])
-def test_a_predicted_table_is_refused_where_a_measured_one_lies(old: Stored, m: int) -> None:
-    assert isinstance(merge.merged(old, made("predicted", {m: 128})), Refused)
+def test_a_predicted_table_is_refused_where_a_measured_one_lies(old: StoredTable, m: int) -> None:
+    assert isinstance(merge.merge_tables(old, made("predicted", {m: 128})), RefusedTable)
 
 
 def test_one_measured_entry_protects_the_whole_table() -> None:
-    old = merge.merged(made("predicted", {1: 32, 64: 32}), made("measured", {64: 64}))
-    assert isinstance(old, Stored)
-    assert isinstance(merge.merged(old, made("predicted", {1: 128})), Refused)
+    old = merge.merge_tables(made("predicted", {1: 32, 64: 32}), made("measured", {64: 64}))
+    assert isinstance(old, StoredTable)
+    assert isinstance(merge.merge_tables(old, made("predicted", {1: 128})), RefusedTable)
 
 
 def test_a_measured_table_replaces_a_predicted_one_entry_by_entry() -> None:
-    result = merge.merged(made("predicted", {1: 32, 64: 32}), made("measured", {64: 128, 256: 128}))
-    assert isinstance(result, Stored)
+    result = merge.merge_tables(made("predicted", {1: 32, 64: 32}), made("measured", {64: 128, 256: 128}))
+    assert isinstance(result, StoredTable)
     assert {m: config.block_n for m, config in result.table.items()} == {1: 32, 64: 128, 256: 128}
 
 
 def test_a_prediction_replaces_a_prediction() -> None:
-    result = merge.merged(made("predicted", {64: 32}), made("predicted", {64: 128}))
-    assert isinstance(result, Stored) and result.table[64].block_n == 128
+    result = merge.merge_tables(made("predicted", {64: 32}), made("predicted", {64: 128}))
+    assert isinstance(result, StoredTable) and result.table[64].block_n == 128
 
 
 def test_a_table_without_provenance_in_the_place_of_a_predicted_one_counts_as_measured() -> None:
-    result = merge.merged(made("predicted", {64: 32}), bare({64: 128}))
-    assert isinstance(result, Stored) and result.has_measured()
+    result = merge.merge_tables(made("predicted", {64: 32}), bare({64: 128}))
+    assert isinstance(result, StoredTable) and result.has_measured()
 
 
 WORTH: tuple[Origin, ...] = ("measured", "transferred", "predicted")
@@ -141,30 +141,32 @@ WORTH: tuple[Origin, ...] = ("measured", "transferred", "predicted")
 
 @pytest.mark.parametrize(("there", "new"), itertools.product(WORTH, WORTH))
 def test_what_is_worth_less_never_replaces_what_is_worth_more(there: Origin, new: Origin) -> None:
-    result = merge.merged(made(there, {64: 32}), made(new, {128: 32}))
-    assert isinstance(result, Refused) == (WORTH.index(new) > WORTH.index(there))
+    result = merge.merge_tables(made(there, {64: 32}), made(new, {128: 32}))
+    assert isinstance(result, RefusedTable) == (WORTH.index(new) > WORTH.index(there))
 
 
 def test_of_a_new_table_only_what_is_worth_as_much_is_taken() -> None:
-    new = merge.merged(made("predicted", {1: 128}), made("transferred", {256: 128}))
-    assert isinstance(new, Stored)
-    result = merge.merged(made("transferred", {64: 32}), new)
-    assert isinstance(result, Stored) and set(result.table) == {64, 256}
+    new = merge.merge_tables(made("predicted", {1: 128}), made("transferred", {256: 128}))
+    assert isinstance(new, StoredTable)
+    result = merge.merge_tables(made("transferred", {64: 32}), new)
+    assert isinstance(result, StoredTable) and set(result.table) == {64, 256}
 
 
 def test_a_new_place_takes_the_new_table_as_it_is() -> None:
     new = made("predicted", {64: 32})
-    assert merge.merged(None, new) == new
+    assert merge.merge_tables(None, new) == new
 
 
 @given(stored_tables(), stored_tables())
-def test_what_was_put_is_what_is_read(tmp_path_factory: pytest.TempPathFactory, old: Stored, new: Stored) -> None:
+def test_what_was_put_is_what_is_read(
+    tmp_path_factory: pytest.TempPathFactory, old: StoredTable, new: StoredTable
+) -> None:
     path = tmp_path_factory.mktemp("put") / "table.json"
     merge.put({path: old})
     result = merge.put({path: new})[path]
-    expected = old if isinstance(result, Refused) else result
+    expected = old if isinstance(result, RefusedTable) else result
     found = merge.read(path)
-    assert found == Stored(dict(sorted(expected.table.items())), expected.provenance)
+    assert found == StoredTable(dict(sorted(expected.table.items())), expected.provenance)
 
 
 def test_a_refused_table_leaves_every_byte_where_it_was(tmp_path: Path) -> None:
@@ -189,10 +191,10 @@ def test_a_broken_table_is_not_written_over(tmp_path: Path) -> None:
         merge.put({path: made("measured", {64: 32})})
 
 
-def rows(table: dict[int, int]) -> Stored:
+def rows(table: dict[int, int]) -> StoredTable:
     """A measured table, from M -> BLOCK_SIZE_M."""
-    entries = {m: Entry("measured", generated.A_RUN) for m in table}
-    return Stored(
+    entries = {m: ProvenanceEntry("measured", generated.A_RUN) for m in table}
+    return StoredTable(
         {m: replace(generated.config(64), block_m=block_m) for m, block_m in table.items()}, Provenance(entries)
     )
 
@@ -213,7 +215,7 @@ def test_of_a_pair_both_are_refused_or_none(tmp_path: Path) -> None:
     up, down = tmp_path / "E.json", tmp_path / "E_down.json"
     merge.put({up: made("measured", {64: 32})})
     results = merge.put(dict.fromkeys((up, down), made("predicted", {64: 128})), [(up, down)])
-    assert all(isinstance(result, Refused) for result in results.values())
+    assert all(isinstance(result, RefusedTable) for result in results.values())
     assert not down.exists()
 
 

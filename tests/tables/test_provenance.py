@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sglang_moe_ext.core import TableError
 from sglang_moe_ext.tables import config_table, merge, provenance
-from sglang_moe_ext.tables.provenance import Entry, Provenance
+from sglang_moe_ext.tables.provenance import Provenance, ProvenanceEntry
 from tests.tables import generated
 
 json_documents = st.recursive(
@@ -21,7 +21,7 @@ json_documents = st.recursive(
         | st.dictionaries(st.sampled_from(["format", "runs", "entries", "1", "origin", "run"]), inner, max_size=4)
     ),
 )
-KNOWN = Provenance({64: Entry("predicted", generated.A_RUN, {"us": 1.5})})
+KNOWN = Provenance({64: ProvenanceEntry("predicted", generated.A_RUN, {"us": 1.5})})
 DAMAGE = {
     "cut short": provenance.to_json(KNOWN)[:-40].encode(),
     "empty": b"",
@@ -89,11 +89,11 @@ def test_a_table_without_provenance_counts_as_measured(tmp_path: Path) -> None:
 
 
 def test_an_entry_that_the_provenance_does_not_name_counts_as_measured() -> None:
-    assert merge.Stored({64: generated.config(), 128: generated.config()}, KNOWN).has_measured()
+    assert merge.StoredTable({64: generated.config(), 128: generated.config()}, KNOWN).has_measured()
 
 
 def test_a_table_all_of_whose_entries_are_predicted_has_nothing_measured() -> None:
-    assert not merge.Stored({64: generated.config()}, KNOWN).has_measured()
+    assert not merge.StoredTable({64: generated.config()}, KNOWN).has_measured()
 
 
 def test_the_engines_take_no_provenance_file_for_a_table(tmp_path: Path) -> None:

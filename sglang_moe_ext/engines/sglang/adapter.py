@@ -20,7 +20,7 @@ from sglang_moe_ext.engines.sglang import (
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.engines.sglang.runner import LoadedSglang
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
-from sglang_moe_ext.sorted_kernels import FIRST_SM, SortedPath
+from sglang_moe_ext.sorted_kernels import FIRST_SM, KernelPlan
 from sglang_moe_ext.tables import config_table
 
 if TYPE_CHECKING:
@@ -110,5 +110,5 @@ def run_layer(
     return runner.run(loaded, shape, tensors, up, down)
 
 
-def run_path(loaded: LoadedSglang, shape: MoEShape, tensors: LayerTensors, path: SortedPath) -> torch.Tensor:
+def run_path(loaded: LoadedSglang, shape: MoEShape, tensors: LayerTensors, path: KernelPlan) -> torch.Tensor:
     return sorted_layer.result(loaded, shape, tensors, path)

@@ -18,8 +18,8 @@ from typing import Any
 from sglang_moe_ext.core import ModelError, Parallelism
 from sglang_moe_ext.engines.sglang import installation
 from sglang_moe_ext.engines.sglang.sharding import NEWEST, launched_shape
-from sglang_moe_ext.models.config_fields import read
-from sglang_moe_ext.models.hf_config import located
+from sglang_moe_ext.models.config_fields import read_field
+from sglang_moe_ext.models.hf_config import locate_experts
 from sglang_moe_ext.models.resolve import config_of_class, resolve
 
 log = logging.getLogger(__name__)
@@ -121,9 +121,9 @@ def _layers(model_name: str, stated: frozenset[str]) -> dict[str, int]:
         config = config_of_class(model_name, trust_remote_code=False) if wanted else None
     except ModelError:
         config = None
-    experts = located(config)
+    experts = locate_experts(config)
     section = config if experts is None else experts.section
-    counts = {key: read(section, LAYERS[key]) for key in wanted}
+    counts = {key: read_field(section, LAYERS[key]) for key in wanted}
     return {key: count if isinstance(count, int) else 0 for key, count in counts.items()}
 
 

@@ -13,7 +13,7 @@ from sglang_moe_ext.engines import table_names
 from sglang_moe_ext.engines.sglang import support
 from sglang_moe_ext.engines.sglang import table_names as sglang_table_names
 from sglang_moe_ext.tables import config_table, merge, provenance
-from sglang_moe_ext.tables.merge import Refused, Stored
+from sglang_moe_ext.tables.merge import RefusedTable, StoredTable
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def put(name: str, sources: Sources, folder: Path, version: Version) -> Outcome:
         down_place: safe(down, replace(key, down=True), version),
     }
     results = merge.put(changes, [(up_place, down_place)])
-    return {place: result.why if isinstance(result, Refused) else None for place, result in results.items()}
+    return {place: result.why if isinstance(result, RefusedTable) else None for place, result in results.items()}
 
 
 def _best(name: str, sources: Sources, running: str) -> Path:
@@ -99,16 +99,16 @@ def _best(name: str, sources: Sources, running: str) -> Path:
     return min(ranked)[1]
 
 
-def _read(path: Path) -> Stored:
-    return Stored(config_table.read(path), provenance.read(path))
+def _read(path: Path) -> StoredTable:
+    return StoredTable(config_table.read(path), provenance.read(path))
 
 
-def _as_down(up: Stored) -> Stored:
+def _as_down(up: StoredTable) -> StoredTable:
     """What the engine runs in the down projection where it has a table for the up projection alone."""
-    return Stored({m: replace(config, use_tma=False) for m, config in up.table.items()}, None)
+    return StoredTable({m: replace(config, use_tma=False) for m, config in up.table.items()}, None)
 
 
-def safe(stored: Stored, key: TableKey, version: Version) -> Stored:
+def safe(stored: StoredTable, key: TableKey, version: Version) -> StoredTable:
     """The table without USE_TMA where that engine would crash on it, or compute what is wrong."""
     if _may_use_tma(key, version):
         return stored

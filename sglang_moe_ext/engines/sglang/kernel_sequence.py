@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_moe_ext.core import ActivationDtype, EngineError, MoEShape, Quantisation
 from sglang_moe_ext.engines.config_dict import ConfigWithPlan
 from sglang_moe_ext.engines.sglang.hook_points import SEQUENCE, SglangHookPoints
-from sglang_moe_ext.sorted_kernels import SortedPath
+from sglang_moe_ext.sorted_kernels import KernelPlan
 
 if TYPE_CHECKING:
     import torch
@@ -133,7 +133,7 @@ def parameters(function: Callable[..., Any]) -> SequenceParameters:
     return SequenceParameters(names, defaults, tuple(name for name in names if name not in _KNOWN))
 
 
-def plan_of(args: tuple[Any, ...], kwargs: Arguments) -> SortedPath | None:
+def plan_of(args: tuple[Any, ...], kwargs: Arguments) -> KernelPlan | None:
     """The path that our lookup chose for this call, if it did."""
     entry = args[DOWN_POSITION] if len(args) > DOWN_POSITION else kwargs.get(_DOWN)
     return entry.path if isinstance(entry, ConfigWithPlan) else None
@@ -186,7 +186,7 @@ def _of_tensors(given: Arguments) -> ArgumentGate | None:
     return None
 
 
-def run(given: Arguments, path: SortedPath, engine: SglangHookPoints) -> torch.Tensor:
+def run(given: Arguments, path: KernelPlan, engine: SglangHookPoints) -> torch.Tensor:
     """What the sequence returns: [tokens, hidden], the hidden states themselves where it works in place."""
     import torch
 
@@ -198,7 +198,7 @@ def run(given: Arguments, path: SortedPath, engine: SglangHookPoints) -> torch.T
     return out
 
 
-def _layer(given: Arguments, path: SortedPath, engine: SglangHookPoints) -> SortedLayer:
+def _layer(given: Arguments, path: KernelPlan, engine: SglangHookPoints) -> SortedLayer:
     from sglang_moe_ext.engines.sglang.runner import LoadedSglang
     from sglang_moe_ext.engines.sglang.sorted_layer import SortedLayer
     from sglang_moe_ext.engines.tensors import LayerTensors

@@ -14,7 +14,7 @@ from sglang_moe_ext.core import MoEShape, TileConfig
 from sglang_moe_ext.engines.sglang import runner
 from sglang_moe_ext.engines.sglang.runner import LoadedSglang
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors, sorted_rows
-from sglang_moe_ext.sorted_kernels import ShortDownConfig, SortedPath, UpConfig
+from sglang_moe_ext.sorted_kernels import KernelPlan, ShortKDownConfig, UpConfig
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ class SortedLayer:
     shape: MoEShape
     tensors: LayerTensors
     aligned: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    path: SortedPath
+    path: KernelPlan
 
     @property
     def rows(self) -> int:
@@ -65,12 +65,12 @@ def run(layer: SortedLayer, out: torch.Tensor, routed_scaling_factor: float = 1.
     write_sum(layer, run_down(layer, inner), out, routed_scaling_factor)
 
 
-def sort_tokens(engine: LoadedSglang, shape: MoEShape, tensors: LayerTensors, path: SortedPath) -> SortedLayer:
+def sort_tokens(engine: LoadedSglang, shape: MoEShape, tensors: LayerTensors, path: KernelPlan) -> SortedLayer:
     """The batch, with the engine's sort of it, which is run."""
     return SortedLayer(engine, shape, tensors, engine.align(tensors.topk_ids, path.block_m, shape.experts), path)
 
 
-def result(engine: LoadedSglang, shape: MoEShape, tensors: LayerTensors, path: SortedPath) -> torch.Tensor:
+def result(engine: LoadedSglang, shape: MoEShape, tensors: LayerTensors, path: KernelPlan) -> torch.Tensor:
     """[tokens, hidden], the engine's sort included."""
     import torch
 
@@ -149,7 +149,7 @@ def run_down(layer: SortedLayer, inner: RowValues) -> torch.Tensor:
     weights, scales = layer.tensors.w2, layer.scales(inner.scale, layer.tensors.w2_scale)
     align = layer.path.block_m
     match layer.path.down:
-        case ShortDownConfig() as short:
+        case ShortKDownConfig() as short:
             sorted_down_short_k.launch_short_down(
                 inner.values, weights, down, experts, padded, short, align_block_m=align, scales=scales
             )

@@ -14,7 +14,7 @@ from sglang_moe_ext.engines.vllm import installation, lookup_probe, runner, supp
 from sglang_moe_ext.engines.vllm.hook_points import GROUPS_RUN_TRITON
 from sglang_moe_ext.engines.vllm.installation import VllmInstallation
 from sglang_moe_ext.engines.vllm.runner import LoadedVllm
-from sglang_moe_ext.sorted_kernels import SortedPath
+from sglang_moe_ext.sorted_kernels import KernelPlan
 from sglang_moe_ext.tables import config_table
 
 if TYPE_CHECKING:
@@ -109,5 +109,5 @@ def run_layer(
     return runner.run(loaded, shape, tensors, up, down)
 
 
-def run_path(loaded: LoadedVllm, shape: MoEShape, tensors: LayerTensors, path: SortedPath) -> torch.Tensor:
+def run_path(loaded: LoadedVllm, shape: MoEShape, tensors: LayerTensors, path: KernelPlan) -> torch.Tensor:
     raise EngineError(f"vLLM runs no kernels of ours: {path} is for SGLang")

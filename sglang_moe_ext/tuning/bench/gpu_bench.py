@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sglang_moe_ext.core import MoEShape
 from sglang_moe_ext.engines.adapter import EngineName
-from sglang_moe_ext.sorted_kernels import SortedPath
+from sglang_moe_ext.sorted_kernels import KernelPlan
 from sglang_moe_ext.tuning.bench.messages import (
     Answer,
     Check,
@@ -30,7 +30,7 @@ from sglang_moe_ext.tuning.bench.routing import Source
 if TYPE_CHECKING:
     import torch
 
-    from sglang_moe_ext.kernels.launcher import Launch
+    from sglang_moe_ext.kernels.launcher import RecordedLaunch
     from sglang_moe_ext.tuning.bench.clocks import Clocks
     from sglang_moe_ext.tuning.bench.layer import Batch
 
@@ -139,16 +139,16 @@ class GpuBench:
                 samples[group].append(us)
         return Screened(tuple(tuple(samples.get(group, ())) for group in screen.groups))
 
-    def _relaunches(self, batch: Batch, screen: Screen) -> list[Launch]:
+    def _relaunches(self, batch: Batch, screen: Screen) -> list[RecordedLaunch]:
         """The launch of that GEMM with each routing: one through the engine's launcher, the others made from it."""
         from sglang_moe_ext.engines.meta_compile import any_group
-        from sglang_moe_ext.kernels.launcher import recorded
+        from sglang_moe_ext.kernels.launcher import record_launch
         from sglang_moe_ext.tuning.bench.layer import ROUTINGS
 
         layer = self.layer
         config = screen.key.with_group(screen.groups[0])
         first, *others = (self.layer.gemm(batch, screen.projection, config, turn) for turn in range(ROUTINGS))
-        with any_group(layer.engine.kernels), recorded() as launches:
+        with any_group(layer.engine.kernels), record_launch() as launches:
             layer.tunable.launch(layer.engine, layer.shape, screen.projection, first, config)
         launch = launches[-1]  # those before it quantise the activations
         return [launch, *(launch.with_tensors(first.routing_of(other)) for other in others)]
@@ -167,7 +167,7 @@ class GpuBench:
 
     def _whole(self, batch: Batch, runner: Runner) -> Callable[[int], torch.Tensor]:
         layer, tunable = self.layer, self.layer.tunable
-        if isinstance(runner, SortedPath):
+        if isinstance(runner, KernelPlan):
             return lambda turn: tunable.run_path(layer.engine, layer.shape, layer.whole(batch, turn), runner)
         up, down = runner["up"], runner["down"]
         return lambda turn: tunable.run_layer(layer.engine, layer.shape, layer.whole(batch, turn), up, down)
@@ -206,7 +206,7 @@ class GpuBench:
         return Checked(max(errors))
 
 
-def _in_turn(by_turn: list[Launch], group: int) -> Callable[[int], None]:
+def _in_turn(by_turn: list[RecordedLaunch], group: int) -> Callable[[int], None]:
     from sglang_moe_ext.engines.meta_compile import GROUP
 
     launches = [launch.with_argument(GROUP, group) for launch in by_turn]

@@ -6,22 +6,22 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from sglang_moe_ext.core import CompileKey, Failure, Projection, TileConfig
-from sglang_moe_ext.sorted_kernels import SortedPath
+from sglang_moe_ext.sorted_kernels import KernelPlan
 
 Pair = dict[Projection, TileConfig]
 """The configurations of the up and the down GEMM; they share one BLOCK_SIZE_M."""
-Runner = Pair | SortedPath
+Runner = Pair | KernelPlan
 """What a layer can run: the engine's own kernels with a pair, or our path."""
 
 
 def identity(runner: Runner) -> Hashable:
     """What makes two runners the same one."""
-    return runner if isinstance(runner, SortedPath) else (runner["up"], runner["down"])
+    return runner if isinstance(runner, KernelPlan) else (runner["up"], runner["down"])
 
 
 def named(runner: Runner) -> str:
     """As a log names it."""
-    return str(runner) if isinstance(runner, SortedPath) else f"up {runner['up']}, down {runner['down']}"
+    return str(runner) if isinstance(runner, KernelPlan) else f"up {runner['up']}, down {runner['down']}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class ScreenPath:
     """Time whole layers that run our path, which is compiled first. Answered by Screened, as of one group."""
 
     tokens: int
-    path: SortedPath
+    path: KernelPlan
     samples: int
 
 

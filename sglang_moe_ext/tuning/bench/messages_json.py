@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from sglang_moe_ext.core import CompileKey, Failure, StoreError, TableError, TileConfig
-from sglang_moe_ext.sorted_kernels import SortedPath
+from sglang_moe_ext.sorted_kernels import KernelPlan
 from sglang_moe_ext.tables import kernel_table
 from sglang_moe_ext.tuning.bench import messages
 from sglang_moe_ext.tuning.bench.messages import (
@@ -64,7 +64,7 @@ def _of_question(question: Question) -> dict[str, object]:
 
 
 def _of_runner(runner: Runner) -> object:
-    if isinstance(runner, SortedPath):
+    if isinstance(runner, KernelPlan):
         return kernel_table.document_of(runner)
     return [_of_config(runner["up"]), _of_config(runner["down"])]
 
@@ -167,9 +167,9 @@ def _runner(document: Any) -> Runner:
     return _path(document) if isinstance(document, dict) else _pair(document)
 
 
-def _path(document: Any) -> SortedPath:
+def _path(document: Any) -> KernelPlan:
     try:
-        return kernel_table.parse_path(document)
+        return kernel_table.parse_plan(document)
     except TableError as error:
         raise StoreError(str(error)) from error
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 from sglang_moe_ext.core import Failure, MoEShape, TileConfig
-from sglang_moe_ext.sorted_kernels import LONGEST_K, Down, DownConfig, ShortDownConfig, SortedPath, Up, UpConfig
+from sglang_moe_ext.sorted_kernels import LONGEST_K, Down, DownConfig, KernelPlan, ShortKDownConfig, Up, UpConfig
 from sglang_moe_ext.tuning.bench.messages import Ask, Pair, Runner, Screened, ScreenPath
 from sglang_moe_ext.tuning.search import final_comparison
 from sglang_moe_ext.tuning.search.final_comparison import Measured
@@ -131,7 +131,7 @@ def down_configs(shape: MoEShape, block_m: int) -> list[Down]:
     ]
     found.sort(key=lambda config: -config.block_m)  # stable: whole blocks first
     if shape.quantisation.is_block_wise and shape.intermediate_size <= LONGEST_K:
-        found += [ShortDownConfig(*numbers) for numbers in _SHORT_DOWNS_BLOCK_FP8 if block_m % numbers[0] == 0]
+        found += [ShortKDownConfig(*numbers) for numbers in _SHORT_DOWNS_BLOCK_FP8 if block_m % numbers[0] == 0]
     return found
 
 
@@ -162,12 +162,12 @@ def raced(
 
 def screened(
     shape: MoEShape, tokens: int, engines_ups: Iterable[TileConfig], ask: Ask
-) -> tuple[dict[SortedPath, float], Mapping[str, int]]:
+) -> tuple[dict[KernelPlan, float], Mapping[str, int]]:
     """Microseconds of the layer: each up with the first down of its blocks, then the best of each with every down."""
-    times: dict[SortedPath, float] = {}
+    times: dict[KernelPlan, float] = {}
     failures: dict[str, int] = {}
 
-    def runs(path: SortedPath) -> bool:
+    def runs(path: KernelPlan) -> bool:
         answer = ask(ScreenPath(tokens, path, _SAMPLES))
         if isinstance(answer, Screened):
             times[path] = statistics.median(answer.us[0])
@@ -182,15 +182,15 @@ def screened(
     for up in up_configs(shape, engines_ups):
         of_block = downs[up.block_m]
         # Until one runs, it may be the down tile that is too large for this GPU.
-        while not runs(SortedPath(up, of_block[0])) and len(of_block) > 1 and not _any_of(times, up.block_m):
+        while not runs(KernelPlan(up, of_block[0])) and len(of_block) > 1 and not _any_of(times, up.block_m):
             of_block.pop(0)
     for block_m, of_block in downs.items():
         if timed := _any_of(times, block_m):
             best = min(timed, key=times.__getitem__)
             for down in of_block[1:]:
-                runs(SortedPath(best.up, down))
+                runs(KernelPlan(best.up, down))
     return times, failures
 
 
-def _any_of(times: Iterable[SortedPath], block_m: int) -> list[SortedPath]:
+def _any_of(times: Iterable[KernelPlan], block_m: int) -> list[KernelPlan]:
     return [path for path in times if path.block_m == block_m]

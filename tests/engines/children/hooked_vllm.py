@@ -98,11 +98,11 @@ def broken(layer: ModuleType) -> list[Any]:
     """What a layer runs, and what is said, while something of ours raises; then what of shapes that are none."""
     from sglang_moe_ext.serving import selection
 
-    chosen, selection.chosen = selection.chosen, MagicMock(side_effect=RuntimeError("broken"))
-    first, selection.first = selection.first, MagicMock(side_effect=RuntimeError("broken"))
+    chosen, selection.select = selection.select, MagicMock(side_effect=RuntimeError("broken"))
+    first, selection.best_table = selection.best_table, MagicMock(side_effect=RuntimeError("broken"))
     LINES.taken()
     answers = [ask(layer, "bf16"), ask(layer, "fp8-block"), named(layer, "bf16")]
-    selection.chosen, selection.first = chosen, first
+    selection.select, selection.best_table = chosen, first
     lines = LINES.taken()
     layer.get_moe_configs.cache_clear()
     lists = [layer.try_get_optimal_moe_config([12, 640, HIDDEN], [12, HIDDEN, 320], TOP_K, None, 64)]

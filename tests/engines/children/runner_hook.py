@@ -84,7 +84,7 @@ def scene(module: Any, folder: Path, act: Callable[[], None]) -> tuple[list[str]
     stock = module.MoeRunner.run
     try:
         with mock.patch.object(capture.Recorder, "take", autospec=True, side_effect=capture.Recorder.take) as taken:
-            assert capture.install(module, capture.Wish(folder))
+            assert capture.install(module, capture.CaptureRequest(folder))
             act()
     finally:
         module.MoeRunner.run = stock
@@ -105,7 +105,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 
     def plain() -> None:
         watched = module.MoeRunner.run
-        answer["again"] = capture.install(module, capture.Wish(folder)) and module.MoeRunner.run is watched
+        answer["again"] = capture.install(module, capture.CaptureRequest(folder)) and module.MoeRunner.run is watched
         runner = a_runner(module)
         returned = runner.run(given, quant_info="weights")
         answer["returned"] = returned[0] is given and returned[1:] == ("weights", runner.config)

@@ -30,8 +30,8 @@ from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.models import parse_shape
 from sglang_moe_ext.tables import config_table, provenance
-from sglang_moe_ext.tables.merge import Stored
-from sglang_moe_ext.tables.provenance import Entry, Provenance, Run
+from sglang_moe_ext.tables.merge import StoredTable
+from sglang_moe_ext.tables.provenance import Provenance, ProvenanceEntry, TuningRun
 from sglang_moe_ext.tuning import install_target
 from tests.engines.installed import ENGINES_DIR, REPO_ROOT
 from tests.engines.sglang.test_source_patch import VERSIONS, unpacked
@@ -42,7 +42,7 @@ GPU = "NVIDIA_H200"
 UP = f"E=8,N=512,device_name={GPU}.json"
 DOWN = f"E=8,N=512,device_name={GPU}_down.json"
 SMALL, LARGE = TileConfig(16, 64, 64, 1, 4, 3), TileConfig(64, 128, 64, 8, 4, 3)
-RUN = Run("", "", "", "", "", "", None, None, None, None, 0, "")
+RUN = TuningRun("", "", "", "", "", "", None, None, None, None, 0, "")
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def write(root: Path, triton: str, name: str, table: Table, origin: Origin | Non
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(config_table.to_json(table))
     if origin is not None:
-        known = Provenance({m: Entry(origin, RUN) for m in table})
+        known = Provenance({m: ProvenanceEntry(origin, RUN) for m in table})
         provenance.sidecar(path).write_text(provenance.to_json(known))
     return path
 
@@ -194,12 +194,12 @@ def test_whatever_is_ours_the_engine_finds_safe_pairs(
 
 @pytest.mark.parametrize("down", [False, True], ids=["up", "down"])
 def test_tma_stays_where_it_is_right(down: bool) -> None:
-    stored = Stored({64: replace(LARGE, use_tma=True)}, None)
+    stored = StoredTable({64: replace(LARGE, use_tma=True)}, None)
     assert config_dir_tables.safe(stored, TableKey(8, 512, GPU, down=down), NEW) == stored
 
 
 def test_up_tma_is_taken_out_up_to_the_last_release_that_crashes_on_it() -> None:
-    stored, key = Stored({64: replace(LARGE, use_tma=True)}, None), TableKey(8, 512, GPU)
+    stored, key = StoredTable({64: replace(LARGE, use_tma=True)}, None), TableKey(8, 512, GPU)
     assert config_dir_tables.safe(stored, key, (0, 5, 17)).table == {64: LARGE}
     assert config_dir_tables.safe(stored, key, support.FIRST_WITH_UP_TMA).table == stored.table
 
@@ -220,7 +220,7 @@ def test_the_engines_own_tables_are_safe_as_they_are(version: str) -> None:
     own = own_tables(version)
     for name, (path, table) in own.items():
         key = table_names.parse(path.name)
-        assert config_dir_tables.safe(Stored(table, None), key, release).table == table, name
+        assert config_dir_tables.safe(StoredTable(table, None), key, release).table == table, name
         if key.down:
             _, up = own[name.replace("_down.json", ".json")]
             for m in sorted({*up, *table}):
@@ -363,7 +363,7 @@ def test_the_real_engine_takes_a_shipped_table_of_another_triton(version: str, t
     tuned = package_data.folder("tuned_configs")
     assert tuned is not None
     name = "E=65,N=1536,device_name=NVIDIA_H200.json"
-    stored = Stored(config_table.read(tuned / "configs" / "triton_3_6_0" / name), None)
+    stored = StoredTable(config_table.read(tuned / "configs" / "triton_3_6_0" / name), None)
     expected = config_dir_tables.safe(stored, table_names.parse(name), installation.parse_version(version)).table
     question = lookup_probe.Question(
         parse_shape("E=65,N=1536,K=2048,topk=5,dtype=bfloat16"), [64], specs.find("NVIDIA H200")

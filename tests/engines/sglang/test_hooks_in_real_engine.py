@@ -17,7 +17,7 @@ from sglang_moe_ext.engines.config_dict import config_dict_of
 from sglang_moe_ext.engines.sglang import hook_points, table_names
 from sglang_moe_ext.engines.sglang.installation import parse_version
 from sglang_moe_ext.tables import config_table, files, provenance, user_store
-from sglang_moe_ext.tables.provenance import Entry, Provenance
+from sglang_moe_ext.tables.provenance import Provenance, ProvenanceEntry
 from tests.engines.children import hooked_engine as child
 from tests.engines.installed import HOOKED_VERSIONS, REPO_ROOT, run_in_engine
 from tests.tables.generated import A_RUN
@@ -42,7 +42,7 @@ def store() -> Path:
     root = Path(tempfile.mkdtemp(prefix="hooks_"))
     folder = root / "tables" / "sglang" / table_names.version_folder(triton.__version__)
     for shape in (asked for name in SCHEMES for asked in (child.SHAPES[name], as_0_5_5_asks(child.SHAPES[name]))):
-        made = Entry("measured", dataclasses.replace(A_RUN, shape=str(child.SHAPES["bf16"])))
+        made = ProvenanceEntry("measured", dataclasses.replace(A_RUN, shape=str(child.SHAPES["bf16"])))
         for down, table in ((False, UP), (True, DOWN)):
             path = folder / table_names.file_name(table_names.table_key(shape, DEVICE, down=down))
             said = provenance.to_json(Provenance(dict.fromkeys(table, made)))

@@ -16,9 +16,9 @@ from sglang_moe_ext.core import TileConfig
 from sglang_moe_ext.engines.sglang import lookup_probe, table_names
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.serving import kernel_selection
-from sglang_moe_ext.sorted_kernels import DownConfig, SortedPath, UpConfig
+from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, UpConfig
 from sglang_moe_ext.tables import kernel_table, user_store
-from sglang_moe_ext.tables.kernel_table import Entry
+from sglang_moe_ext.tables.kernel_table import KernelEntry
 from tests.engines.children import own_path as child
 from tests.engines.installed import HOOKED_VERSIONS, REPO_ROOT, engine_environment, run_in_engine
 from tests.engines.sglang.test_hooks_in_real_engine import WITH_PLUGINS
@@ -27,10 +27,10 @@ from tests.tables.generated import A_RUN
 CHILD = Path(child.__file__)
 DEVICE = "NVIDIA H200"
 PATHS = {
-    "16 bits": SortedPath(UpConfig(16, 64, 64, 1, 4, 2), DownConfig(16, 64, 64, 1, 4, 2)),
-    "block": SortedPath(UpConfig(16, 128, 128, 1, 4, 2), DownConfig(16, 64, 128, 1, 4, 2)),
-    "elsewhere": SortedPath(UpConfig(16, 64, 64, 1, 4, 2), DownConfig(16, 64, 64, 1, 4, 2)),
-    "channel": SortedPath(TileConfig(16, 64, 64, 1, 4, 2), DownConfig(16, 64, 64, 1, 4, 2)),
+    "16 bits": KernelPlan(UpConfig(16, 64, 64, 1, 4, 2), DownConfig(16, 64, 64, 1, 4, 2)),
+    "block": KernelPlan(UpConfig(16, 128, 128, 1, 4, 2), DownConfig(16, 64, 128, 1, 4, 2)),
+    "elsewhere": KernelPlan(UpConfig(16, 64, 64, 1, 4, 2), DownConfig(16, 64, 64, 1, 4, 2)),
+    "channel": KernelPlan(TileConfig(16, 64, 64, 1, 4, 2), DownConfig(16, 64, 64, 1, 4, 2)),
 }
 # bf16 rounded a few times; float8 activations besides.
 BOUNDS = {"16 bits": 6e-3, "block": 4e-2, "channel": 4e-2}
@@ -44,10 +44,10 @@ def store() -> Path:
         run = dataclasses.replace(A_RUN, shape=str(shape))
         table = folder / table_names.file_name(table_names.table_key(shape, DEVICE))
         entries = {
-            child.TOKENS // 2: Entry(None, run),
-            child.TOKENS: Entry(PATHS[name], run, {"us": kernel_selection.SHORTEST_US}),
+            child.TOKENS // 2: KernelEntry(None, run),
+            child.TOKENS: KernelEntry(PATHS[name], run, {"us": kernel_selection.SHORTEST_US}),
         }
-        kernel_table.put(kernel_table.beside(table), entries)
+        kernel_table.put(kernel_table.path_beside(table), entries)
     return root
 
 

@@ -24,7 +24,7 @@ from sglang_moe_ext.engines.sglang import table_names as sglangs
 from sglang_moe_ext.engines.table_names import TableNaming
 from sglang_moe_ext.engines.vllm import table_names
 from sglang_moe_ext.tables import config_table, files, provenance, user_store
-from sglang_moe_ext.tables.provenance import Entry, Provenance
+from sglang_moe_ext.tables.provenance import Provenance, ProvenanceEntry
 from tests.engines.children import hooked_vllm as child
 from tests.engines.installed import REPO_ROOT, VLLM_VERSIONS, run_in_vllm, vllm_environment
 from tests.tables.generated import A_RUN
@@ -79,7 +79,7 @@ def put(
 ) -> Path:
     shape = shape_of(name)
     path = folder / dialect.file_name(dialect.key(shape, DEVICE))
-    made = None if origin is None else Entry(origin, dataclasses.replace(A_RUN, shape=str(made_for or shape)))
+    made = None if origin is None else ProvenanceEntry(origin, dataclasses.replace(A_RUN, shape=str(made_for or shape)))
     said = (
         {} if made is None else {provenance.sidecar(path): provenance.to_json(Provenance(dict.fromkeys(table, made)))}
     )

@@ -14,7 +14,7 @@ from sglang_moe_ext.kernels.quantize import Scales
 from sglang_moe_ext.kernels.reference import Alignment, grouped_gemm, moe_align, relative_error
 from sglang_moe_ext.kernels.sorted_down import launch_down
 from sglang_moe_ext.kernels.sorted_down_short_k import launch_short_down
-from sglang_moe_ext.sorted_kernels import DownConfig, ShortDownConfig
+from sglang_moe_ext.sorted_kernels import DownConfig, ShortKDownConfig
 
 NAN = float("nan")
 KINDS = ["bf16", "fp16", "fp8-block", "fp8-channel", "fp8-tensor"]
@@ -33,14 +33,14 @@ def sorted_scales(case: Problem, alignment: Alignment) -> Scales | None:
 
 
 def down(
-    case: Problem, alignment: Alignment, config: DownConfig | ShortDownConfig, align: int, dtype: torch.dtype
+    case: Problem, alignment: Alignment, config: DownConfig | ShortKDownConfig, align: int, dtype: torch.dtype
 ) -> torch.Tensor:
     a = reference.in_sorted_order(case.a, alignment, NAN)
     out = torch.full((a.shape[0], case.weights.shape[1]), NAN, dtype=dtype)
     operands = (a, case.weights, out, alignment.expert_ids, alignment.num_tokens_post_padded)
     scales = sorted_scales(case, alignment)
     match config:
-        case ShortDownConfig():
+        case ShortKDownConfig():
             launch_short_down(*operands, config, align_block_m=align, scales=scales)
         case DownConfig():
             elsewhere = bool((case.topk_ids < 0).any())
@@ -56,7 +56,7 @@ def positions_of(case: Problem, alignment: Alignment, align: int) -> torch.Tenso
 
 
 def down_and_sum(
-    case: Problem, config: DownConfig | ShortDownConfig, dtype: torch.dtype, align: int = 0, factor: float = 1.0
+    case: Problem, config: DownConfig | ShortKDownConfig, dtype: torch.dtype, align: int = 0, factor: float = 1.0
 ) -> torch.Tensor:
     align = align or config.block_m
     alignment = moe_align(case.topk_ids, align, case.weights.shape[0])
@@ -74,7 +74,7 @@ def expected(case: Problem, factor: float = 1.0) -> torch.Tensor:
     return rows.view(*case.topk_ids.shape, -1).sum(dim=1) * factor
 
 
-def check(kind: str, case: Problem, config: DownConfig | ShortDownConfig, align: int = 0) -> None:
+def check(kind: str, case: Problem, config: DownConfig | ShortKDownConfig, align: int = 0) -> None:
     dtype, _ = QUANTISATIONS[kind]
     assert relative_error(down_and_sum(case, config, dtype, align), expected(case)) < BOUND[dtype]
 
@@ -149,20 +149,20 @@ def test_rows_after_the_last_block_are_left_alone() -> None:
 @pytest.mark.parametrize("tokens", [1, 17, 64, 257])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_short_k_that_stays_is_right(kind: str, tokens: int, tiles: int) -> None:
-    check(kind, problem(kind, tokens, 40, 80, down=True), ShortDownConfig(16, 16, 32, tiles, 4, 2))
+    check(kind, problem(kind, tokens, 40, 80, down=True), ShortKDownConfig(16, 16, 32, tiles, 4, 2))
 
 
 @pytest.mark.parametrize("align", [16, 64])
 @pytest.mark.parametrize("route", ["one", "elsewhere", "nobody"])
 @pytest.mark.parametrize("kind", ["bf16", "fp8-block", "fp8-channel"])
 def test_a_short_k_is_right_with_every_routing(kind: str, route: str, align: int) -> None:
-    config = ShortDownConfig(16, 16, 16, 2, 4, 2)
+    config = ShortKDownConfig(16, 16, 16, 2, 4, 2)
     check(kind, problem(kind, 33, 40, 64, down=True, route=route), config, align)
 
 
 def test_a_k_that_is_not_short_is_refused() -> None:
     with pytest.raises(MoEExtError, match="K=520"):
-        check("bf16", problem("bf16", 1, 16, 520, down=True), ShortDownConfig(16, 16, 16, 2, 4, 2))
+        check("bf16", problem("bf16", 1, 16, 520, down=True), ShortKDownConfig(16, 16, 16, 2, 4, 2))
 
 
 @pytest.mark.parametrize("group_m", [1, 2, 8, 64])

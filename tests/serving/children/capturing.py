@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sglang_moe_ext.engines.sglang.routing_hook import RoutingBatch
-from sglang_moe_ext.serving.capture import Recorder, Wish
+from sglang_moe_ext.serving.capture import CaptureRequest, Recorder
 
 _PIECES = 20
 _PAUSE_S = 0.01
@@ -31,7 +31,7 @@ class SlowFile(io.FileIO):
 
 if __name__ == "__main__":
     os.fdopen = lambda descriptor, mode: SlowFile(descriptor, mode)  # type: ignore[assignment, misc]  # noqa: PLW0108
-    recorder = Recorder(Wish(Path(sys.argv[1]), max_files=10_000))
+    recorder = Recorder(CaptureRequest(Path(sys.argv[1]), max_files=10_000))
     while True:
         recorder.take(RoutingBatch(0, torch.rand(2_000, 16).topk(2, dim=1).indices.int(), None))
         time.sleep(_PAUSE_S)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from sglang_moe_ext.core import Failure, MoEShape, Quantisation, TileConfig
-from sglang_moe_ext.sorted_kernels import ShortDownConfig, SortedPath, UpConfig
+from sglang_moe_ext.sorted_kernels import KernelPlan, ShortKDownConfig, UpConfig
 from sglang_moe_ext.tuning.bench.messages import (
     Answer,
     Check,
@@ -31,7 +31,7 @@ PAIR: Pair = {"up": TileConfig(128, 256, 64, 1, 8, 4), "down": TileConfig(128, 2
 PAIR_US = 1000.0
 
 
-def is_fused(path: SortedPath) -> bool:
+def is_fused(path: KernelPlan) -> bool:
     return isinstance(path.up, UpConfig) and path.up.is_fused
 
 
@@ -58,7 +58,7 @@ class FakeGpu:
             case _:
                 raise AssertionError(f"{question} is not about paths")
 
-    def screened(self) -> list[SortedPath]:
+    def screened(self) -> list[KernelPlan]:
         return [question.path for question in self.asked if isinstance(question, ScreenPath)]
 
 
@@ -68,13 +68,13 @@ def raced(gpu: FakeGpu, tokens: int = 4096, shape: MoEShape = SHAPE) -> Measured
 
 def faster(share: float) -> Callable[[Runner], float]:
     """Fused paths take that share of the pair's time, others as long as the pair."""
-    return lambda runner: PAIR_US * (share if isinstance(runner, SortedPath) and is_fused(runner) else 1.0)
+    return lambda runner: PAIR_US * (share if isinstance(runner, KernelPlan) and is_fused(runner) else 1.0)
 
 
 def test_a_path_that_is_faster_wins() -> None:
     found = raced(FakeGpu(us=faster(0.9)))
     assert found is not None
-    assert isinstance(found.pair, SortedPath)
+    assert isinstance(found.pair, KernelPlan)
     assert is_fused(found.pair)
     assert found.gain.value == pytest.approx(1 / 0.9)
 
@@ -87,16 +87,16 @@ def test_the_pair_stays_where_no_path_is_faster_beyond_doubt(share: float) -> No
 
 
 def test_a_fast_wrong_path_is_never_chosen() -> None:
-    wrong = FakeGpu(us=faster(0.5), error=lambda runner: 0.3 if isinstance(runner, SortedPath) else 1e-3)
+    wrong = FakeGpu(us=faster(0.5), error=lambda runner: 0.3 if isinstance(runner, KernelPlan) else 1e-3)
     found = raced(wrong)
     assert found is not None
     assert found.pair == PAIR
 
 
 def test_paths_that_cannot_run_are_counted_and_cost_nothing_else() -> None:
-    found = raced(FakeGpu(us=faster(0.9), fails=lambda runner: isinstance(runner, SortedPath) and runner.block_m == 64))
+    found = raced(FakeGpu(us=faster(0.9), fails=lambda runner: isinstance(runner, KernelPlan) and runner.block_m == 64))
     assert found is not None
-    assert isinstance(found.pair, SortedPath)
+    assert isinstance(found.pair, KernelPlan)
     assert found.pair.block_m == 128
     assert found.failures["OutOfResources"] > 0
 
@@ -149,4 +149,4 @@ def test_an_up_gemm_of_the_engine_is_tried_without_tma() -> None:
 @pytest.mark.parametrize(("columns", "is_tried"), [(512, True), (768, False)])
 def test_rows_of_a_are_kept_only_where_they_are_short(columns: int, is_tried: bool) -> None:
     found = sorted_kernels.down_configs(MoEShape(256, columns, 7168, 8, BLOCK), 64)
-    assert any(isinstance(config, ShortDownConfig) for config in found) == is_tried
+    assert any(isinstance(config, ShortKDownConfig) for config in found) == is_tried
