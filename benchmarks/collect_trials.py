@@ -22,9 +22,9 @@ from benchmarks.racing import here
 from sglang_moe_ext.core import PROJECTIONS, Gpu, MoEExtError, MoEShape, Quantisation, TileConfig
 from sglang_moe_ext.engines.sglang import installation
 from sglang_moe_ext.tuning.bench import routing
-from sglang_moe_ext.tuning.bench.gpu_bench import Setup
-from sglang_moe_ext.tuning.bench.messages import Ask, Check, Pair, Screen, Screened
-from sglang_moe_ext.tuning.bench.worker import Worker
+from sglang_moe_ext.tuning.bench.gpu_bench import BenchSetup
+from sglang_moe_ext.tuning.bench.messages import Ask, BenchGemm, CheckAccuracy, GemmTimes, Pair
+from sglang_moe_ext.tuning.bench.worker import BenchProcess
 from sglang_moe_ext.tuning.compile.cache import CompileCache
 from sglang_moe_ext.tuning.compile.kernel_source import kernel_source
 from sglang_moe_ext.tuning.compile.pool import compile_all
@@ -46,7 +46,7 @@ Record = dict[str, object]
 def sample(shape: MoEShape, gpu: Gpu, tokens: int, size: int) -> list[TileConfig]:
     """The wave model's favourites, and as many at random: it is tested where it is sure and where it is not."""
     chance = random.Random(tokens)
-    kept = list(space.sift(space.full_space(), shape, gpu).kept)
+    kept = list(space.prune(space.full_space(), shape, gpu).kept)
     chance.shuffle(kept)
     one_per_key = tuple({config.compile_key: config for config in kept}.values())
     ranked = predict.by_estimate(one_per_key, shape, gpu, tokens)
@@ -73,13 +73,13 @@ def trials(chosen: dict[int, list[TileConfig]], ask: Ask, seconds: float) -> Ite
             return
         for config in configs:
             for projection in PROJECTIONS:
-                answer = ask(Screen(tokens, projection, config.compile_key, (config.group_m,), SAMPLES))
+                answer = ask(BenchGemm(tokens, projection, config.compile_key, (config.group_m,), SAMPLES))
                 record: Record = {
                     "tokens": tokens,
                     "projection": projection,
                     "config": dataclasses.astuple(config),
                 }
-                if isinstance(answer, Screened):
+                if isinstance(answer, GemmTimes):
                     yield record | {"us": round(min(answer.us[0]), 2)}
                 else:
                     yield record | {"failure": getattr(answer, "kind", type(answer).__name__)}
@@ -93,7 +93,7 @@ def collect(name: str, gpu: Gpu, per_batch: int, seconds: float, out: Path) -> N
         chosen = {tokens: sample(shape, gpu, tokens, per_batch) for tokens in TOKENS}
         binaries = compiled(chosen, shape, gpu, Path(folder))
         print(f"{name}: {binaries} binaries in {time.monotonic() - begun:.1f} s", flush=True)
-        worker = Worker(Setup(shape, routing.UNIFORM, 0, Path(folder)))
+        worker = BenchProcess(BenchSetup(shape, routing.UNIFORM, 0, Path(folder)))
         try:
             begun = time.monotonic()
             count = failures = 0
@@ -106,7 +106,7 @@ def collect(name: str, gpu: Gpu, per_batch: int, seconds: float, out: Path) -> N
             config = chosen[1024][0]
             pair: Pair = {"up": config, "down": config}
             for tokens in CHECKED:
-                print(f"{name} {tokens} relative error {worker.ask(Check(tokens, pair))}", flush=True)
+                print(f"{name} {tokens} relative error {worker.ask(CheckAccuracy(tokens, pair))}", flush=True)
         finally:
             worker.close()
 

@@ -29,8 +29,18 @@ from sglang_moe_ext.sorted_kernels import KernelPlan
 from sglang_moe_ext.tables import kernel_table
 from sglang_moe_ext.tuning import verify_install
 from sglang_moe_ext.tuning.bench import routing
-from sglang_moe_ext.tuning.bench.gpu_bench import GpuBench, Setup
-from sglang_moe_ext.tuning.bench.messages import Answer, Check, Checked, Pair, Question, Race, Raced, Runner, named
+from sglang_moe_ext.tuning.bench.gpu_bench import BenchSetup, GpuBench
+from sglang_moe_ext.tuning.bench.messages import (
+    Accuracy,
+    BenchLayers,
+    BenchRequest,
+    BenchResult,
+    CheckAccuracy,
+    LayerTimes,
+    Pair,
+    Runner,
+    describe,
+)
 from sglang_moe_ext.tuning.bench.timer import Stopwatch, cuda_queue
 from sglang_moe_ext.tuning.search import sorted_kernels, statistics
 
@@ -46,7 +56,7 @@ TOKENS = (1, 64, 256, 512, 1024, 2048, 4096, 8192, 16384)
 MANY_TOKENS = 1024
 """From here on ours is to win."""
 _SEED, _STAGE_TURNS = 2000, 12
-_A = TypeVar("_A", Raced, Checked)
+_A = TypeVar("_A", LayerTimes, Accuracy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +80,17 @@ class Racer:
 
     def __init__(self, shape: MoEShape, cache: Path) -> None:
         self.shape = shape
-        self._bench: GpuBench = Setup(shape, routing.SOURCES["mixed"], _SEED, cache)()
+        self._bench: GpuBench = BenchSetup(shape, routing.SOURCES["mixed"], _SEED, cache)()
         self._stages = Stopwatch(cuda_queue())
 
-    def _ask(self, question: Question) -> Answer:
+    def _ask(self, question: BenchRequest) -> BenchResult:
         try:
             return self._bench.answer(question)
         except Exception as error:  # noqa: BLE001 - the compiler fails in many ways; each costs this path alone
             print(f"  left out: {type(error).__name__}: {str(error)[:150]}", file=sys.stderr)
             return Failure(type(error).__name__, str(error))
 
-    def _answered(self, question: Question, kind: type[_A]) -> _A:
+    def _answered(self, question: BenchRequest, kind: type[_A]) -> _A:
         answer = self._ask(question)
         if not isinstance(answer, kind):
             raise EngineError(f"{question}: {answer}")
@@ -92,14 +102,14 @@ class Racer:
         Raises:
             EngineError: none of our paths runs, or the engine's own layer does not.
         """
-        times, _ = sorted_kernels.screened(self.shape, tokens, [tuned["up"]], self._ask)
+        times, _ = sorted_kernels.screen_plans(self.shape, tokens, [tuned["up"]], self._ask)
         if not times:
             raise EngineError(f"none of our paths runs for M={tokens}")
         path = min(times, key=times.__getitem__)
         runners: tuple[Runner, ...] = (shipped, tuned, path)
-        raced = self._answered(Race(tokens, runners, rounds), Raced)
+        raced = self._answered(BenchLayers(tokens, runners, rounds), LayerTimes)
         shipped_us, tuned_us, ours_us = (statistics.typical_us(us, raced.routings) for us in raced.us)
-        wrong = [self._answered(Check(tokens, runner), Checked).error for runner in (tuned, path)]
+        wrong = [self._answered(CheckAccuracy(tokens, runner), Accuracy).error for runner in (tuned, path)]
         return Row(
             tokens,
             tuned,
@@ -160,7 +170,7 @@ def _cells(row: Row) -> str:
         f"{row.floor_us / row.ours_us:.0%}",
         " and ".join(f"{error:.2e}" for error in row.errors),
         ", ".join(f"{name} {us:.0f}" for name, us in row.stages_us.items()),
-        named(row.tuned),
+        describe(row.tuned),
         str(row.path).removeprefix("KERNEL "),
     )
     return f"| {' | '.join(cells)} |"

@@ -22,9 +22,9 @@ from sglang_moe_ext.tuning.bench.messages import Pair
 from sglang_moe_ext.tuning.compile.cache import CompileCache
 from sglang_moe_ext.tuning.compile.kernel_source import kernel_source
 from sglang_moe_ext.tuning.compile.pool import compile_all
-from sglang_moe_ext.tuning.request import Request
+from sglang_moe_ext.tuning.request import TuneRequest
 from sglang_moe_ext.tuning.search import predict
-from sglang_moe_ext.tuning.search.final_comparison import Measured
+from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
 
 COLUMNS = (
     "M",
@@ -39,11 +39,11 @@ COLUMNS = (
 )
 
 
-def predicted(request: Request) -> dict[int, Pair]:
+def predicted(request: TuneRequest) -> dict[int, Pair]:
     """What a table without a GPU has for each M."""
     source = kernel_source(installation.find())
-    table = predict.table(
-        plan.sifted(request.shape, request.gpu).kept,
+    table = predict.predict_table(
+        plan.prune_space(request.shape, request.gpu).kept,
         request.shape,
         request.gpu,
         request.tokens,
@@ -52,7 +52,7 @@ def predicted(request: Request) -> dict[int, Pair]:
     return {m: {"up": choice.config, "down": choice.config} for m, choice in table.items()}
 
 
-def row(request: Request, tokens: int, outcome: Outcome) -> str:
+def row(request: TuneRequest, tokens: int, outcome: Outcome) -> str:
     """A line of the table."""
     us = {name: outcome.us(name) for name in outcome.by_name}
     gain, loss = outcome.gain("today", "measured"), outcome.gain("predicted", "measured")
@@ -86,7 +86,7 @@ def main() -> None:
     with Bar() as bar:
         run = pipeline.run(request, bar)
     took_s = time.monotonic() - begun
-    measured = {m: result for m, result in run.results.items() if isinstance(result, Measured)}
+    measured = {m: result for m, result in run.results.items() if isinstance(result, MeasuredChoice)}
     guesses = predicted(request)
     choices: dict[str, dict[int, Pair]] = {
         "today": {m: result.incumbent for m, result in measured.items()},

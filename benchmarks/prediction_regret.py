@@ -92,7 +92,7 @@ def cells(trials: Path = TRIALS) -> list[Cell]:
                 pairs.setdefault(TileConfig(*record["config"]), {})[record["projection"]] = record["us"]
         for tokens, pairs in by_tokens.items():
             whole = {config: pair for config, pair in pairs.items() if len(pair) == len(PROJECTIONS)}
-            resources = {config: cost_model.estimated(config, shape, GPU) for config in whole}
+            resources = {config: cost_model.estimate(config, shape, GPU) for config in whole}
             found.append(Cell(layer, tokens, whole, resources))
     return found
 

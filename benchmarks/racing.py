@@ -12,14 +12,14 @@ from sglang_moe_ext.core import EngineError, Failure, Gpu, GpuError, MoEShape
 from sglang_moe_ext.engines.sglang import installation
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.gpu import specs
-from sglang_moe_ext.tuning.bench.gpu_bench import Setup
-from sglang_moe_ext.tuning.bench.messages import Ask, Check, Checked, Pair
-from sglang_moe_ext.tuning.bench.routing import Source
-from sglang_moe_ext.tuning.bench.worker import Worker
+from sglang_moe_ext.tuning.bench.gpu_bench import BenchSetup
+from sglang_moe_ext.tuning.bench.messages import Accuracy, Ask, CheckAccuracy, Pair
+from sglang_moe_ext.tuning.bench.routing import RoutingSource
+from sglang_moe_ext.tuning.bench.worker import BenchProcess
 from sglang_moe_ext.tuning.compile.cache import CompileCache
 from sglang_moe_ext.tuning.compile.kernel_source import kernel_source
 from sglang_moe_ext.tuning.compile.pool import compile_all
-from sglang_moe_ext.tuning.request import Request
+from sglang_moe_ext.tuning.request import TuneRequest
 from sglang_moe_ext.tuning.search import candidates, final_comparison, statistics
 from sglang_moe_ext.tuning.search.statistics import Interval
 
@@ -49,11 +49,11 @@ class Track:
 
     shape: MoEShape
     gpu: Gpu
-    routing: Source
+    routing: RoutingSource
     seed: int = SEED
 
 
-def track_of(request: Request) -> Track:
+def track_of(request: TuneRequest) -> Track:
     """That of a measuring run, with other data than its own.
 
     Raises:
@@ -135,7 +135,7 @@ def raced(track: Track, choices: Mapping[str, Mapping[int, Pair]], rounds: int =
         ]
         source = kernel_source(installation.find())
         compile_all(source, jobs, cache=CompileCache(None), triton_cache=Path(triton_cache))
-        worker = Worker(Setup(track.shape, track.routing, track.seed, Path(triton_cache)))
+        worker = BenchProcess(BenchSetup(track.shape, track.routing, track.seed, Path(triton_cache)))
         try:
             return {m: compare(m, of_m, worker.ask, rounds) for m, of_m in by_tokens.items()}
         finally:
@@ -155,7 +155,7 @@ def compare(tokens: int, choices: Mapping[str, Pair], ask: Ask, rounds: int) -> 
     runners: dict[str, Runner] = {}
     for (name, pair), result in zip(choices.items(), (heat.incumbent, *heat.rivals), strict=True):
         match result:
-            case final_comparison.Entrant(samples):
+            case final_comparison.ComparedLayer(samples):
                 runners[name] = Runner(pair, samples, _error(tokens, pair, ask))
             case Failure():
                 runners[name] = Runner(pair, result)
@@ -164,8 +164,8 @@ def compare(tokens: int, choices: Mapping[str, Pair], ask: Ask, rounds: int) -> 
 
 
 def _error(tokens: int, pair: Pair, ask: Ask) -> float | None:
-    answer = ask(Check(tokens, pair))
-    return answer.error if isinstance(answer, Checked) else None
+    answer = ask(CheckAccuracy(tokens, pair))
+    return answer.error if isinstance(answer, Accuracy) else None
 
 
 def geomean(outcomes: Mapping[int, Outcome], of: str, to: str) -> float:

@@ -28,8 +28,8 @@ from sglang_moe_ext.gpu.roofline import pair_floor_us
 from sglang_moe_ext.tables import user_store
 from sglang_moe_ext.tuning import pipeline
 from sglang_moe_ext.tuning.bench.messages import Pair
-from sglang_moe_ext.tuning.request import Request
-from sglang_moe_ext.tuning.search.final_comparison import Measured
+from sglang_moe_ext.tuning.request import TuneRequest
+from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
 
 LAYERS = {
     "GLM-4.7-Flash bf16": ["--model", "GLM-4.7-Flash"],
@@ -40,7 +40,7 @@ LAYERS = {
 
 def searched(
     flags: list[str], effort: str, tokens: list[str], seed: int
-) -> tuple[Request, dict[int, Measured[Pair]], float]:
+) -> tuple[TuneRequest, dict[int, MeasuredChoice[Pair]], float]:
     """The request, what was chosen for each M, and the seconds that it took."""
     given = [*flags, "--effort", effort, "--install", "none", "--kernels", "engine", "--seed", str(seed)]
     if tokens:
@@ -49,7 +49,7 @@ def searched(
     request = tune.request_of(tune.parser().parse_args(given), shlex.join(["benchmarks.tune_regret", *given]))
     with Bar() as bar:
         outcome = pipeline.run(request, bar)
-    found = {m: result for m, result in outcome.results.items() if isinstance(result, Measured)}
+    found = {m: result for m, result in outcome.results.items() if isinstance(result, MeasuredChoice)}
     return request, found, time.monotonic() - begun
 
 
@@ -83,7 +83,7 @@ def compared(name: str, effort: str, tokens: list[str]) -> dict[str, object]:
     }
 
 
-def row(request: Request, tokens: int, outcome: Outcome, names: tuple[str, ...]) -> str:
+def row(request: TuneRequest, tokens: int, outcome: Outcome, names: tuple[str, ...]) -> str:
     """A line of the table: today, the search, the exhaustive one."""
     today, ours, best = names
     won, lost, us = outcome.gain(today, ours), outcome.gain(ours, best), outcome.us(ours)

@@ -14,7 +14,7 @@ from sglang_moe_ext.engines.sglang.hook_points import LOOKUP
 from sglang_moe_ext.engines.sglang.runner import LoadedSglang
 from sglang_moe_ext.engines.tensors import LayerTensors
 from sglang_moe_ext.tuning.bench import routing
-from sglang_moe_ext.tuning.bench.layer import Layer
+from sglang_moe_ext.tuning.bench.layer import BenchedLayer
 
 _KERNEL = "fused_moe_kernel"
 
@@ -45,7 +45,7 @@ class LayerChild:
     def __init__(self) -> None:
         self._said = attached.begin()
         self._engine: LoadedSglang | None = None
-        self._layer: Layer | None = None
+        self._layer: BenchedLayer | None = None
         self._looked_up: list[TileConfig] = []
         self._launched: list[TileConfig] = []
 
@@ -74,7 +74,7 @@ class LayerChild:
         """Make the weights of that `workload`, by its number."""
         assert self._engine is not None
         self._layer = None  # two of them may not fit
-        self._layer = Layer(self._engine, WORKLOADS[request["workload"]].shape, routing.UNIFORM, seed=0)
+        self._layer = BenchedLayer(self._engine, WORKLOADS[request["workload"]].shape, routing.UNIFORM, seed=0)
         return {}
 
     def run(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class LayerChild:
         return {"lines": self._said.lines}
 
 
-def _run(engine: LoadedSglang, layer: Layer, tensors: LayerTensors) -> Any:
+def _run(engine: LoadedSglang, layer: BenchedLayer, tensors: LayerTensors) -> Any:
     """[tokens, hidden], waited for: by the layer itself, with whatever its lookup finds."""
     import torch
 

@@ -36,7 +36,7 @@ def shape_of(flags: Sequence[str]) -> MoEShape:
     """Raises MoEExtError where the flags mean no layer."""
     parser = argparse.ArgumentParser()
     layer_args.add_to(parser)
-    return layer_args.stated(parser.parse_args(flags)).shape
+    return layer_args.parse_layer(parser.parse_args(flags)).shape
 
 
 def tuned(flags: Sequence[str], environment: Mapping[str, str], output_dir: Path) -> Run:

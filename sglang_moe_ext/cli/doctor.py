@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sglang_moe_ext.cli import console, layer_args
-from sglang_moe_ext.cli.layer_args import Stated
+from sglang_moe_ext.cli.layer_args import LayerArgs
 from sglang_moe_ext.core import EngineError, Gpu, GpuError, ModelError, MoEShape, TableError, TableKey
 from sglang_moe_ext.engines import table_names
 from sglang_moe_ext.engines.lookup_probe import LookupResult
@@ -30,7 +30,7 @@ from sglang_moe_ext.tuning.plan import DEFAULT_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
-class Patient:
+class LayerUnderTest:
     """A layer to look at, as that engine launches it, on a GPU that may not be here."""
 
     name: str
@@ -44,18 +44,18 @@ class Patient:
         return "here" if self.is_here else "not here: the engine was told that it runs on it"
 
 
-def named(arguments: Namespace, layer: Stated) -> Patient:
+def named(arguments: Namespace, layer: LayerArgs) -> LayerUnderTest:
     """The layer of the flags, as SGLang has it."""
-    return Patient(layer.name, layer.shape, *layer_args.gpu_of(arguments, layer), layer.architecture)
+    return LayerUnderTest(layer.name, layer.shape, *layer_args.gpu_of(arguments, layer), layer.architecture)
 
 
-def named_in_vllm(arguments: Namespace, layer: Stated) -> Patient | None:
+def named_in_vllm(arguments: Namespace, layer: LayerArgs) -> LayerUnderTest | None:
     """The layer of the flags as vLLM has it, which a --shape states already; None where it has no such layer."""
     shape = layer.vllm_shape if arguments.model or arguments.from_log else layer.shape
-    return None if shape is None else Patient(layer.name, shape, *layer_args.gpu_of(arguments, layer))
+    return None if shape is None else LayerUnderTest(layer.name, shape, *layer_args.gpu_of(arguments, layer))
 
 
-def stored(engine: Literal["sglang", "vllm"]) -> Iterator[Patient]:
+def stored(engine: Literal["sglang", "vllm"]) -> Iterator[LayerUnderTest]:
     """Each layer that the user's own store has a table for."""
     here = specs.detect()
     seen: set[tuple[MoEShape, str]] = set()
@@ -74,10 +74,10 @@ def stored(engine: Literal["sglang", "vllm"]) -> Iterator[Patient]:
             continue
         if (shape, gpu.device_name) not in seen:
             seen.add((shape, gpu.device_name))
-            yield Patient(run.model, shape, gpu, is_here)
+            yield LayerUnderTest(run.model, shape, gpu, is_here)
 
 
-def examine(patient: Patient, tokens: Sequence[int], deterministic: bool) -> Mapping[str, Any]:
+def examine(patient: LayerUnderTest, tokens: Sequence[int], deterministic: bool) -> Mapping[str, Any]:
     """Ask the vLLM of this environment, and print what it says.
 
     Raises:
@@ -107,7 +107,7 @@ def examine(patient: Patient, tokens: Sequence[int], deterministic: bool) -> Map
     }
 
 
-def _why_vllm(patient: Patient, answer: LookupResult, tokens: int, deterministic: bool) -> str:
+def _why_vllm(patient: LayerUnderTest, answer: LookupResult, tokens: int, deterministic: bool) -> str:
     """Why the engine takes what is its own choice."""
     if deterministic:
         return "the engine's default: batch invariance reads no table"
@@ -155,11 +155,11 @@ def _as_served(arguments: argparse.Namespace, server: RunningServer) -> argparse
     return argparse.Namespace(**(stated | server_info.flags(server, given)))
 
 
-def _layer(arguments: argparse.Namespace, server: RunningServer | None) -> layer_args.Stated:
+def _layer(arguments: argparse.Namespace, server: RunningServer | None) -> layer_args.LayerArgs:
     if server is None:
-        return layer_args.stated(arguments)
+        return layer_args.parse_layer(arguments)
     try:
-        layer = layer_args.stated(arguments)
+        layer = layer_args.parse_layer(arguments)
     except ModelError as error:
         raise ModelError(f"{server.url} serves {server.model_path}: {error}; or name it with --model") from error
     if server.quantization and arguments.dtype == "auto" and layer.shape.quantisation.scheme is None:
@@ -172,7 +172,7 @@ def _layer(arguments: argparse.Namespace, server: RunningServer | None) -> layer
 
 def _examined(arguments: argparse.Namespace, server: RunningServer | None) -> Iterator[Mapping[str, Any]]:
     """Of each engine that is here, the layer that the flags name, or each one in the user's store."""
-    layer = _layer(arguments, server) if layer_args.is_given(arguments) else None
+    layer = _layer(arguments, server) if layer_args.names_a_layer(arguments) else None
     if installation.find() is not None:
         for patient in stored("sglang") if layer is None else [named(arguments, layer)]:
             yield _examine(patient, arguments, server)
@@ -207,7 +207,7 @@ def _why(file: Path | None, key: TableKey, tokens: int, triton: str, determinist
     return f"{entry}; {made_for}; {_origin(file, nearest)}"
 
 
-def findings(patient: Patient, answer: sglang_lookup_probe.Answer, deterministic: bool) -> list[Finding]:
+def findings(patient: LayerUnderTest, answer: sglang_lookup_probe.Answer, deterministic: bool) -> list[Finding]:
     """What the answer means, for both GEMMs at each M."""
     device = patient.gpu.device_name
     files = {file.name: file for file in answer.files}
@@ -233,7 +233,7 @@ def findings(patient: Patient, answer: sglang_lookup_probe.Answer, deterministic
     return found
 
 
-def _examine(patient: Patient, arguments: argparse.Namespace, server: RunningServer | None) -> Mapping[str, Any]:
+def _examine(patient: LayerUnderTest, arguments: argparse.Namespace, server: RunningServer | None) -> Mapping[str, Any]:
     tokens = layer_args.tokens_of(arguments, DEFAULT_TOKENS)
     deterministic = arguments.enable_deterministic_inference
     question = sglang_lookup_probe.Question(

@@ -15,7 +15,7 @@ from sglang_moe_ext.tables.merge import RefusedTable, StoredTable
 from sglang_moe_ext.tables.provenance import Provenance
 from sglang_moe_ext.tuning import install_target, results_to_tables, transfer
 from sglang_moe_ext.tuning.run import journal_reader, run_folder
-from sglang_moe_ext.tuning.transfer import Source
+from sglang_moe_ext.tuning.transfer import JournalSource
 
 _COMMAND = "sglang-moe-ext export"
 
@@ -42,8 +42,8 @@ def _journal(given: Path | None) -> Path:
     return given / run_folder.JOURNAL if given.is_dir() else given
 
 
-def _folders(arguments: argparse.Namespace, source: Source) -> list[Path]:
-    chosen = install_target.CHOSEN[arguments.engine]("none", arguments.output_dir, None, source.triton)
+def _folders(arguments: argparse.Namespace, source: JournalSource) -> list[Path]:
+    chosen = install_target.CHOOSERS[arguments.engine]("none", arguments.output_dir, None, source.triton)
     stored = install_target.store_folder(arguments.engine, source.triton)
     return [stored] if chosen is None else [chosen.folder, stored]
 
@@ -62,13 +62,13 @@ def run(arguments: argparse.Namespace) -> None:
         raise EngineError(
             f"{path} was measured in {theirs.TITLE} itself: tune has written its tables, or --resume would"
         )
-    found = transfer.best(journal, source, arguments.engine)
+    found = transfer.best_configs(journal, source, arguments.engine)
     if not found:
         raise StoreError(f"{path} has no configuration that ran right in both GEMMs: let the run go further")
     shape = transfer.shape_in(arguments.engine, source, arguments.fused_shared_experts)
     command = shlex.join([*_COMMAND.split(), str(path), "--engine", arguments.engine])
-    run_of = results_to_tables.of_journal(journal, source, shape, command)
-    entries = results_to_tables.of_transfer(run_of, {m: of.us for m, of in found.items()})
+    run_of = results_to_tables.run_of_journal(journal, source, shape, command)
+    entries = results_to_tables.transferred_entries(run_of, {m: of.us for m, of in found.items()})
     table = StoredTable({m: of.config for m, of in found.items()}, Provenance(entries))
     name = install_target.table_names(tunable, shape, source.device_name)[False]
     places = [folder / name for folder in _folders(arguments, source)]

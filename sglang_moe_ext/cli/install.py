@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     triton = installation.running_triton()
     if engine is None or triton is None:
         raise EngineError("SGLang and Triton are not both installed here: run install where the server runs")
-    destination = install_target.chosen(arguments.install, arguments.output_dir, engine, triton)
+    destination = install_target.choose_for_sglang(arguments.install, arguments.output_dir, engine, triton)
     if destination is None:
         raise EngineError("--install none leaves nothing to do: choose engine or overlay")
     outcome: dict[Path, str | None] = {}

@@ -17,7 +17,7 @@ MOST_TOKENS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Stated:
+class LayerArgs:
     """The layer that the flags mean; `vllm_shape` as vLLM has it, `device_name` where a log line had one."""
 
     name: str
@@ -27,12 +27,12 @@ class Stated:
     device_name: str | None = None
 
 
-def is_given(arguments: argparse.Namespace) -> bool:
+def names_a_layer(arguments: argparse.Namespace) -> bool:
     """True where the flags name a layer at all."""
     return any((arguments.model, arguments.shape, arguments.from_log))
 
 
-def stated(arguments: argparse.Namespace) -> Stated:
+def parse_layer(arguments: argparse.Namespace) -> LayerArgs:
     """The layer that the flags mean.
 
     Raises:
@@ -49,7 +49,7 @@ def stated(arguments: argparse.Namespace) -> Stated:
         return _from_log(arguments.from_log)
     if arguments.shape:
         shape = parse_shape(arguments.shape)
-        return Stated(str(shape), shape)
+        return LayerArgs(str(shape), shape)
     return _of_model_in_vllm(arguments) if is_for_vllm else _of_model(arguments)
 
 
@@ -93,17 +93,17 @@ def _model(arguments: argparse.Namespace) -> MoEModel:
     return model
 
 
-def _of_model_in_vllm(arguments: argparse.Namespace) -> Stated:
+def _of_model_in_vllm(arguments: argparse.Namespace) -> LayerArgs:
     """vLLM fuses no shared experts, and with expert parallelism splits them over all ranks."""
     model, ranks = _model(arguments), arguments.tp_size
     if arguments.ep_size not in (1, ranks):
         raise ModelError(f"--ep-size {arguments.ep_size}: vLLM splits experts over all {ranks} ranks, or not at all")
     ep = ranks if arguments.enable_expert_parallel else arguments.ep_size
     shape = vllm_sharding.launched_shape(model, Parallelism(ranks, ep))
-    return Stated(model.name, shape, model.architecture, shape)
+    return LayerArgs(model.name, shape, model.architecture, shape)
 
 
-def _of_model(arguments: argparse.Namespace) -> Stated:
+def _of_model(arguments: argparse.Namespace) -> LayerArgs:
     if getattr(arguments, "enable_expert_parallel", False):
         raise ModelError("--enable-expert-parallel is vLLM's flag: say --ep-size, or --engine vllm")
     model = _model(arguments)
@@ -114,7 +114,7 @@ def _of_model(arguments: argparse.Namespace) -> Stated:
         engine_version=_engine_version(),
         fuse_shared_experts=not arguments.disable_shared_experts_fusion,
     )
-    return Stated(model.name, shape, model.architecture, _vllm_shape(model, parallelism))
+    return LayerArgs(model.name, shape, model.architecture, _vllm_shape(model, parallelism))
 
 
 def _vllm_shape(model: MoEModel, parallelism: Parallelism) -> MoEShape | None:
@@ -129,7 +129,7 @@ def _engine_version() -> tuple[int, int, int]:
     return sharding.NEWEST if engine is None else engine.version
 
 
-def _from_log(line: str) -> Stated:
+def _from_log(line: str) -> LayerArgs:
     key = missing_config_log.missing_table(line)
     guesses = missing_config_log.guess_launches(key, builtin_models().values(), _engine_version())
     layers = {replace(guess.shape, ep=1, fused_shared=0) for guess in guesses}
@@ -137,7 +137,7 @@ def _from_log(line: str) -> Stated:
         guess = guesses[0]
         vllm_shape = _vllm_shape(guess.model, guess.parallelism)
         device_name = missing_config_log.device_of(key)
-        return Stated(guess.model.name, guess.shape, guess.model.architecture, vllm_shape, device_name)
+        return LayerArgs(guess.model.name, guess.shape, guess.model.architecture, vllm_shape, device_name)
     if layers:
         names = ", ".join(guess.model.name for guess in guesses)
         raise ModelError(f"--from-log: several models ask for that table ({names}): name yours with --model")
@@ -148,7 +148,7 @@ def _from_log(line: str) -> Stated:
     )
 
 
-def gpu_of(arguments: argparse.Namespace, layer: Stated) -> tuple[Gpu, bool]:
+def gpu_of(arguments: argparse.Namespace, layer: LayerArgs) -> tuple[Gpu, bool]:
     """(the GPU that is meant, whether this machine has it).
 
     Raises:

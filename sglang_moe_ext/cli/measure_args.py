@@ -12,7 +12,7 @@ from sglang_moe_ext.engines.adapter import InstallationLike
 from sglang_moe_ext.engines.registry import ENGINES
 from sglang_moe_ext.tuning import config_args
 from sglang_moe_ext.tuning.bench import captured_routing, routing
-from sglang_moe_ext.tuning.request import Measuring
+from sglang_moe_ext.tuning.request import MeasureOptions
 from sglang_moe_ext.tuning.run import executor, ray_executor
 from sglang_moe_ext.tuning.search.screening import EffortName
 
@@ -83,7 +83,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def compares(arguments: argparse.Namespace) -> bool:
+def is_comparison(arguments: argparse.Namespace) -> bool:
     """True where the flags ask to race what is given, instead of tuning."""
     return arguments.configs is not None or bool(arguments.cmp_configs)
 
@@ -107,7 +107,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise MoEExtError("--routing and --topk-ids-dir: choose one; both say how tokens choose experts")
     if arguments.predict:
         refuse_without_measuring(arguments, "--predict measures nothing: leave one of them out")
-    if compares(arguments):
+    if is_comparison(arguments):
         _check_comparison(arguments)
 
 
@@ -126,7 +126,7 @@ def refuse_without_measuring(arguments: argparse.Namespace, why: str) -> None:
         MoEExtError: one of them is given.
     """
     given = {
-        _comparing_flag(arguments): compares(arguments),
+        _comparing_flag(arguments): is_comparison(arguments),
         "--resume": arguments.resume is not False,
         "--gpus": arguments.gpus is not None,
         "--ray": arguments.ray is not None,
@@ -145,14 +145,16 @@ def _comparing_flag(arguments: argparse.Namespace) -> str:
     return "--cmp-configs" if arguments.configs is None else "--configs"
 
 
-def measuring(arguments: argparse.Namespace, shape: MoEShape, gpu: Gpu, engine: InstallationLike) -> Measuring:
+def measure_options(
+    arguments: argparse.Namespace, shape: MoEShape, gpu: Gpu, engine: InstallationLike
+) -> MeasureOptions:
     """How the flags want it measured.
 
     Raises:
         MoEExtError: they name what is not there.
     """
     tunable = ENGINES[arguments.engine]
-    return Measuring(
+    return MeasureOptions(
         effort=arguments.effort,
         with_tma=tunable.gemms_with_tma(shape.quantisation, engine.version, gpu.sm),
         budget_s=arguments.budget,
@@ -171,7 +173,7 @@ def _gpus(wanted: str | None, gpu: Gpu) -> tuple[str, ...]:
     return tuple(executor.visible_gpus(wanted, gpu.device_name, names))
 
 
-def _routing(arguments: argparse.Namespace, shape: MoEShape) -> routing.Source:
+def _routing(arguments: argparse.Namespace, shape: MoEShape) -> routing.RoutingSource:
     if arguments.topk_ids_dir is None:
         return routing.SOURCES[arguments.routing]
     return captured_routing.source(arguments.topk_ids_dir, shape)

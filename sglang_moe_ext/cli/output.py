@@ -15,12 +15,12 @@ from sglang_moe_ext.gpu.roofline import pair_floor_us
 from sglang_moe_ext.sorted_kernels import KernelPlan
 from sglang_moe_ext.tables import config_table, kernel_table
 from sglang_moe_ext.tuning.bench.messages import Pair, Runner
-from sglang_moe_ext.tuning.compare_configs import TODAY, Compared, Timed
-from sglang_moe_ext.tuning.pipeline import Outcome
-from sglang_moe_ext.tuning.plan import Plan
-from sglang_moe_ext.tuning.request import Request
-from sglang_moe_ext.tuning.search.final_comparison import Measured, is_right
-from sglang_moe_ext.tuning.search.predict import Predicted
+from sglang_moe_ext.tuning.compare_configs import TODAY, ConfigComparison, TimedConfig
+from sglang_moe_ext.tuning.pipeline import TuneOutcome
+from sglang_moe_ext.tuning.plan import TunePlan
+from sglang_moe_ext.tuning.request import TuneRequest
+from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice, is_right
+from sglang_moe_ext.tuning.search.predict import PredictedConfig
 from sglang_moe_ext.tuning.search.space import RULES
 from sglang_moe_ext.tuning.search.statistics import Interval
 
@@ -28,14 +28,14 @@ _LONGEST_REASON = 160
 """Characters of a failure in a table for people; the document has all."""
 
 
-def predicted_row(tokens: int, result: Predicted, floor_us: float) -> list[str]:
+def predicted_row(tokens: int, result: PredictedConfig, floor_us: float) -> list[str]:
     """The needs are the larger ones of both GEMMs."""
     needs = result.resources.values()
     smem, registers = max(need.smem_bytes for need in needs), max(need.registers for need in needs)
     return [str(tokens), str(result.config), f"{result.us:.1f}", f"{floor_us:.1f}", f"{smem} B", str(registers)]
 
 
-def measured_rows(tokens: int, result: Measured[Pair], floor_us: float) -> list[list[str]]:
+def measured_rows(tokens: int, result: MeasuredChoice[Pair], floor_us: float) -> list[list[str]]:
     """The incumbent above the choice, so that a terminal of 100 columns has room for both; once where it stays."""
     error = f"{result.error:.0e}"
     if result.pair == result.incumbent:
@@ -55,7 +55,7 @@ def measured_rows(tokens: int, result: Measured[Pair], floor_us: float) -> list[
     ]
 
 
-def path_rows(raced: Measured[Runner] | None, floor_us: float) -> list[list[str]]:
+def path_rows(raced: MeasuredChoice[Runner] | None, floor_us: float) -> list[list[str]]:
     """Our own path, below the pair that it beat; nothing where it did not."""
     if raced is None or not isinstance(raced.pair, KernelPlan):
         return []
@@ -75,7 +75,7 @@ def pair_rows(left: list[str], pair: Pair, right: list[str]) -> list[list[str]]:
     ]
 
 
-def compared_cells(shape: MoEShape, name: str, result: Timed | Failure) -> list[str]:
+def compared_cells(shape: MoEShape, name: str, result: TimedConfig | Failure) -> list[str]:
     """The time, the gain and the error."""
     if isinstance(result, Failure):
         return ["fails", "", _on_one_line(result)]
@@ -95,7 +95,7 @@ def _interval(gain: Interval) -> str:
     return f"{gain.value:.2f}x [{gain.low:.2f}, {gain.high:.2f}]"
 
 
-def measurement(tokens: int, result: Measured[Pair]) -> Mapping[str, Any]:
+def measurement(tokens: int, result: MeasuredChoice[Pair]) -> Mapping[str, Any]:
     """One M for programs; null where the incumbent cannot run, since JSON knows no infinity."""
     had_incumbent = math.isfinite(result.incumbent_us)
     return {
@@ -114,7 +114,7 @@ def measurement(tokens: int, result: Measured[Pair]) -> Mapping[str, Any]:
     }
 
 
-def raced_path(tokens: int, raced: Measured[Runner]) -> Mapping[str, Any]:
+def plan_measurement(tokens: int, raced: MeasuredChoice[Runner]) -> Mapping[str, Any]:
     """The race of one M between our own path and the chosen pair, for programs; `path` null where the pair won."""
     is_won = isinstance(raced.pair, KernelPlan)
     return {
@@ -131,10 +131,10 @@ def raced_path(tokens: int, raced: Measured[Runner]) -> Mapping[str, Any]:
     }
 
 
-def compared_entry(shape: MoEShape, result: Timed | Failure) -> Mapping[str, Any]:
+def compared_entry(shape: MoEShape, result: TimedConfig | Failure) -> Mapping[str, Any]:
     """`failure` says why it does not run, or why it could not be checked; null where both could be done."""
     failed = result if isinstance(result, Failure) else result.error if isinstance(result.error, Failure) else None
-    timed = result if isinstance(result, Timed) else None
+    timed = result if isinstance(result, TimedConfig) else None
     gain = None if timed is None else timed.gain
     error = None if timed is None or isinstance(timed.error, Failure) else timed.error
     return {
@@ -158,7 +158,7 @@ def _in_engines_spelling(config: TileConfig) -> Any:
     return entry
 
 
-def names_of(request: Request) -> dict[str, str]:
+def names_of(request: TuneRequest) -> dict[str, str]:
     """The names of the layer's tables in the tuned engine, and in vLLM; of a bare shape, for the same tensors."""
     device = request.gpu.device_name
     vllm_shape = request.vllm_shape or request.shape
@@ -172,7 +172,7 @@ def names_of(request: Request) -> dict[str, str]:
     }
 
 
-def candidates(plan: Plan) -> Grid:
+def candidates(plan: TunePlan) -> Grid:
     """What each rule dropped, and what is left."""
     whys = {rule.name: rule.why for rule in RULES}
     keys: set[CompileKey] = {config.compile_key for config in plan.sifted.kept}
@@ -181,7 +181,7 @@ def candidates(plan: Plan) -> Grid:
     return Grid("candidates", ["rule", "count", "why"], rows, frozenset({"rule", "why"}))
 
 
-def forecast(plan: Plan) -> Grid:
+def forecast(plan: TunePlan) -> Grid:
     """The floor, and the predicted times of today's choice and of the best candidate, by M."""
     rows = [
         [
@@ -199,7 +199,7 @@ def forecast(plan: Plan) -> Grid:
     return Grid(title, columns, rows, frozenset({"best candidate"}))
 
 
-def results(request: Request, outcome: Outcome) -> Grid:
+def results(request: TuneRequest, outcome: TuneOutcome) -> Grid:
     """What was chosen for each M."""
     floors = {m: pair_floor_us(request.shape, request.gpu, m) for m in outcome.results}
     title = f"{origin(outcome).upper()} for {request.gpu.device_name}, with {outcome.kernel.name}"
@@ -217,22 +217,22 @@ def results(request: Request, outcome: Outcome) -> Grid:
         title += "\nus: whole layer; roof: how much of the GEMM roofline that is; gain: with its 95 % interval"
         columns = ["M", "", "configuration", "us", "gain", "roof", "error"]
         return Grid(title, columns, rows, frozenset({"", "configuration", "gain"}))
-    predicted = {m: result for m, result in outcome.results.items() if isinstance(result, Predicted)}
+    predicted = {m: result for m, result in outcome.results.items() if isinstance(result, PredictedConfig)}
     columns = ["M", "configuration", "predicted us", "floor us", "shared memory", "registers"]
     rows = [predicted_row(m, result, floors[m]) for m, result in predicted.items()]
     return Grid(title, columns, rows, frozenset({"configuration"}))
 
 
-def _measured(outcome: Outcome) -> dict[int, Measured[Pair]]:
-    return {m: result for m, result in outcome.results.items() if isinstance(result, Measured)}
+def _measured(outcome: TuneOutcome) -> dict[int, MeasuredChoice[Pair]]:
+    return {m: result for m, result in outcome.results.items() if isinstance(result, MeasuredChoice)}
 
 
-def origin(outcome: Outcome) -> Origin:
+def origin(outcome: TuneOutcome) -> Origin:
     """Whether the results were measured or predicted."""
     return "measured" if _measured(outcome) else "predicted"
 
 
-def document(request: Request, outcome: Outcome) -> Mapping[str, Any]:
+def document(request: TuneRequest, outcome: TuneOutcome) -> Mapping[str, Any]:
     """The outcome for programs."""
     return {
         "origin": origin(outcome),
@@ -244,12 +244,12 @@ def document(request: Request, outcome: Outcome) -> Mapping[str, Any]:
         "environment": {} if outcome.destination is None else outcome.destination.environment,
         "picked_up": None if outcome.answer is None else True,
         "entries": len(outcome.results),
-        "paths": [raced_path(m, raced) for m, raced in outcome.paths.items()],
+        "paths": [plan_measurement(m, raced) for m, raced in outcome.paths.items()],
         "measurements": [measurement(m, result) for m, result in _measured(outcome).items()],
     }
 
 
-def comparison(request: Request, found: Mapping[int, Compared]) -> Grid:
+def comparison(request: TuneRequest, found: Mapping[int, ConfigComparison]) -> Grid:
     """Each choice at each M: what the engine takes today, and what was given."""
     names = list(next(iter(found.values())).pairs)
     short = {name: name if place == 0 else f"given {place}" for place, name in enumerate(names)}
@@ -270,7 +270,7 @@ def comparison(request: Request, found: Mapping[int, Compared]) -> Grid:
     return Grid(title, columns, rows, frozenset({"choice", "configuration", "gain", "error"}))
 
 
-def comparison_document(request: Request, found: Mapping[int, Compared]) -> Mapping[str, Any]:
+def comparison_document(request: TuneRequest, found: Mapping[int, ConfigComparison]) -> Mapping[str, Any]:
     """The comparison for programs."""
     return {
         "origin": "measured",
@@ -295,7 +295,7 @@ def comparison_document(request: Request, found: Mapping[int, Compared]) -> Mapp
     }
 
 
-def plan_document(request: Request, plan: Plan) -> Mapping[str, Any]:
+def plan_document(request: TuneRequest, plan: TunePlan) -> Mapping[str, Any]:
     """The plan for programs."""
     return {
         "dry_run": True,

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"{config_dir.VARIABLE} is {set_by_user}, and a server reads no other folder: unset it, or put your tables "
             "there with `sglang-moe-ext install`"
         )
-    destination = install_target.chosen("overlay", root, engine, triton)
+    destination = install_target.choose_for_sglang("overlay", root, engine, triton)
     assert destination is not None  # its place is given
     config_dir.build(root, engine.configs_root)
     sources = _sources(engine.configs_root, triton)

@@ -14,8 +14,8 @@ from sglang_moe_ext.core import Gpu, MoEExtError
 from sglang_moe_ext.engines.registry import ENGINES
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tuning import compare_configs, config_args, install_target, pipeline
-from sglang_moe_ext.tuning.plan import DEFAULT_TOKENS, Plan
-from sglang_moe_ext.tuning.request import Measuring, Request
+from sglang_moe_ext.tuning.plan import DEFAULT_TOKENS, TunePlan
+from sglang_moe_ext.tuning.request import MeasureOptions, TuneRequest
 
 _EXAMPLES = """examples:
   python -m sglang_moe_ext.tune --model GLM-4.7-Flash                       measure on the GPU of this machine
@@ -46,15 +46,15 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def request_of(arguments: argparse.Namespace, command: str) -> Request:
+def request_of(arguments: argparse.Namespace, command: str) -> TuneRequest:
     """What the flags ask for.
 
     Raises:
         MoEExtError: they make no sense together, or name nothing known.
     """
     measure_args.check(arguments)
-    layer = layer_args.stated(arguments)
-    if measure_args.compares(arguments) and arguments.ray is None and specs.detect() is None:
+    layer = layer_args.parse_layer(arguments)
+    if measure_args.is_comparison(arguments) and arguments.ray is None and specs.detect() is None:
         measure_args.refuse_without_measuring(arguments, "this machine has no GPU: run it where the GPU is")
     gpu, is_here = layer_args.gpu_of(arguments, layer)
     tunable = ENGINES[arguments.engine]
@@ -64,7 +64,7 @@ def request_of(arguments: argparse.Namespace, command: str) -> Request:
     measures = not arguments.predict and (is_here or arguments.ray is not None) and engine is not None
     if not measures:
         measure_args.refuse_without_measuring(arguments, _why_not_measured(tunable.TITLE, gpu, is_here))
-    return Request(
+    return TuneRequest(
         model=layer.name,
         architecture=layer.architecture,
         shape=layer.shape,
@@ -72,7 +72,7 @@ def request_of(arguments: argparse.Namespace, command: str) -> Request:
         gpu=gpu,
         gpu_is_here=is_here,
         tokens=layer_args.tokens_of(arguments, DEFAULT_TOKENS),
-        measuring=measure_args.measuring(arguments, layer.shape, gpu, engine) if measures and engine else None,
+        measuring=measure_args.measure_options(arguments, layer.shape, gpu, engine) if measures and engine else None,
         install=arguments.install,
         output_dir=arguments.output_dir,
         seed=arguments.seed,
@@ -89,7 +89,7 @@ def _why_not_measured(engine: str, gpu: Gpu, is_here: bool) -> str:
     )
 
 
-def _say_plan(request: Request, plan: Plan) -> None:
+def _say_plan(request: TuneRequest, plan: TunePlan) -> None:
     gpu = request.gpu
     where = "here" if request.gpu_is_here else "not here"
     print(f"{request.model}: {request.shape}")
@@ -102,7 +102,7 @@ def _say_plan(request: Request, plan: Plan) -> None:
     print(f"will {doing} {len(plan.rows)} batch sizes with {plan.binaries} binaries, in about {plan.estimated_s:.0f} s")
 
 
-def _say_outcome(request: Request, outcome: pipeline.Outcome) -> None:
+def _say_outcome(request: TuneRequest, outcome: pipeline.TuneOutcome) -> None:
     engine = request.tunable.TITLE
     console.show(output.results(request, outcome))
     if not outcome.kernel.is_engines_own:
@@ -129,8 +129,8 @@ def _say_outcome(request: Request, outcome: pipeline.Outcome) -> None:
             print(f"  {line}")
 
 
-def _compare(arguments: argparse.Namespace, request: Request, measuring: Measuring) -> None:
-    given = config_args.choices(arguments.configs, arguments.cmp_configs, request.tokens)
+def _compare(arguments: argparse.Namespace, request: TuneRequest, measuring: MeasureOptions) -> None:
+    given = config_args.parse_choices(arguments.configs, arguments.cmp_configs, request.tokens)
     if not request.tunable.HAS_DOWN_TABLES:
         config_args.refuse_two_configs(given, request.tunable.TITLE)
     with console.Bar() as bar:
@@ -153,11 +153,11 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     note = tunable.why_no_table(request.shape, request.gpu, request.architecture)
     if note:
         print(f"note: {note}")
-    if measure_args.compares(arguments) and request.measuring is not None:
+    if measure_args.is_comparison(arguments) and request.measuring is not None:
         _compare(arguments, request, request.measuring)
     elif arguments.dry_run:
         with console.Bar() as bar:
-            plan = pipeline.plan_of(request, bar)
+            plan = pipeline.make_plan(request, bar)
         _say_plan(request, plan)
         print(json.dumps(output.plan_document(request, plan)))
     else:
@@ -168,7 +168,7 @@ def run(arguments: argparse.Namespace, command: str) -> None:
 
 
 def _of_interrupt(arguments: argparse.Namespace) -> str:
-    if measure_args.compares(arguments):
+    if measure_args.is_comparison(arguments):
         return "stopped; nothing was written"
     return "stopped; tables are written whole or not at all, and last; a measuring run goes on from here with --resume"
 

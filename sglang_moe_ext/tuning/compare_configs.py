@@ -11,12 +11,12 @@ from pathlib import Path
 
 from sglang_moe_ext.core import CompileJob, Failure, TileConfig
 from sglang_moe_ext.tuning import verify_install
-from sglang_moe_ext.tuning.bench.messages import Ask, Check, Checked, Pair
+from sglang_moe_ext.tuning.bench.messages import Accuracy, Ask, CheckAccuracy, Pair
 from sglang_moe_ext.tuning.compile.kernel_source import kernel_source
 from sglang_moe_ext.tuning.config_args import Choices
-from sglang_moe_ext.tuning.request import Measuring, Progress, Request
+from sglang_moe_ext.tuning.request import MeasureOptions, Progress, TuneRequest
 from sglang_moe_ext.tuning.run import executor, session
-from sglang_moe_ext.tuning.run.executor import Station
+from sglang_moe_ext.tuning.run.executor import Executor
 from sglang_moe_ext.tuning.search import candidates, final_comparison
 from sglang_moe_ext.tuning.search.screening import EFFORTS
 from sglang_moe_ext.tuning.search.statistics import Interval
@@ -31,7 +31,7 @@ _Configs = tuple[TileConfig, TileConfig]
 
 
 @dataclass(frozen=True, slots=True)
-class Timed:
+class TimedConfig:
     """`us`: of the whole layer; `gain`: over today's choice, None where that cannot run; `error`: relative."""
 
     us: float
@@ -40,7 +40,7 @@ class Timed:
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
+class ConfigComparison:
     """Each choice at one M, today's first.
 
     `noise`: by how much today's differs from itself, None where it cannot run; `throttled`: why the GPU slowed down in
@@ -48,29 +48,29 @@ class Compared:
     """
 
     pairs: Mapping[str, Pair]
-    results: Mapping[str, Timed | Failure]
+    results: Mapping[str, TimedConfig | Failure]
     noise: float | None
     throttled: str | None
 
 
-def compared(
+def compare_all(
     tokens: int, today: Pair, given: Mapping[str, Pair], trouble: Trouble, ask: Ask, *, rounds: int
-) -> Compared:
+) -> ConfigComparison:
     """All choices in one race, and a check of each that runs; one that cannot run costs itself alone."""
     pairs = {TODAY: today, **given}
     found = {configs: trouble(_pair(configs)) for configs in map(_configs, pairs.values())}
-    results: dict[_Configs, Timed | Failure] = {configs: why for configs, why in found.items() if why is not None}
+    results: dict[_Configs, TimedConfig | Failure] = {configs: why for configs, why in found.items() if why is not None}
     first, *others = found
     rivals = [configs for configs in others if configs not in results]
     incumbent = None if first in results else today
     heat = final_comparison.interleave(tokens, incumbent, list(map(_pair, rivals)), ask, rounds=rounds)
     for configs, result in zip((first, *rivals), (heat.incumbent, *heat.rivals), strict=True):
         match result:
-            case final_comparison.Entrant(_, us, over_today):
-                results[configs] = Timed(us, over_today, _error(Check(tokens, _pair(configs)), ask))
+            case final_comparison.ComparedLayer(_, us, over_today):
+                results[configs] = TimedConfig(us, over_today, _error(CheckAccuracy(tokens, _pair(configs)), ask))
             case Failure():
                 results[configs] = result
-    return Compared(
+    return ConfigComparison(
         pairs=pairs,
         results={name: results[_configs(pair)] for name, pair in pairs.items()},
         noise=heat.noise,
@@ -87,9 +87,9 @@ def _pair(configs: _Configs) -> Pair:
     return {"up": up, "down": down}
 
 
-def _error(check: Check, ask: Ask) -> float | Failure:
+def _error(check: CheckAccuracy, ask: Ask) -> float | Failure:
     match ask(check):
-        case Checked(error):
+        case Accuracy(error):
             return error
         case Failure() as why:
             return why
@@ -97,7 +97,9 @@ def _error(check: Check, ask: Ask) -> float | Failure:
             raise TypeError(f"a Check was answered by {answer}")
 
 
-def run(request: Request, measuring: Measuring, given: Choices, progress: Progress) -> dict[int, Compared]:
+def run(
+    request: TuneRequest, measuring: MeasureOptions, given: Choices, progress: Progress
+) -> dict[int, ConfigComparison]:
     """What is given beside today's choice, at each M of the request. No table and no run is written.
 
     Raises:
@@ -110,28 +112,28 @@ def run(request: Request, measuring: Measuring, given: Choices, progress: Progre
         engine = ends.enter_context(closing(request.tunable.asked(verify_install.environment({}))))
         scratch = ends.enter_context(tempfile.TemporaryDirectory(prefix="sglang_moe_ext-", ignore_cleanup_errors=True))
         early = [job for m in largest_first for by_m in given.values() for job in _jobs(request, m, by_m[m])]
-        stations = session.hired(request, measuring, source, Path(scratch), early, ends, progress)
-        today = verify_install.pairs_of(engine.answer(verify_install.question(request)))
+        stations = session.start_executors(request, measuring, source, Path(scratch), early, ends, progress)
+        today = verify_install.pairs_of(engine.answer(verify_install.lookup_request(request)))
         jobs = [*early, *(job for m in largest_first for job in _jobs(request, m, today[m]))]
         for station in stations:
             station.want(jobs)
 
-        def compare(tokens: int, station: Station) -> Compared:
+        def compare(tokens: int, station: Executor) -> ConfigComparison:
             for job in jobs:
                 station.binary(job)  # a compiler at work would disturb a race
             of_m = {name: by_m[tokens] for name, by_m in given.items()}
             trouble = partial(_trouble, request, tokens, station)
-            return compared(tokens, today[tokens], of_m, trouble, station.ask, rounds=rounds)
+            return compare_all(tokens, today[tokens], of_m, trouble, station.ask, rounds=rounds)
 
         tasks = [partial(compare, tokens) for tokens in largest_first]
-        found = executor.on_all(stations, tasks, lambda done, of: progress("racing", done, of))
+        found = executor.run_tasks(stations, tasks, lambda done, of: progress("racing", done, of))
     return dict(sorted(zip(largest_first, found, strict=True)))
 
 
-def _jobs(request: Request, tokens: int, pair: Pair) -> list[CompileJob]:
+def _jobs(request: TuneRequest, tokens: int, pair: Pair) -> list[CompileJob]:
     return candidates.pair_jobs(pair, request.shape, tokens, request.gpu.sm, request.tunable)
 
 
-def _trouble(request: Request, tokens: int, station: Station, pair: Pair) -> Failure | None:
+def _trouble(request: TuneRequest, tokens: int, station: Executor, pair: Pair) -> Failure | None:
     misfits = (candidates.misfit(job, station.binary(job), request.gpu) for job in _jobs(request, tokens, pair))
     return next((misfit for misfit in misfits if misfit is not None), None)

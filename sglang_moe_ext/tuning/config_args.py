@@ -33,7 +33,7 @@ class GivenTables:
     down: Table | None
 
 
-def choices(numbers: Sequence[int] | None, files: Iterable[Path], tokens: Sequence[int]) -> Choices:
+def parse_choices(numbers: Sequence[int] | None, files: Iterable[Path], tokens: Sequence[int]) -> Choices:
     """All that is given: the numbers of --configs, and the files of --cmp-configs in their order.
 
     Raises:

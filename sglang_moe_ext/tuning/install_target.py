@@ -38,7 +38,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Destination:
+class InstallTarget:
     """A folder of tables for one Triton, the variables that make a server read it, and a note for the user.
 
     `is_of_this_engine`: no other release of the engine reads it. `is_flat`: tables of every Triton lie in it.
@@ -65,9 +65,9 @@ def _configs(root: Path, triton: str) -> Path:
     return root / "configs" / sglang_names.version_folder(triton)
 
 
-def chosen(
+def choose_for_sglang(
     install: Install, output_dir: Path | None, engine: SglangInstallation | None, triton: str
-) -> Destination | None:
+) -> InstallTarget | None:
     """The place that a server will read, or None where the user's own store is the only one.
 
     Raises:
@@ -83,31 +83,31 @@ def chosen(
     if output_dir is not None:
         root = output_dir.absolute()
         note = f"start the server with {config_dir.VARIABLE}={root}, which replaces the engine's own tables"
-        return Destination(_configs(root, triton), {config_dir.VARIABLE: str(root)}, note)
+        return InstallTarget(_configs(root, triton), {config_dir.VARIABLE: str(root)}, note)
     if engine is None or install == "none":
         return None
     if set_by_user := os.environ.get(config_dir.VARIABLE):
-        return Destination(
+        return InstallTarget(
             _configs(Path(set_by_user), triton), {}, f"{config_dir.VARIABLE} is set: its folder is the engine's"
         )
     if install == "engine":
         folder = _configs(engine.configs_root.parent, triton)
         if files.is_writable(folder):
-            return Destination(folder, {}, is_of_this_engine=True)
+            return InstallTarget(folder, {}, is_of_this_engine=True)
         return _overlay(engine, triton, f"{folder} is read-only: the tables go to an overlay; ")
     return _overlay(engine, triton, "")
 
 
-def _overlay(engine: SglangInstallation, triton: str, why: str) -> Destination:
+def _overlay(engine: SglangInstallation, triton: str, why: str) -> InstallTarget:
     root = config_dir.place(engine)
     config_dir.build(root, engine.configs_root)
     note = f"{why}start the server with {config_dir.VARIABLE}={root}"
-    return Destination(_configs(root, triton), {config_dir.VARIABLE: str(root)}, note, is_of_this_engine=True)
+    return InstallTarget(_configs(root, triton), {config_dir.VARIABLE: str(root)}, note, is_of_this_engine=True)
 
 
-def chosen_of_vllm(
+def choose_for_vllm(
     install: Install, output_dir: Path | None, engine: vllm.VllmInstallation | None, triton: str
-) -> Destination | None:
+) -> InstallTarget | None:
     """The folder that a server of vLLM will read, or None where the user's own store is the only place.
 
     A folder of its own that the user names to vLLM comes first there, as a whole file; our plugin serves the store.
@@ -115,24 +115,24 @@ def chosen_of_vllm(
     if output_dir is not None:
         root = output_dir.absolute()
         note = f"start the server with {vllm.VARIABLE}={root}"
-        return Destination(root, {vllm.VARIABLE: str(root)}, note, is_flat=True)
+        return InstallTarget(root, {vllm.VARIABLE: str(root)}, note, is_flat=True)
     if engine is None or install == "none":
         return None
     if set_by_user := os.environ.get(vllm.VARIABLE):
-        return Destination(Path(set_by_user), {}, f"{vllm.VARIABLE} is set: vLLM looks there first", is_flat=True)
+        return InstallTarget(Path(set_by_user), {}, f"{vllm.VARIABLE} is set: vLLM looks there first", is_flat=True)
     why = ""
     if install == "engine":
         if files.is_writable(engine.configs_folder):
-            return Destination(engine.configs_folder, {}, is_flat=True)
+            return InstallTarget(engine.configs_folder, {}, is_flat=True)
         why = f"{engine.configs_folder} is read-only; "
     stored = store_folder("vllm", triton)
     note = f"{why}our plugin serves {stored}; where it is off, start the server with {vllm.VARIABLE}={stored}"
-    return Destination(stored, {vllm.VARIABLE: str(stored)}, note, is_flat=True)
+    return InstallTarget(stored, {vllm.VARIABLE: str(stored)}, note, is_flat=True)
 
 
-CHOSEN: Mapping[EngineName, Callable[[Install, Path | None, Any, str], Destination | None]] = {
-    "sglang": chosen,
-    "vllm": chosen_of_vllm,
+CHOOSERS: Mapping[EngineName, Callable[[Install, Path | None, Any, str], InstallTarget | None]] = {
+    "sglang": choose_for_sglang,
+    "vllm": choose_for_vllm,
 }
 """By engine, where the tables of an installation of it go."""
 

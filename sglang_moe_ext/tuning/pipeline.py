@@ -20,33 +20,33 @@ from sglang_moe_ext.tuning.bench.messages import Runner
 from sglang_moe_ext.tuning.compile.cache import CompileCache, default_path
 from sglang_moe_ext.tuning.compile.kernel_source import KernelSource, kernel_source
 from sglang_moe_ext.tuning.compile.pool import compile_all
-from sglang_moe_ext.tuning.install_target import Destination
-from sglang_moe_ext.tuning.plan import Plan
-from sglang_moe_ext.tuning.request import Progress, Request
+from sglang_moe_ext.tuning.install_target import InstallTarget
+from sglang_moe_ext.tuning.plan import TunePlan
+from sglang_moe_ext.tuning.request import Progress, TuneRequest
 from sglang_moe_ext.tuning.results_to_tables import Results
 from sglang_moe_ext.tuning.run import session
 from sglang_moe_ext.tuning.search import predict
-from sglang_moe_ext.tuning.search.final_comparison import Measured
-from sglang_moe_ext.tuning.search.predict import Predicted
+from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
+from sglang_moe_ext.tuning.search.predict import PredictedConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class TuneOutcome:
     """What came of a run. `paths`: who won the race of our own path with what was chosen.
 
     `answer` is the engine's proof of the pick-up, None where there is no engine to ask.
     """
 
     results: Results
-    paths: Mapping[int, Measured[Runner]]
+    paths: Mapping[int, MeasuredChoice[Runner]]
     written: tuple[Path, ...]
     refused: dict[Path, str]
-    destination: Destination | None
+    destination: InstallTarget | None
     answer: LookupResult | None
     kernel: KernelSource
 
 
-def destination_of(request: Request, engine: InstallationLike | None) -> Destination | None:
+def target_of(request: TuneRequest, engine: InstallationLike | None) -> InstallTarget | None:
     """Where the tables will go for a server to read, or None where the user's own store is the only place.
 
     Raises:
@@ -56,36 +56,36 @@ def destination_of(request: Request, engine: InstallationLike | None) -> Destina
     triton = installed.running_triton()
     if triton is None:
         raise EngineError("no Triton is installed: `pip install triton` brings the compiler that tuning needs")
-    return install_target.CHOSEN[request.engine](request.install, request.output_dir, engine, triton)
+    return install_target.CHOOSERS[request.engine](request.install, request.output_dir, engine, triton)
 
 
-def plan_of(request: Request, progress: Progress) -> Plan:
+def make_plan(request: TuneRequest, progress: Progress) -> TunePlan:
     """The plan of the run, against what the engine takes today; nothing is written anywhere.
 
     Raises:
         MoEExtError: any of ours.
     """
     if request.tunable.find() is None:
-        return plan.made(request, None)
+        return plan.make_plan(request, None)
     progress("asking", 0, 1)
     with closing(request.tunable.asked(verify_install.environment({}))) as today:
-        answer = today.answer(verify_install.question(request))
+        answer = today.answer(verify_install.lookup_request(request))
     progress("asking", 1, 1)
-    return plan.made(request, verify_install.pairs_of(answer))
+    return plan.make_plan(request, verify_install.pairs_of(answer))
 
 
-def run(request: Request, progress: Progress) -> Outcome:
+def run(request: TuneRequest, progress: Progress) -> TuneOutcome:
     """Do what is asked for.
 
     Raises:
         MoEExtError: any of ours. Nothing is half-written then; what a failed proof is about stays, and it says so.
     """
     engine = request.tunable.find()
-    destination = destination_of(request, engine)
+    destination = target_of(request, engine)
     source = kernel_source(engine, request.tunable)
     triton = installed.running_triton() or ""
-    kept = plan.sifted(request.shape, request.gpu, request.tunable).kept
-    for place in itertools.chain.from_iterable(of.values() for of in _places(request, destination, triton)):
+    kept = plan.prune_space(request.shape, request.gpu, request.tunable).kept
+    for place in itertools.chain.from_iterable(of.values() for of in _table_files(request, destination, triton)):
         merge.read(place)  # what cannot be merged is better known before the work than after it
     kernel_table.read(_paths_file(request, triton))
     with ExitStack() as processes:
@@ -98,18 +98,20 @@ def run(request: Request, progress: Progress) -> Outcome:
         # A measuring run has cores to spare for an engine that gets ready meanwhile; a predicting one needs them all.
         proof = ask_later(read_by_engine.environment) if read_by_engine and request.measuring else None
         if request.measuring is not None and today is not None:
-            folder = processes.enter_context(session.opened(request, request.measuring, source))
-            found = session.results(request, request.measuring, folder, kept, today, source, progress)
+            folder = processes.enter_context(session.open_run(request, request.measuring, source))
+            found = session.measure(request, request.measuring, folder, kept, today, source, progress)
             results: Results = found.pairs
             paths = found.paths
         else:
             folder, paths = None, {}
-            results = _predicted(request, kept, destination, today, source, progress)
+            results = _predict(request, kept, destination, today, source, progress)
         progress("writing", 0, 1)
         circumstances = results_to_tables.circumstances(request, engine, source.name)
-        stored = _put(request, results, circumstances, destination, triton)
-        own = _put_paths(
-            request, results_to_tables.paths(paths, _ours_to_say(request, engine, results), circumstances), triton
+        stored = _write_tables(request, results, circumstances, destination, triton)
+        own = _write_plans(
+            request,
+            results_to_tables.kernel_table(paths, _ours_to_say(request, engine, results), circumstances),
+            triton,
         )
         progress("writing", 1, 1)
         if folder is not None:
@@ -117,8 +119,8 @@ def run(request: Request, progress: Progress) -> Outcome:
         answer = None
         if read_by_engine is not None:
             proof = proof or ask_later(read_by_engine.environment)
-            answer = _proven(request, stored, read_by_engine, proof, progress)
-    return Outcome(
+            answer = _prove(request, stored, read_by_engine, proof, progress)
+    return TuneOutcome(
         results=results,
         paths=paths,
         written=(*(path for path, result in stored.items() if isinstance(result, StoredTable)), *own),
@@ -144,23 +146,23 @@ def _refuse_to_shadow(engine: str, answer: LookupResult) -> None:
             )
 
 
-def _predicted(
-    request: Request,
+def _predict(
+    request: TuneRequest,
     kept: tuple[TileConfig, ...],
-    destination: Destination | None,
+    destination: InstallTarget | None,
     today: ProbeLike | None,
     source: KernelSource,
     progress: Progress,
-) -> dict[int, Predicted]:
+) -> dict[int, PredictedConfig]:
     if today is not None:
         progress("asking", 0, 1)
-        answer = today.answer(verify_install.question(request))
+        answer = today.answer(verify_install.lookup_request(request))
         progress("asking", 1, 1)
         is_new_folder = destination is not None and not destination.is_there
         if not (request.output_dir is not None and is_new_folder):
             _refuse_to_shadow(request.tunable.TITLE, answer)
     cache = CompileCache(default_path())
-    return predict.table(
+    return predict.predict_table(
         kept,
         request.shape,
         request.gpu,
@@ -170,14 +172,14 @@ def _predicted(
     )
 
 
-def _put(
-    request: Request, results: Results, run_of: provenance.TuningRun, destination: Destination | None, triton: str
+def _write_tables(
+    request: TuneRequest, results: Results, run_of: provenance.TuningRun, destination: InstallTarget | None, triton: str
 ) -> dict[Path, StoredTable | RefusedTable]:
-    ours = results_to_tables.tables(request, results, run_of)
-    others = results_to_tables.tables(request, results_to_tables.for_any_engine(results), run_of)
+    ours = results_to_tables.config_tables(request, results, run_of)
+    others = results_to_tables.config_tables(request, results_to_tables.for_any_engine(results), run_of)
     changes: dict[Path, StoredTable] = {}
     pairs: list[tuple[Path, Path]] = []
-    for place in _places(request, destination, triton):
+    for place in _table_files(request, destination, triton):
         up = place[False]
         is_ours = destination is not None and up.parent == destination.folder and destination.is_of_this_engine
         tables = ours if is_ours else others
@@ -187,7 +189,7 @@ def _put(
     return merge.put(changes, pairs, lambda table: request.tunable.table_text(table, triton))
 
 
-def _put_paths(request: Request, table: KernelTable, triton: str) -> list[Path]:
+def _write_plans(request: TuneRequest, table: KernelTable, triton: str) -> list[Path]:
     """Write the table of our own path where our plugin reads it, and no engine; the file, if there is something."""
     if not table:
         return []
@@ -195,18 +197,18 @@ def _put_paths(request: Request, table: KernelTable, triton: str) -> list[Path]:
     return [file]
 
 
-def _ours_to_say(request: Request, engine: InstallationLike | None, results: Results) -> Iterable[int]:
+def _ours_to_say(request: TuneRequest, engine: InstallationLike | None, results: Results) -> Iterable[int]:
     """The numbers of tokens of which this run knows best whether our own path is to run."""
     can_run = engine is not None and request.tunable.has_own_path(engine.version, request.gpu.sm)
     return results if request.measuring is not None and can_run else ()
 
 
-def _paths_file(request: Request, triton: str) -> Path:
+def _paths_file(request: TuneRequest, triton: str) -> Path:
     up = install_target.table_names(request.tunable, request.shape, request.gpu.device_name)[False]
     return kernel_table.path_beside(install_target.store_folder(request.engine, triton) / up)
 
 
-def _places(request: Request, destination: Destination | None, triton: str) -> list[dict[bool, Path]]:
+def _table_files(request: TuneRequest, destination: InstallTarget | None, triton: str) -> list[dict[bool, Path]]:
     """The up table (False), and the down table (True) where there is one, in each folder that the run writes to."""
     names = install_target.table_names(request.tunable, request.shape, request.gpu.device_name)
     folders = [] if destination is None else [destination.folder]
@@ -214,10 +216,10 @@ def _places(request: Request, destination: Destination | None, triton: str) -> l
     return [{down: folder / name for down, name in names.items()} for folder in (*folders, stored)]
 
 
-def _proven(
-    request: Request,
+def _prove(
+    request: TuneRequest,
     stored: dict[Path, StoredTable | RefusedTable],
-    destination: Destination,
+    destination: InstallTarget,
     proof: ProbeLike,
     progress: Progress,
 ) -> LookupResult | None:
@@ -228,7 +230,7 @@ def _proven(
     if found.keys() != files.keys():
         return None
     progress("pick-up", 0, 1)
-    written = verify_install.Written(found[False], files[False], found.get(True), files.get(True))
-    answer = verify_install.prove(written, request, proof)
+    written = verify_install.WrittenTables(found[False], files[False], found.get(True), files.get(True))
+    answer = verify_install.verify(written, request, proof)
     progress("pick-up", 1, 1)
     return answer

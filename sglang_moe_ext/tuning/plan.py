@@ -10,7 +10,7 @@ from sglang_moe_ext.engines.registry import SGLANG
 from sglang_moe_ext.gpu.roofline import pair_floor_us
 from sglang_moe_ext.tuning.bench.messages import Pair
 from sglang_moe_ext.tuning.compile.pool import default_workers
-from sglang_moe_ext.tuning.request import Request
+from sglang_moe_ext.tuning.request import TuneRequest
 from sglang_moe_ext.tuning.search import candidates, cost_model, predict, space
 
 DEFAULT_TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 8192, 16384)
@@ -23,7 +23,7 @@ _START_S, _COMPILE_S, _SCREEN_S, _REMATCH_S = 14.0, 0.16, 0.004, 0.3
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PlanRow:
     """One M: the floor, and the predicted times of the best candidate and of what the engine takes today."""
 
     tokens: int
@@ -34,19 +34,19 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class TunePlan:
     """What a run will do. `measures`: on the GPU, rather than by the model alone."""
 
     shape: MoEShape
     gpu: Gpu
     measures: bool
-    sifted: space.Sifted
-    rows: tuple[Row, ...]
+    prune_space: space.PrunedSpace
+    rows: tuple[PlanRow, ...]
     binaries: int
     estimated_s: float
 
 
-def sifted(shape: MoEShape, gpu: Gpu, engine: EngineAdapter = SGLANG) -> space.Sifted:
+def prune_space(shape: MoEShape, gpu: Gpu, engine: EngineAdapter = SGLANG) -> space.PrunedSpace:
     """The candidates that no rule drops.
 
     Raises:
@@ -59,14 +59,14 @@ def sifted(shape: MoEShape, gpu: Gpu, engine: EngineAdapter = SGLANG) -> space.S
             "engines run such weights through Marlin there, which reads no table"
         )
     space_of_engine = dict.fromkeys(engine.effective(config, shape.quantisation) for config in space.full_space())
-    found = space.sift(space_of_engine, shape, gpu)
+    found = space.prune(space_of_engine, shape, gpu)
     if not found.kept:
         dropped = ", ".join(f"{name} {count}" for name, count in found.dropped.items() if count)
         raise ModelError(f"no candidate is left for {shape} on {gpu.device_name}: the rules dropped all ({dropped})")
     return found
 
 
-def made(request: Request, incumbents: dict[int, Pair] | None) -> Plan:
+def make_plan(request: TuneRequest, incumbents: dict[int, Pair] | None) -> TunePlan:
     """The plan of a run.
 
     Raises:
@@ -74,7 +74,7 @@ def made(request: Request, incumbents: dict[int, Pair] | None) -> Plan:
     """
     shape, gpu = request.shape, request.gpu
     engine = request.tunable
-    found = sifted(shape, gpu, engine)
+    found = prune_space(shape, gpu, engine)
     rows = tuple(_row(found.kept, shape, gpu, m, None if incumbents is None else incumbents[m]) for m in request.tokens)
     screens = 0
     jobs: set[CompileJob] = set()
@@ -84,7 +84,7 @@ def made(request: Request, incumbents: dict[int, Pair] | None) -> Plan:
             jobs.update(job for config in front for job in predict.jobs_of(config, shape, m, gpu.sm, engine).values())
         else:
             of_m = candidates.screening_jobs(
-                candidates.of_request(request, request.measuring, found.kept, m), shape, m, gpu.sm, engine
+                candidates.list_for_request(request, request.measuring, found.kept, m), shape, m, gpu.sm, engine
             )
             screens += len(of_m)
             jobs.update(of_m)
@@ -94,12 +94,12 @@ def made(request: Request, incumbents: dict[int, Pair] | None) -> Plan:
     else:
         gpus = max(1, len(request.measuring.gpus))
         seconds = _START_S + max(compiling_s, screens * _SCREEN_S / gpus) + len(rows) * _REMATCH_S / gpus
-    return Plan(shape, gpu, request.measuring is not None, found, rows, len(jobs), seconds)
+    return TunePlan(shape, gpu, request.measuring is not None, found, rows, len(jobs), seconds)
 
 
-def _row(kept: tuple[TileConfig, ...], shape: MoEShape, gpu: Gpu, tokens: int, incumbent: Pair | None) -> Row:
+def _row(kept: tuple[TileConfig, ...], shape: MoEShape, gpu: Gpu, tokens: int, incumbent: Pair | None) -> PlanRow:
     best = predict.by_estimate(kept, shape, gpu, tokens)[0]
-    return Row(
+    return PlanRow(
         tokens=tokens,
         floor_us=pair_floor_us(shape, gpu, tokens),
         best=best,
@@ -110,6 +110,6 @@ def _row(kept: tuple[TileConfig, ...], shape: MoEShape, gpu: Gpu, tokens: int, i
 
 def _estimate(pair: Pair, shape: MoEShape, gpu: Gpu, tokens: int) -> float:
     return sum(
-        cost_model.gemm(config, shape, gpu, tokens, projection, cost_model.estimated(config, shape, gpu)).us
+        cost_model.gemm(config, shape, gpu, tokens, projection, cost_model.estimate(config, shape, gpu)).us
         for projection, config in pair.items()
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from sglang_moe_ext.core import Gpu, MoEShape, Projection
 from sglang_moe_ext.engines.adapter import EngineAdapter, EngineName
 from sglang_moe_ext.engines.registry import ENGINES
-from sglang_moe_ext.tuning.bench.routing import Source
+from sglang_moe_ext.tuning.bench.routing import RoutingSource
 from sglang_moe_ext.tuning.install_target import Install
 from sglang_moe_ext.tuning.search.screening import EffortName
 
@@ -18,7 +18,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Measuring:
+class MeasureOptions:
     """How to measure.
 
     `with_tma`: the GEMMs that are timed with TMA too. `gpus`: what CUDA_VISIBLE_DEVICES is to say in each measuring
@@ -30,7 +30,7 @@ class Measuring:
     effort: EffortName
     with_tma: tuple[Projection, ...]
     budget_s: float | None
-    routing: Source
+    routing: RoutingSource
     gpus: tuple[str, ...]
     ray: str | None = None
     resume: bool | Path = False
@@ -38,7 +38,7 @@ class Measuring:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class TuneRequest:
     """One layer of one engine on one GPU. `gpu_is_here`: this machine has that GPU; `measuring` None: predict.
 
     `vllm_shape` is the layer as vLLM would launch it, None where that is unknown or impossible.
@@ -51,7 +51,7 @@ class Request:
     gpu: Gpu
     gpu_is_here: bool
     tokens: tuple[int, ...]
-    measuring: Measuring | None
+    measuring: MeasureOptions | None
     install: Install
     output_dir: Path | None
     seed: int

@@ -21,16 +21,16 @@ from sglang_moe_ext.tables.kernel_table import KernelTable
 from sglang_moe_ext.tables.merge import StoredTable
 from sglang_moe_ext.tables.provenance import Provenance, ProvenanceEntry, TuningRun
 from sglang_moe_ext.tuning.bench.messages import Pair, Runner
-from sglang_moe_ext.tuning.request import Request
+from sglang_moe_ext.tuning.request import TuneRequest
 from sglang_moe_ext.tuning.run.journal_reader import Recording
-from sglang_moe_ext.tuning.search.final_comparison import Measured
-from sglang_moe_ext.tuning.search.predict import Predicted
-from sglang_moe_ext.tuning.transfer import Source
+from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
+from sglang_moe_ext.tuning.search.predict import PredictedConfig
+from sglang_moe_ext.tuning.transfer import JournalSource
 
-Results = Mapping[int, Predicted] | Mapping[int, Measured[Pair]]
+Results = Mapping[int, PredictedConfig] | Mapping[int, MeasuredChoice[Pair]]
 
 
-def circumstances(request: Request, engine: InstallationLike | None, kernel: str) -> TuningRun:
+def circumstances(request: TuneRequest, engine: InstallationLike | None, kernel: str) -> TuningRun:
     """Where, when and with what the run takes place."""
     return TuningRun(
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -48,7 +48,7 @@ def circumstances(request: Request, engine: InstallationLike | None, kernel: str
     )
 
 
-def of_journal(journal: Recording, source: Source, shape: MoEShape, command: str) -> TuningRun:
+def run_of_journal(journal: Recording, source: JournalSource, shape: MoEShape, command: str) -> TuningRun:
     """Where, when and with what the entries of a journal were timed; the shape is that of the engine they are for."""
     stated = journal.circumstances
     return TuningRun(
@@ -94,23 +94,23 @@ def for_any_engine(results: Results) -> Results:
 
     An M is left out rather than written without: nothing was measured of that pair.
     """
-    if not any(isinstance(result, Measured) for result in results.values()):
+    if not any(isinstance(result, MeasuredChoice) for result in results.values()):
         return results
-    measured = {m: result for m, result in results.items() if isinstance(result, Measured)}
+    measured = {m: result for m, result in results.items() if isinstance(result, MeasuredChoice)}
     return {m: result for m, result in measured.items() if not result.pair["up"].use_tma}
 
 
-def tables(request: Request, results: Results, run: TuningRun) -> dict[bool, StoredTable]:
+def config_tables(request: TuneRequest, results: Results, run: TuningRun) -> dict[bool, StoredTable]:
     """The up table (False), and the table for the down projection (True) where the engine has such."""
     pairs: dict[int, Pair] = {}
     entries: dict[int, ProvenanceEntry] = {}
     for m, result in results.items():
         floor = {"floor_us": round(pair_floor_us(request.shape, request.gpu, m), 2)}
         match result:
-            case Predicted():
+            case PredictedConfig():
                 pairs[m] = {"up": result.config, "down": result.config}
                 entries[m] = _entry("predicted", run, floor | _of_prediction(result))
-            case Measured():
+            case MeasuredChoice():
                 pairs[m] = result.pair
                 entries[m] = _entry("measured", run, floor | _of_measurement(result))
     up: Table = {m: pair["up"] for m, pair in pairs.items()}
@@ -119,12 +119,12 @@ def tables(request: Request, results: Results, run: TuningRun) -> dict[bool, Sto
     return of_up | {True: StoredTable(down, Provenance(entries))} if request.tunable.HAS_DOWN_TABLES else of_up
 
 
-def of_transfer(run: TuningRun, times_us: Mapping[int, float]) -> dict[int, ProvenanceEntry]:
+def transferred_entries(run: TuningRun, times_us: Mapping[int, float]) -> dict[int, ProvenanceEntry]:
     """Of entries that were timed in another engine: the time of both GEMMs there."""
     return {m: _entry("transferred", run, {"gemms_us": round(us, 2)}) for m, us in times_us.items()}
 
 
-def paths(found: Mapping[int, Measured[Runner]], tokens: Iterable[int], run: TuningRun) -> KernelTable:
+def kernel_table(found: Mapping[int, MeasuredChoice[Runner]], tokens: Iterable[int], run: TuningRun) -> KernelTable:
     """Where our own path won, and where it did not, or was not tried: what was known there is known no more."""
     untried = {m: kernel_table.KernelEntry(None, run) for m in tokens}
     return untried | {
@@ -139,7 +139,7 @@ def _entry(origin: Origin, run: TuningRun, figures: dict[str, float]) -> Provena
     return ProvenanceEntry(origin, run, figures)
 
 
-def _of_prediction(result: Predicted) -> dict[str, float]:
+def _of_prediction(result: PredictedConfig) -> dict[str, float]:
     figures: dict[str, float] = {"predicted_us": round(result.us, 2)}
     for projection, needs in result.resources.items():
         figures[f"{projection}_smem_bytes"] = needs.smem_bytes
@@ -147,7 +147,7 @@ def _of_prediction(result: Predicted) -> dict[str, float]:
     return figures
 
 
-def _of_measurement(result: Measured[Any]) -> dict[str, float]:
+def _of_measurement(result: MeasuredChoice[Any]) -> dict[str, float]:
     """What is known and finite: of an incumbent that cannot run, nothing is."""
     figures = {
         "us": (result.us, 2),

@@ -12,7 +12,7 @@ from sglang_moe_ext.engines.adapter import EngineName
 from sglang_moe_ext.engines.registry import ENGINES
 from sglang_moe_ext.models import parse_shape
 from sglang_moe_ext.sorted_kernels import KernelPlan
-from sglang_moe_ext.tuning.bench.messages import Check, Checked, Screen, Screened
+from sglang_moe_ext.tuning.bench.messages import Accuracy, BenchGemm, CheckAccuracy, GemmTimes
 from sglang_moe_ext.tuning.run.journal_reader import Recording
 from sglang_moe_ext.tuning.search import screening
 from sglang_moe_ext.tuning.search.final_comparison import is_right
@@ -22,7 +22,7 @@ _KERNEL = re.compile(r"(?P<title>\w+) (?P<version>\S+)'s own kernel, Triton (?P<
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class JournalSource:
     """Whose journal it is, with which Triton, of which layer on which GPU."""
 
     engine: EngineName
@@ -33,14 +33,14 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Transferred:
+class TransferredConfig:
     """For one M: the configuration, and the microseconds of both GEMMs together in the engine that timed it."""
 
     config: TileConfig
     us: float
 
 
-def source_of(journal: Recording) -> Source:
+def source_of(journal: Recording) -> JournalSource:
     """What the circumstances of a journal say.
 
     Raises:
@@ -53,26 +53,26 @@ def source_of(journal: Recording) -> Source:
     if kernel is None or kernel["title"] not in titles or not isinstance(ep, int) or not isinstance(fused, int):
         raise StoreError("its first line names no engine and layer that were measured: give a journal of our tune")
     shape = replace(parse_shape(str(stated.get("shape"))), ep=ep, fused_shared=fused)
-    return Source(titles[kernel["title"]], kernel["version"], kernel["triton"], shape, str(stated.get("gpu")))
+    return JournalSource(titles[kernel["title"]], kernel["version"], kernel["triton"], shape, str(stated.get("gpu")))
 
 
-def shape_in(engine: EngineName, source: Source, fused_shared: int) -> MoEShape:
+def shape_in(engine: EngineName, source: JournalSource, fused_shared: int) -> MoEShape:
     """The same layer in the other engine: vLLM fuses no shared experts into the routed ones, SGLang may so many."""
     shape, theirs = source.shape, source.shape.fused_shared
     added = (fused_shared if engine == "sglang" else 0) - theirs
     return replace(shape, experts=shape.experts + added, top_k=shape.top_k + added, fused_shared=theirs + added)
 
 
-def best(journal: Recording, source: Source, engine: EngineName) -> dict[int, Transferred]:
+def best_configs(journal: Recording, source: JournalSource, engine: EngineName) -> dict[int, TransferredConfig]:
     """For each M, what is fastest in both GEMMs together, without TMA and not known to be wrong."""
     wrong = set(_wrong(journal, source.shape))
     effective, quantisation = ENGINES[engine].effective, source.shape.quantisation
-    found: dict[int, Transferred] = {}
+    found: dict[int, TransferredConfig] = {}
     for tokens, times in sorted(_times(journal).items()):
-        fit = (config for config in screening.ranked(times) if not config.use_tma and config not in wrong)
+        fit = (config for config in screening.rank_shared(times) if not config.use_tma and config not in wrong)
         if (config := next(fit, None)) is not None:
             us = sum(times[projection][config] for projection in PROJECTIONS)
-            found[tokens] = Transferred(effective(config, quantisation), us)
+            found[tokens] = TransferredConfig(effective(config, quantisation), us)
     return found
 
 
@@ -80,7 +80,7 @@ def _times(journal: Recording) -> dict[int, Times]:
     """The median of each configuration's samples, by M and GEMM; of two screens of one, the one with more samples."""
     samples: dict[int, dict[Projection, dict[TileConfig, tuple[float, ...]]]] = {}
     for question, answer in journal.answers.values():
-        if isinstance(question, Screen) and isinstance(answer, Screened):
+        if isinstance(question, BenchGemm) and isinstance(answer, GemmTimes):
             of_gemm = samples.setdefault(question.tokens, {it: {} for it in PROJECTIONS})[question.projection]
             for group, us in zip(question.groups, answer.us, strict=True):
                 config = question.key.with_group(group)
@@ -94,7 +94,7 @@ def _times(journal: Recording) -> dict[int, Times]:
 
 def _wrong(journal: Recording, shape: MoEShape) -> Iterable[TileConfig]:
     for question, answer in journal.answers.values():
-        if not isinstance(question, Check) or isinstance(question.pair, KernelPlan):
+        if not isinstance(question, CheckAccuracy) or isinstance(question.pair, KernelPlan):
             continue  # our own path runs no tile of a table
-        if isinstance(answer, Checked) and not is_right(shape, answer.error):
+        if isinstance(answer, Accuracy) and not is_right(shape, answer.error):
             yield from question.pair.values()

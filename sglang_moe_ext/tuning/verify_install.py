@@ -12,14 +12,14 @@ from sglang_moe_ext.engines.adapter import ProbeLike
 from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.tables import config_table
 from sglang_moe_ext.tuning.bench.messages import Pair
-from sglang_moe_ext.tuning.request import Request
+from sglang_moe_ext.tuning.request import TuneRequest
 
 BETWEEN_AND_BEYOND = (3, 20, 200, 5000, 100_000)
 """Batch sizes that are no keys: the engine must come to the nearest one."""
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class WrittenTables:
     """What lies on disk after a run: the up table with its file, the down table with its own where there is one."""
 
     up: Table
@@ -33,7 +33,7 @@ def environment(variables: Mapping[str, str]) -> dict[str, str]:
     return {**os.environ, **variables}
 
 
-def question(request: Request, tokens: Sequence[int] | None = None) -> LookupRequest:
+def lookup_request(request: TuneRequest, tokens: Sequence[int] | None = None) -> LookupRequest:
     """What the engine takes for the layer; where the GPU is not here, it is told to believe in it."""
     return LookupRequest(request.shape, tokens or request.tokens, None if request.gpu_is_here else request.gpu)
 
@@ -43,14 +43,14 @@ def pairs_of(answer: LookupResult) -> dict[int, Pair]:
     return {m: {"up": up, "down": answer.down[m] or replace(up, use_tma=False)} for m, up in answer.up.items()}
 
 
-def prove(written: Written, request: Request, engine: ProbeLike) -> LookupResult:
+def verify(written: WrittenTables, request: TuneRequest, engine: ProbeLike) -> LookupResult:
     """The engine's answer, when it is the one that the tables give.
 
     Raises:
         EngineError: it takes another entry for some M, or reads other files.
     """
     tokens = sorted({*written.up, *BETWEEN_AND_BEYOND})
-    answer = engine.answer(question(request, tokens))
+    answer = engine.answer(lookup_request(request, tokens))
     title = request.tunable.TITLE
     for file in (written.up_file, written.down_file):
         if file is not None and file.resolve() not in {opened.resolve() for opened in answer.files}:

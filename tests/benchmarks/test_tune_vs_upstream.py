@@ -32,7 +32,15 @@ from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tables import config_table
 from sglang_moe_ext.tuning.bench import routing
-from sglang_moe_ext.tuning.bench.messages import Answer, Check, Checked, Pair, Question, Race, Raced
+from sglang_moe_ext.tuning.bench.messages import (
+    Accuracy,
+    BenchLayers,
+    BenchRequest,
+    BenchResult,
+    CheckAccuracy,
+    LayerTimes,
+    Pair,
+)
 from tests.engines.installed import REPO_ROOT
 
 TODAYS, THEIRS, OURS = (TileConfig(16, block_n, 64, 1, 4, 2) for block_n in (32, 64, 128))
@@ -120,20 +128,20 @@ class FakeWorker:
 
     def __init__(self, fails: tuple[TileConfig, ...] = (), throttled: str | None = None) -> None:
         self.fails, self.throttled = fails, throttled
-        self.asked: list[Question] = []
+        self.asked: list[BenchRequest] = []
         self.is_closed = False
 
-    def ask(self, question: Question) -> Answer:
+    def ask(self, question: BenchRequest) -> BenchResult:
         self.asked.append(question)
         match question:
-            case Race() if any(config in self.fails for pair in question.pairs for config in pair.values()):
+            case BenchLayers() if any(config in self.fails for pair in question.pairs for config in pair.values()):
                 return Failure("OutOfResources", "shared memory")
-            case Race():
+            case BenchLayers():
                 us = [6400 / pair["up"].block_n for pair in question.pairs]
                 drift = [1 + turn / question.rounds for turn in range(question.rounds)]
-                return Raced(tuple(tuple(mine * slow for slow in drift) for mine in us), 4, self.throttled)
-            case Check():
-                return Checked(0.002)
+                return LayerTimes(tuple(tuple(mine * slow for slow in drift) for mine in us), 4, self.throttled)
+            case CheckAccuracy():
+                return Accuracy(0.002)
         raise AssertionError(question)
 
     def close(self) -> None:
@@ -201,7 +209,7 @@ def test_the_race_is_of_upstreams_one_configuration_and_of_our_pair(
     compared: Callable[..., int], worker: FakeWorker
 ) -> None:
     assert compared() == 0
-    raced = next(question for question in worker.asked if isinstance(question, Race) and len(question.pairs) > 1)
+    raced = next(question for question in worker.asked if isinstance(question, BenchLayers) and len(question.pairs) > 1)
     todays, of_theirs, of_ours, again = raced.pairs
     assert todays == again == {"up": TODAYS, "down": TODAYS}
     assert of_theirs["up"] == of_theirs["down"]
@@ -337,15 +345,17 @@ def test_the_two_choices_are_set_against_each_other() -> None:
 def test_what_cannot_run_is_not_checked() -> None:
     worker = FakeWorker(fails=(THEIRS,))
     racing.compare(8, {"upstream's": pair(THEIRS), "ours": pair(OURS)}, worker.ask, 8)
-    assert [question for question in worker.asked if isinstance(question, Check)] == [Check(8, pair(OURS))]
+    assert [question for question in worker.asked if isinstance(question, CheckAccuracy)] == [
+        CheckAccuracy(8, pair(OURS))
+    ]
 
 
 def test_a_wrong_choice_is_told_by_its_error() -> None:
     wrong = pair(THEIRS)
 
-    def ask(question: Question) -> Answer:
-        if isinstance(question, Check):
-            return Checked(math.inf if question.pair == wrong else 0.002)
+    def ask(question: BenchRequest) -> BenchResult:
+        if isinstance(question, CheckAccuracy):
+            return Accuracy(math.inf if question.pair == wrong else 0.002)
         return FakeWorker().ask(question)
 
     found = racing.compare(8, {"upstream's": wrong, "ours": pair(OURS)}, ask, 8)
@@ -359,8 +369,8 @@ def test_without_a_first_choice_that_runs_there_is_no_gain() -> None:
 
 
 def test_a_race_that_fails_though_each_alone_runs_is_told_of_each() -> None:
-    def ask(question: Question) -> Answer:
-        if isinstance(question, Race) and len(question.pairs) > 1:
+    def ask(question: BenchRequest) -> BenchResult:
+        if isinstance(question, BenchLayers) and len(question.pairs) > 1:
             return Failure("Timeout", "no answer")
         return FakeWorker().ask(question)
 

@@ -15,14 +15,14 @@ from sglang_moe_ext.core import MoEShape, TileConfig
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tables import config_table
 from sglang_moe_ext.tuning.compile.kernel_source import KernelSource
-from sglang_moe_ext.tuning.pipeline import Outcome
-from sglang_moe_ext.tuning.request import Request
-from sglang_moe_ext.tuning.search.final_comparison import Measured
+from sglang_moe_ext.tuning.pipeline import TuneOutcome
+from sglang_moe_ext.tuning.request import TuneRequest
+from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
 from sglang_moe_ext.tuning.search.statistics import Interval
 
 OLD, NEW = TileConfig(64, 64, 32, 8, 4, 3), TileConfig(128, 256, 64, 16, 8, 4)
 LONG = TileConfig(128, 256, 128, 64, 8, 4, use_tma=True)
-FASTER = Measured(
+FASTER = MeasuredChoice(
     pair={"up": NEW, "down": LONG},
     us=19_391.24,
     incumbent={"up": OLD, "down": OLD},
@@ -37,7 +37,7 @@ FASTER = Measured(
 )
 STAYS = replace(FASTER, pair=FASTER.incumbent, us=37_036.55, gain=Interval(1, 1, 1))
 FIRST_THAT_RUNS = replace(FASTER, incumbent_us=math.inf, gain=Interval(math.inf, math.inf, math.inf), noise=None)
-REQUEST = Request(
+REQUEST = TuneRequest(
     model="GLM-4.7-Flash",
     architecture="Glm4MoeLiteForCausalLM",
     shape=MoEShape(65, 1536, 2048, 5, fused_shared=1),
@@ -53,17 +53,19 @@ REQUEST = Request(
 )
 
 
-def outcome(*results: Measured) -> Outcome:
+def outcome(*results: MeasuredChoice) -> TuneOutcome:
     kernel = KernelSource("sglang 0.5.23", "kernel", "0", is_engines_own=True)
     by_tokens = {16_384 - place: result for place, result in enumerate(results)}
-    return Outcome(results=by_tokens, paths={}, written=(), refused={}, destination=None, answer=None, kernel=kernel)
+    return TuneOutcome(
+        results=by_tokens, paths={}, written=(), refused={}, destination=None, answer=None, kernel=kernel
+    )
 
 
-def rows(*results: Measured) -> list[list[str]]:
+def rows(*results: MeasuredChoice) -> list[list[str]]:
     return [list(row) for row in output.results(REQUEST, outcome(*results)).rows]
 
 
-def measurement(result: Measured) -> Mapping[str, Any]:
+def measurement(result: MeasuredChoice) -> Mapping[str, Any]:
     document = json.loads(json.dumps(output.document(REQUEST, outcome(result)), allow_nan=False))
     (found,) = document["measurements"]
     return found

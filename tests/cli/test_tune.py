@@ -15,10 +15,10 @@ from sglang_moe_ext.core import Failure, TileConfig
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tables import config_table
 from sglang_moe_ext.tuning import compare_configs
-from sglang_moe_ext.tuning.compare_configs import TODAY, Compared, Timed
+from sglang_moe_ext.tuning.compare_configs import TODAY, ConfigComparison, TimedConfig
 from sglang_moe_ext.tuning.compile.kernel_source import KernelSource
 from sglang_moe_ext.tuning.config_args import Choices
-from sglang_moe_ext.tuning.request import Measuring, Progress, Request
+from sglang_moe_ext.tuning.request import MeasureOptions, Progress, TuneRequest
 from sglang_moe_ext.tuning.run import session
 from sglang_moe_ext.tuning.search.statistics import Interval
 from tests.engines.installed import ENGINES_DIR
@@ -46,7 +46,7 @@ def h200(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.get_device_name", lambda index: H200)
 
 
-Finding = Timed | Failure
+Finding = TimedConfig | Failure
 
 
 @pytest.fixture
@@ -55,10 +55,10 @@ def answers(monkeypatch: pytest.MonkeyPatch, h200: None) -> Callable[[Finding, F
     asked: list[Choices] = []
 
     def answering(today: Finding, given: Finding) -> list[Choices]:
-        def compare(request: Request, measuring: Measuring, choices: Choices, progress: Progress) -> Any:
+        def compare(request: TuneRequest, measuring: MeasureOptions, choices: Choices, progress: Progress) -> Any:
             asked.append(choices)
             pairs = {TODAY: {"up": NOW, "down": NOW}, **{name: by_m[64] for name, by_m in choices.items()}}
-            return {64: Compared(pairs, {TODAY: today, **dict.fromkeys(choices, given)}, 0.001, None)}
+            return {64: ConfigComparison(pairs, {TODAY: today, **dict.fromkeys(choices, given)}, 0.001, None)}
 
         monkeypatch.setattr(compare_configs, "run", compare)
         return asked
@@ -78,8 +78,8 @@ def printed(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[str, Mappi
     return "\n".join(table), json.loads(last)
 
 
-TODAY_RAN = Timed(306.3, Interval(1, 1, 1), 4e-3)
-FASTER = Timed(200.0, Interval(1.53, 1.5, 1.56), 4e-3)
+TODAY_RAN = TimedConfig(306.3, Interval(1, 1, 1), 4e-3)
+FASTER = TimedConfig(200.0, Interval(1.53, 1.5, 1.56), 4e-3)
 
 
 @pytest.mark.parametrize(
@@ -176,10 +176,10 @@ def test_numbers_and_files_are_compared_together(
     ("today", "given", "said"),
     [
         (TODAY_RAN, Failure("OutOfResources", "too\nmuch"), "OutOfResources: too much"),
-        (TODAY_RAN, Timed(1.0, Interval(9, 9, 9), 0.5), "5e-01 WRONG"),
-        (TODAY_RAN, Timed(1.0, Interval(9, 9, 9), float("inf")), "inf WRONG"),
-        (TODAY_RAN, Timed(1.0, Interval(9, 9, 9), Failure("Timeout", "60 s")), "unknown: Timeout: 60 s"),
-        (Failure("OutOfResources", "x"), Timed(1.0, None, 4e-3), "today fails"),
+        (TODAY_RAN, TimedConfig(1.0, Interval(9, 9, 9), 0.5), "5e-01 WRONG"),
+        (TODAY_RAN, TimedConfig(1.0, Interval(9, 9, 9), float("inf")), "inf WRONG"),
+        (TODAY_RAN, TimedConfig(1.0, Interval(9, 9, 9), Failure("Timeout", "60 s")), "unknown: Timeout: 60 s"),
+        (Failure("OutOfResources", "x"), TimedConfig(1.0, None, 4e-3), "today fails"),
     ],
     ids=["cannot run", "wrong", "not finite", "cannot be checked", "today cannot run"],
 )
@@ -196,7 +196,7 @@ def test_what_is_wrong_with_a_choice_is_said(
 
 @pytest.mark.parametrize(
     "given",
-    [Failure("Crash", "x"), Timed(1.0, None, float("nan")), Timed(1.0, None, Failure("Timeout", "x"))],
+    [Failure("Crash", "x"), TimedConfig(1.0, None, float("nan")), TimedConfig(1.0, None, Failure("Timeout", "x"))],
     ids=["cannot run", "nan", "cannot be checked"],
 )
 def test_the_document_of_what_is_not_right_is_json_and_says_so(
@@ -211,9 +211,9 @@ def test_a_new_run_says_that_an_interrupted_one_could_go_on(h200: None, caplog: 
     request = tune.request_of(tune.parser().parse_args(GLM), "")
     assert request.measuring is not None
     source = KernelSource("kernel", "module", "fingerprint", is_engines_own=True)
-    with session.opened(request, request.measuring, source) as interrupted:
+    with session.open_run(request, request.measuring, source) as interrupted:
         pass
-    with caplog.at_level(logging.WARNING), session.opened(request, request.measuring, source):
+    with caplog.at_level(logging.WARNING), session.open_run(request, request.measuring, source):
         pass
     assert f"{interrupted.folder}: --resume would go on with it" in caplog.text
 
@@ -222,5 +222,5 @@ def test_a_first_run_says_nothing_of_interrupted_ones(h200: None, caplog: pytest
     request = tune.request_of(tune.parser().parse_args(GLM), "")
     assert request.measuring is not None
     source = KernelSource("kernel", "module", "fingerprint", is_engines_own=True)
-    with session.opened(request, request.measuring, source):
+    with session.open_run(request, request.measuring, source):
         assert "--resume" not in caplog.text

@@ -15,7 +15,7 @@ from sglang_moe_ext.core import TileConfig
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tables import config_table, merge, provenance
 from sglang_moe_ext.tables.merge import RefusedTable, StoredTable
-from sglang_moe_ext.tuning.request import Request
+from sglang_moe_ext.tuning.request import TuneRequest
 from tests.engines.installed import ENGINES_DIR, REPO_ROOT
 
 VERSION = "0.33.0"
@@ -48,7 +48,7 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return document
 
 
-def request_of(*flags: str) -> Request:
+def request_of(*flags: str) -> TuneRequest:
     return tune.request_of(tune.parser().parse_args(flags), "")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sglang_moe_ext.tuning.bench import captured_routing
-from sglang_moe_ext.tuning.bench.captured_routing import Captured
+from sglang_moe_ext.tuning.bench.captured_routing import CapturedRouting
 from tests.servers import tables, tiny_model
 from tests.servers.runs import PROMPTS
 from tests.servers.server import Server, Site, starting
@@ -71,7 +71,7 @@ def killed(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Killed:
 def test_the_tuner_reads_what_a_killed_server_captured(killed: Killed) -> None:
     source = captured_routing.source(killed.folder, tables.SHAPE)
     (maker,) = source.makers
-    assert isinstance(maker, Captured)
+    assert isinstance(maker, CapturedRouting)
     assert sum(maker.lengths) >= len(PROMPTS[1])
 
 

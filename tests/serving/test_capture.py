@@ -323,7 +323,7 @@ class TestFaults:
         sizes = [file.stat().st_size for file in tmp_path.iterdir()]
         assert any(0 < size < whole for size in sizes), "no kill met a half-written file"
         [made] = captured_routing.source(tmp_path, SHAPE).makers
-        assert isinstance(made, captured_routing.Captured)
+        assert isinstance(made, captured_routing.CapturedRouting)
         assert sum(made.lengths) == sum(rows_kept(tmp_path))
 
     def test_half_written_files_of_a_killed_server_are_removed_when_they_are_old(self, tmp_path: Path) -> None:

@@ -14,7 +14,16 @@ from pathlib import Path
 
 import torch
 
-from sglang_moe_ext.tuning.bench.messages import Answer, Check, Checked, Question, Race, Raced, Screen, Screened
+from sglang_moe_ext.tuning.bench.messages import (
+    Accuracy,
+    BenchGemm,
+    BenchLayers,
+    BenchRequest,
+    BenchResult,
+    CheckAccuracy,
+    GemmTimes,
+    LayerTimes,
+)
 
 FINE, RAISES, HANGS, EXITS, SEGFAULTS, STICKY, OUT_OF_MEMORY, POISONS, WARNS = range(1, 10)
 
@@ -44,7 +53,7 @@ class FakeBench:
     def is_well(self) -> bool:
         return not self._is_poisoned
 
-    def answer(self, question: Question) -> Answer:
+    def answer(self, question: BenchRequest) -> BenchResult:
         if self._is_poisoned:
             raise torch.AcceleratorError("an earlier kernel's illegal memory access")
         match question.tokens:
@@ -68,9 +77,9 @@ class FakeBench:
                     logging.getLogger(name).warning("%s warns", name)
                     logging.getLogger(name).info("%s chats", name)
         match question:
-            case Screen():
-                return Screened(tuple((float(group),) * question.samples for group in question.groups))
-            case Race():
-                return Raced(tuple((10.0,) * question.rounds for _ in question.pairs), 4)
-            case Check():
-                return Checked(1e-3)
+            case BenchGemm():
+                return GemmTimes(tuple((float(group),) * question.samples for group in question.groups))
+            case BenchLayers():
+                return LayerTimes(tuple((10.0,) * question.rounds for _ in question.pairs), 4)
+            case CheckAccuracy():
+                return Accuracy(1e-3)

@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 
 from sglang_moe_ext.core import CompileKey, Failure, Projection, TileConfig
 from sglang_moe_ext.tuning.bench.messages import (
-    Answer,
-    Check,
-    Checked,
+    Accuracy,
+    BenchGemm,
+    BenchKernelPlan,
+    BenchLayers,
+    BenchRequest,
+    BenchResult,
+    CheckAccuracy,
+    GemmTimes,
+    LayerTimes,
     Pair,
-    Question,
-    Race,
-    Raced,
-    Screen,
-    Screened,
-    ScreenPath,
 )
 from tests.tables.generated import paths
 
@@ -37,73 +37,73 @@ def pairs(draw: st.DrawFn) -> Pair:
 
 
 @st.composite
-def screens(draw: st.DrawFn) -> tuple[Question, Answer]:
+def screens(draw: st.DrawFn) -> tuple[BenchRequest, BenchResult]:
     projection: Projection = draw(st.sampled_from(["up", "down"]))
     groups = tuple(draw(st.lists(whole, min_size=1, max_size=4)))
     samples = draw(st.integers(1, 3))
-    screen = Screen(draw(whole), projection, draw(keys), groups, samples, draw(st.none() | times))
-    return screen, Screened(tuple(tuple(draw(st.lists(times, max_size=samples))) for _ in groups))
+    screen = BenchGemm(draw(whole), projection, draw(keys), groups, samples, draw(st.none() | times))
+    return screen, GemmTimes(tuple(tuple(draw(st.lists(times, max_size=samples))) for _ in groups))
 
 
 @st.composite
-def races(draw: st.DrawFn) -> tuple[Question, Answer]:
+def races(draw: st.DrawFn) -> tuple[BenchRequest, BenchResult]:
     racers, rounds = draw(st.lists(pairs() | paths, min_size=1, max_size=3)), draw(st.integers(1, 4))
-    race = Race(draw(whole), tuple(racers), rounds, draw(st.integers(0, 9)), draw(st.integers(0, 9)))
+    race = BenchLayers(draw(whole), tuple(racers), rounds, draw(st.integers(0, 9)), draw(st.integers(0, 9)))
     us = tuple(tuple(draw(times) for _ in range(rounds)) for _ in racers)
-    return race, Raced(us, draw(whole), draw(st.none() | st.text(max_size=9)), draw(st.none() | whole))
+    return race, LayerTimes(us, draw(whole), draw(st.none() | st.text(max_size=9)), draw(st.none() | whole))
 
 
 @st.composite
-def path_screens(draw: st.DrawFn) -> tuple[Question, Answer]:
+def path_screens(draw: st.DrawFn) -> tuple[BenchRequest, BenchResult]:
     samples = draw(st.integers(1, 3))
-    return ScreenPath(draw(whole), draw(paths), samples), Screened((tuple(draw(times) for _ in range(samples)),))
+    return BenchKernelPlan(draw(whole), draw(paths), samples), GemmTimes((tuple(draw(times) for _ in range(samples)),))
 
 
-checks = st.tuples(st.builds(Check, whole, pairs() | paths), st.builds(Checked, times))
+checks = st.tuples(st.builds(CheckAccuracy, whole, pairs() | paths), st.builds(Accuracy, times))
 answered = screens() | path_screens() | races() | checks
 trials = answered | st.tuples(answered.map(lambda trial: trial[0]), failures)
 """A question with an answer to it, or with a failure."""
 
 
-def question(number: int) -> Screen:
-    return Screen(number, "up", CompileKey(64, 128, 64, 4, 3), (1, 16), 2)
+def question(number: int) -> BenchGemm:
+    return BenchGemm(number, "up", CompileKey(64, 128, 64, 4, 3), (1, 16), 2)
 
 
-def answer_of(question: Question) -> Answer:
+def answer_of(question: BenchRequest) -> BenchResult:
     """As long fractions as a clock gives, some failures, some infinite; always the same to the same question."""
     dice = random.Random(repr(question))
     match question:
         case _ if dice.random() < 0.1:
             return Failure("OutOfResources", f"shared memory, {dice.random()}")
-        case Screen():
-            return Screened(tuple(tuple(_us(dice) for _ in range(question.samples)) for _ in question.groups))
-        case ScreenPath():
-            return Screened((tuple(_us(dice) for _ in range(question.samples)),))
-        case Race():
-            return Raced(tuple(tuple(_us(dice) for _ in range(question.rounds)) for _ in question.pairs), 4)
-        case Check():
-            return Checked(dice.random() * 1e-2)
+        case BenchGemm():
+            return GemmTimes(tuple(tuple(_us(dice) for _ in range(question.samples)) for _ in question.groups))
+        case BenchKernelPlan():
+            return GemmTimes((tuple(_us(dice) for _ in range(question.samples)),))
+        case BenchLayers():
+            return LayerTimes(tuple(tuple(_us(dice) for _ in range(question.rounds)) for _ in question.pairs), 4)
+        case CheckAccuracy():
+            return Accuracy(dice.random() * 1e-2)
 
 
 def _us(dice: random.Random) -> float:
     return math.inf if dice.random() < 0.05 else dice.uniform(5, 500)
 
 
-def halving(ask: Callable[[Question], Answer], tokens: int) -> list[tuple[TileConfig, float]]:
+def halving(ask: Callable[[BenchRequest], BenchResult], tokens: int) -> list[tuple[TileConfig, float]]:
     """A tiny strategy whose every question depends on the answers before it: screen, keep half, race, check."""
     left = [CompileKey(64, width, depth, 4, 3) for width in (32, 64, 128, 256) for depth in (32, 64, 128)]
     scored: list[tuple[float, CompileKey]] = []
     for samples in (2, 3, 4):
         scored = []
         for key in left:
-            answer = ask(Screen(tokens, "up", key, (1, 8), samples, scored[0][0] if scored else None))
-            best = min(map(min, answer.us)) if isinstance(answer, Screened) else math.inf
+            answer = ask(BenchGemm(tokens, "up", key, (1, 8), samples, scored[0][0] if scored else None))
+            best = min(map(min, answer.us)) if isinstance(answer, GemmTimes) else math.inf
             scored.append((best, key))
         scored.sort()
         left = [key for _, key in scored[: (len(scored) + 1) // 2]]
     configs = [TileConfig(k.block_m, k.block_n, k.block_k, 8, k.num_warps, k.num_stages) for k in left]
-    raced = ask(Race(tokens, tuple({"up": config, "down": config} for config in configs), 5))
-    us = [sum(row) for row in raced.us] if isinstance(raced, Raced) else [us for us, _ in scored[: len(configs)]]
-    errors = [ask(Check(tokens, {"up": config, "down": config})) for config in configs]
-    right = [isinstance(error, Checked) and error.error < 8e-3 for error in errors]
+    raced = ask(BenchLayers(tokens, tuple({"up": config, "down": config} for config in configs), 5))
+    us = [sum(row) for row in raced.us] if isinstance(raced, LayerTimes) else [us for us, _ in scored[: len(configs)]]
+    errors = [ask(CheckAccuracy(tokens, {"up": config, "down": config})) for config in configs]
+    right = [isinstance(error, Accuracy) and error.error < 8e-3 for error in errors]
     return [(config, time) for config, time, is_right in zip(configs, us, right, strict=True) if is_right]

@@ -13,26 +13,26 @@ from sglang_moe_ext.core import CompileJob, Failure, MoEShape, Projection, Quant
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tuning import plan
 from sglang_moe_ext.tuning.bench.messages import (
-    Answer,
+    Accuracy,
     Ask,
-    Check,
-    Checked,
+    BenchGemm,
+    BenchLayers,
+    BenchRequest,
+    BenchResult,
+    CheckAccuracy,
+    GemmTimes,
+    LayerTimes,
     Pair,
-    Question,
-    Race,
-    Raced,
-    Screen,
-    Screened,
 )
 from sglang_moe_ext.tuning.bench.routing import MIXED
-from sglang_moe_ext.tuning.request import Measuring, Request
+from sglang_moe_ext.tuning.request import MeasureOptions, TuneRequest
 from sglang_moe_ext.tuning.run import journal, journal_reader, search_loop
-from sglang_moe_ext.tuning.run.executor import Station
+from sglang_moe_ext.tuning.run.executor import Executor
 from sglang_moe_ext.tuning.run.journal import Journal
 from sglang_moe_ext.tuning.run.journal_reader import Recording
-from sglang_moe_ext.tuning.run.search_loop import Task
+from sglang_moe_ext.tuning.run.search_loop import SearchTask
 from sglang_moe_ext.tuning.search import candidates
-from sglang_moe_ext.tuning.search.final_comparison import Measured
+from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
 
 JOURNALS = Path(__file__).resolve().parents[1] / "data" / "journals"
 LAYERS = {
@@ -41,7 +41,7 @@ LAYERS = {
 }
 GPU = specs.find("H200")
 FITS = Resources(smem_bytes=65536, registers=128, spill_bytes=0)
-MEASURING = Measuring(effort="full", with_tma=("down",), budget_s=None, routing=MIXED, gpus=("0",))
+MEASURING = MeasureOptions(effort="full", with_tma=("down",), budget_s=None, routing=MIXED, gpus=("0",))
 
 
 def path_of(layer: str) -> Path:
@@ -53,9 +53,11 @@ def recorded(layer: str) -> Recording:
     return journal_reader.read(path_of(layer))
 
 
-def request_of(layer: str, tokens: Sequence[int] = plan.DEFAULT_TOKENS, measuring: Measuring = MEASURING) -> Request:
+def request_of(
+    layer: str, tokens: Sequence[int] = plan.DEFAULT_TOKENS, measuring: MeasureOptions = MEASURING
+) -> TuneRequest:
     """As the command would make it."""
-    return Request(
+    return TuneRequest(
         model=layer,
         architecture="",
         shape=LAYERS[layer],
@@ -71,16 +73,18 @@ def request_of(layer: str, tokens: Sequence[int] = plan.DEFAULT_TOKENS, measurin
     )
 
 
-def tasks_of(layer: str, tokens: Sequence[int] = plan.DEFAULT_TOKENS, measuring: Measuring = MEASURING) -> list[Task]:
+def tasks_of(
+    layer: str, tokens: Sequence[int] = plan.DEFAULT_TOKENS, measuring: MeasureOptions = MEASURING
+) -> list[SearchTask]:
     request = request_of(layer, tokens, measuring)
-    kept = plan.sifted(request.shape, GPU).kept
-    return search_loop.largest_first({m: candidates.of_request(request, measuring, kept, m) for m in tokens})
+    kept = plan.prune_space(request.shape, GPU).kept
+    return search_loop.largest_first({m: candidates.list_for_request(request, measuring, kept, m) for m in tokens})
 
 
 @functools.cache
 def incumbents_of(layer: str) -> dict[int, Pair]:
     """The pair that begins and ends the race of all finalists, by M."""
-    races = (question for question, _ in recorded(layer).answers.values() if isinstance(question, Race))
+    races = (question for question, _ in recorded(layer).answers.values() if isinstance(question, BenchLayers))
     return {race.tokens: race.pairs[0] for race in races if len(race.pairs) > 1 and race.pairs[0] == race.pairs[-1]}
 
 
@@ -99,18 +103,18 @@ def formula_us(tokens: int, projection: Projection, config: TileConfig) -> float
     return (10 + tokens / 10) * slowness
 
 
-def formula(question: Question) -> Answer:
+def formula(question: BenchRequest) -> BenchResult:
     """A GPU whose answers follow from the question alone; one binary in ten fails."""
     match question:
-        case Screen(tokens, projection, key, groups, samples):
+        case BenchGemm(tokens, projection, key, groups, samples):
             if random.Random(str(key)).random() < 0.1:
                 return Failure("OutOfResources", "shared memory")
-            return Screened(tuple((formula_us(tokens, projection, key.with_group(g)),) * samples for g in groups))
-        case Race(tokens, pairs, rounds):
+            return GemmTimes(tuple((formula_us(tokens, projection, key.with_group(g)),) * samples for g in groups))
+        case BenchLayers(tokens, pairs, rounds):
             sums = [sum(formula_us(tokens, of, config) for of, config in pair.items()) for pair in pairs]
-            return Raced(tuple((us,) * rounds for us in sums), routings=1)
-        case Check():
-            return Checked(1e-3)
+            return LayerTimes(tuple((us,) * rounds for us in sums), routings=1)
+        case CheckAccuracy():
+            return Accuracy(1e-3)
 
 
 @dataclass
@@ -121,7 +125,7 @@ class ReplayingStation:
     name: str = "GPU 0"
     seconds: float = 0.0
     needs: Callable[[CompileJob], Resources | Failure] = lambda job: FITS
-    asked: list[Question] = field(default_factory=list)
+    asked: list[BenchRequest] = field(default_factory=list)
     wanted: set[CompileJob] = field(default_factory=set)
 
     def get_ready(self) -> None:
@@ -133,7 +137,7 @@ class ReplayingStation:
     def binary(self, job: CompileJob) -> Resources | Failure:
         return self.needs(job)
 
-    def ask(self, question: Question) -> Answer:
+    def ask(self, question: BenchRequest) -> BenchResult:
         time.sleep(self.seconds)
         self.asked.append(question)
         return self.answers(question)
@@ -149,11 +153,11 @@ def unseen(stage: str, done: int, of: int) -> None:
 def measured(
     layer: str,
     run: Journal,
-    stations: Sequence[Station],
+    stations: Sequence[Executor],
     tokens: Sequence[int] = plan.DEFAULT_TOKENS,
-    measuring: Measuring = MEASURING,
+    measuring: MeasureOptions = MEASURING,
     today: dict[int, Pair] | None = None,
-) -> dict[int, Measured]:
+) -> dict[int, MeasuredChoice]:
     """What a run over these stations chooses, by M; in place of the recorded incumbents those of `today`."""
     return search_loop.measure_all(
         request_of(layer, tokens, measuring),

@@ -9,8 +9,16 @@ from dataclasses import dataclass, field
 import pytest
 
 from sglang_moe_ext.core import Failure, MoEShape, Quantisation, TileConfig
-from sglang_moe_ext.tuning.bench.messages import Answer, Check, Checked, Pair, Question, Race, Raced
-from sglang_moe_ext.tuning.compare_configs import TODAY, Compared, Timed, compared
+from sglang_moe_ext.tuning.bench.messages import (
+    Accuracy,
+    BenchLayers,
+    BenchRequest,
+    BenchResult,
+    CheckAccuracy,
+    LayerTimes,
+    Pair,
+)
+from sglang_moe_ext.tuning.compare_configs import TODAY, ConfigComparison, TimedConfig, compare_all
 from sglang_moe_ext.tuning.search.final_comparison import is_right
 from sglang_moe_ext.tuning.search.statistics import Interval
 
@@ -36,35 +44,35 @@ class TableGpu:
     fails_beside_others: frozenset[TileConfig] = frozenset()
     jitter: Callable[[int, int], float] = lambda place, turn: 1.0
     throttled_races: int = 0
-    asked: list[Question] = field(default_factory=list)
+    asked: list[BenchRequest] = field(default_factory=list)
 
-    def __call__(self, question: Question) -> Answer:
+    def __call__(self, question: BenchRequest) -> BenchResult:
         self.asked.append(question)
         match question:
-            case Race(_, pairs, rounds):
+            case BenchLayers(_, pairs, rounds):
                 return self._raced([racer["up"] for racer in pairs], rounds)
-            case Check(_, checked):
+            case CheckAccuracy(_, checked):
                 error = self.errors.get(checked["up"], 1e-3)
-                return error if isinstance(error, Failure) else Checked(error)
+                return error if isinstance(error, Failure) else Accuracy(error)
             case _:
                 raise AssertionError(question)
 
-    def _raced(self, configs: list[TileConfig], rounds: int) -> Answer:
+    def _raced(self, configs: list[TileConfig], rounds: int) -> BenchResult:
         if self.fails & set(configs) or (len(configs) > 1 and self.fails_beside_others & set(configs)):
             return FAILED
         rows = [
             tuple(self.us[config] * self.jitter(place, turn) for turn in range(rounds))
             for place, config in enumerate(configs)
         ]
-        return Raced(tuple(rows), ROUTINGS, "too hot" if len(self.races) <= self.throttled_races else None)
+        return LayerTimes(tuple(rows), ROUTINGS, "too hot" if len(self.races) <= self.throttled_races else None)
 
     @property
-    def races(self) -> list[Race]:
-        return [question for question in self.asked if isinstance(question, Race)]
+    def races(self) -> list[BenchLayers]:
+        return [question for question in self.asked if isinstance(question, BenchLayers)]
 
     @property
     def checked(self) -> list[TileConfig]:
-        return [question.pair["up"] for question in self.asked if isinstance(question, Check)]
+        return [question.pair["up"] for question in self.asked if isinstance(question, CheckAccuracy)]
 
 
 def nothing_against(_: Pair) -> Failure | None:
@@ -73,14 +81,14 @@ def nothing_against(_: Pair) -> Failure | None:
 
 def outcome(
     gpu: TableGpu, trouble: Callable[[Pair], Failure | None] = nothing_against, **given: TileConfig
-) -> Compared:
+) -> ConfigComparison:
     pairs = {name: pair(config) for name, config in given.items()}
-    return compared(64, pair(NOW), pairs, trouble, gpu, rounds=ROUNDS)
+    return compare_all(64, pair(NOW), pairs, trouble, gpu, rounds=ROUNDS)
 
 
-def timed(found: Compared, name: str) -> Timed:
+def timed(found: ConfigComparison, name: str) -> TimedConfig:
     result = found.results[name]
-    assert isinstance(result, Timed), result
+    assert isinstance(result, TimedConfig), result
     return result
 
 
@@ -129,7 +137,7 @@ def test_a_choice_that_is_todays_has_no_gain() -> None:
 
 
 def test_up_and_down_may_differ() -> None:
-    found = compared(
+    found = compare_all(
         64, pair(NOW), {"mixed": pair(FAST, FASTER)}, nothing_against, TableGpu({NOW: 10, FAST: 8}), rounds=ROUNDS
     )
     assert (found.pairs["mixed"], timed(found, "mixed").us) == (pair(FAST, FASTER), 8)
@@ -170,7 +178,7 @@ def test_what_has_no_binary_never_runs() -> None:
 
 def test_where_today_cannot_run_the_others_have_times_without_gains() -> None:
     found = outcome(TableGpu({NOW: 10, FAST: 8}, fails=frozenset({NOW})), fast=FAST)
-    assert (found.results[TODAY], found.noise, timed(found, "fast")) == (FAILED, None, Timed(8, None, 1e-3))
+    assert (found.results[TODAY], found.noise, timed(found, "fast")) == (FAILED, None, TimedConfig(8, None, 1e-3))
 
 
 def test_where_nothing_runs_each_has_its_reason() -> None:

@@ -9,7 +9,7 @@ import pytest
 from sglang_moe_ext.engines.vllm.installation import VARIABLE, VllmInstallation
 from sglang_moe_ext.tables import files
 from sglang_moe_ext.tuning import install_target
-from sglang_moe_ext.tuning.install_target import Destination
+from sglang_moe_ext.tuning.install_target import InstallTarget
 
 TRITON = "3.6.0"
 
@@ -30,14 +30,14 @@ def engine(tmp_path: Path) -> VllmInstallation:
 
 def chosen(
     engine: VllmInstallation | None, install: install_target.Install = "engine", to: Path | None = None
-) -> Destination:
-    found = install_target.chosen_of_vllm(install, to, engine, TRITON)
+) -> InstallTarget:
+    found = install_target.choose_for_vllm(install, to, engine, TRITON)
     assert found is not None
     return found
 
 
 def test_an_engine_that_can_be_written_gets_the_tables_beside_its_own(engine: VllmInstallation) -> None:
-    assert chosen(engine) == Destination(engine.configs_folder, {}, is_flat=True)
+    assert chosen(engine) == InstallTarget(engine.configs_folder, {}, is_flat=True)
 
 
 def test_a_read_only_engine_leaves_them_in_the_store_that_the_plugin_serves(
@@ -68,8 +68,8 @@ def test_a_folder_to_save_to_comes_before_all(engine: VllmInstallation, tmp_path
 
 @pytest.mark.parametrize("install", ["engine", "overlay", "none"])
 def test_without_an_engine_the_store_alone_keeps_them(install: install_target.Install) -> None:
-    assert install_target.chosen_of_vllm(install, None, None, TRITON) is None
+    assert install_target.choose_for_vllm(install, None, None, TRITON) is None
 
 
 def test_who_installs_nowhere_gets_no_place(engine: VllmInstallation) -> None:
-    assert install_target.chosen_of_vllm("none", None, engine, TRITON) is None
+    assert install_target.choose_for_vllm("none", None, engine, TRITON) is None

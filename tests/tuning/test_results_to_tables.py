@@ -9,7 +9,7 @@ from dataclasses import replace
 from sglang_moe_ext.core import TileConfig
 from sglang_moe_ext.tables import provenance
 from sglang_moe_ext.tuning import results_to_tables
-from sglang_moe_ext.tuning.search.final_comparison import Measured
+from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
 from sglang_moe_ext.tuning.search.statistics import Interval
 from tests.cli.test_output import FASTER, FIRST_THAT_RUNS, LONG, NEW, REQUEST
 from tests.tables import generated
@@ -17,14 +17,14 @@ from tests.tables import generated
 M = 64
 
 
-def figures(result: Measured, *, down: bool = False) -> dict[str, float]:
-    known = results_to_tables.tables(REQUEST, {M: result}, generated.A_RUN)[down].provenance
+def figures(result: MeasuredChoice, *, down: bool = False) -> dict[str, float]:
+    known = results_to_tables.config_tables(REQUEST, {M: result}, generated.A_RUN)[down].provenance
     assert known is not None
     return known.entries[M].figures
 
 
 def table(*, down: bool) -> dict[int, TileConfig]:
-    return results_to_tables.tables(REQUEST, {M: FASTER}, generated.A_RUN)[down].table
+    return results_to_tables.config_tables(REQUEST, {M: FASTER}, generated.A_RUN)[down].table
 
 
 def test_each_gemm_has_its_own_table() -> None:
@@ -65,7 +65,7 @@ def test_every_figure_is_finite_whatever_the_gain() -> None:
 
 
 def test_the_figures_survive_the_disk() -> None:
-    known = results_to_tables.tables(REQUEST, {M: FASTER}, generated.A_RUN)[True].provenance
+    known = results_to_tables.config_tables(REQUEST, {M: FASTER}, generated.A_RUN)[True].provenance
     assert known is not None
     assert provenance.parse(json.loads(provenance.to_json(known))) == known
 

@@ -17,10 +17,17 @@ from sglang_moe_ext.engines.adapter import EngineName
 from sglang_moe_ext.engines.registry import ENGINES
 from sglang_moe_ext.tables import config_table, provenance
 from sglang_moe_ext.tuning import transfer
-from sglang_moe_ext.tuning.bench.messages import Answer, Check, Checked, Question, Screen, Screened
+from sglang_moe_ext.tuning.bench.messages import (
+    Accuracy,
+    BenchGemm,
+    BenchRequest,
+    BenchResult,
+    CheckAccuracy,
+    GemmTimes,
+)
 from sglang_moe_ext.tuning.run.journal import Journal
 from sglang_moe_ext.tuning.run.journal_reader import Recording
-from sglang_moe_ext.tuning.transfer import Source
+from sglang_moe_ext.tuning.transfer import JournalSource
 from tests.tuning.recorded_runs import LAYERS, path_of, recorded
 
 GLM, QWEN = "glm_4_7_flash_bf16", "qwen3_30b_a3b_fp8_block"
@@ -36,25 +43,25 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "store"
 
 
-def source(shape: MoEShape, engine: EngineName = "sglang") -> Source:
-    return Source(engine, "0.5.15", "3.6.0", shape, H200)
+def source(shape: MoEShape, engine: EngineName = "sglang") -> JournalSource:
+    return JournalSource(engine, "0.5.15", "3.6.0", shape, H200)
 
 
-def screens(times: dict[CompileKey, float], tokens: int = 64) -> list[tuple[Question, Answer]]:
+def screens(times: dict[CompileKey, float], tokens: int = 64) -> list[tuple[BenchRequest, BenchResult]]:
     """Both GEMMs timed alike, with GROUP_SIZE_M 1."""
     return [
-        (Screen(tokens, projection, key, (1,), 2), Screened(((us, us),)))
+        (BenchGemm(tokens, projection, key, (1,), 2), GemmTimes(((us, us),)))
         for projection in PROJECTIONS
         for key, us in times.items()
     ]
 
 
-def recording(*answers: tuple[Question, Answer]) -> Recording:
+def recording(*answers: tuple[BenchRequest, BenchResult]) -> Recording:
     return Recording({}, dict(enumerate(answers)), is_finished=True, whole_bytes=0)
 
 
-def chosen(*answers: tuple[Question, Answer], shape: MoEShape = LAYERS[GLM]) -> dict[int, TileConfig]:
-    found = transfer.best(recording(*answers), source(shape), "vllm")
+def chosen(*answers: tuple[BenchRequest, BenchResult], shape: MoEShape = LAYERS[GLM]) -> dict[int, TileConfig]:
+    found = transfer.best_configs(recording(*answers), source(shape), "vllm")
     return {m: of.config for m, of in found.items()}
 
 
@@ -62,12 +69,12 @@ def chosen(*answers: tuple[Question, Answer], shape: MoEShape = LAYERS[GLM]) -> 
 def test_every_m_that_was_measured_gets_an_entry(layer: str) -> None:
     journal = recorded(layer)
     measured = {question.tokens for question, _ in journal.answers.values()}
-    assert set(transfer.best(journal, transfer.source_of(journal), "vllm")) == measured
+    assert set(transfer.best_configs(journal, transfer.source_of(journal), "vllm")) == measured
 
 
 @pytest.mark.parametrize("layer", [GLM, QWEN])
 def test_no_entry_for_vllm_has_tma(layer: str) -> None:
-    found = transfer.best(recorded(layer), transfer.source_of(recorded(layer)), "vllm")
+    found = transfer.best_configs(recorded(layer), transfer.source_of(recorded(layer)), "vllm")
     assert not any(of.config.use_tma for of in found.values())
 
 
@@ -90,12 +97,12 @@ def test_a_faster_one_by_tma_is_passed_over() -> None:
 
 def test_what_was_found_wrong_is_passed_over() -> None:
     wrong = FAST.with_group(1)
-    check: tuple[Question, Answer] = (Check(64, {"up": wrong, "down": wrong}), Checked(0.5))
+    check: tuple[BenchRequest, BenchResult] = (CheckAccuracy(64, {"up": wrong, "down": wrong}), Accuracy(0.5))
     assert chosen(*screens({FAST: 3.0, SLOW: 5.0}), check) == {64: SLOW.with_group(1)}
 
 
 def test_a_longer_screen_of_a_configuration_counts() -> None:
-    again = [(Screen(64, it, FAST, (1,), 4), Screened(((9.0,) * 4,))) for it in PROJECTIONS]
+    again = [(BenchGemm(64, it, FAST, (1,), 4), GemmTimes(((9.0,) * 4,))) for it in PROJECTIONS]
     assert chosen(*screens({FAST: 3.0, SLOW: 5.0}), *again) == {64: SLOW.with_group(1)}
 
 

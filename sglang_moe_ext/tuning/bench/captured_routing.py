@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sglang_moe_ext.core import ModelError, MoEExtError, MoEShape
-from sglang_moe_ext.tuning.bench.routing import REMOTE, Routing, Source, routed_experts, weighted
+from sglang_moe_ext.tuning.bench.routing import REMOTE, Routing, RoutingSource, routed_experts, weighted
 
 if TYPE_CHECKING:
     import torch
@@ -152,7 +152,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Captured:
+class CapturedRouting:
     """Makes routings of captured rows.
 
     `stored` is what torch.save made of all rows, [rows, top_k] int32, ids of all ranks' experts with the fused shared
@@ -178,7 +178,7 @@ class Captured:
         rank = busiest_rank(ids, shape)
         log.debug("%s: %d tokens as rank %d of %d sees them", self.name, tokens, rank, shape.ep)
         generator = torch.Generator(device=device).manual_seed(seed)
-        return weighted(of_rank(ids, shape, rank).to(device), generator)
+        return weighted(for_rank(ids, shape, rank).to(device), generator)
 
     def _slices(self, tokens: int, choice: random.Random) -> Iterator[tuple[int, int]]:
         ends = list(itertools.accumulate(self.lengths))
@@ -199,7 +199,7 @@ def _tell_of_repetition(name: str, rows: int) -> None:
 
 # SGLang 0.5.15, srt/layers/moe: fused_moe_triton/layer.py puts each rank's routed experts in one contiguous range and
 # the fused shared ones after them; token_dispatcher/standard.py maps the ids of a batch to that, others' to -1.
-def of_rank(ids: torch.Tensor, shape: MoEShape, rank: int) -> torch.Tensor:
+def for_rank(ids: torch.Tensor, shape: MoEShape, rank: int) -> torch.Tensor:
     """The same ids as the kernel on that rank sees them."""
     import torch
 
@@ -216,7 +216,7 @@ def busiest_rank(ids: torch.Tensor, shape: MoEShape) -> int:
     return int((routed // (shape.experts - shape.fused_shared)).bincount(minlength=shape.ep).argmax())
 
 
-def source(folder: Path, shape: MoEShape) -> Source:
+def source(folder: Path, shape: MoEShape) -> RoutingSource:
     """The routing that a server of this layer dumped there; its name follows from the files' names and contents.
 
     Raises:
@@ -229,4 +229,4 @@ def source(folder: Path, shape: MoEShape) -> Source:
     name = f"captured {digest}" + (f" as the busiest of {shape.ep} ranks sees it" if shape.ep > 1 else "")
     stored = io.BytesIO()
     torch.save(torch.cat(tables), stored)
-    return Source(name, (Captured(name, tuple(map(len, tables)), stored.getvalue()),))
+    return RoutingSource(name, (CapturedRouting(name, tuple(map(len, tables)), stored.getvalue()),))

@@ -32,7 +32,7 @@ _FUNCTIONS = ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClo
 
 
 @dataclass(frozen=True, slots=True)
-class Clocks:
+class ClockReading:
     """The clock of the multiprocessors, and all that keeps it from being higher."""
 
     sm_mhz: int
@@ -44,7 +44,7 @@ class Clocks:
         return ", ".join(sorted(self.reasons & SPOILING)) or None
 
 
-class Watch:
+class ClockWatch:
     """Reads the clocks of one GPU through NVML, where that is to be had.
 
     `device`: the index that CUDA gives it in this process, or its UUID.
@@ -66,7 +66,7 @@ class Watch:
             return
         self._nvml = nvml
 
-    def read(self) -> Clocks | None:
+    def read(self) -> ClockReading | None:
         """The clocks now; None where they cannot be known."""
         if self._nvml is None:
             return None
@@ -78,8 +78,8 @@ class Watch:
             return None
 
 
-def _clocks(nvml: Any, handle: Any) -> Clocks:
-    return Clocks(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM), _names(nvml, _bits(nvml, handle)))
+def _clocks(nvml: Any, handle: Any) -> ClockReading:
+    return ClockReading(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM), _names(nvml, _bits(nvml, handle)))
 
 
 def _bits(nvml: Any, handle: Any) -> int:

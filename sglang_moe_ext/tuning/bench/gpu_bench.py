@@ -14,36 +14,36 @@ from sglang_moe_ext.core import MoEShape
 from sglang_moe_ext.engines.adapter import EngineName
 from sglang_moe_ext.sorted_kernels import KernelPlan
 from sglang_moe_ext.tuning.bench.messages import (
-    Answer,
-    Check,
-    Checked,
-    Question,
-    Race,
-    Raced,
+    Accuracy,
+    BenchGemm,
+    BenchKernelPlan,
+    BenchLayers,
+    BenchRequest,
+    BenchResult,
+    CheckAccuracy,
+    GemmTimes,
+    LayerTimes,
     Runner,
-    Screen,
-    Screened,
-    ScreenPath,
 )
-from sglang_moe_ext.tuning.bench.routing import Source
+from sglang_moe_ext.tuning.bench.routing import RoutingSource
 
 if TYPE_CHECKING:
     import torch
 
     from sglang_moe_ext.kernels.launcher import RecordedLaunch
-    from sglang_moe_ext.tuning.bench.clocks import Clocks
-    from sglang_moe_ext.tuning.bench.layer import Batch
+    from sglang_moe_ext.tuning.bench.clocks import ClockReading
+    from sglang_moe_ext.tuning.bench.layer import LayerBatch
 
 _KEPT_SCREENS = 2000
 """After so many screens, what Triton keeps in memory of their binaries is dropped."""
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
+class BenchSetup:
     """What the process measures, and where Triton finds the binaries that are already made."""
 
     shape: MoEShape
-    routing: Source
+    routing: RoutingSource
     seed: int
     triton_cache: Path
     engine: EngineName = "sglang"
@@ -56,13 +56,13 @@ class Setup:
 class GpuBench:
     """The measurements of one layer on the GPU that torch calls 0."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: BenchSetup) -> None:
         os.environ["TRITON_CACHE_DIR"] = str(setup.triton_cache)
         import torch
 
         from sglang_moe_ext.engines.registry import ENGINES
-        from sglang_moe_ext.tuning.bench.clocks import Watch
-        from sglang_moe_ext.tuning.bench.layer import Layer
+        from sglang_moe_ext.tuning.bench.clocks import ClockWatch
+        from sglang_moe_ext.tuning.bench.layer import BenchedLayer
         from sglang_moe_ext.tuning.bench.timer import Stopwatch, cuda_queue
 
         self.device_name: str = torch.cuda.get_device_name(0)
@@ -71,14 +71,14 @@ class GpuBench:
         engine = tunable.load()
         # Beside the screening, which does without: the first rematch would wait for it.
         threading.Thread(target=tunable.warm_up, args=(engine, setup.shape), daemon=True).start()
-        self.layer = Layer(engine, setup.shape, setup.routing, setup.seed, tunable=tunable)
+        self.layer = BenchedLayer(engine, setup.shape, setup.routing, setup.seed, tunable=tunable)
         queue = cuda_queue()
         self._gemms, self._layers = Stopwatch(queue), Stopwatch(queue)
-        self._clocks = Watch(0)
-        self._batch: Batch | None = None
+        self._clocks = ClockWatch(0)
+        self._batch: LayerBatch | None = None
         self._screens = 0
 
-    def answer(self, question: Question) -> Answer:
+    def answer(self, question: BenchRequest) -> BenchResult:
         """Raises whatever the candidate makes the engine, the compiler or the GPU raise."""
         import torch
 
@@ -99,29 +99,29 @@ class GpuBench:
             return False
         return True
 
-    def _answer(self, question: Question) -> Answer:
+    def _answer(self, question: BenchRequest) -> BenchResult:
         import torch
 
         match question:
-            case Screen():
-                answer: Answer = self._screen(question)
-            case ScreenPath():
+            case BenchGemm():
+                answer: BenchResult = self._screen(question)
+            case BenchKernelPlan():
                 answer = self._screen_path(question)
-            case Race():
+            case BenchLayers():
                 answer = self._race(question)
-            case Check():
+            case CheckAccuracy():
                 answer = self._check(question)
         torch.cuda.synchronize()
         return answer
 
-    def _batch_of(self, tokens: int, data: int = 0) -> Batch:
+    def _batch_of(self, tokens: int, data: int = 0) -> LayerBatch:
         seed = self._seed + data
         if self._batch is None or (self._batch.tokens, self._batch.seed) != (tokens, seed):
             self._batch = None  # two of them may not fit
             self._batch = self.layer.batch(tokens, seed)
         return self._batch
 
-    def _screen(self, screen: Screen) -> Screened:
+    def _screen(self, screen: BenchGemm) -> GemmTimes:
         self._screens += 1
         if self._screens % _KEPT_SCREENS == 0:
             self._forget_binaries()
@@ -137,9 +137,9 @@ class GpuBench:
         for of_turn in self._gemms.rounds([launches[group] for group in rivals], range(1, screen.samples)):
             for group, us in zip(rivals, of_turn, strict=True):
                 samples[group].append(us)
-        return Screened(tuple(tuple(samples.get(group, ())) for group in screen.groups))
+        return GemmTimes(tuple(tuple(samples.get(group, ())) for group in screen.groups))
 
-    def _relaunches(self, batch: Batch, screen: Screen) -> list[RecordedLaunch]:
+    def _relaunches(self, batch: LayerBatch, screen: BenchGemm) -> list[RecordedLaunch]:
         """The launch of that GEMM with each routing: one through the engine's launcher, the others made from it."""
         from sglang_moe_ext.engines.meta_compile import any_group
         from sglang_moe_ext.kernels.launcher import record_launch
@@ -158,21 +158,21 @@ class GpuBench:
 
         forget_binaries(self.layer.engine.kernels)
 
-    def _screen_path(self, screen: ScreenPath) -> Screened:
+    def _screen_path(self, screen: BenchKernelPlan) -> GemmTimes:
         batch = self._batch_of(screen.tokens)
         batch.drop_gemms()
         launch = self._whole(batch, screen.path)
         launch(0)
-        return Screened((tuple(us for [us] in self._layers.rounds([launch], range(screen.samples))),))
+        return GemmTimes((tuple(us for [us] in self._layers.rounds([launch], range(screen.samples))),))
 
-    def _whole(self, batch: Batch, runner: Runner) -> Callable[[int], torch.Tensor]:
+    def _whole(self, batch: LayerBatch, runner: Runner) -> Callable[[int], torch.Tensor]:
         layer, tunable = self.layer, self.layer.tunable
         if isinstance(runner, KernelPlan):
             return lambda turn: tunable.run_path(layer.engine, layer.shape, layer.whole(batch, turn), runner)
         up, down = runner["up"], runner["down"]
         return lambda turn: tunable.run_layer(layer.engine, layer.shape, layer.whole(batch, turn), up, down)
 
-    def _race(self, race: Race) -> Raced:
+    def _race(self, race: BenchLayers) -> LayerTimes:
         from sglang_moe_ext.tuning.bench.layer import ROUTINGS
 
         batch = self._batch_of(race.tokens, race.data)
@@ -180,30 +180,30 @@ class GpuBench:
         launches = [self._whole(batch, pair) for pair in race.pairs]
         for launch in launches:
             launch(0)
-        read: list[Clocks | None] = []
+        read: list[ClockReading | None] = []
         rounds = self._layers.rounds(launches, range(race.rounds), lambda: read.append(self._clocks.read()))
         [clocks] = read
-        return Raced(
+        return LayerTimes(
             us=tuple(zip(*rounds, strict=True)),
             routings=ROUTINGS,
             throttled=None if clocks is None else clocks.spoiled,
             sm_clock_mhz=None if clocks is None else clocks.sm_mhz,
         )
 
-    def _check(self, check: Check) -> Checked:
+    def _check(self, check: CheckAccuracy) -> Accuracy:
         """With one routing of each kind; the largest error of them."""
         from sglang_moe_ext.tuning.bench.layer import ROUTINGS
-        from sglang_moe_ext.tuning.bench.nan_fill import Poisoned
+        from sglang_moe_ext.tuning.bench.nan_fill import NanFill
 
         self._batch = None
         batch = self.layer.batch(check.tokens, self._seed + 1)
         run = self._whole(batch, check.pair)
         errors = []
         for turn in range(min(len(self.layer.source.makers), ROUTINGS)):
-            with Poisoned():
+            with NanFill():
                 out = run(turn)
             errors.append(self.layer.error(batch, turn, out))
-        return Checked(max(errors))
+        return Accuracy(max(errors))
 
 
 def _in_turn(by_turn: list[RecordedLaunch], group: int) -> Callable[[int], None]:

@@ -27,7 +27,7 @@ _LARGEST_BLOCK_M = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class LayerWeights:
     """One projection's weights [experts, columns, reduction] as the engine stores them, and their scales."""
 
     stored: torch.Tensor
@@ -35,7 +35,7 @@ class Weights:
 
 
 @dataclass(slots=True)
-class Batch:
+class LayerBatch:
     """Inputs of one batch size: hidden [tokens, hidden], routings, and their sorted forms by BLOCK_SIZE_M.
 
     `inner` and `out` serve GEMMs alone, and are made for the first of them: what the down GEMM reads, with rows enough
@@ -56,14 +56,14 @@ class Batch:
         self.out.clear()
 
 
-class Layer:
+class BenchedLayer:
     """One MoE layer of the shape, with random weights that are made once; `engine` is what `tunable.load` gave."""
 
     def __init__(
         self,
         engine: Any,
         shape: MoEShape,
-        source: routing.Source,
+        source: routing.RoutingSource,
         seed: int,
         device: str = "cuda",
         tunable: EngineAdapter = SGLANG,
@@ -86,7 +86,7 @@ class Layer:
 
         return torch.randn(*size, generator=generator, device=self.device, dtype=self._dtype)
 
-    def _weights(self, generator: torch.Generator, columns: int, reduction: int) -> Weights:
+    def _weights(self, generator: torch.Generator, columns: int, reduction: int) -> LayerWeights:
         """Expert by expert: all of them in 16 bits, beside what becomes of them, may not fit."""
         whole: list[torch.Tensor] = []
         for expert in range(self.shape.experts):
@@ -95,7 +95,7 @@ class Layer:
                 whole = [part.new_empty(self.shape.experts, *part.shape[1:]) for part in parts]
             for every, part in zip(whole, parts, strict=True):
                 every[expert] = part[0]
-        return Weights(*whole)
+        return LayerWeights(*whole)
 
     def _expert(self, generator: torch.Generator, columns: int, reduction: int) -> tuple[torch.Tensor, ...]:
         """The weights of one expert, [1, columns, reduction], and its scales where they are quantised."""
@@ -103,9 +103,9 @@ class Layer:
         quantisation = self.shape.quantisation
         return (weights,) if quantisation.scheme is None else quantise_weights(weights, quantisation)
 
-    def batch(self, tokens: int, seed: int) -> Batch:
+    def batch(self, tokens: int, seed: int) -> LayerBatch:
         """Inputs for that many tokens; each seed has its own."""
-        return Batch(
+        return LayerBatch(
             tokens=tokens,
             seed=seed,
             hidden=self._random(self._generator(seed, "hidden"), tokens, self.shape.hidden_size),
@@ -115,19 +115,19 @@ class Layer:
             ],
         )
 
-    def _inner(self, batch: Batch) -> torch.Tensor:
+    def _inner(self, batch: LayerBatch) -> torch.Tensor:
         if batch.inner is None:
             rows = sorted_rows(self.shape, batch.tokens, _LARGEST_BLOCK_M)
             batch.inner = self._random(self._generator(batch.seed, "inner"), rows, self.shape.intermediate_size)
         return batch.inner
 
-    def _out(self, batch: Batch, projection: Projection) -> torch.Tensor:
+    def _out(self, batch: LayerBatch, projection: Projection) -> torch.Tensor:
         if projection not in batch.out:
             size = (batch.tokens, self.shape.top_k, self.shape.gemm(projection)[0])
             batch.out[projection] = batch.hidden.new_empty(size)
         return batch.out[projection]
 
-    def gemm(self, batch: Batch, projection: Projection, config: TileConfig, turn: int) -> GemmTensors:
+    def gemm(self, batch: LayerBatch, projection: Projection, config: TileConfig, turn: int) -> GemmTensors:
         """The tensors of the `turn`th launch of one GEMM alone: routings take turns."""
         index = turn % ROUTINGS
         chosen = batch.routings[index]
@@ -150,7 +150,7 @@ class Layer:
             num_tokens_post_padded=aligned[2],
         )
 
-    def whole(self, batch: Batch, turn: int) -> LayerTensors:
+    def whole(self, batch: LayerBatch, turn: int) -> LayerTensors:
         """The tensors of the `turn`th run of the whole layer."""
         chosen = batch.routings[turn % ROUTINGS]
         return LayerTensors(
@@ -163,7 +163,7 @@ class Layer:
             topk_ids=chosen.topk_ids,
         )
 
-    def error(self, batch: Batch, turn: int, out: torch.Tensor) -> float:
+    def error(self, batch: LayerBatch, turn: int, out: torch.Tensor) -> float:
         """Relative error of what the whole layer gave, [tokens, hidden], against the reference."""
         tensors = self.whole(batch, turn)
         if not bool(out.isfinite().all()):

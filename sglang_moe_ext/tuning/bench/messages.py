@@ -19,13 +19,13 @@ def identity(runner: Runner) -> Hashable:
     return runner if isinstance(runner, KernelPlan) else (runner["up"], runner["down"])
 
 
-def named(runner: Runner) -> str:
+def describe(runner: Runner) -> str:
     """As a log names it."""
     return str(runner) if isinstance(runner, KernelPlan) else f"up {runner['up']}, down {runner['down']}"
 
 
 @dataclass(frozen=True, slots=True)
-class Screen:
+class BenchGemm:
     """Time one binary of one GEMM with each GROUP_SIZE_M. Answered by Screened.
 
     A group whose first sample takes longer than `limit_us` gets no second one; the first group's ends the screen.
@@ -40,7 +40,7 @@ class Screen:
 
 
 @dataclass(frozen=True, slots=True)
-class ScreenPath:
+class BenchKernelPlan:
     """Time whole layers that run our path, which is compiled first. Answered by Screened, as of one group."""
 
     tokens: int
@@ -49,14 +49,14 @@ class ScreenPath:
 
 
 @dataclass(frozen=True, slots=True)
-class Screened:
+class GemmTimes:
     """Microseconds of each sample of each group, in the order of the groups."""
 
     us: tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Race:
+class BenchLayers:
     """Time whole layers in turn, each with its runner: align, quantise, up, activation, down, sum. Answered by Raced.
 
     `attempt` tells a race from a repetition of it; `data` is which inputs and routings it runs on.
@@ -70,7 +70,7 @@ class Race:
 
 
 @dataclass(frozen=True, slots=True)
-class Raced:
+class LayerTimes:
     """Microseconds of each pair in each round; round r takes routing r % `routings`.
 
     `throttled`: why the GPU slowed down meanwhile, None where it did not; `sm_clock_mhz`: of its multiprocessors at
@@ -84,7 +84,7 @@ class Raced:
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class CheckAccuracy:
     """Compare the layer's result with the reference: fresh inputs, poisoned outputs. Answered by Checked."""
 
     tokens: int
@@ -92,13 +92,13 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class Accuracy:
     """Relative error of the layer against the float32 reference; infinite where a result is not finite."""
 
     error: float
 
 
-Question = Screen | ScreenPath | Race | Check
-Answer = Screened | Raced | Checked | Failure
-Ask = Callable[[Question], Answer]
+BenchRequest = BenchGemm | BenchKernelPlan | BenchLayers | CheckAccuracy
+BenchResult = GemmTimes | LayerTimes | Accuracy | Failure
+Ask = Callable[[BenchRequest], BenchResult]
 """The GPU's side. A test passes a table, a resumed run its journal."""

@@ -12,17 +12,17 @@ from sglang_moe_ext.sorted_kernels import KernelPlan
 from sglang_moe_ext.tables import kernel_table
 from sglang_moe_ext.tuning.bench import messages
 from sglang_moe_ext.tuning.bench.messages import (
-    Answer,
-    Check,
-    Checked,
+    Accuracy,
+    BenchGemm,
+    BenchKernelPlan,
+    BenchLayers,
+    BenchRequest,
+    BenchResult,
+    CheckAccuracy,
+    GemmTimes,
+    LayerTimes,
     Pair,
-    Question,
-    Race,
-    Raced,
     Runner,
-    Screen,
-    Screened,
-    ScreenPath,
 )
 
 _LARGEST = 2**31 - 1
@@ -31,35 +31,35 @@ _LONGEST_MESSAGE = 1000
 _NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
-def identity(question: Question) -> Hashable:
+def identity(question: BenchRequest) -> Hashable:
     """What makes two questions the same one: all of them but the limit of a Screen."""
     match question:
-        case Screen():
-            return Screen, question.tokens, question.projection, question.key, question.groups, question.samples
-        case ScreenPath():
+        case BenchGemm():
+            return BenchGemm, question.tokens, question.projection, question.key, question.groups, question.samples
+        case BenchKernelPlan():
             return question
-        case Race():
+        case BenchLayers():
             runners = tuple(map(messages.identity, question.pairs))
-            return Race, question.tokens, runners, question.rounds, question.attempt, question.data
-        case Check():
-            return Check, question.tokens, messages.identity(question.pair)
+            return BenchLayers, question.tokens, runners, question.rounds, question.attempt, question.data
+        case CheckAccuracy():
+            return CheckAccuracy, question.tokens, messages.identity(question.pair)
 
 
-def to_json(question: Question, answer: Answer) -> str:
+def to_json(question: BenchRequest, answer: BenchResult) -> str:
     """The line, without its end. Times are rounded to 0.01 us, errors to six digits, long messages cut."""
     return json.dumps(_of_question(question) | _of_answer(answer), separators=(",", ":"), allow_nan=False)
 
 
-def _of_question(question: Question) -> dict[str, object]:
+def _of_question(question: BenchRequest) -> dict[str, object]:
     match question:
-        case Screen(tokens, projection, key, groups, samples):
+        case BenchGemm(tokens, projection, key, groups, samples):
             numbers = [key.block_m, key.block_n, key.block_k, key.num_warps, key.num_stages, key.use_tma]
             return {"s": [tokens, projection, numbers, groups, samples]}
-        case ScreenPath(tokens, path, samples):
+        case BenchKernelPlan(tokens, path, samples):
             return {"p": [tokens, kernel_table.document_of(path), samples]}
-        case Race(tokens, runners, rounds, attempt, data):
+        case BenchLayers(tokens, runners, rounds, attempt, data):
             return {"r": [tokens, [_of_runner(runner) for runner in runners], rounds, attempt, data]}
-        case Check(tokens, runner):
+        case CheckAccuracy(tokens, runner):
             return {"c": [tokens, _of_runner(runner)]}
 
 
@@ -74,14 +74,14 @@ def _of_config(config: TileConfig) -> list[int]:
     return [*tile, config.group_m, config.num_warps, config.num_stages, config.use_tma]
 
 
-def _of_answer(answer: Answer) -> dict[str, object]:
+def _of_answer(answer: BenchResult) -> dict[str, object]:
     match answer:
-        case Screened(us):
+        case GemmTimes(us):
             return {"us": _of_times(us)}
-        case Raced(us, routings, throttled, sm_clock_mhz):
+        case LayerTimes(us, routings, throttled, sm_clock_mhz):
             # NVML may tell 0 MHz, which is no clock.
             return {"us": _of_times(us), "n": routings, "why": throttled, "mhz": sm_clock_mhz or None}
-        case Checked(error):
+        case Accuracy(error):
             return {"e": float(f"{error:.6g}") if math.isfinite(error) else str(error)}
         case Failure(kind, message):
             return {"f": [kind, message[:_LONGEST_MESSAGE]]}
@@ -91,7 +91,7 @@ def _of_times(rows: Sequence[Sequence[float]]) -> list[list[float | str]]:
     return [[round(us, 2) if math.isfinite(us) else str(us) for us in row] for row in rows]
 
 
-def parse(document: object) -> tuple[Question, Answer]:
+def parse(document: object) -> tuple[BenchRequest, BenchResult]:
     """The question and the answer that a line's JSON document means.
 
     Raises:
@@ -104,27 +104,27 @@ def parse(document: object) -> tuple[Question, Answer]:
             race = _race(of_race)
             times = _times(us, len(race.pairs), range(race.rounds, race.rounds + 1))
             _whole(routings)
-            return race, Raced(times, routings, _text(throttled), _clock(sm_clock_mhz))
+            return race, LayerTimes(times, routings, _text(throttled), _clock(sm_clock_mhz))
         case {"us": us, **of_screen}:
             match screen := _question(of_screen):
-                case Screen():
-                    return screen, Screened(_times(us, len(screen.groups), range(screen.samples + 1)))
-                case ScreenPath():
-                    return screen, Screened(_times(us, 1, range(screen.samples, screen.samples + 1)))
+                case BenchGemm():
+                    return screen, GemmTimes(_times(us, len(screen.groups), range(screen.samples + 1)))
+                case BenchKernelPlan():
+                    return screen, GemmTimes(_times(us, 1, range(screen.samples, screen.samples + 1)))
         case {"e": error, "c": of_check, **rest} if not rest:
-            return _check(of_check), Checked(_figure(error))
+            return _check(of_check), Accuracy(_figure(error))
     raise StoreError(f"expected a question and its answer, found {_shown(document)}")
 
 
-def _question(document: Any) -> Question:
-    parsers: dict[str, Callable[[Any], Question]] = {"s": _screen, "p": _screen_path, "r": _race, "c": _check}
+def _question(document: Any) -> BenchRequest:
+    parsers: dict[str, Callable[[Any], BenchRequest]] = {"s": _screen, "p": _screen_path, "r": _race, "c": _check}
     match list(document.items()):
         case [(name, asked)] if name in parsers:
             return parsers[name](asked)
     raise StoreError(f"expected a question, found {_shown(document)}")
 
 
-def _screen(document: Any) -> Screen:
+def _screen(document: Any) -> BenchGemm:
     match document:
         case [
             tokens,
@@ -134,32 +134,32 @@ def _screen(document: Any) -> Screen:
             samples,
         ]:
             _whole(tokens, m, n, k, warps, stages, samples, *groups)
-            return Screen(tokens, projection, CompileKey(m, n, k, warps, stages, tma), tuple(groups), samples)
+            return BenchGemm(tokens, projection, CompileKey(m, n, k, warps, stages, tma), tuple(groups), samples)
     raise StoreError(f"expected tokens, projection, key, groups and samples, found {_shown(document)}")
 
 
-def _screen_path(document: Any) -> ScreenPath:
+def _screen_path(document: Any) -> BenchKernelPlan:
     match document:
         case [tokens, path, samples]:
             _whole(tokens, samples)
-            return ScreenPath(tokens, _path(path), samples)
+            return BenchKernelPlan(tokens, _path(path), samples)
     raise StoreError(f"expected tokens, a path and samples, found {_shown(document)}")
 
 
-def _race(document: Any) -> Race:
+def _race(document: Any) -> BenchLayers:
     match document:
         case [tokens, [_, *_] as runners, rounds, attempt, data]:
             _whole(tokens, rounds)
             _whole(attempt, data, least=0)
-            return Race(tokens, tuple(map(_runner, runners)), rounds, attempt, data)
+            return BenchLayers(tokens, tuple(map(_runner, runners)), rounds, attempt, data)
     raise StoreError(f"expected tokens, pairs, rounds, attempt and data, found {_shown(document)}")
 
 
-def _check(document: Any) -> Check:
+def _check(document: Any) -> CheckAccuracy:
     match document:
         case [tokens, pair]:
             _whole(tokens)
-            return Check(tokens, _runner(pair))
+            return CheckAccuracy(tokens, _runner(pair))
     raise StoreError(f"expected tokens and a pair, found {_shown(document)}")
 
 

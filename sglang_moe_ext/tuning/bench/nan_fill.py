@@ -12,7 +12,7 @@ _EMPTY = (torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_e
 _HOLD_NAN = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class Poisoned(TorchFunctionMode):
+class NanFill(TorchFunctionMode):
     """Within, tensors that are made empty by Python code hold NaN."""
 
     def __torch_function__(

@@ -28,7 +28,7 @@ Make = Callable[[MoEShape, int, int, str], Routing]
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class RoutingSource:
     """Where the routings of a batch come from: its makers take turns. `name` says which in a run's circumstances.
 
     It goes to the measuring processes by pickle, so a maker is a function of a module or an object that is its data.
@@ -83,14 +83,14 @@ def _of_highest(scores: torch.Tensor, shape: MoEShape, generator: torch.Generato
     return weighted(torch.cat((ids, shared), dim=1).to(torch.int32).contiguous(), generator)
 
 
-UNIFORM = Source("uniform", (uniform,))
-ZIPF = Source("zipf", (zipf,))
-MIXED = Source("mixed", (uniform, zipf))
+UNIFORM = RoutingSource("uniform", (uniform,))
+ZIPF = RoutingSource("zipf", (zipf,))
+MIXED = RoutingSource("mixed", (uniform, zipf))
 SOURCES = {source.name: source for source in (MIXED, UNIFORM, ZIPF)}
 NAMES = tuple(SOURCES)
 
 
-def routings(source: Source, shape: MoEShape, tokens: int, count: int, seed: int, device: str) -> list[Routing]:
+def routings(source: RoutingSource, shape: MoEShape, tokens: int, count: int, seed: int, device: str) -> list[Routing]:
     """The routings that the samples of one batch take turns with; no two seeds share one of the same source."""
     makers = source.makers
     return [makers[turn % len(makers)](shape, tokens, seed * count + turn, device) for turn in range(count)]

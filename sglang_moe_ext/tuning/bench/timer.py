@@ -15,7 +15,7 @@ _LEAST_BUSY_CYCLES = 100_000  # about 50 us
 _MOST_BUSY_CYCLES = _LEAST_BUSY_CYCLES << 9  # about 30 ms: no launcher takes that long, so something else is wrong
 
 
-class Event(Protocol):
+class CudaEvent(Protocol):
     """A point in the GPU's queue, as torch.cuda.Event has it."""
 
     def record(self) -> None:
@@ -29,22 +29,22 @@ class Event(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Queue:
+class LaunchQueue:
     """What a stopwatch asks of a GPU. `sleep` takes clock cycles; `flush` makes the L2 cold; a test passes a fake."""
 
-    event: Callable[[], Event]
+    event: Callable[[], CudaEvent]
     sleep: Callable[[int], object]
     flush: Callable[[], object]
     synchronize: Callable[[], object]
 
 
-def cuda_queue(device: str = "cuda") -> Queue:
+def cuda_queue(device: str = "cuda") -> LaunchQueue:
     """The current stream of that GPU. Holds twice its L2 in memory."""
     import torch
 
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     written = torch.empty(int(l2_bytes * _FLUSHES), dtype=torch.int8, device=device)
-    return Queue(
+    return LaunchQueue(
         event=partial(torch.cuda.Event, enable_timing=True),
         sleep=torch.cuda._sleep,
         flush=written.zero_,
@@ -60,7 +60,7 @@ class Stopwatch:
     call begins anew behind a longer wait, which later calls keep: one stopwatch for each kind of launcher.
     """
 
-    def __init__(self, queue: Queue) -> None:
+    def __init__(self, queue: LaunchQueue) -> None:
         self._queue = queue
         self._busy_cycles = 0
 
@@ -81,9 +81,11 @@ class Stopwatch:
         self._queue.synchronize()
         return [[begin.elapsed_time(end) * 1e3 for begin, end in of_turn] for of_turn in events]
 
-    def _queued(self, launches: Sequence[Launch], turns: Sequence[int]) -> list[list[tuple[Event, Event]]] | None:
+    def _queued(
+        self, launches: Sequence[Launch], turns: Sequence[int]
+    ) -> list[list[tuple[CudaEvent, CudaEvent]]] | None:
         """Events around each launch in each turn; None where one came too late."""
-        events: list[list[tuple[Event, Event]]] = []
+        events: list[list[tuple[CudaEvent, CudaEvent]]] = []
         for turn in turns:
             events.append([])
             for launch in launches:
@@ -94,7 +96,7 @@ class Stopwatch:
                 events[-1].append(around)
         return events
 
-    def _around(self, launch: Launch, turn: int) -> tuple[Event, Event] | None:
+    def _around(self, launch: Launch, turn: int) -> tuple[CudaEvent, CudaEvent] | None:
         """Events around one launch; None where the GPU got there first, and has waited for the launch."""
         queue = self._queue
         begin, end = queue.event(), queue.event()

@@ -13,12 +13,24 @@ from typing import Any, Protocol
 
 from sglang_moe_ext import SWITCH
 from sglang_moe_ext.core import Failure, MoEExtError
-from sglang_moe_ext.tuning.bench.messages import Answer, Check, Question, Race, Screen, ScreenPath
+from sglang_moe_ext.tuning.bench.messages import (
+    BenchGemm,
+    BenchKernelPlan,
+    BenchLayers,
+    BenchRequest,
+    BenchResult,
+    CheckAccuracy,
+)
 
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 300.0
-TIMEOUTS_S: Mapping[type[Question], float] = {Screen: 60.0, ScreenPath: 180.0, Race: 300.0, Check: 300.0}
+TIMEOUTS_S: Mapping[type[BenchRequest], float] = {
+    BenchGemm: 60.0,
+    BenchKernelPlan: 180.0,
+    BenchLayers: 300.0,
+    CheckAccuracy: 300.0,
+}
 """Seconds are enough, but for whole layers of many tokens on a slow GPU; a kernel that hangs takes for ever."""
 _FATAL = "CudaError"
 """Kind of a failure after which the process can do nothing more on the GPU, and ends itself."""
@@ -28,7 +40,7 @@ _CLOSED = Failure("Interrupted", "the measuring process was closed")
 _UNSEEN = Failure("Crash", "the measuring process died before it saw the question")
 
 
-class Bench(Protocol):
+class BenchLike(Protocol):
     """What answers in the process. `device_name`: the GPU that it answers for.
 
     It may have `is_well() -> bool`, False where everything fails from now on: asked after each question that raised.
@@ -36,7 +48,7 @@ class Bench(Protocol):
 
     device_name: str
 
-    def answer(self, question: Question) -> Answer:
+    def answer(self, question: BenchRequest) -> BenchResult:
         """May raise anything: the question is answered by a Failure then."""
 
 
@@ -44,7 +56,7 @@ def _failure(error: Exception) -> Failure:
     return Failure(type(error).__name__, (str(error).strip().splitlines() or ["no message"])[0][:300])
 
 
-def _is_fatal(error: Exception, bench: Bench) -> bool:
+def _is_fatal(error: Exception, bench: BenchLike) -> bool:
     """True where CUDA answers everything with that error from now on; not every library says so by its class."""
     import torch
 
@@ -53,7 +65,7 @@ def _is_fatal(error: Exception, bench: Bench) -> bool:
     return not getattr(bench, "is_well", lambda: True)()
 
 
-def _serve(connection: Connection, make: Callable[[], Bench], environment: Mapping[str, str]) -> None:
+def _serve(connection: Connection, make: Callable[[], BenchLike], environment: Mapping[str, str]) -> None:
     """Answer questions until the other side closes. What the GPU cannot forget ends the process."""
     os.environ.update(environment)
     os.environ[SWITCH] = "1"  # what is measured is what was asked for, not what our guard makes of it
@@ -79,7 +91,7 @@ def _serve(connection: Connection, make: Callable[[], Bench], environment: Mappi
             connection.send(answer)
 
 
-class Worker:
+class BenchProcess:
     """The parent's side: ask, and get an answer or a Failure, whatever happens to the process.
 
     The process starts at once, and in the background; the first question waits for it.
@@ -87,7 +99,7 @@ class Worker:
 
     def __init__(
         self,
-        make: Callable[[], Bench],
+        make: Callable[[], BenchLike],
         environment: Mapping[str, str] | None = None,
         *,
         start_timeout_s: float = START_TIMEOUT_S,
@@ -156,7 +168,7 @@ class Worker:
             self._get_ready()
             return self._device_name or ""
 
-    def ask(self, question: Question) -> Answer:
+    def ask(self, question: BenchRequest) -> BenchResult:
         """The answer to the question; a Failure costs this question alone. Interrupted where another thread closes.
 
         Raises:
@@ -173,11 +185,11 @@ class Worker:
                 return _CLOSED
             return _CLOSED if self._is_closed and isinstance(answer, Failure) else answer
 
-    def _asked(self, question: Question) -> Answer:
+    def _asked(self, question: BenchRequest) -> BenchResult:
         self._get_ready()
         try:
             self._connection.send(question)
-            answer: Answer = self._received(self._timeout_s or TIMEOUTS_S[type(question)])
+            answer: BenchResult = self._received(self._timeout_s or TIMEOUTS_S[type(question)])
         except ConnectionError:
             answer = _UNSEEN
         if isinstance(answer, Failure) and answer.kind in ("Timeout", "Crash", _FATAL):

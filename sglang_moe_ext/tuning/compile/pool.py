@@ -13,14 +13,14 @@ from pathlib import Path
 from sglang_moe_ext.core import CompileJob, Failure, Resources
 from sglang_moe_ext.tuning.compile.cache import CompileCache
 from sglang_moe_ext.tuning.compile.kernel_source import Compiled, KernelSource, Progress
-from sglang_moe_ext.tuning.compile.processes import UNABLE, Crew
+from sglang_moe_ext.tuning.compile.processes import UNABLE, CompileProcesses
 
 TIMEOUT_S = 60.0
 """One binary takes half a second to four, a badly spilling one under twenty (2 cores, Triton 3.7.1, 2026-11-21)."""
 _CLOSED = Failure("Closed", "the compile farm was closed before this was compiled")
 
 
-class Farm:
+class CompilePool:
     """Compiles what is wanted while its callers do other things; any thread may ask. A context, to be closed.
 
     A failure that `cache` knows is final; a binary that it knows is made again only where `triton_cache` is to have it.
@@ -39,7 +39,7 @@ class Farm:
         """`triton_cache`: where Triton keeps the binaries, for processes that launch them; None: thrown away."""
         self._source, self._cache, self._progress = source, cache, progress
         self._makes_binaries = triton_cache is not None
-        self._crew = Crew(source.module, workers or default_workers(), timeout_s, triton_cache)
+        self._crew = CompileProcesses(source.module, workers or default_workers(), timeout_s, triton_cache)
         # Of the background thread alone:
         self._taken_in: set[CompileJob] = set()
         self._queue: OrderedDict[CompileJob, None] = OrderedDict()
@@ -82,7 +82,7 @@ class Farm:
             self._ring()
         self._thread.join()
 
-    def __enter__(self) -> Farm:
+    def __enter__(self) -> CompilePool:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -176,6 +176,6 @@ def compile_all(
 
     `triton_cache`: where Triton keeps the binaries, for a process that will launch them; None: thrown away.
     """
-    with Farm(source, cache=cache, triton_cache=triton_cache, workers=workers, progress=progress) as farm:
+    with CompilePool(source, cache=cache, triton_cache=triton_cache, workers=workers, progress=progress) as farm:
         farm.want(jobs)
         return {job: farm.result(job) for job in jobs}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sglang_moe_ext import SWITCH
 from sglang_moe_ext.core import CompileJob, Failure, Resources
-from sglang_moe_ext.tuning.compile.worker import Nursery, Worker, ended
+from sglang_moe_ext.tuning.compile.worker import CompileChild, ForkServer, ended
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ UNABLE = "FarmUnable"
 Finished = list[tuple[CompileJob, Resources | Failure]]
 
 
-class Crew:
+class CompileProcesses:
     """The workers, with one job each at a time: what a job does to its worker costs that job alone. For one thread.
 
     A nursery that is killed is started once more; what was being compiled is given back then.
@@ -47,19 +47,19 @@ class Crew:
             "TMPDIR": self._scratch.name,  # what a killed compiler leaves there goes with the farm
             SWITCH: "1",  # what is compiled is what was asked for, not what our guard makes of it
         }
-        self._nursery: Nursery | None = None
+        self._nursery: ForkServer | None = None
         self._has_imported = False
         self._import_deadline = 0.0
-        self._workers: list[Worker] = []
+        self._workers: list[CompileChild] = []
 
-    def free_worker(self) -> Worker | None:
+    def free_worker(self) -> CompileChild | None:
         """One without a job, forked if there may be one more; the first call starts the nursery."""
         if self.unable is not None:
             return None
         try:
             if self._nursery is None:
                 self._import_deadline = time.monotonic() + START_TIMEOUT_S
-                self._nursery = Nursery(self._module, {**os.environ, **self._environment}, self._timeout_s)
+                self._nursery = ForkServer(self._module, {**os.environ, **self._environment}, self._timeout_s)
             free = next((worker for worker in self._workers if worker.job is None), None)
             if free is None and self._has_imported and len(self._workers) < self._size:
                 free = self._nursery.fork()
@@ -74,7 +74,7 @@ class Crew:
                 self._give_up(f"no process can be started to compile in: {error}")
             return None
 
-    def hand_over(self, job: CompileJob, worker: Worker) -> None:
+    def hand_over(self, job: CompileJob, worker: CompileChild) -> None:
         worker.job, worker.deadline = job, time.monotonic() + self._timeout_s
         with contextlib.suppress(ConnectionError):  # it has just died: `finished` sees it too
             worker.connection.send(job)
@@ -102,7 +102,7 @@ class Crew:
             finished += self._give_up(f"{self._module} was not imported within {START_TIMEOUT_S:g} s")
         return finished
 
-    def _answered(self, worker: Worker) -> Finished:
+    def _answered(self, worker: CompileChild) -> Finished:
         try:
             result = worker.connection.recv()
         except (EOFError, OSError):
@@ -138,7 +138,7 @@ class Crew:
         self._given_back += self._end_all()
         return []
 
-    def _bury(self, worker: Worker) -> int:
+    def _bury(self, worker: CompileChild) -> int:
         """End the worker, if it has not ended, with all that it runs: its exit code."""
         self._workers.remove(worker)
         worker.kill()
@@ -169,7 +169,7 @@ class Crew:
         self._scratch.cleanup()
 
 
-def _failed(worker: Worker, kind: str, message: str) -> Finished:
+def _failed(worker: CompileChild, kind: str, message: str) -> Finished:
     if worker.job is None:
         return []
     log.warning("%s: %s: left out", worker.job.key, message)

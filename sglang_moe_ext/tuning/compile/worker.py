@@ -26,7 +26,7 @@ ANSWER_S = 30.0
 """A fork or a burial takes milliseconds; longer, and the nursery is taken for lost."""
 
 
-class Worker:
+class CompileChild:
     """The farm's hold on one worker and on the job that it was given."""
 
     def __init__(self, pid: int, connection: Connection) -> None:
@@ -43,7 +43,7 @@ class Worker:
                 end(self.pid, signal.SIGKILL)
 
 
-class Nursery:
+class ForkServer:
     """The farm's hold on the nursery. ConnectionError or TimeoutError from any method: the nursery is lost."""
 
     def __init__(self, module: str, environment: Mapping[str, str], timeout_s: float) -> None:
@@ -70,7 +70,7 @@ class Nursery:
         said = json.loads(self._heard())
         return None if said is None else Failure(said[0], f"{self._module} cannot be imported: {said[1]}")
 
-    def fork(self) -> Worker:
+    def fork(self) -> CompileChild:
         """Raises: OSError where the machine has no room for one more process."""
         ours, theirs = Pipe()
         with theirs:
@@ -79,9 +79,9 @@ class Nursery:
         if pid < 0:
             ours.close()
             raise OSError(-pid, os.strerror(-pid))
-        return Worker(pid, ours)
+        return CompileChild(pid, ours)
 
-    def reap(self, worker: Worker) -> int:
+    def reap(self, worker: CompileChild) -> int:
         """The exit code of a worker that was killed or has died: negative for a signal."""
         self.control.send(str(worker.pid).encode())
         return int(self._heard())

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from sglang_moe_ext.core import CompileJob, Failure, GpuError, MoEExtError, Resources
-from sglang_moe_ext.tuning.bench.messages import Answer, Question
+from sglang_moe_ext.tuning.bench.messages import BenchRequest, BenchResult
 
 
-class Station(Protocol):
+class Executor(Protocol):
     """Where it stands makes no difference to a strategy. One thread at a time asks."""
 
     @property
@@ -35,7 +35,7 @@ class Station(Protocol):
     def binary(self, job: CompileJob) -> Resources | Failure:
         """What the binary needs; waits until it is made."""
 
-    def ask(self, question: Question) -> Answer:
+    def ask(self, question: BenchRequest) -> BenchResult:
         """Measure. A Failure costs this question alone.
 
         Raises:
@@ -46,7 +46,7 @@ class Station(Protocol):
         """End what runs there; what it holds of others' stays."""
 
 
-class FarmLike(Protocol):
+class CompilePoolLike(Protocol):
     """What a station needs of a compile farm."""
 
     def want(self, jobs: Iterable[CompileJob], *, first: bool = False) -> None: ...
@@ -56,24 +56,24 @@ class FarmLike(Protocol):
     def close(self) -> None: ...
 
 
-class WorkerLike(Protocol):
+class BenchProcessLike(Protocol):
     """What a station needs of a measuring process; `device_name` as torch.cuda reports it."""
 
     @property
     def device_name(self) -> str: ...
 
-    def ask(self, question: Question) -> Answer: ...
+    def ask(self, question: BenchRequest) -> BenchResult: ...
 
     def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
-class LocalStation:
+class LocalExecutor:
     """A GPU of this machine. The farm is shared with the other stations here, and closed by who made it."""
 
     name: str
-    farm: FarmLike
-    worker: WorkerLike
+    farm: CompilePoolLike
+    worker: BenchProcessLike
 
     def get_ready(self) -> None:
         self.worker.device_name  # noqa: B018 - it waits for the process
@@ -84,7 +84,7 @@ class LocalStation:
     def binary(self, job: CompileJob) -> Resources | Failure:
         return self.farm.result(job)
 
-    def ask(self, question: Question) -> Answer:
+    def ask(self, question: BenchRequest) -> BenchResult:
         return self.worker.ask(question)
 
     def close(self) -> None:
@@ -99,7 +99,7 @@ Progress = Callable[[int, int], None]
 GPUS_HELP = "GPUs to measure on: all, or their indices as in 0,2 (4 is the one GPU of index 4); default 0"
 
 
-def on_all(stations: Sequence[Station], tasks: Sequence[Callable[[Station], T]], progress: Progress) -> list[T]:
+def run_tasks(stations: Sequence[Executor], tasks: Sequence[Callable[[Executor], T]], progress: Progress) -> list[T]:
     """Results in the order of the tasks, whichever station did which; give the longest tasks first.
 
     A station that answers no more gives its task to the others, which begin it anew. Closes no station: who is
@@ -120,7 +120,7 @@ def on_all(stations: Sequence[Station], tasks: Sequence[Callable[[Station], T]],
     return results
 
 
-def close_all(stations: Sequence[Station]) -> None:
+def close_all(stations: Sequence[Executor]) -> None:
     """Close them all at the same time: each may take a second to end."""
     with ThreadPoolExecutor(len(stations) or 1) as pool:
         closing = [pool.submit(station.close) for station in stations]
@@ -137,7 +137,7 @@ class _Watched:
     """A station as a task sees it: it notes the station's end, and asks nothing once the run has stopped."""
 
     name: str
-    station: Station
+    station: Executor
     stop: threading.Event
     end: MoEExtError | None = None
 
@@ -150,7 +150,7 @@ class _Watched:
     def binary(self, job: CompileJob) -> Resources | Failure:
         return self._noting(lambda: self.station.binary(job))
 
-    def ask(self, question: Question) -> Answer:
+    def ask(self, question: BenchRequest) -> BenchResult:
         return self._noting(lambda: self.station.ask(question))
 
     def close(self) -> None:
@@ -184,13 +184,13 @@ class _Ended:
 class _Shared(Generic[T]):
     """What the threads of the stations and the caller's thread have in common."""
 
-    tasks: Sequence[Callable[[Station], T]]
+    tasks: Sequence[Callable[[Executor], T]]
     todo: queue.PriorityQueue[int] = field(default_factory=queue.PriorityQueue)
     events: queue.SimpleQueue[_Done[T] | _Ended | BaseException] = field(default_factory=queue.SimpleQueue)
     stop: threading.Event = field(default_factory=threading.Event)
 
 
-def _on_threads(stations: Sequence[Station], tasks: Sequence[Callable[[Station], T]], progress: Progress) -> list[T]:
+def _on_threads(stations: Sequence[Executor], tasks: Sequence[Callable[[Executor], T]], progress: Progress) -> list[T]:
     shared = _Shared(tasks)
     for place in range(len(tasks)):
         shared.todo.put(place)
@@ -224,7 +224,7 @@ def _collected(shared: _Shared[T], working: int, progress: Progress) -> dict[int
     return done
 
 
-def _serve(station: Station, shared: _Shared[T]) -> None:
+def _serve(station: Executor, shared: _Shared[T]) -> None:
     """One station's thread: the next task that is left, until there is none, or the station ends."""
     while True:
         place = shared.todo.get()

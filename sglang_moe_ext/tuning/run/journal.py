@@ -11,7 +11,7 @@ from pathlib import Path
 from sglang_moe_ext.core import Failure, MoEExtError, StoreError
 from sglang_moe_ext.tables import user_store
 from sglang_moe_ext.tuning.bench import messages_json
-from sglang_moe_ext.tuning.bench.messages import Answer, Ask, Question
+from sglang_moe_ext.tuning.bench.messages import Ask, BenchRequest, BenchResult
 from sglang_moe_ext.tuning.run import journal_reader
 from sglang_moe_ext.tuning.run.journal_reader import Circumstances, Recording
 
@@ -20,7 +20,7 @@ NOT_RECORDED = frozenset({"Interrupted", "OutOfMemoryError", "Closed", "FarmUnab
 question is asked again."""
 
 
-class UnknownQuestionError(MoEExtError, LookupError):
+class UnknownRequestError(MoEExtError, LookupError):
     """No journal that is replayed answers this question."""
 
 
@@ -65,17 +65,17 @@ class Journal:
         """True where nothing was recorded since it was closed."""
         return self._is_finished
 
-    def known(self) -> list[tuple[Question, Answer]]:
+    def known(self) -> list[tuple[BenchRequest, BenchResult]]:
         """Every question with its answer, in the order of the answers."""
         with self._lock:
             return list(self._answers.values())
 
-    def answer(self, question: Question) -> Answer | None:
+    def answer(self, question: BenchRequest) -> BenchResult | None:
         """What is known, whatever the limit of a Screen."""
         known = self._answers.get(messages_json.identity(question))
         return None if known is None else known[1]
 
-    def record(self, question: Question, answer: Answer) -> Answer:
+    def record(self, question: BenchRequest, answer: BenchResult) -> BenchResult:
         """The answer as a resumed run will read it: rounded, and the first one where there are two.
 
         Raises:
@@ -95,7 +95,7 @@ class Journal:
     def through(self, ask: Ask) -> Ask:
         """Answer from the journal what it knows; ask for the rest, and record it."""
 
-        def answered(question: Question) -> Answer:
+        def answered(question: BenchRequest) -> BenchResult:
             known = self.answer(question)
             return self.record(question, ask(question)) if known is None else known
 
@@ -142,7 +142,7 @@ def replay(paths: Sequence[Path]) -> Ask:
     Raises:
         StoreError: as of `recording.read`, or the journals are of different circumstances.
     """
-    answers: dict[Hashable, tuple[Question, Answer]] = {}
+    answers: dict[Hashable, tuple[BenchRequest, BenchResult]] = {}
     first: Recording | None = None
     for path in paths:
         found = journal_reader.read(path)
@@ -151,12 +151,12 @@ def replay(paths: Sequence[Path]) -> Ask:
             raise StoreError(f"{path} cannot be replayed together with {paths[0]}: {differs}: replay each alone")
         answers = found.answers | answers
 
-    def answered(question: Question) -> Answer:
+    def answered(question: BenchRequest) -> BenchResult:
         try:
             return answers[messages_json.identity(question)][1]
         except KeyError:
             named = ", ".join(map(str, paths)) or "no journal"
-            raise UnknownQuestionError(f"{named}: no answer to {question}: replay what a run asked") from None
+            raise UnknownRequestError(f"{named}: no answer to {question}: replay what a run asked") from None
 
     return answered
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from sglang_moe_ext.core import StoreError
 from sglang_moe_ext.tuning.bench import messages_json
-from sglang_moe_ext.tuning.bench.messages import Answer, Question
+from sglang_moe_ext.tuning.bench.messages import BenchRequest, BenchResult
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Recording:
     """What a journal says. `whole_bytes` of it are whole lines; what lies behind them was cut short."""
 
     circumstances: Circumstances
-    answers: dict[Hashable, tuple[Question, Answer]]
+    answers: dict[Hashable, tuple[BenchRequest, BenchResult]]
     is_finished: bool
     whole_bytes: int
 
@@ -44,7 +44,7 @@ def read(path: Path) -> Recording:
     """
     lines = _lines(path)
     first = next(lines, b"")
-    answers: dict[Hashable, tuple[Question, Answer]] = {}
+    answers: dict[Hashable, tuple[BenchRequest, BenchResult]] = {}
     recording_of, whole_bytes, is_finished = _header(path, first), len(first), False
     garbled = 0
     for number, line in enumerate(lines, 2):
@@ -145,7 +145,7 @@ def _is_flat(value: object) -> bool:
     return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
 
 
-def _parsed(path: Path, number: int, document: dict[str, Any]) -> tuple[Question, Answer]:
+def _parsed(path: Path, number: int, document: dict[str, Any]) -> tuple[BenchRequest, BenchResult]:
     try:
         return messages_json.parse(document)
     except StoreError as error:

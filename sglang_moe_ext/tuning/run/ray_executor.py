@@ -14,12 +14,12 @@ from typing import Any
 
 from sglang_moe_ext import __version__
 from sglang_moe_ext.core import CompileJob, Failure, GpuError, MoEExtError, Resources
-from sglang_moe_ext.tuning.bench.messages import Answer, Question
-from sglang_moe_ext.tuning.run.executor import FarmLike, Station, WorkerLike
+from sglang_moe_ext.tuning.bench.messages import BenchRequest, BenchResult
+from sglang_moe_ext.tuning.run.executor import BenchProcessLike, CompilePoolLike, Executor
 
 log = logging.getLogger(__name__)
 
-Make = Callable[[int, Path], tuple[FarmLike, WorkerLike]]
+Make = Callable[[int, Path], tuple[CompilePoolLike, BenchProcessLike]]
 """Called on a node with how many cores are its share, and a folder of its own there. Ray pickles it."""
 
 RAY_HELP = "measure on the GPUs of the Ray cluster that this machine is part of (at ADDRESS, as `ray start` printed it)"
@@ -30,7 +30,7 @@ _STARTED_WITHIN_S = 600.0
 _CLOSED_WITHIN_S = 10.0
 
 
-def stations(address: str | None, tuned_for: str, make: Make) -> list[Station]:
+def executors(address: str | None, tuned_for: str, make: Make) -> list[Executor]:
     """A station for each free GPU of the cluster whose device name is `tuned_for`; None: the cluster running here.
 
     Raises:
@@ -41,10 +41,10 @@ def stations(address: str | None, tuned_for: str, make: Make) -> list[Station]:
     _connect(ray, address)
     seats = [seat for node in ray.nodes() if node["Alive"] for seat in _seats(ray, node)]
     placed = _placed(ray, seats)
-    starting = [(seat, seat.actor.start.remote(make, seat.cores)) for seat in placed if isinstance(seat, RayStation)]
+    starting = [(seat, seat.actor.start.remote(make, seat.cores)) for seat in placed if isinstance(seat, RayExecutor)]
     started = [_started(seat, answer, tuned_for) for seat, answer in starting]
     left_out = "; ".join(sorted({why for why in (*placed, *started) if isinstance(why, str)}))
-    found = sorted((seat for seat in started if isinstance(seat, RayStation)), key=lambda seat: seat.name)
+    found = sorted((seat for seat in started if isinstance(seat, RayExecutor)), key=lambda seat: seat.name)
     if not found:
         why = left_out or "it has no GPU at all"
         raise GpuError(f"no GPU of the Ray cluster can be used to tune for {tuned_for}: {why}")
@@ -54,7 +54,7 @@ def stations(address: str | None, tuned_for: str, make: Make) -> list[Station]:
 
 
 @dataclass(frozen=True, slots=True)
-class RayStation:
+class RayExecutor:
     """A GPU of the cluster, and the actor that holds it. `cores`: the GPU's share of its node's."""
 
     name: str
@@ -71,8 +71,8 @@ class RayStation:
         needs: Resources | Failure = _got(self.name, self.actor.binary.remote(job))
         return needs
 
-    def ask(self, question: Question) -> Answer:
-        answer: Answer = _got(self.name, self.actor.ask.remote(question))
+    def ask(self, question: BenchRequest) -> BenchResult:
+        answer: BenchResult = _got(self.name, self.actor.ask.remote(question))
         return answer
 
     def close(self) -> None:
@@ -106,7 +106,7 @@ class _Held:
     def binary(self, job: CompileJob) -> Resources | Failure:
         return self._farm.result(job)
 
-    def ask(self, question: Question) -> Answer:
+    def ask(self, question: BenchRequest) -> BenchResult:
         return self._worker.ask(question)
 
     def close(self) -> None:
@@ -146,16 +146,16 @@ def _reach(address: str) -> None:
         raise MoEExtError(f"no Ray cluster answers at {address!r} ({error}): {expected}") from error
 
 
-def _seats(ray: Any, node: Mapping[str, Any]) -> list[RayStation]:
+def _seats(ray: Any, node: Mapping[str, Any]) -> list[RayExecutor]:
     """An actor for each GPU of the node, without knowing yet which of them Ray can place."""
     gpus = int(node["Resources"].get("GPU", 0))
     cores = int(node["Resources"].get("CPU", 0)) // gpus if gpus else 0
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     actor = ray.remote(num_gpus=1, num_cpus=cores, max_concurrency=_CALLS_AT_ONCE, scheduling_strategy=here)(_Held)
-    return [RayStation(node["NodeManagerAddress"], actor.remote(), max(1, cores)) for _ in range(gpus)]
+    return [RayExecutor(node["NodeManagerAddress"], actor.remote(), max(1, cores)) for _ in range(gpus)]
 
 
-def _placed(ray: Any, seats: list[RayStation]) -> list[RayStation | str]:
+def _placed(ray: Any, seats: list[RayExecutor]) -> list[RayExecutor | str]:
     """Each seat with its GPU in its name, or why it is left out; an actor that nobody holds any more ends."""
     answers = [seat.actor.where.remote() for seat in seats]
     if answers:
@@ -163,7 +163,7 @@ def _placed(ray: Any, seats: list[RayStation]) -> list[RayStation | str]:
     return [_named(seat, answer) for seat, answer in zip(seats, answers, strict=True)]
 
 
-def _named(seat: RayStation, answer: Any) -> RayStation | str:
+def _named(seat: RayExecutor, answer: Any) -> RayExecutor | str:
     try:
         gpu, version = _got(seat.name, answer, 0)
     except MoEExtError as error:
@@ -173,7 +173,7 @@ def _named(seat: RayStation, answer: Any) -> RayStation | str:
     return replace(seat, name=f"{seat.name} GPU {gpu}")
 
 
-def _started(seat: RayStation, answer: Any, tuned_for: str) -> RayStation | str:
+def _started(seat: RayExecutor, answer: Any, tuned_for: str) -> RayExecutor | str:
     try:
         device_name = _got(seat.name, answer, _STARTED_WITHIN_S)
         if device_name == tuned_for:

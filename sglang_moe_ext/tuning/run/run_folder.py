@@ -47,7 +47,7 @@ def newest_first() -> list[Path]:
         return []
 
 
-def held(folder: Path) -> BinaryIO:
+def hold(folder: Path) -> BinaryIO:
     """The run's lock, held until it is closed.
 
     Raises:
@@ -70,7 +70,7 @@ def in_use(folder: Path) -> StoreError:
 def is_held(folder: Path) -> bool:
     """True where another process or another Run holds it, or nobody can."""
     try:
-        held(folder).close()
+        hold(folder).close()
     except StoreError:
         return True
     return False
@@ -102,7 +102,7 @@ def remove() -> None:
 
 def _remove(run: Path, what: Path) -> None:
     try:
-        with held(run):
+        with hold(run):
             shutil.rmtree(what)
     except (OSError, StoreError) as error:
         log.info("an old run stays: %s", error)
@@ -117,7 +117,7 @@ def _idle_days(folder: Path) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunFolder:
     """A run that this process holds, alone, until it closes it or ends."""
 
     folder: Path
@@ -139,14 +139,14 @@ class Run:
         self.journal.close()
         self.lock.close()
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def begin(circumstances: Circumstances) -> Run:
+def begin(circumstances: Circumstances) -> RunFolder:
     """A new run; runs that have had their time are removed.
 
     Raises:
@@ -159,8 +159,8 @@ def begin(circumstances: Circumstances) -> Run:
     except OSError as error:
         raise cannot_write(folder, error) from error
     try:
-        lock = held(folder)
-        run = Run(folder, Journal.create(folder / JOURNAL, circumstances), lock)
+        lock = hold(folder)
+        run = RunFolder(folder, Journal.create(folder / JOURNAL, circumstances), lock)
         _make_triton_cache(run)
     except StoreError:
         shutil.rmtree(folder, ignore_errors=True)
@@ -169,7 +169,7 @@ def begin(circumstances: Circumstances) -> Run:
     return run
 
 
-def resumed(circumstances: Circumstances, path: Path | None) -> Run:
+def resume(circumstances: Circumstances, path: Path | None) -> RunFolder:
     """The run in that folder, or the newest unfinished one under equal circumstances that nobody holds.
 
     Raises:
@@ -191,13 +191,13 @@ def unfinished(circumstances: Circumstances) -> Path | None:
     return next((folder for folder in _unfinished(circumstances) if not is_held(folder)), None)
 
 
-def _opened(folder: Path, circumstances: Circumstances) -> Run:
+def _opened(folder: Path, circumstances: Circumstances) -> RunFolder:
     differs = journal_reader.difference(journal_reader.circumstances_of(folder / JOURNAL), circumstances)
     if differs is not None:
         raise StoreError(f"{folder} cannot be resumed: {differs}; restore that, or begin a new run")
-    lock = held(folder)
+    lock = hold(folder)
     try:
-        run = Run(folder, Journal.open(folder / JOURNAL), lock)
+        run = RunFolder(folder, Journal.open(folder / JOURNAL), lock)
         _make_triton_cache(run)
     except StoreError:
         lock.close()
@@ -205,7 +205,7 @@ def _opened(folder: Path, circumstances: Circumstances) -> Run:
     return run
 
 
-def _make_triton_cache(run: Run) -> None:
+def _make_triton_cache(run: RunFolder) -> None:
     try:
         run.triton_cache.mkdir(exist_ok=True)
     except OSError as error:

@@ -11,51 +11,51 @@ from dataclasses import dataclass
 from functools import partial
 
 from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEExtError, Projection, Resources
-from sglang_moe_ext.tuning.bench.messages import Answer, Ask, Pair, Question, Runner, Screen
+from sglang_moe_ext.tuning.bench.messages import Ask, BenchGemm, BenchRequest, BenchResult, Pair, Runner
 from sglang_moe_ext.tuning.compile.processes import UNABLE
-from sglang_moe_ext.tuning.request import Measuring, Progress, Request
+from sglang_moe_ext.tuning.request import MeasureOptions, Progress, TuneRequest
 from sglang_moe_ext.tuning.run import executor
-from sglang_moe_ext.tuning.run.executor import Station
+from sglang_moe_ext.tuning.run.executor import Executor
 from sglang_moe_ext.tuning.run.journal import Journal
 from sglang_moe_ext.tuning.search import candidates, final_comparison, sorted_kernels
 from sglang_moe_ext.tuning.search import screening as search
 from sglang_moe_ext.tuning.search.candidates import Candidates
-from sglang_moe_ext.tuning.search.final_comparison import Measured
+from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
 from sglang_moe_ext.tuning.search.screening import EFFORTS, Budget, Effort, Screening, Times
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class SearchTask:
     """One batch size: what is to be timed there."""
 
     tokens: int
     listed: Candidates
 
 
-def largest_first(listed: dict[int, Candidates]) -> list[Task]:
+def largest_first(listed: dict[int, Candidates]) -> list[SearchTask]:
     """The order of the work: what takes longest comes first, so that several GPUs end together."""
-    return [Task(m, listed[m]) for m in sorted(listed, reverse=True)]
+    return [SearchTask(m, listed[m]) for m in sorted(listed, reverse=True)]
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class SearchResults:
     """By M, what was chosen of the engine's kernels, and where our own path was raced with that, who won."""
 
-    pairs: dict[int, Measured[Pair]]
-    paths: dict[int, Measured[Runner]]
+    pairs: dict[int, MeasuredChoice[Pair]]
+    paths: dict[int, MeasuredChoice[Runner]]
 
 
 def measure_all(
-    request: Request,
-    measuring: Measuring,
-    tasks: Sequence[Task],
+    request: TuneRequest,
+    measuring: MeasureOptions,
+    tasks: Sequence[SearchTask],
     incumbents: Callable[[], dict[int, Pair]],
-    stations: Sequence[Station],
+    stations: Sequence[Executor],
     journal: Journal,
     progress: Progress,
-) -> Found:
+) -> SearchResults:
     """What was chosen for each M. `incumbents` are asked for when the screening is over: the engine may still think.
 
     Raises:
@@ -65,13 +65,13 @@ def measure_all(
     _get_ready(stations, request, tasks, measuring)
     budget = Budget(measuring.budget_s, len(tasks), len(stations))
     search_of = _Search(request, EFFORTS[measuring.effort], journal, budget, counted, measuring.with_own_path)
-    screenings = executor.on_all(
+    screenings = executor.run_tasks(
         stations,
         [partial(_screen, search_of, task) for task in tasks],
         lambda done, of: None,
     )
     pairs = incumbents()
-    decided = executor.on_all(
+    decided = executor.run_tasks(
         stations,
         [
             partial(_decide, search_of, task.tokens, screening, pairs[task.tokens])
@@ -85,10 +85,12 @@ def measure_all(
         failures = sum((Counter(screening.failures) for screening in screenings), Counter[str]())
         why = ", ".join(f"{kind} {count} times" for kind, count in failures.most_common(3)) or "no candidate was timed"
         raise MoEExtError(f"nothing ran right on {request.gpu.device_name} for any batch size ({why}): -v says more")
-    return Found(dict(sorted(results.items())), dict(sorted(paths.items())))
+    return SearchResults(dict(sorted(results.items())), dict(sorted(paths.items())))
 
 
-def _get_ready(stations: Sequence[Station], request: Request, tasks: Sequence[Task], measuring: Measuring) -> None:
+def _get_ready(
+    stations: Sequence[Executor], request: TuneRequest, tasks: Sequence[SearchTask], measuring: MeasureOptions
+) -> None:
     """Where a budget runs, wait until there is something to spend it on: engines take long to import."""
     if measuring.budget_s is None:
         return
@@ -109,9 +111,9 @@ class _Counted:
         self._counting = threading.Lock()
 
     def __call__(self, ask: Ask) -> Ask:
-        def counted(question: Question) -> Answer:
+        def counted(question: BenchRequest) -> BenchResult:
             answer = ask(question)
-            if isinstance(question, Screen) and len(question.groups) == 1:
+            if isinstance(question, BenchGemm) and len(question.groups) == 1:
                 with self._counting:
                     self._done += 1
                     self._progress("screening", min(self._done, self._of), self._of)
@@ -124,7 +126,7 @@ class _Counted:
 class _Search:
     """What all tasks of a run have in common."""
 
-    request: Request
+    request: TuneRequest
     effort: Effort
     journal: Journal
     budget: Budget
@@ -140,7 +142,7 @@ class _Search:
         return (search.finalists if self.request.tunable.HAS_DOWN_TABLES else of_both)(screening, count)
 
 
-def _binary(station: Station, job: CompileJob) -> Resources | Failure:
+def _binary(station: Executor, job: CompileJob) -> Resources | Failure:
     """What the binary needs.
 
     Raises:
@@ -152,7 +154,7 @@ def _binary(station: Station, job: CompileJob) -> Resources | Failure:
     return needs
 
 
-def _screen(of: _Search, task: Task, station: Station) -> Screening:
+def _screen(of: _Search, task: SearchTask, station: Executor) -> Screening:
     shape, gpu, engine = of.request.shape, of.request.gpu, of.request.tunable
     station.want(candidates.screening_jobs(task.listed, shape, task.tokens, gpu.sm, engine))
 
@@ -161,15 +163,15 @@ def _screen(of: _Search, task: Task, station: Station) -> Screening:
         return candidates.misfit(job, _binary(station, job), gpu)
 
     ask = of.counted(of.journal.through(station.ask))
-    screening = search.screened(task.tokens, task.listed, of.effort, ask, clean, of.budget.share(), of.fastest_keys)
+    screening = search.screen(task.tokens, task.listed, of.effort, ask, clean, of.budget.share(), of.fastest_keys)
     for pair in of.finalists(screening, of.effort.finalists):
         station.want(candidates.pair_jobs(pair, shape, task.tokens, gpu.sm, engine))
     return screening
 
 
 def _decide(
-    of: _Search, tokens: int, screening: Screening, incumbent: Pair, station: Station
-) -> tuple[Measured[Pair] | None, Measured[Runner] | None]:
+    of: _Search, tokens: int, screening: Screening, incumbent: Pair, station: Executor
+) -> tuple[MeasuredChoice[Pair] | None, MeasuredChoice[Runner] | None]:
     """What was chosen of the engine's kernels, and who won the race of that with our own path."""
     pairs = of.finalists(screening, 1 if of.budget.is_spent() else of.effort.finalists)
     if not pairs:
@@ -187,10 +189,10 @@ def _decide(
         elif failure is not None:
             log.info("M=%d: up %s, down %s left out: %s", tokens, pair["up"], pair["down"], failure.message)
     ask, rounds = of.journal.through(station.ask), of.effort.rounds
-    chosen = final_comparison.rematch(
+    chosen = final_comparison.confirm(
         shape, tokens, runnable, incumbent, ask, rounds=rounds, tried=screening.tried, failures=screening.failures
     )
     if chosen is None or not of.with_own_path or of.budget.is_spent():
         return chosen, None
     ups = [pair["up"] for pair in runnable]
-    return chosen, sorted_kernels.raced(shape, tokens, chosen.pair, ups, ask, rounds=rounds)
+    return chosen, sorted_kernels.compare_plans(shape, tokens, chosen.pair, ups, ask, rounds=rounds)

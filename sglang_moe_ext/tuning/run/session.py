@@ -12,24 +12,24 @@ from sglang_moe_ext import __version__
 from sglang_moe_ext.core import CompileJob, EngineError, TileConfig
 from sglang_moe_ext.engines.adapter import ProbeLike
 from sglang_moe_ext.tuning import verify_install
-from sglang_moe_ext.tuning.bench.gpu_bench import Setup
-from sglang_moe_ext.tuning.bench.worker import Worker
+from sglang_moe_ext.tuning.bench.gpu_bench import BenchSetup
+from sglang_moe_ext.tuning.bench.worker import BenchProcess
 from sglang_moe_ext.tuning.compile.cache import CompileCache, default_path
 from sglang_moe_ext.tuning.compile.kernel_source import KernelSource, kernel_source
-from sglang_moe_ext.tuning.compile.pool import Farm
-from sglang_moe_ext.tuning.request import Measuring, Progress, Request
+from sglang_moe_ext.tuning.compile.pool import CompilePool
+from sglang_moe_ext.tuning.request import MeasureOptions, Progress, TuneRequest
 from sglang_moe_ext.tuning.results_to_tables import driver_version, version_of
 from sglang_moe_ext.tuning.run import executor, ray_executor, run_folder, search_loop
-from sglang_moe_ext.tuning.run.executor import FarmLike, LocalStation, Station, WorkerLike
+from sglang_moe_ext.tuning.run.executor import BenchProcessLike, CompilePoolLike, Executor, LocalExecutor
 from sglang_moe_ext.tuning.run.journal_reader import Circumstances
-from sglang_moe_ext.tuning.run.run_folder import Run
-from sglang_moe_ext.tuning.run.search_loop import Found
+from sglang_moe_ext.tuning.run.run_folder import RunFolder
+from sglang_moe_ext.tuning.run.search_loop import SearchResults
 from sglang_moe_ext.tuning.search import candidates
 
 log = logging.getLogger(__name__)
 
 
-def opened(request: Request, measuring: Measuring, source: KernelSource) -> Run:
+def open_run(request: TuneRequest, measuring: MeasureOptions, source: KernelSource) -> RunFolder:
     """The run to go on with, or a new one.
 
     Raises:
@@ -49,54 +49,56 @@ def opened(request: Request, measuring: Measuring, source: KernelSource) -> Run:
         "sglang_moe_ext": __version__,
     }
     if measuring.resume:
-        return run_folder.resumed(circumstances, measuring.resume if isinstance(measuring.resume, Path) else None)
+        return run_folder.resume(circumstances, measuring.resume if isinstance(measuring.resume, Path) else None)
     interrupted = run_folder.unfinished(circumstances)
     if interrupted is not None:
         log.warning("an interrupted run of this layer lies in %s: --resume would go on with it", interrupted)
     return run_folder.begin(circumstances)
 
 
-def results(
-    request: Request,
-    measuring: Measuring,
-    run: Run,
+def measure(
+    request: TuneRequest,
+    measuring: MeasureOptions,
+    run: RunFolder,
     kept: tuple[TileConfig, ...],
     today: ProbeLike,
     source: KernelSource,
     progress: Progress,
-) -> Found:
+) -> SearchResults:
     """What was chosen for each M; `today` says what the engine runs now.
 
     Raises:
         MoEExtError: nothing ran right, or no GPU answers.
     """
-    tasks = search_loop.largest_first({m: candidates.of_request(request, measuring, kept, m) for m in request.tokens})
+    tasks = search_loop.largest_first(
+        {m: candidates.list_for_request(request, measuring, kept, m) for m in request.tokens}
+    )
     shape, sm = request.shape, request.gpu.sm
     jobs = [
         job for task in tasks for job in candidates.screening_jobs(task.listed, shape, task.tokens, sm, request.tunable)
     ]
     with ExitStack() as ends:
-        stations = hired(request, measuring, source, run.triton_cache, jobs, ends, progress)
+        stations = start_executors(request, measuring, source, run.triton_cache, jobs, ends, progress)
         return search_loop.measure_all(
             request,
             measuring,
             tasks,
-            lambda: verify_install.pairs_of(today.answer(verify_install.question(request))),
+            lambda: verify_install.pairs_of(today.answer(verify_install.lookup_request(request))),
             stations,
             run.journal,
             progress,
         )
 
 
-def hired(
-    request: Request,
-    measuring: Measuring,
+def start_executors(
+    request: TuneRequest,
+    measuring: MeasureOptions,
     source: KernelSource,
     triton_cache: Path,
     jobs: Sequence[CompileJob],
     ends: ExitStack,
     progress: Progress,
-) -> list[Station]:
+) -> list[Executor]:
     """The GPUs that the flags want, until `ends` is closed. Here, `jobs` begin to compile before the GPUs are ready.
 
     Raises:
@@ -104,10 +106,10 @@ def hired(
     """
     if measuring.ray is not None:
         on_node = _OnNode(source, request, measuring)
-        stations = ray_executor.stations(measuring.ray or None, request.gpu.device_name, on_node)
+        stations = ray_executor.executors(measuring.ray or None, request.gpu.device_name, on_node)
     else:
         farm = ends.enter_context(
-            Farm(
+            CompilePool(
                 source,
                 cache=CompileCache(default_path()),
                 triton_cache=triton_cache,
@@ -115,9 +117,9 @@ def hired(
             )
         )
         farm.want(jobs)
-        setup = Setup(request.shape, measuring.routing, request.seed, triton_cache, request.engine)
-        workers = {gpu: Worker(setup, {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in measuring.gpus}
-        stations = [LocalStation(f"GPU {gpu}", farm, worker) for gpu, worker in workers.items()]
+        setup = BenchSetup(request.shape, measuring.routing, request.seed, triton_cache, request.engine)
+        workers = {gpu: BenchProcess(setup, {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in measuring.gpus}
+        stations = [LocalExecutor(f"GPU {gpu}", farm, worker) for gpu, worker in workers.items()]
     ends.callback(executor.close_all, stations)
     return stations
 
@@ -127,15 +129,15 @@ class _OnNode:
     """What a node of a cluster makes for one of its GPUs; Ray has set CUDA_VISIBLE_DEVICES there."""
 
     source: KernelSource
-    request: Request
-    measuring: Measuring
+    request: TuneRequest
+    measuring: MeasureOptions
 
-    def __call__(self, cores: int, scratch: Path) -> tuple[FarmLike, WorkerLike]:
+    def __call__(self, cores: int, scratch: Path) -> tuple[CompilePoolLike, BenchProcessLike]:
         """Raises EngineError where the node has another kernel: its times would say nothing of ours."""
         tunable = self.request.tunable
         there = kernel_source(tunable.find(), tunable)
         if there.fingerprint != self.source.fingerprint:
             raise EngineError(f"it has {there.name}: expected the very {self.source.name} that is here")
-        setup = Setup(self.request.shape, self.measuring.routing, self.request.seed, scratch, self.request.engine)
-        farm = Farm(self.source, cache=CompileCache(default_path()), triton_cache=scratch, workers=cores)
-        return farm, Worker(setup)
+        setup = BenchSetup(self.request.shape, self.measuring.routing, self.request.seed, scratch, self.request.engine)
+        farm = CompilePool(self.source, cache=CompileCache(default_path()), triton_cache=scratch, workers=cores)
+        return farm, BenchProcess(setup)

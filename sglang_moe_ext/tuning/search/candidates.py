@@ -20,22 +20,24 @@ from sglang_moe_ext.core import (
 from sglang_moe_ext.engines.adapter import EngineAdapter
 from sglang_moe_ext.engines.registry import SGLANG
 from sglang_moe_ext.tuning.bench.messages import Pair
-from sglang_moe_ext.tuning.request import Measuring, Request
+from sglang_moe_ext.tuning.request import MeasureOptions, TuneRequest
 from sglang_moe_ext.tuning.search import cost_model, predict
 from sglang_moe_ext.tuning.search.screening import EFFORTS, groups_by_key
 
 Candidates = dict[Projection, list[TileConfig]]
 
 
-def of_request(request: Request, measuring: Measuring, kept: tuple[TileConfig, ...], tokens: int) -> Candidates:
+def list_for_request(
+    request: TuneRequest, measuring: MeasureOptions, kept: tuple[TileConfig, ...], tokens: int
+) -> Candidates:
     """What a run times at that M."""
     keys = EFFORTS[measuring.effort].keys
     if not request.tunable.HAS_DOWN_TABLES:
-        return listed_for_both(kept, request.shape, request.gpu, tokens, keys=keys)
-    return listed(kept, request.shape, request.gpu, tokens, keys=keys, with_tma=measuring.with_tma)
+        return list_shared_candidates(kept, request.shape, request.gpu, tokens, keys=keys)
+    return list_candidates(kept, request.shape, request.gpu, tokens, keys=keys, with_tma=measuring.with_tma)
 
 
-def listed_for_both(
+def list_shared_candidates(
     kept: tuple[TileConfig, ...], shape: MoEShape, gpu: Gpu, tokens: int, *, keys: int | None
 ) -> Candidates:
     """The same candidates for each GEMM, where one configuration serves both: the first `keys` binaries, best first."""
@@ -44,7 +46,7 @@ def listed_for_both(
     return dict.fromkeys(PROJECTIONS, best)
 
 
-def listed(
+def list_candidates(
     kept: tuple[TileConfig, ...],
     shape: MoEShape,
     gpu: Gpu,
@@ -85,7 +87,7 @@ def _ranked(
     kept: tuple[TileConfig, ...], shape: MoEShape, gpu: Gpu, tokens: int, projection: Projection
 ) -> list[TileConfig]:
     def estimate(config: TileConfig) -> tuple[float, TileConfig]:
-        needs = cost_model.estimated(config, shape, gpu)
+        needs = cost_model.estimate(config, shape, gpu)
         return cost_model.gemm(config, shape, gpu, tokens, projection, needs).us, config
 
     return [config for _, config in sorted(map(estimate, kept))]

@@ -68,7 +68,7 @@ class _Grid:
     slots: int
 
 
-def estimated(config: TileConfig, shape: MoEShape, gpu: Gpu) -> Resources:
+def estimate(config: TileConfig, shape: MoEShape, gpu: Gpu) -> Resources:
     """What the binary will probably need, before it is compiled."""
     quantisation = shape.quantisation
     loaded_bits = config.block_m * quantisation.activation_bits + config.block_n * quantisation.weight_bits

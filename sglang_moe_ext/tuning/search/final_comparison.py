@@ -10,7 +10,16 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from sglang_moe_ext.core import Failure, MoEShape, Scheme
-from sglang_moe_ext.tuning.bench.messages import Ask, Check, Checked, Race, Raced, Runner, identity, named
+from sglang_moe_ext.tuning.bench.messages import (
+    Accuracy,
+    Ask,
+    BenchLayers,
+    CheckAccuracy,
+    LayerTimes,
+    Runner,
+    describe,
+    identity,
+)
 from sglang_moe_ext.tuning.search.statistics import Interval, gain, typical_us
 
 log = logging.getLogger(__name__)
@@ -20,7 +29,7 @@ _REPETITIONS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Entrant:
+class ComparedLayer:
     """A pair that came to the end of the race.
 
     `samples`: microseconds of each round, `us`: what is typical of them; `gain`: over the incumbent, None where that
@@ -33,21 +42,21 @@ class Entrant:
 
 
 @dataclass(frozen=True, slots=True)
-class Heat:
+class InterleavedComparison:
     """What became of everyone; `incumbent` is None where there is none, and the rivals stand in the order given.
 
     `noise`: by how much the incumbent differs from itself, None where it is not in the race. `raced`: the race that the
     times are from, None where none came to its end.
     """
 
-    incumbent: Entrant | Failure | None
-    rivals: tuple[Entrant | Failure, ...]
+    incumbent: ComparedLayer | Failure | None
+    rivals: tuple[ComparedLayer | Failure, ...]
     noise: float | None
-    raced: Raced | None
+    raced: LayerTimes | None
 
 
 @dataclass(frozen=True, slots=True)
-class _Card:
+class _Field:
     """Who is to race, by place; place 0 is the incumbent's, and empty where there is none."""
 
     tokens: int
@@ -55,45 +64,45 @@ class _Card:
     rounds: int
     data: int
 
-    def race(self, places: Sequence[int]) -> Race:
+    def race(self, places: Sequence[int]) -> BenchLayers:
         """The incumbent comes first and last, which says how much it differs from itself."""
         entered = [*places, 0] if 0 in places else places
-        return Race(self.tokens, tuple(self.starters[place] for place in entered), self.rounds, data=self.data)
+        return BenchLayers(self.tokens, tuple(self.starters[place] for place in entered), self.rounds, data=self.data)
 
 
 def interleave(
     tokens: int, incumbent: Runner | None, rivals: Sequence[Runner], ask: Ask, *, rounds: int, data: int = 0
-) -> Heat:
+) -> InterleavedComparison:
     """One race of all; where it fails, of those that run alone; then of the incumbent and ever fewer of them."""
     starters = {place: pair for place, pair in enumerate((incumbent, *rivals)) if pair is not None}
-    card = _Card(tokens, starters, rounds, data)
+    card = _Field(tokens, starters, rounds, data)
     field, out = list(starters), dict[int, Failure]()
-    answer = _raced(card.race(field), ask) if field else None
+    answer = _compare(card.race(field), ask) if field else None
     if isinstance(answer, Failure):
         log.warning("M=%d: the race failed (%s: %s): trying one by one", tokens, answer.kind, answer.message)
         out = _failing_alone(card, ask)
         if out:
             field = [place for place in field if place not in out]
-            answer = _raced(card.race(field), ask) if field else None
+            answer = _compare(card.race(field), ask) if field else None
     while isinstance(answer, Failure):
         field, cut = _halved(field)
         log.warning("M=%d: the race of those that run alone failed (%s): %d left", tokens, answer.kind, len(field))
         out |= dict.fromkeys(cut, _crowded(answer))
-        answer = _raced(card.race(field), ask) if field else None
-    found, noise = ({}, None) if answer is None else _entrants(field, answer)
-    everyone: dict[int, Entrant | Failure] = {**out, **found}
+        answer = _compare(card.race(field), ask) if field else None
+    found, noise = ({}, None) if answer is None else _compared_layers(field, answer)
+    everyone: dict[int, ComparedLayer | Failure] = {**out, **found}
     places = range(1, len(rivals) + 1)
-    return Heat(everyone.get(0), tuple(everyone[place] for place in places), noise, answer)
+    return InterleavedComparison(everyone.get(0), tuple(everyone[place] for place in places), noise, answer)
 
 
-def _failing_alone(card: _Card, ask: Ask) -> dict[int, Failure]:
+def _failing_alone(card: _Field, ask: Ask) -> dict[int, Failure]:
     """Those that fail in a round of their own."""
     found: dict[int, Failure] = {}
     for place, pair in card.starters.items():
-        answer = ask(Race(card.tokens, (pair,), rounds=1, data=card.data))
+        answer = ask(BenchLayers(card.tokens, (pair,), rounds=1, data=card.data))
         if isinstance(answer, Failure):
             found[place] = answer
-            log.warning("M=%d: %s fails: %s: %s", card.tokens, named(pair), answer.kind, answer.message)
+            log.warning("M=%d: %s fails: %s: %s", card.tokens, describe(pair), answer.kind, answer.message)
     return found
 
 
@@ -107,32 +116,34 @@ def _crowded(why: Failure) -> Failure:
     return Failure(why.kind, f"runs alone, but not in a race with the others: {why.message}")
 
 
-def _raced(race: Race, ask: Ask, repetitions: int = _REPETITIONS) -> Raced | Failure:
+def _compare(race: BenchLayers, ask: Ask, repetitions: int = _REPETITIONS) -> LayerTimes | Failure:
     """The answer to a race, which is run again where the GPU slowed down meanwhile."""
     match ask(race):
-        case Raced(throttled=str(why)) if repetitions:
+        case LayerTimes(throttled=str(why)) if repetitions:
             log.info("M=%d: the GPU slowed down in the race (%s): racing again", race.tokens, why)
-            return _raced(replace(race, attempt=race.attempt + 1), ask, repetitions - 1)
-        case Raced(throttled=str(why)) as answer:
+            return _compare(replace(race, attempt=race.attempt + 1), ask, repetitions - 1)
+        case LayerTimes(throttled=str(why)) as answer:
             log.warning("M=%d: the GPU slows down in every race (%s): taken as it is", race.tokens, why)
             return answer
-        case Raced() | Failure() as answer:
+        case LayerTimes() | Failure() as answer:
             return answer
         case answer:
             raise TypeError(f"a Race was answered by {answer}")
 
 
-def _entrants(field: Iterable[int], raced: Raced) -> tuple[dict[int, Entrant], float | None]:
+def _compared_layers(field: Iterable[int], raced: LayerTimes) -> tuple[dict[int, ComparedLayer], float | None]:
     """What the times say, and the noise; those of an incumbent are the first and the last."""
     turns = raced.routings
     if 0 not in field:
-        alone = {place: Entrant(us, typical_us(us, turns), None) for place, us in zip(field, raced.us, strict=True)}
+        alone = {
+            place: ComparedLayer(us, typical_us(us, turns), None) for place, us in zip(field, raced.us, strict=True)
+        }
         return alone, None
     first, *times, again = raced.us
     mean = tuple((one + other) / 2 for one, other in zip(first, again, strict=True))
-    found = {0: Entrant(mean, typical_us(mean, turns), Interval(1.0, 1.0, 1.0))}
+    found = {0: ComparedLayer(mean, typical_us(mean, turns), Interval(1.0, 1.0, 1.0))}
     for place, us in zip((place for place in field if place), times, strict=True):
-        found[place] = Entrant(us, typical_us(us, turns), gain(mean, us, turns))
+        found[place] = ComparedLayer(us, typical_us(us, turns), gain(mean, us, turns))
     differs = gain(first, again, turns).value
     return found, max(differs, 1 / differs) - 1
 
@@ -160,7 +171,7 @@ _NEVER = Interval(math.inf, math.inf, math.inf)
 
 
 @dataclass(frozen=True, slots=True)
-class Measured(Generic[R]):
+class MeasuredChoice(Generic[R]):
     """What was chosen for one M. Times in microseconds, of the whole layer, from one race.
 
     Of an incumbent that cannot run, `incumbent_us` and `gain` are infinite, and `noise` is None; else it is by how much
@@ -189,11 +200,11 @@ class _Verdict(Generic[R]):
     incumbent_us: float
     gain: Interval
     noise: float | None
-    raced: Raced
+    raced: LayerTimes
 
 
 @dataclass(frozen=True, slots=True)
-class _Bout(Generic[R]):
+class _Comparison(Generic[R]):
     """What all steps of the rematch of one M need; `errors` of the pairs that were checked, None of the wrong ones."""
 
     shape: MoEShape
@@ -209,7 +220,7 @@ def is_right(shape: MoEShape, error: float | Failure) -> bool:
     return not isinstance(error, Failure) and error <= TOLERATED_ERROR[shape.quantisation.scheme]
 
 
-def rematch(  # noqa: PLR0913 - the last two only pass through, into the noun that tells all of an M
+def confirm(  # noqa: PLR0913 - the last two only pass through, into the noun that tells all of an M
     shape: MoEShape,
     tokens: int,
     finalists: Sequence[R],
@@ -219,21 +230,21 @@ def rematch(  # noqa: PLR0913 - the last two only pass through, into the noun th
     rounds: int,
     tried: int,
     failures: Mapping[str, int],
-) -> Measured[R] | None:
+) -> MeasuredChoice[R] | None:
     """A right finalist that led and beats the incumbent beyond doubt when they meet again, or the incumbent.
 
     A wrong incumbent gives way to the fastest right finalist. None where nothing that runs is right: nothing is known
     then that could be written down.
     """
     rivals = [pair for place, pair in enumerate(finalists) if pair not in (incumbent, *finalists[:place])]
-    bout = _Bout(shape, tokens, incumbent, rounds, ask, {})
-    ranked = _ranked(bout, rivals, data=0)
+    bout = _Comparison(shape, tokens, incumbent, rounds, ask, {})
+    ranked = _rank(bout, rivals, data=0)
     chosen = _winner(bout, ranked) or _first_right(bout, ranked)
     error = None if chosen is None else _tolerable_error(bout, chosen.pair)
     if chosen is None or error is None:
         log.warning("M=%d: left out: nothing that runs there gave a right result", tokens)
         return None
-    return Measured(
+    return MeasuredChoice(
         pair=chosen.pair,
         us=chosen.us,
         incumbent=incumbent,
@@ -248,30 +259,30 @@ def rematch(  # noqa: PLR0913 - the last two only pass through, into the noun th
     )
 
 
-def _ranked(bout: _Bout[R], rivals: Sequence[R], data: int) -> list[_Verdict[R]]:
+def _rank(bout: _Comparison[R], rivals: Sequence[R], data: int) -> list[_Verdict[R]]:
     """Who came to the end of a race, by gain over the incumbent, which is one of them where it runs."""
     heat = interleave(bout.tokens, bout.incumbent, rivals, bout.ask, rounds=bout.rounds, data=data)
     if heat.raced is None:
         return []
-    incumbent_us = heat.incumbent.us if isinstance(heat.incumbent, Entrant) else math.inf
+    incumbent_us = heat.incumbent.us if isinstance(heat.incumbent, ComparedLayer) else math.inf
     everyone = zip((bout.incumbent, *rivals), (heat.incumbent, *heat.rivals), strict=True)
     verdicts = [
         _Verdict(pair, entrant.us, incumbent_us, entrant.gain or _NEVER, heat.noise, heat.raced)
         for pair, entrant in everyone
-        if isinstance(entrant, Entrant)
+        if isinstance(entrant, ComparedLayer)
     ]
     return sorted(verdicts, key=lambda verdict: (-verdict.gain.value, verdict.us))
 
 
-def _winner(bout: _Bout[R], ranked: Iterable[_Verdict[R]]) -> _Verdict[R] | None:
+def _winner(bout: _Comparison[R], ranked: Iterable[_Verdict[R]]) -> _Verdict[R] | None:
     """The first right one of those that led which beats the incumbent again, alone and on other data."""
     led = (one for one in ranked if one.noise is not None and one.gain.low > 1 and one.gain.value > 1 + LEAST_GAIN)
     right = (one for one in led if _tolerable_error(bout, one.pair) is not None)
     for one in itertools.islice(right, _MEETINGS):
-        for again in _ranked(bout, [one.pair], data=1):
+        for again in _rank(bout, [one.pair], data=1):
             if again.pair == one.pair and _is_beyond_doubt(again):
                 return again
-        log.info("M=%d: %s led, but does not beat the incumbent alone", bout.tokens, named(one.pair))
+        log.info("M=%d: %s led, but does not beat the incumbent alone", bout.tokens, describe(one.pair))
     return None
 
 
@@ -279,24 +290,24 @@ def _is_beyond_doubt(met: _Verdict[R]) -> bool:
     return met.noise is not None and met.gain.low > 1 and met.gain.value > 1 + max(LEAST_GAIN, met.noise)
 
 
-def _first_right(bout: _Bout[R], ranked: Sequence[_Verdict[R]]) -> _Verdict[R] | None:
+def _first_right(bout: _Comparison[R], ranked: Sequence[_Verdict[R]]) -> _Verdict[R] | None:
     """The incumbent where it runs and is right, else the fastest that is."""
     order = sorted(ranked, key=lambda verdict: verdict.pair != bout.incumbent)
     return next((verdict for verdict in order if _tolerable_error(bout, verdict.pair) is not None), None)
 
 
-def _tolerable_error(bout: _Bout[R], pair: R) -> float | None:
+def _tolerable_error(bout: _Comparison[R], pair: R) -> float | None:
     """The relative error of a pair that is right; None, with a warning the first time, of one that is not."""
     key = identity(pair)
     if key not in bout.errors:
-        bout.errors[key] = _checked(bout, pair)
+        bout.errors[key] = _check(bout, pair)
     return bout.errors[key]
 
 
-def _checked(bout: _Bout[R], pair: R) -> float | None:
-    tokens, name = bout.tokens, named(pair)
-    answer = bout.ask(Check(tokens, pair))
-    if isinstance(answer, Checked):
+def _check(bout: _Comparison[R], pair: R) -> float | None:
+    tokens, name = bout.tokens, describe(pair)
+    answer = bout.ask(CheckAccuracy(tokens, pair))
+    if isinstance(answer, Accuracy):
         if is_right(bout.shape, answer.error):
             return answer.error
         log.warning("M=%d: %s is WRONG (relative error %.3g): left out", tokens, name, answer.error)

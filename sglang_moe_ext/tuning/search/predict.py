@@ -33,7 +33,7 @@ REFUSED = MoEExtError.__name__
 
 
 @dataclass(frozen=True, slots=True)
-class Predicted:
+class PredictedConfig:
     """The choice for one M: predicted microseconds of both GEMMs, and what the compiled binaries need."""
 
     config: TileConfig
@@ -64,14 +64,14 @@ def clean_resources(
     return found
 
 
-def table(
+def predict_table(
     candidates: Sequence[TileConfig],
     shape: MoEShape,
     gpu: Gpu,
     tokens: Sequence[int],
     compile_all: CompileAll,
     engine: EngineAdapter = SGLANG,
-) -> dict[int, Predicted]:
+) -> dict[int, PredictedConfig]:
     """The best candidate for each M, compiled. Only what is ranked ahead of a compiled, clean candidate is compiled.
 
     Raises:
@@ -79,7 +79,7 @@ def table(
     """
     compiled: Compiled = {}
     ranked = {m: best_of_each_key(tuple(candidates), shape, gpu, m) for m in tokens}
-    chosen: dict[int, Predicted] = {}
+    chosen: dict[int, PredictedConfig] = {}
     while len(chosen) < len(ranked):
         fronts = {m: ranked[m][:FRONT] for m in ranked if m not in chosen}
         if not all(fronts.values()):
@@ -99,7 +99,7 @@ def table(
         _refuse_if_hopeless(compiled)
         for m, front in fronts.items():
             clean = [
-                Predicted(config, cost_model.pair_us(config, shape, gpu, m, resources), resources)
+                PredictedConfig(config, cost_model.pair_us(config, shape, gpu, m, resources), resources)
                 for config in front
                 if (resources := clean_resources(jobs_of(config, shape, m, gpu.sm, engine), compiled, gpu)) is not None
             ]
@@ -130,7 +130,7 @@ def by_estimate(candidates: tuple[TileConfig, ...], shape: MoEShape, gpu: Gpu, t
     """Fastest first, as far as can be told before compiling; of equals the one with the smaller tile."""
 
     def estimate(config: TileConfig) -> tuple[float, TileConfig]:
-        resources = cost_model.estimated(config, shape, gpu)
+        resources = cost_model.estimate(config, shape, gpu)
         return cost_model.pair_us(config, shape, gpu, tokens, dict.fromkeys(PROJECTIONS, resources)), config
 
     return [config for _, config in sorted(map(estimate, candidates))]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sglang_moe_ext.core import PROJECTIONS, CompileKey, Failure, Projection, TileConfig
-from sglang_moe_ext.tuning.bench.messages import Ask, Pair, Screen, Screened
+from sglang_moe_ext.tuning.bench.messages import Ask, BenchGemm, GemmTimes, Pair
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def fastest_keys(times: Times, count: int) -> dict[Projection, list[CompileKey]]
     return found
 
 
-def screened(
+def screen(
     tokens: int,
     candidates: Mapping[Projection, Sequence[TileConfig]],
     effort: Effort,
@@ -126,10 +126,10 @@ class _Gemm:
         """Time that binary with those groups; why it cannot be. A configuration timed before keeps the later time."""
         best_us = self._first_us.get(key.use_tma)
         limit_us = None if best_us is None else _HOPELESS * best_us
-        answer = self._ask(Screen(self._tokens, self._projection, key, groups, samples, limit_us))
+        answer = self._ask(BenchGemm(self._tokens, self._projection, key, groups, samples, limit_us))
         if isinstance(answer, Failure):
             return answer
-        if not isinstance(answer, Screened):
+        if not isinstance(answer, GemmTimes):
             raise TypeError(f"a Screen was answered by {answer}")
         for group, us in zip(groups, answer.us, strict=True):
             if us:
@@ -201,7 +201,7 @@ _PER_BINARY = 2
 """Finalists that differ in GROUP_SIZE_M alone."""
 
 
-def ranked(times: Times) -> list[TileConfig]:
+def rank_shared(times: Times) -> list[TileConfig]:
     """The configurations that ran in both GEMMs, the smallest sum of times first."""
     sums = {config: us + times["down"][config] for config, us in times["up"].items() if config in times["down"]}
     return sorted(sums, key=lambda config: (sums[config], config))
@@ -209,14 +209,14 @@ def ranked(times: Times) -> list[TileConfig]:
 
 def fastest_shared_keys(times: Times, count: int) -> dict[Projection, list[CompileKey]]:
     """The same binaries for each GEMM: so many of those whose configurations are fastest in both together."""
-    keys = list(dict.fromkeys(config.compile_key for config in ranked(times)))[:count]
+    keys = list(dict.fromkeys(config.compile_key for config in rank_shared(times)))[:count]
     return dict.fromkeys(PROJECTIONS, keys)
 
 
 def shared_finalists(screening: Screening, count: int) -> list[Pair]:
     """So many of the fastest, each as the pair of itself, not more than two of one binary."""
     taken: list[TileConfig] = []
-    for config in ranked(screening.times):
+    for config in rank_shared(screening.times):
         if sum(config.compile_key == other.compile_key for other in taken) < _PER_BINARY:
             taken.append(config)
     return [{"up": config, "down": config} for config in taken[:count]]

@@ -11,9 +11,9 @@ from typing import Literal, cast
 
 from sglang_moe_ext.core import Failure, MoEShape, TileConfig
 from sglang_moe_ext.sorted_kernels import LONGEST_K, Down, DownConfig, KernelPlan, ShortKDownConfig, Up, UpConfig
-from sglang_moe_ext.tuning.bench.messages import Ask, Pair, Runner, Screened, ScreenPath
+from sglang_moe_ext.tuning.bench.messages import Ask, BenchKernelPlan, GemmTimes, Pair, Runner
 from sglang_moe_ext.tuning.search import final_comparison
-from sglang_moe_ext.tuning.search.final_comparison import Measured
+from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
 
 _GROUP = 128
 """Columns that share a scale of block-wise float8."""
@@ -22,7 +22,7 @@ _FEWEST_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class PlanRule:
     """One constraint of the layer and its batch; `why` is what a report says where it does not hold."""
 
     why: str
@@ -36,15 +36,15 @@ def _is_multiplied(shape: MoEShape, _: int) -> bool:
 
 
 RULES = (
-    Rule("our kernels multiply 16 bits, and float8 in blocks of 128 or per channel", _is_multiplied),
-    Rule("with expert parallelism nobody measured our path", lambda shape, _: shape.ep == 1),
-    Rule("our activation is SwiGLU", lambda shape, _: shape.gated),
-    Rule(
+    PlanRule("our kernels multiply 16 bits, and float8 in blocks of 128 or per channel", _is_multiplied),
+    PlanRule("with expert parallelism nobody measured our path", lambda shape, _: shape.ep == 1),
+    PlanRule("our activation is SwiGLU", lambda shape, _: shape.gated),
+    PlanRule(
         f"our tiles take whole groups of {_GROUP} columns",
         lambda shape, _: not (shape.intermediate_size % _GROUP or shape.hidden_size % _GROUP),
     ),
     # H200, 2026-11-21: below, ours lost at every M of four layers (docs/down_projection.md).
-    Rule(
+    PlanRule(
         f"with fewer than {_FEWEST_ROWS} rows an expert, tiles of {BLOCKS_M[0]} rows are padding",
         lambda shape, tokens: tokens * shape.top_k >= _FEWEST_ROWS * shape.experts,
     ),
@@ -147,20 +147,20 @@ _SAMPLES = 4
 _FINALISTS = 3
 
 
-def raced(
+def compare_plans(
     shape: MoEShape, tokens: int, chosen: Pair, engines_ups: Iterable[TileConfig], ask: Ask, *, rounds: int
-) -> Measured[Runner] | None:
+) -> MeasuredChoice[Runner] | None:
     """The path that beats the chosen pair beyond doubt, or the pair; None where no path can be tried."""
     if why := why_not(shape, tokens):
         log.info("M=%d: our own path is not tried: %s", tokens, why)
         return None
-    times, failures = screened(shape, tokens, [chosen["up"], *engines_ups], ask)
+    times, failures = screen_plans(shape, tokens, [chosen["up"], *engines_ups], ask)
     best: list[Runner] = [*sorted(times, key=times.__getitem__)[:_FINALISTS]]
     tried, incumbent = len(times) + sum(failures.values()), cast("Runner", chosen)
-    return final_comparison.rematch(shape, tokens, best, incumbent, ask, rounds=rounds, tried=tried, failures=failures)
+    return final_comparison.confirm(shape, tokens, best, incumbent, ask, rounds=rounds, tried=tried, failures=failures)
 
 
-def screened(
+def screen_plans(
     shape: MoEShape, tokens: int, engines_ups: Iterable[TileConfig], ask: Ask
 ) -> tuple[dict[KernelPlan, float], Mapping[str, int]]:
     """Microseconds of the layer: each up with the first down of its blocks, then the best of each with every down."""
@@ -168,8 +168,8 @@ def screened(
     failures: dict[str, int] = {}
 
     def runs(path: KernelPlan) -> bool:
-        answer = ask(ScreenPath(tokens, path, _SAMPLES))
-        if isinstance(answer, Screened):
+        answer = ask(BenchKernelPlan(tokens, path, _SAMPLES))
+        if isinstance(answer, GemmTimes):
             times[path] = statistics.median(answer.us[0])
         elif isinstance(answer, Failure):
             failures[answer.kind] = failures.get(answer.kind, 0) + 1

@@ -20,7 +20,7 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
-class Sifted:
+class PrunedSpace:
     """The candidates that every rule keeps, and how many each rule dropped first."""
 
     kept: tuple[TileConfig, ...]
@@ -72,7 +72,7 @@ RULES = (
 )
 
 
-def sift(candidates: Iterable[TileConfig], shape: MoEShape, gpu: Gpu, rules: Sequence[Rule] = RULES) -> Sifted:
+def prune(candidates: Iterable[TileConfig], shape: MoEShape, gpu: Gpu, rules: Sequence[Rule] = RULES) -> PrunedSpace:
     """Drop what the rules drop; each candidate counts for the first rule that drops it."""
     kept: list[TileConfig] = []
     dropped = {rule.name: 0 for rule in rules}
@@ -82,4 +82,4 @@ def sift(candidates: Iterable[TileConfig], shape: MoEShape, gpu: Gpu, rules: Seq
             kept.append(candidate)
         else:
             dropped[breaks.name] += 1
-    return Sifted(tuple(kept), dropped)
+    return PrunedSpace(tuple(kept), dropped)

@@ -20,7 +20,7 @@ from sglang_moe_ext.core import MoEShape, Quantisation, TileConfig
 from sglang_moe_ext.engines.registry import VLLM
 from sglang_moe_ext.kernels import reference
 from sglang_moe_ext.kernels.quantize import Scales, quantise_activations
-from sglang_moe_ext.tuning.bench.layer import Layer
+from sglang_moe_ext.tuning.bench.layer import BenchedLayer
 from sglang_moe_ext.tuning.bench.routing import MIXED
 from tests.kernels.interpreter import repair
 
@@ -70,7 +70,7 @@ def answer(engine: Any, case: dict[str, Any]) -> dict[str, Any]:
     quantisation, config, tokens = Quantisation(**said), TileConfig(*case["config"]), case["tokens"]
     shape = MoEShape(quantisation=quantisation, **stated)
     engine.kernels.moe_kernel_quantize_input = quantised_as(quantisation)
-    layer = Layer(engine, shape, MIXED, seed=1, device="cpu", tunable=VLLM)
+    layer = BenchedLayer(engine, shape, MIXED, seed=1, device="cpu", tunable=VLLM)
     batch = layer.batch(tokens, seed=2)
     up = layer.gemm(batch, "up", config, turn=0)
     up.out.fill_(float("nan"))

@@ -316,7 +316,7 @@ def test_built_twice_an_overlay_is_the_same(engine: SglangInstallation, capsys: 
 
 
 def test_tuning_writes_into_the_same_overlay(engine: SglangInstallation) -> None:
-    destination = install_target.chosen("overlay", None, engine, "3.7.1")
+    destination = install_target.choose_for_sglang("overlay", None, engine, "3.7.1")
     assert destination is not None
     assert destination.folder == overlays.place(engine) / "configs" / RUNNING
 

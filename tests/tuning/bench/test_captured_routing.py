@@ -155,7 +155,7 @@ OF_RANK_1 = [[REMOTE, 0, 4], [3, 1, 4], [REMOTE, 2, 4]]
 
 @pytest.mark.parametrize(("rank", "expected"), [(0, OF_RANK_0), (1, OF_RANK_1)])
 def test_ids_become_those_of_a_rank_as_worked_out_by_hand(rank: int, expected: list[list[int]]) -> None:
-    assert captured_routing.of_rank(GLOBAL, SPLIT, rank).tolist() == expected
+    assert captured_routing.for_rank(GLOBAL, SPLIT, rank).tolist() == expected
 
 
 @pytest.mark.parametrize("with_shared", [True, False], ids=["with its shared expert", "without"])
@@ -181,7 +181,9 @@ def test_whatever_the_tables_each_token_takes_what_some_dumped_row_has(
 ) -> None:
     stored = io.BytesIO()
     torch.save(rows(sum(lengths)), stored)
-    made: Routing = captured_routing.Captured("any", tuple(lengths), stored.getvalue())(SHAPE, tokens, seed, "cpu")
+    made: Routing = captured_routing.CapturedRouting("any", tuple(lengths), stored.getvalue())(
+        SHAPE, tokens, seed, "cpu"
+    )
     assert len(made.topk_ids) == tokens
     assert max(positions(made.topk_ids.tolist())) < sum(lengths)
 

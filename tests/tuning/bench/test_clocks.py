@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sglang_moe_ext.tuning.bench.clocks import Clocks, Watch
+from sglang_moe_ext.tuning.bench.clocks import ClockReading, ClockWatch
 
 BITS = {
     "GpuIdle": 0x1,
@@ -87,14 +87,14 @@ def installed(monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml) -> FakeNvml:
 
 def watched(device: int | str = 0) -> int | None:
     """Which GPU the watch reads, by its clock."""
-    clocks = Watch(device).read()
+    clocks = ClockWatch(device).read()
     return None if clocks is None else clocks.sm_mhz - 1000
 
 
 @pytest.mark.parametrize("end", ["HwSlowdown", "SwThermalSlowdown", "HwThermalSlowdown", "HwPowerBrakeSlowdown"])
 def test_a_slowdown_spoils_a_measurement(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
     installed(monkeypatch, FakeNvml(BITS[end]))
-    clocks = Watch().read()
+    clocks = ClockWatch().read()
     assert clocks is not None and len(clocks.reasons) == 1 and clocks.spoiled == next(iter(clocks.reasons))
 
 
@@ -103,29 +103,29 @@ def test_a_slowdown_spoils_a_measurement(monkeypatch: pytest.MonkeyPatch, end: s
 )
 def test_what_is_normal_under_work_is_told_and_spoils_nothing(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
     installed(monkeypatch, FakeNvml(BITS[end]))
-    clocks = Watch().read()
+    clocks = ClockWatch().read()
     assert clocks is not None and len(clocks.reasons) == 1 and clocks.spoiled is None
 
 
 def test_of_several_reasons_those_that_spoil_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, FakeNvml(BITS["SwPowerCap"] | BITS["HwSlowdown"] | BITS["HwThermalSlowdown"]))
-    clocks = Watch().read()
+    clocks = ClockWatch().read()
     assert clocks is not None and clocks.spoiled == "hardware slowdown, hardware thermal slowdown"
 
 
 def test_a_gpu_at_full_clocks_has_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, FakeNvml())
-    assert Watch().read() == Clocks(1000, frozenset())
+    assert ClockWatch().read() == ClockReading(1000, frozenset())
 
 
 def test_a_bit_that_nobody_knows_is_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, FakeNvml(0x4000))
-    assert Watch().read() == Clocks(1000, frozenset())
+    assert ClockWatch().read() == ClockReading(1000, frozenset())
 
 
 def test_each_read_is_of_its_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     nvml = installed(monkeypatch, FakeNvml())
-    watch = Watch()
+    watch = ClockWatch()
     nvml.bits = BITS["HwThermalSlowdown"]
     clocks = watch.read()
     assert clocks is not None and clocks.spoiled == "hardware thermal slowdown"
@@ -134,13 +134,13 @@ def test_each_read_is_of_its_moment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("names", [("Event",), ("Throttle",)], ids=["new names", "old names"])
 def test_either_generation_of_names_will_do(monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]) -> None:
     installed(monkeypatch, FakeNvml(BITS["HwSlowdown"], names))
-    clocks = Watch().read()
+    clocks = ClockWatch().read()
     assert clocks is not None and clocks.spoiled == "hardware slowdown"
 
 
 def test_on_a_driver_older_than_the_binding_the_old_function_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, FakeNvml(BITS["HwSlowdown"])).refuses.add("Event reasons")
-    clocks = Watch().read()
+    clocks = ClockWatch().read()
     assert clocks is not None and clocks.spoiled == "hardware slowdown"
 
 
@@ -227,7 +227,7 @@ def test_without_the_binding_nothing_is_known_and_one_line_says_so(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with caplog.at_level(logging.INFO, "sglang_moe_ext.tuning.bench.clocks"):
-        watch = Watch()
+        watch = ClockWatch()
         assert (watch.read(), watch.read()) == (None, None)
     [record] = caplog.records
     assert record.levelno == logging.INFO and "the package nvidia-ml-py would read them" in record.getMessage()
@@ -239,7 +239,7 @@ def test_where_nvml_refuses_nothing_is_known_and_one_line_says_why(
 ) -> None:
     installed(monkeypatch, FakeNvml()).refuses.add(refused)
     with caplog.at_level(logging.INFO, "sglang_moe_ext.tuning.bench.clocks"):
-        watch = Watch()
+        watch = ClockWatch()
         assert (watch.read(), watch.read()) == (None, None)
     assert [record.getMessage() for record in caplog.records] == [
         f"the GPU's clocks are not watched: {refused}: not supported"
@@ -250,7 +250,7 @@ def test_an_nvml_that_fails_later_is_given_up_with_one_line(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     nvml = installed(monkeypatch, FakeNvml())
-    watch = Watch()
+    watch = ClockWatch()
     nvml.refuses.add("clock")
     with caplog.at_level(logging.INFO, "sglang_moe_ext.tuning.bench.clocks"):
         assert (watch.read(), watch.read()) == (None, None)

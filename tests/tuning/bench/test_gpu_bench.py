@@ -11,10 +11,18 @@ import pytest
 import torch
 
 from sglang_moe_ext.core import CompileKey, TileConfig
-from sglang_moe_ext.tuning.bench.clocks import Clocks
+from sglang_moe_ext.tuning.bench.clocks import ClockReading
 from sglang_moe_ext.tuning.bench.gpu_bench import GpuBench
 from sglang_moe_ext.tuning.bench.layer import ROUTINGS
-from sglang_moe_ext.tuning.bench.messages import Answer, Check, Checked, Question, Race, Screen, Screened
+from sglang_moe_ext.tuning.bench.messages import (
+    Accuracy,
+    BenchGemm,
+    BenchLayers,
+    BenchRequest,
+    BenchResult,
+    CheckAccuracy,
+    GemmTimes,
+)
 
 KEY = CompileKey(16, 64, 64, 4, 3)
 PAIR: Any = {"up": TileConfig(16, 64, 64, 1, 4, 3), "down": TileConfig(16, 64, 64, 1, 4, 3)}
@@ -110,8 +118,8 @@ def bench(stopwatch: TableStopwatch | None = None, layer: FakeLayer | None = Non
     return one  # type: ignore[no-any-return]
 
 
-def screened(us: dict[int, float], limit_us: float | None, samples: int = 2) -> Screened:
-    return bench(TableStopwatch(us))._screen(Screen(64, "up", KEY, tuple(us), samples, limit_us))
+def screened(us: dict[int, float], limit_us: float | None, samples: int = 2) -> GemmTimes:
+    return bench(TableStopwatch(us))._screen(BenchGemm(64, "up", KEY, tuple(us), samples, limit_us))
 
 
 def test_every_group_below_the_limit_gets_all_samples_with_routings_in_turn() -> None:
@@ -142,7 +150,7 @@ def test_groups_take_turns_after_their_first_sample() -> None:
     assert LAUNCHED == [(1, 0), (16, 0), (1, 1), (16, 1), (1, 2), (16, 2)]
 
 
-def seeds(*questions: Question) -> list[tuple[int, int]]:
+def seeds(*questions: BenchRequest) -> list[tuple[int, int]]:
     layer = FakeLayer()
     one = bench(TableStopwatch({1: 10}), layer)
     for question in questions:
@@ -150,7 +158,7 @@ def seeds(*questions: Question) -> list[tuple[int, int]]:
     return [(batch.tokens, batch.seed) for batch in layer.batches]
 
 
-SCREEN = Screen(64, "up", KEY, (1,), 2)
+SCREEN = BenchGemm(64, "up", KEY, (1,), 2)
 
 
 @pytest.fixture
@@ -161,18 +169,22 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_gpu")
 def test_a_screen_and_the_first_data_of_a_race_share_a_batch() -> None:
-    assert seeds(SCREEN, SCREEN, Race(64, (PAIR,), 2), SCREEN) == [(64, 100)]
+    assert seeds(SCREEN, SCREEN, BenchLayers(64, (PAIR,), 2), SCREEN) == [(64, 100)]
 
 
 @pytest.mark.usefixtures("no_gpu")
 def test_other_data_of_a_race_and_another_batch_size_are_other_batches() -> None:
-    races = (Race(64, (PAIR,), 2, data=2), Race(64, (PAIR,), 2, attempt=1, data=2), Race(32, (PAIR,), 2, data=2))
+    races = (
+        BenchLayers(64, (PAIR,), 2, data=2),
+        BenchLayers(64, (PAIR,), 2, attempt=1, data=2),
+        BenchLayers(32, (PAIR,), 2, data=2),
+    )
     assert seeds(SCREEN, *races, SCREEN) == [(64, 100), (64, 102), (32, 102), (64, 100)]
 
 
 def test_a_race_has_no_tensors_of_single_gemms_beside_it() -> None:
     layer = FakeLayer()
-    bench(layer=layer)._race(Race(64, (PAIR,), 2))
+    bench(layer=layer)._race(BenchLayers(64, (PAIR,), 2))
     assert [batch.has_gemms for batch in layer.batches] == [False]
 
 
@@ -180,14 +192,14 @@ def test_clocks_are_read_while_the_gpu_is_busy() -> None:
     stopwatch = TableStopwatch()
     one: Any = bench(stopwatch)
     one._clocks = SimpleNamespace(read=lambda: stopwatch.events.append("clocks"))
-    one._race(Race(64, (PAIR,), 2))
+    one._race(BenchLayers(64, (PAIR,), 2))
     assert stopwatch.events == ["queued", "clocks", "synchronized"]
 
 
 def test_a_race_tells_the_clock_and_what_spoiled_it() -> None:
     one: Any = bench()
-    one._clocks = SimpleNamespace(read=lambda: Clocks(1400, frozenset({"hardware slowdown", "idle"})))
-    raced = one._race(Race(64, (PAIR, PAIR), 3))
+    one._clocks = SimpleNamespace(read=lambda: ClockReading(1400, frozenset({"hardware slowdown", "idle"})))
+    raced = one._race(BenchLayers(64, (PAIR, PAIR), 3))
     assert (raced.sm_clock_mhz, raced.throttled) == (1400, "hardware slowdown")
 
 
@@ -199,7 +211,7 @@ def test_a_race_tells_the_clock_and_what_spoiled_it() -> None:
 def test_a_check_answers_the_largest_error_of_a_routing_of_each_kind(
     makers: int, errors: list[float], largest: float
 ) -> None:
-    assert bench(layer=FakeLayer(errors, makers))._check(Check(64, PAIR)) == Checked(largest)
+    assert bench(layer=FakeLayer(errors, makers))._check(CheckAccuracy(64, PAIR)) == Accuracy(largest)
 
 
 def test_a_check_runs_on_poisoned_memory() -> None:
@@ -211,7 +223,7 @@ def test_a_check_runs_on_poisoned_memory() -> None:
         return turn
 
     one._whole = lambda batch, pair: run
-    one._check(Check(64, PAIR))
+    one._check(CheckAccuracy(64, PAIR))
     assert bool(made[0].isnan().all())
 
 
@@ -221,11 +233,11 @@ def failing(times: int) -> tuple[GpuBench, list[str]]:
     one._batch = FakeBatch(64, 100)
     did: list[str] = []
 
-    def answer(question: Question) -> Answer:
+    def answer(question: BenchRequest) -> BenchResult:
         did.append("answer with a batch" if one._batch else "answer")
         if len([each for each in did if each.startswith("answer")]) <= times:
             raise torch.cuda.OutOfMemoryError("no memory")
-        return Checked(0.0)
+        return Accuracy(0.0)
 
     one._answer = answer
     return one, did
@@ -234,7 +246,7 @@ def failing(times: int) -> tuple[GpuBench, list[str]]:
 def test_a_question_for_which_memory_is_short_is_tried_again_with_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     one, did = failing(1)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: did.append("empty"))
-    assert one.answer(Check(64, PAIR)) == Checked(0.0)
+    assert one.answer(CheckAccuracy(64, PAIR)) == Accuracy(0.0)
     assert did == ["answer with a batch", "empty", "answer"]
 
 
@@ -242,7 +254,7 @@ def test_a_question_for_which_memory_is_short_is_tried_again_with_all_there_is(m
 def test_memory_that_is_short_twice_is_an_error() -> None:
     one, did = failing(2)
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        one.answer(Check(64, PAIR))
+        one.answer(CheckAccuracy(64, PAIR))
     assert len(did) == 2
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sglang_moe_ext.core import PROJECTIONS, MoEShape, Quantisation
 from sglang_moe_ext.kernels import reference
 from sglang_moe_ext.kernels.quantize import Scales, quantise_weights, real_weights
-from sglang_moe_ext.tuning.bench.layer import Batch, Layer, checked_rows
+from sglang_moe_ext.tuning.bench.layer import BenchedLayer, LayerBatch, checked_rows
 from sglang_moe_ext.tuning.bench.routing import MIXED
 
 ENGINE: Any = None
@@ -30,9 +30,9 @@ SCHEMES = {
 """By name, with a bound of the relative error of rounding normal values."""
 
 
-def layer(quantisation: Quantisation | None = None, seed: int = 0, **more: Any) -> Layer:
+def layer(quantisation: Quantisation | None = None, seed: int = 0, **more: Any) -> BenchedLayer:
     shape = MoEShape(5, 32, 64, 2, quantisation or Quantisation(), **more)
-    return Layer(ENGINE, shape, MIXED, seed, device="cpu")
+    return BenchedLayer(ENGINE, shape, MIXED, seed, device="cpu")
 
 
 @pytest.mark.parametrize(("quantisation", "bound"), SCHEMES.values(), ids=SCHEMES.keys())
@@ -104,7 +104,7 @@ def test_checked_rows_lie_at_even_distances(tokens: int, most: int) -> None:
     assert not distances or max(distances) - min(distances) <= 1
 
 
-def true_result(one: Layer, batch: Batch, turn: int = 0) -> torch.Tensor:
+def true_result(one: BenchedLayer, batch: LayerBatch, turn: int = 0) -> torch.Tensor:
     tensors = one.whole(batch, turn)
     return reference.moe_layer(
         tensors.hidden,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from sglang_moe_ext.tuning.bench.nan_fill import Poisoned
+from sglang_moe_ext.tuning.bench.nan_fill import NanFill
 
 FLOATING = (torch.bfloat16, torch.float16, torch.float32)
 MAKERS: dict[str, Callable[[torch.dtype], torch.Tensor]] = {
@@ -25,7 +25,7 @@ MAKERS: dict[str, Callable[[torch.dtype], torch.Tensor]] = {
 def test_every_number_of_an_empty_tensor_is_nan(
     make: Callable[[torch.dtype], torch.Tensor], dtype: torch.dtype
 ) -> None:
-    with Poisoned():
+    with NanFill():
         made = make(dtype)
     assert (made.dtype, tuple(made.shape), bool(made.isnan().all())) == (dtype, (3, 5), True)
 
@@ -37,7 +37,7 @@ def test_whole_numbers_are_left_as_they_are(
 ) -> None:
     filled = []
     monkeypatch.setattr(torch.Tensor, "fill_", lambda tensor, value: filled.append(tensor))
-    with Poisoned():
+    with NanFill():
         assert make(dtype).dtype == dtype
     assert filled == []
 
@@ -46,7 +46,7 @@ def test_whole_numbers_are_left_as_they_are(
 def test_outside_nothing_is_filled(
     make: Callable[[torch.dtype], torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Poisoned():
+    with NanFill():
         pass
     filled = []
     monkeypatch.setattr(torch.Tensor, "fill_", lambda tensor, value: filled.append(tensor))
@@ -55,7 +55,7 @@ def test_outside_nothing_is_filled(
 
 
 def test_it_ends_where_a_kernel_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="refused"), Poisoned():
+    with pytest.raises(ValueError, match="refused"), NanFill():
         raise ValueError("refused")
     filled = []
     monkeypatch.setattr(torch.Tensor, "fill_", lambda tensor, value: filled.append(tensor))
@@ -64,18 +64,18 @@ def test_it_ends_where_a_kernel_raises(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_was_made_with_values_keeps_them() -> None:
-    with Poisoned():
+    with NanFill():
         made = [torch.zeros(3), torch.ones(3), torch.full((3,), 2.0), torch.arange(3.0), torch.tensor([1.0, 2.0])]
     assert not any(bool(tensor.isnan().any()) for tensor in made)
 
 
 def test_what_is_written_afterwards_stays() -> None:
-    with Poisoned():
+    with NanFill():
         made = torch.empty(4)
         made[:3] = 1.0
     assert made.isnan().tolist() == [False, False, False, True]
 
 
 def test_an_empty_tensor_of_no_element_is_no_error() -> None:
-    with Poisoned():
+    with NanFill():
         assert torch.empty(0, 5).shape == (0, 5)

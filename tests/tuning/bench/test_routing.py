@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sglang_moe_ext.core import MoEShape
 from sglang_moe_ext.tuning.bench import routing
-from sglang_moe_ext.tuning.bench.routing import MIXED, REMOTE, SOURCES, UNIFORM, ZIPF, Routing, Source
+from sglang_moe_ext.tuning.bench.routing import MIXED, REMOTE, SOURCES, UNIFORM, ZIPF, Routing, RoutingSource
 
 SHAPE = MoEShape(128, 768, 2048, 8)
 
@@ -113,13 +113,13 @@ def test_which_expert_is_popular_changes_with_the_seed() -> None:
 
 
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
-def test_the_same_seed_makes_the_same_routings(source: Source) -> None:
+def test_the_same_seed_makes_the_same_routings(source: RoutingSource) -> None:
     one, other = (routing.routings(source, SHAPE, 16, 4, 7, "cpu") for _ in range(2))
     assert all(map(same, one, other))
 
 
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
-def test_no_two_turns_and_no_two_seeds_share_a_routing(source: Source) -> None:
+def test_no_two_turns_and_no_two_seeds_share_a_routing(source: RoutingSource) -> None:
     made_routings = [one for seed in (0, 1) for one in routing.routings(source, SHAPE, 16, 4, seed, "cpu")]
     assert len({str(one.topk_ids.tolist()) for one in made_routings}) == 8
 
@@ -130,7 +130,7 @@ def test_mixed_takes_turns_between_uniform_and_zipf() -> None:
 
 
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
-def test_a_source_goes_to_another_process_and_is_the_same_there(source: Source) -> None:
+def test_a_source_goes_to_another_process_and_is_the_same_there(source: RoutingSource) -> None:
     assert pickle.loads(pickle.dumps(source)) == source
 
 

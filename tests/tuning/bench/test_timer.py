@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_moe_ext.tuning.bench.timer import Queue, Stopwatch
+from sglang_moe_ext.tuning.bench.timer import LaunchQueue, Stopwatch
 
 
 class FakeEvent:
@@ -62,7 +62,7 @@ class FakeGpu:
 
     def stopwatch(self) -> Stopwatch:
         return Stopwatch(
-            Queue(lambda: FakeEvent(self), self.sleep, self.flush, lambda: self.queued.append("synchronize"))
+            LaunchQueue(lambda: FakeEvent(self), self.sleep, self.flush, lambda: self.queued.append("synchronize"))
         )
 
 

@@ -14,8 +14,16 @@ from pathlib import Path
 import pytest
 
 from sglang_moe_ext.core import CompileKey, Failure, MoEExtError, TileConfig
-from sglang_moe_ext.tuning.bench.messages import Check, Checked, Question, Race, Raced, Screen, Screened
-from sglang_moe_ext.tuning.bench.worker import TIMEOUTS_S, Worker
+from sglang_moe_ext.tuning.bench.messages import (
+    Accuracy,
+    BenchGemm,
+    BenchLayers,
+    BenchRequest,
+    CheckAccuracy,
+    GemmTimes,
+    LayerTimes,
+)
+from sglang_moe_ext.tuning.bench.worker import TIMEOUTS_S, BenchProcess
 from tests.tuning.fake_bench import (
     EXITS,
     FINE,
@@ -33,11 +41,11 @@ KEY = CompileKey(16, 64, 64, 4, 3)
 PAIR = {"up": TileConfig(16, 64, 64, 1, 4, 3), "down": TileConfig(16, 64, 64, 1, 4, 3)}
 
 
-def screen(tokens: int = FINE) -> Screen:
-    return Screen(tokens, "up", KEY, (1, 16), 2)
+def screen(tokens: int = FINE) -> BenchGemm:
+    return BenchGemm(tokens, "up", KEY, (1, 16), 2)
 
 
-SCREENED = Screened(((1.0, 1.0), (16.0, 16.0)))
+SCREENED = GemmTimes(((1.0, 1.0), (16.0, 16.0)))
 
 
 @pytest.fixture
@@ -46,18 +54,18 @@ def starts(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def worker(starts: Path) -> Iterator[Worker]:
-    one = Worker(MakeBench(starts), timeout_s=5)
+def worker(starts: Path) -> Iterator[BenchProcess]:
+    one = BenchProcess(MakeBench(starts), timeout_s=5)
     yield one
     one.close()
 
 
-def test_each_question_gets_its_answer(worker: Worker) -> None:
-    answers = [worker.ask(asked) for asked in (screen(), Race(FINE, (PAIR,), 3), Check(FINE, PAIR))]  # type: ignore[arg-type]
-    assert answers == [SCREENED, Raced(((10.0,) * 3,), 4), Checked(1e-3)]
+def test_each_question_gets_its_answer(worker: BenchProcess) -> None:
+    answers = [worker.ask(asked) for asked in (screen(), BenchLayers(FINE, (PAIR,), 3), CheckAccuracy(FINE, PAIR))]  # type: ignore[arg-type]
+    assert answers == [SCREENED, LayerTimes(((10.0,) * 3,), 4), Accuracy(1e-3)]
 
 
-def test_the_process_says_which_gpu_it_measures_on(worker: Worker) -> None:
+def test_the_process_says_which_gpu_it_measures_on(worker: BenchProcess) -> None:
     assert worker.device_name == "NVIDIA H200"
 
 
@@ -76,18 +84,20 @@ MISHAPS = {
 
 
 @pytest.mark.parametrize(("does", "kind", "message"), MISHAPS.values(), ids=MISHAPS.keys())
-def test_a_mishap_is_a_failure_that_says_what_happened(worker: Worker, does: int, kind: str, message: str) -> None:
+def test_a_mishap_is_a_failure_that_says_what_happened(
+    worker: BenchProcess, does: int, kind: str, message: str
+) -> None:
     assert worker.ask(screen(does)) == Failure(kind, message)
 
 
 @pytest.mark.parametrize("does", [does for does, _, _ in MISHAPS.values()], ids=MISHAPS.keys())
-def test_a_mishap_costs_one_question(worker: Worker, does: int) -> None:
+def test_a_mishap_costs_one_question(worker: BenchProcess, does: int) -> None:
     worker.ask(screen(does))
     assert worker.ask(screen()) == SCREENED
 
 
 def test_a_kernel_that_hangs_costs_its_time_limit_and_one_question(starts: Path) -> None:
-    worker = Worker(MakeBench(starts), timeout_s=1)
+    worker = BenchProcess(MakeBench(starts), timeout_s=1)
     try:
         assert worker.ask(screen(HANGS)) == Failure("Timeout", "no answer within 1 s")
         assert worker.ask(screen()) == SCREENED
@@ -97,7 +107,7 @@ def test_a_kernel_that_hangs_costs_its_time_limit_and_one_question(starts: Path)
 
 @pytest.mark.parametrize(("does", "begun"), [(RAISES, 1), (OUT_OF_MEMORY, 1), (STICKY, 2), (POISONS, 2)])
 def test_the_process_begins_anew_only_where_the_gpu_cannot_forget(
-    worker: Worker, starts: Path, does: int, begun: int
+    worker: BenchProcess, starts: Path, does: int, begun: int
 ) -> None:
     worker.ask(screen(does))
     worker.ask(screen())
@@ -105,7 +115,7 @@ def test_the_process_begins_anew_only_where_the_gpu_cannot_forget(
 
 
 def test_a_process_that_dies_at_its_start_is_started_again(starts: Path) -> None:
-    worker = Worker(MakeBench(starts, failing_starts=2))
+    worker = BenchProcess(MakeBench(starts, failing_starts=2))
     try:
         assert worker.ask(screen()) == SCREENED
     finally:
@@ -113,14 +123,14 @@ def test_a_process_that_dies_at_its_start_is_started_again(starts: Path) -> None
 
 
 def test_a_process_that_never_starts_is_an_error(starts: Path) -> None:
-    worker = Worker(MakeBench(starts, failing_starts=100))
+    worker = BenchProcess(MakeBench(starts, failing_starts=100))
     with pytest.raises(MoEExtError, match="the measuring process did not start: Crash"):
         worker.ask(screen())
     worker.close()
 
 
 def test_a_process_that_never_starts_is_not_started_again_when_it_is_given_up(starts: Path) -> None:
-    worker = Worker(MakeBench(starts, failing_starts=100))
+    worker = BenchProcess(MakeBench(starts, failing_starts=100))
     with pytest.raises(MoEExtError):
         worker.ask(screen())
     assert (starts.stat().st_size, multiprocessing.active_children()) == (3, [])
@@ -129,20 +139,20 @@ def test_a_process_that_never_starts_is_not_started_again_when_it_is_given_up(st
 
 @pytest.mark.parametrize(
     "asked",
-    [screen(), Race(FINE, (PAIR,), 3), Check(FINE, PAIR)],  # type: ignore[arg-type]
+    [screen(), BenchLayers(FINE, (PAIR,), 3), CheckAccuracy(FINE, PAIR)],  # type: ignore[arg-type]
     ids=["screen", "race", "check"],
 )
-def test_each_kind_of_question_has_its_time(asked: Question, starts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_kind_of_question_has_its_time(asked: BenchRequest, starts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hanging = replace(asked, tokens=HANGS)
     monkeypatch.setitem(TIMEOUTS_S, type(asked), 1.0)
-    worker = Worker(MakeBench(starts))
+    worker = BenchProcess(MakeBench(starts))
     try:
         assert worker.ask(hanging) == Failure("Timeout", "no answer within 1 s")
     finally:
         worker.close()
 
 
-def test_a_process_that_dies_before_it_sees_the_question_costs_nothing(worker: Worker) -> None:
+def test_a_process_that_dies_before_it_sees_the_question_costs_nothing(worker: BenchProcess) -> None:
     assert worker.device_name and worker._process.pid is not None
     os.kill(worker._process.pid, signal.SIGSTOP)
     threading.Timer(0.5, os.kill, [worker._process.pid, signal.SIGKILL]).start()
@@ -150,7 +160,7 @@ def test_a_process_that_dies_before_it_sees_the_question_costs_nothing(worker: W
 
 
 def test_our_own_warnings_are_heard_and_no_others(capfd: pytest.CaptureFixture[str], starts: Path) -> None:
-    worker = Worker(MakeBench(starts))
+    worker = BenchProcess(MakeBench(starts))
     try:
         worker.ask(screen(WARNS))
     finally:
@@ -159,7 +169,7 @@ def test_our_own_warnings_are_heard_and_no_others(capfd: pytest.CaptureFixture[s
 
 
 def test_an_engine_that_cannot_be_imported_is_an_error_in_its_own_words(starts: Path) -> None:
-    worker = Worker(MakeBench(starts, error="no module named sgl_kernel"))
+    worker = BenchProcess(MakeBench(starts, error="no module named sgl_kernel"))
     with pytest.raises(MoEExtError, match="RuntimeError: no module named sgl_kernel"):
         worker.ask(screen())
     worker.close()
@@ -167,7 +177,7 @@ def test_an_engine_that_cannot_be_imported_is_an_error_in_its_own_words(starts: 
 
 def test_each_process_has_the_environment_that_it_is_given(starts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FAKE_GPU", raising=False)
-    worker = Worker(SayGpu(), {"FAKE_GPU": "3"})
+    worker = BenchProcess(SayGpu(), {"FAKE_GPU": "3"})
     try:
         assert worker.device_name == "GPU 3"
     finally:
@@ -179,12 +189,12 @@ class SayGpu:
         self.device_name = f"GPU {os.environ['FAKE_GPU']}"
         return self
 
-    def answer(self, question: object) -> Checked:
-        return Checked(0.0)
+    def answer(self, question: object) -> Accuracy:
+        return Accuracy(0.0)
 
 
 def test_close_does_not_wait_for_what_the_process_does(starts: Path) -> None:
-    worker = Worker(MakeBench(starts))
+    worker = BenchProcess(MakeBench(starts))
     assert worker.device_name
     worker._connection.send(screen(HANGS))
     begun = time.monotonic()
@@ -193,7 +203,7 @@ def test_close_does_not_wait_for_what_the_process_does(starts: Path) -> None:
 
 
 @pytest.fixture(params=["while it starts", "while it answers"])
-def waiting(request: pytest.FixtureRequest, worker: Worker) -> tuple[threading.Thread, list[object]]:
+def waiting(request: pytest.FixtureRequest, worker: BenchProcess) -> tuple[threading.Thread, list[object]]:
     """A thread that asks what is never answered, and what it got."""
     if request.param == "while it answers":
         assert worker.device_name
@@ -205,7 +215,7 @@ def waiting(request: pytest.FixtureRequest, worker: Worker) -> tuple[threading.T
 
 
 def test_who_asks_while_it_is_closed_is_interrupted(
-    worker: Worker, waiting: tuple[threading.Thread, list[object]]
+    worker: BenchProcess, waiting: tuple[threading.Thread, list[object]]
 ) -> None:
     thread, got = waiting
     worker.close()
@@ -214,18 +224,18 @@ def test_who_asks_while_it_is_closed_is_interrupted(
 
 
 @pytest.mark.usefixtures("waiting")
-def test_no_process_is_started_once_it_is_closed(worker: Worker) -> None:
+def test_no_process_is_started_once_it_is_closed(worker: BenchProcess) -> None:
     worker.close()
     worker.ask(screen())
     assert multiprocessing.active_children() == []
 
 
-def test_who_wants_the_name_of_a_closed_one_is_told(worker: Worker) -> None:
+def test_who_wants_the_name_of_a_closed_one_is_told(worker: BenchProcess) -> None:
     worker.close()
     with pytest.raises(MoEExtError, match="was closed"):
         worker.device_name  # noqa: B018 - it waits for the process
 
 
-def test_it_can_be_closed_again(worker: Worker) -> None:
+def test_it_can_be_closed_again(worker: BenchProcess) -> None:
     worker.close()
     worker.close()

@@ -14,8 +14,17 @@ from pathlib import Path
 import torch
 
 from sglang_moe_ext.core import CompileKey, MoEShape, TileConfig
-from sglang_moe_ext.tuning.bench.messages import Answer, Check, Checked, Question, Race, Raced, Screen, Screened
-from sglang_moe_ext.tuning.bench.routing import Source
+from sglang_moe_ext.tuning.bench.messages import (
+    Accuracy,
+    BenchGemm,
+    BenchLayers,
+    BenchRequest,
+    BenchResult,
+    CheckAccuracy,
+    GemmTimes,
+    LayerTimes,
+)
+from sglang_moe_ext.tuning.bench.routing import RoutingSource
 
 HANGS, EXITS, SEGFAULTS, STICKY, RAISES, EXITS_IN_A_LAYER, WRONG = range(6, 13)
 """Values of num_stages; no real candidate has so many, and with any other nothing happens."""
@@ -31,7 +40,7 @@ class MakeKeyedBench:
     """Made as `bench.Setup` is; a line for each start goes into `triton_cache`."""
 
     shape: MoEShape
-    routing: Source
+    routing: RoutingSource
     seed: int
     triton_cache: Path
     engine: str = "sglang"
@@ -45,18 +54,18 @@ class MakeKeyedBench:
 class KeyedBench:
     device_name = "NVIDIA H200"
 
-    def answer(self, question: Question) -> Answer:
+    def answer(self, question: BenchRequest) -> BenchResult:
         match question:
-            case Screen(tokens, _, key, groups, samples):
+            case BenchGemm(tokens, _, key, groups, samples):
                 _suffer(key.num_stages)
-                return Screened(tuple((us_of(tokens, key, group),) * samples for group in groups))
-            case Race(tokens, pairs, rounds):
+                return GemmTimes(tuple((us_of(tokens, key, group),) * samples for group in groups))
+            case BenchLayers(tokens, pairs, rounds):
                 if any(config.num_stages == EXITS_IN_A_LAYER for pair in pairs for config in pair.values()):
                     os._exit(1)
                 times = (sum(us_of(tokens, config, config.group_m) for config in pair.values()) for pair in pairs)
-                return Raced(tuple((us,) * rounds for us in times), routings=1)
-            case Check(pair=pair):
-                return Checked(1.0 if any(config.num_stages == WRONG for config in pair.values()) else 1e-3)
+                return LayerTimes(tuple((us,) * rounds for us in times), routings=1)
+            case CheckAccuracy(pair=pair):
+                return Accuracy(1.0 if any(config.num_stages == WRONG for config in pair.values()) else 1e-3)
 
 
 def _suffer(num_stages: int) -> None:

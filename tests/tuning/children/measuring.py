@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from sglang_moe_ext.tuning.bench.messages import Answer, Question
+from sglang_moe_ext.tuning.bench.messages import BenchRequest, BenchResult
 from sglang_moe_ext.tuning.run import run_folder
 from tests.tuning.recorded_runs import TODAY, ReplayingStation, formula, measured
 
@@ -19,13 +19,13 @@ from tests.tuning.recorded_runs import TODAY, ReplayingStation, formula, measure
 def main(layer: str, asked: Path, seconds: float, tokens: list[int]) -> None:
     descriptor = os.open(asked, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
-    def gpu(question: Question) -> Answer:
+    def gpu(question: BenchRequest) -> BenchResult:
         os.write(descriptor, f"{question!r}\n".encode())
         return formula(question)
 
     circumstances = {"layer": layer}
     folder = run_folder.unfinished(circumstances)
-    with run_folder.begin(circumstances) if folder is None else run_folder.resumed(circumstances, folder) as run:
+    with run_folder.begin(circumstances) if folder is None else run_folder.resume(circumstances, folder) as run:
         print("ready", flush=True)
         results = measured(
             layer, run.journal, [ReplayingStation(gpu, seconds=seconds)], tokens, today=dict.fromkeys(tokens, TODAY)

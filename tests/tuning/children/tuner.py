@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from sglang_moe_ext.tuning.bench.messages import Answer, Question
+from sglang_moe_ext.tuning.bench.messages import BenchRequest, BenchResult
 from sglang_moe_ext.tuning.run import run_folder
 from tests.tuning.journal_strategies import answer_of, halving
 
@@ -19,12 +19,12 @@ CIRCUMSTANCES = {"gpu": "table", "seed": 0}
 def main(asked: str, last: str) -> None:
     descriptor = os.open(asked, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
-    def gpu(question: Question) -> Answer:
+    def gpu(question: BenchRequest) -> BenchResult:
         os.write(descriptor, f"{question!r}\n".encode())
         return answer_of(question)
 
     path = run_folder.unfinished(CIRCUMSTANCES)
-    with run_folder.begin(CIRCUMSTANCES) if path is None else run_folder.resumed(CIRCUMSTANCES, path) as run:
+    with run_folder.begin(CIRCUMSTANCES) if path is None else run_folder.resume(CIRCUMSTANCES, path) as run:
         print("ready", flush=True)
         ask = run.journal.through(gpu)
         results = [halving(ask, tokens) for tokens in range(1, int(last) + 1)]

@@ -23,8 +23,8 @@ from sglang_moe_ext.core import Failure, Resources
 from sglang_moe_ext.tuning.compile import processes as compile_processes
 from sglang_moe_ext.tuning.compile.cache import CompileCache
 from sglang_moe_ext.tuning.compile.kernel_source import KernelSource
-from sglang_moe_ext.tuning.compile.pool import Farm
-from sglang_moe_ext.tuning.compile.worker import Nursery, Worker
+from sglang_moe_ext.tuning.compile.pool import CompilePool
+from sglang_moe_ext.tuning.compile.worker import CompileChild, ForkServer
 from tests.tuning import fake_kernel
 from tests.tuning.compile.test_pool_compile import SOURCE, fine, job, jobs
 from tests.tuning.fake_kernel import (
@@ -51,8 +51,8 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def farm(source: KernelSource = SOURCE, cache: CompileCache | None = None, **options: object) -> Farm:
-    return Farm(source, cache=cache or CompileCache(None), **{"workers": 2, **options})  # type: ignore[arg-type]
+def farm(source: KernelSource = SOURCE, cache: CompileCache | None = None, **options: object) -> CompilePool:
+    return CompilePool(source, cache=cache or CompileCache(None), **{"workers": 2, **options})  # type: ignore[arg-type]
 
 
 def until(holds: Callable[[], object]) -> bool:
@@ -236,15 +236,15 @@ def test_a_worker_that_has_compiled_much_makes_room_for_a_fresh_one(log: Path, m
 def test_a_machine_without_room_for_more_processes_compiles_with_those_it_has(
     room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fork, forked = Nursery.fork, []
+    fork, forked = ForkServer.fork, []
 
-    def cramped(nursery: Nursery) -> Worker:
+    def cramped(nursery: ForkServer) -> CompileChild:
         if len(forked) == room:
             raise BlockingIOError("no more processes")
         forked.append(fork(nursery))
         return forked[-1]
 
-    monkeypatch.setattr(Nursery, "fork", cramped)
+    monkeypatch.setattr(ForkServer, "fork", cramped)
     with farm() as busy:
         busy.want(jobs(4))
         assert [isinstance(busy.result(each), Resources) for each in jobs(4)] == [bool(room)] * 4
@@ -311,7 +311,7 @@ def test_that_a_kernel_could_not_be_imported_is_no_knowledge_of_its_jobs(monkeyp
 
 
 @contextlib.contextmanager
-def orphaned(log: Path, times: int) -> Iterator[Farm]:
+def orphaned(log: Path, times: int) -> Iterator[CompilePool]:
     """A farm whose nursery was killed so many times while it compiled job 1, which waits."""
     with farm() as busy:
         busy.want([job(1, WAITS)])

@@ -17,9 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_moe_ext.core import CompileJob, CompileKey, Failure, GpuError, MoEExtError, MoEShape, Resources, TileConfig
-from sglang_moe_ext.tuning.bench.messages import Answer, Check, Checked, Question, Race, Raced, Screen, Screened
+from sglang_moe_ext.tuning.bench.messages import (
+    Accuracy,
+    BenchGemm,
+    BenchLayers,
+    BenchRequest,
+    BenchResult,
+    CheckAccuracy,
+    GemmTimes,
+    LayerTimes,
+)
 from sglang_moe_ext.tuning.run import executor
-from sglang_moe_ext.tuning.run.executor import LocalStation, Station
+from sglang_moe_ext.tuning.run.executor import Executor, LocalExecutor
 
 REPO_ROOT = Path(__file__).resolve().parents[3]
 SHAPE = MoEShape(8, 64, 64, 2)
@@ -41,15 +50,15 @@ def recorded_us(tokens: int, config: TileConfig) -> float:
     return 1 + (tokens * 7 + config.block_m * 5 + config.block_n * 3 + config.group_m) % 97 / 10
 
 
-def recorded(question: Question) -> Answer:
+def recorded(question: BenchRequest) -> BenchResult:
     match question:
-        case Screen(tokens, _, key, groups, samples):
-            return Screened(tuple((recorded_us(tokens, config_of(key, group)),) * samples for group in groups))
-        case Race(tokens, pairs, rounds):
+        case BenchGemm(tokens, _, key, groups, samples):
+            return GemmTimes(tuple((recorded_us(tokens, config_of(key, group)),) * samples for group in groups))
+        case BenchLayers(tokens, pairs, rounds):
             us = (sum(recorded_us(tokens, config) for config in pair.values()) for pair in pairs)
-            return Raced(tuple((of_pair,) * rounds for of_pair in us), routings=1)
-        case Check():
-            return Checked(1e-3)
+            return LayerTimes(tuple((of_pair,) * rounds for of_pair in us), routings=1)
+        case CheckAccuracy():
+            return Accuracy(1e-3)
 
 
 def config_of(key: CompileKey, group: int) -> TileConfig:
@@ -75,10 +84,10 @@ class RecordedWorker:
     answers_left: int | None = None
     seconds: float = 0.0
     device_name: str = H100
-    asked: list[Question] = field(default_factory=list)
+    asked: list[BenchRequest] = field(default_factory=list)
     is_closed: bool = False
 
-    def ask(self, question: Question) -> Answer:
+    def ask(self, question: BenchRequest) -> BenchResult:
         if self.answers_left is not None and len(self.asked) >= self.answers_left:
             raise GONE
         time.sleep(self.seconds)
@@ -89,29 +98,29 @@ class RecordedWorker:
         self.is_closed = True
 
 
-def station(name: str = "GPU 0", worker: RecordedWorker | None = None) -> LocalStation:
-    return LocalStation(name, RecordedFarm(), worker or RecordedWorker())
+def station(name: str = "GPU 0", worker: RecordedWorker | None = None) -> LocalExecutor:
+    return LocalExecutor(name, RecordedFarm(), worker or RecordedWorker())
 
 
-def best(tokens: int, here: Station) -> tuple[TileConfig, float]:
+def best(tokens: int, here: Executor) -> tuple[TileConfig, float]:
     """A strategy in small: compile, screen what fits, race the best two, check the winner."""
     jobs = {key: CompileJob(SHAPE, "up", tokens, key, 90) for key in KEYS}
     here.want(jobs.values())
     times = {}
     for key, job in jobs.items():
         if isinstance(here.binary(job), Resources):
-            answer = here.ask(Screen(tokens, "up", key, GROUPS, samples=2))
-            assert isinstance(answer, Screened)
+            answer = here.ask(BenchGemm(tokens, "up", key, GROUPS, samples=2))
+            assert isinstance(answer, GemmTimes)
             times |= {config_of(key, group): min(us) for group, us in zip(GROUPS, answer.us, strict=True)}
     finalists = sorted(times, key=lambda config: (times[config], config))[:2]
-    raced = here.ask(Race(tokens, tuple({"up": config, "down": config} for config in finalists), rounds=3))
-    assert isinstance(raced, Raced)
+    raced = here.ask(BenchLayers(tokens, tuple({"up": config, "down": config} for config in finalists), rounds=3))
+    assert isinstance(raced, LayerTimes)
     us, winner = min((us[0], config) for us, config in zip(raced.us, finalists, strict=True))
-    assert here.ask(Check(tokens, {"up": winner, "down": winner})) == Checked(1e-3)
+    assert here.ask(CheckAccuracy(tokens, {"up": winner, "down": winner})) == Accuracy(1e-3)
     return winner, us
 
 
-TASKS: list[Callable[[Station], tuple[TileConfig, float]]] = [functools.partial(best, tokens) for tokens in TOKENS]
+TASKS: list[Callable[[Executor], tuple[TileConfig, float]]] = [functools.partial(best, tokens) for tokens in TOKENS]
 
 
 def unseen(done: int, of: int) -> None:
@@ -121,7 +130,7 @@ def unseen(done: int, of: int) -> None:
 @functools.cache
 def alone() -> list[tuple[TileConfig, float]]:
     """What one station finds."""
-    return executor.on_all([station()], TASKS, unseen)
+    return executor.run_tasks([station()], TASKS, unseen)
 
 
 @pytest.fixture
@@ -132,89 +141,89 @@ def released() -> Iterator[threading.Event]:
     event.set()
 
 
-def named(count: int) -> list[LocalStation]:
+def named(count: int) -> list[LocalExecutor]:
     return [station(f"GPU {place}") for place in range(count)]
 
 
 @pytest.mark.parametrize("count", [2, 3, 12])
 def test_the_result_does_not_depend_on_the_number_of_stations(count: int) -> None:
-    assert executor.on_all(named(count), TASKS, unseen) == alone()
+    assert executor.run_tasks(named(count), TASKS, unseen) == alone()
 
 
 @given(lives=st.lists(st.integers(0, 60), max_size=3))
 @settings(max_examples=25, deadline=None)
 def test_the_result_does_not_depend_on_which_stations_die_or_when(lives: list[int]) -> None:
     mortal = [station(f"GPU {place}", RecordedWorker(life)) for place, life in enumerate(lives, 1)]
-    assert executor.on_all([station(), *mortal], TASKS, unseen) == alone()
+    assert executor.run_tasks([station(), *mortal], TASKS, unseen) == alone()
 
 
 def test_a_task_of_a_lost_station_is_done_by_one_that_had_nothing_left_to_do(released: threading.Event) -> None:
-    def waits_then_asks(here: Station) -> str:
+    def waits_then_asks(here: Executor) -> str:
         if here.name == "mortal":
             released.wait(SOON_S)
-        here.ask(Check(1, {}))
+        here.ask(CheckAccuracy(1, {}))
         return here.name
 
-    def frees_the_other(here: Station) -> str:
+    def frees_the_other(here: Executor) -> str:
         threading.Timer(0.1, released.set).start()
         return here.name
 
     mortal = station("mortal", RecordedWorker(answers_left=0))
     tasks = [waits_then_asks, frees_the_other, frees_the_other]
-    assert executor.on_all([mortal, station("other")], tasks, unseen) == ["other"] * 3
+    assert executor.run_tasks([mortal, station("other")], tasks, unseen) == ["other"] * 3
 
 
 def test_when_no_station_is_left_its_error_is_raised() -> None:
     mortal = [station(f"GPU {place}", RecordedWorker(answers_left=3)) for place in range(3)]
     with pytest.raises(MoEExtError) as raised:
-        executor.on_all(mortal, TASKS, unseen)
+        executor.run_tasks(mortal, TASKS, unseen)
     assert raised.value is GONE
 
 
 def test_one_station_that_dies_raises_its_error() -> None:
     with pytest.raises(MoEExtError) as raised:
-        executor.on_all([station(worker=RecordedWorker(answers_left=3))], TASKS, unseen)
+        executor.run_tasks([station(worker=RecordedWorker(answers_left=3))], TASKS, unseen)
     assert raised.value is GONE
 
 
 def test_a_task_that_hides_the_death_of_its_station_is_done_again_elsewhere() -> None:
-    def hides(here: Station) -> bool:
+    def hides(here: Executor) -> bool:
         try:
-            return here.ask(Check(1, {})) == Checked(1e-3)
+            return here.ask(CheckAccuracy(1, {})) == Accuracy(1e-3)
         except MoEExtError:
             return False
 
     mortal = [station(f"GPU {place}", RecordedWorker(answers_left=0)) for place in range(2)]
-    assert executor.on_all([*mortal, station("GPU 2")], [hides] * 5, unseen) == [True] * 5
+    assert executor.run_tasks([*mortal, station("GPU 2")], [hides] * 5, unseen) == [True] * 5
 
 
 @pytest.mark.parametrize("error", [MoEExtError("nothing ran right"), ZeroDivisionError()], ids=["ours", "a bug"])
 def test_an_error_of_the_task_itself_is_raised_and_given_to_nobody_else(error: Exception) -> None:
     tried: list[str] = []
 
-    def fails(here: Station) -> None:
+    def fails(here: Executor) -> None:
         tried.append(here.name)
         raise error
 
     with pytest.raises(type(error)):
-        executor.on_all(named(3), [fails], unseen)
+        executor.run_tasks(named(3), [fails], unseen)
     assert len(tried) == 1
 
 
 def test_no_station_at_all_is_an_error() -> None:
     with pytest.raises(MoEExtError, match="no GPU"):
-        executor.on_all([], TASKS, unseen)
+        executor.run_tasks([], TASKS, unseen)
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_no_task_needs_nothing(count: int) -> None:
-    assert executor.on_all(named(count), [], unseen) == []
+    assert executor.run_tasks(named(count), [], unseen) == []
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_progress_counts_every_task_in_the_callers_thread(count: int) -> None:
     seen: list[tuple[int, int, bool]] = []
-    executor.on_all(
+    executor.run_tasks(
         named(count),
         TASKS,
         lambda done, of: seen.append((done, of, threading.current_thread() is threading.main_thread())),
@@ -225,26 +234,28 @@ def test_progress_counts_every_task_in_the_callers_thread(count: int) -> None:
 def test_tasks_are_begun_in_their_order() -> None:
     begun: list[int] = []
 
-    def task(place: int, here: Station) -> None:
+    def task(place: int, here: Executor) -> None:
         begun.append(place)
         time.sleep(0.002)
 
-    executor.on_all(named(2), [functools.partial(task, place) for place in range(20)], unseen)
+    executor.run_tasks(named(2), [functools.partial(task, place) for place in range(20)], unseen)
     assert all(abs(place - turn) <= 1 for turn, place in enumerate(begun))
 
 
 def test_stations_work_at_the_same_time() -> None:
     together = threading.Barrier(3, timeout=SOON_S)
 
-    def task(here: Station) -> str:
+    def task(here: Executor) -> str:
         together.wait()
         return here.name
 
-    assert sorted(executor.on_all(named(3), [task] * 3, unseen)) == ["GPU 0", "GPU 1", "GPU 2"]
+    assert sorted(executor.run_tasks(named(3), [task] * 3, unseen)) == ["GPU 0", "GPU 1", "GPU 2"]
 
 
 def test_one_station_works_in_the_callers_thread() -> None:
-    assert executor.on_all([station()], [lambda here: threading.current_thread()], unseen) == [threading.main_thread()]
+    assert executor.run_tasks([station()], [lambda here: threading.current_thread()], unseen) == [
+        threading.main_thread()
+    ]
 
 
 def interrupt(done: int, of: int) -> None:
@@ -266,7 +277,7 @@ def test_ctrl_c_waits_for_no_question(released: threading.Event, heeds_ctrl_c: N
     began = time.monotonic()
     threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        executor.on_all(named(2), [lambda here: released.wait(60)] * 2, unseen)
+        executor.run_tasks(named(2), [lambda here: released.wait(60)] * 2, unseen)
     assert time.monotonic() - began < SOON_S
 
 
@@ -288,15 +299,15 @@ def test_after_ctrl_c_a_task_asks_nothing_more(released: threading.Event) -> Non
     ended = threading.Event()
     worker = RecordedWorker()
 
-    def task(here: Station) -> None:
+    def task(here: Executor) -> None:
         try:
             released.wait(SOON_S)
-            here.ask(Check(1, {}))
+            here.ask(CheckAccuracy(1, {}))
         finally:
             ended.set()
 
     with pytest.raises(KeyboardInterrupt):
-        executor.on_all([station("GPU 0", worker), station("GPU 1", worker)], [lambda here: None, task], interrupt)
+        executor.run_tasks([station("GPU 0", worker), station("GPU 1", worker)], [lambda here: None, task], interrupt)
     released.set()
     assert ended.wait(SOON_S)
     assert worker.asked == []
@@ -304,23 +315,23 @@ def test_after_ctrl_c_a_task_asks_nothing_more(released: threading.Event) -> Non
 
 def test_what_a_gpu_answers_after_ctrl_c_reaches_no_journal(released: threading.Event) -> None:
     """Closing a measuring process looks to its question like a crash of the candidate."""
-    journal: list[Answer] = []
+    journal: list[BenchResult] = []
     ended = threading.Event()
 
     class Closing(RecordedWorker):
-        def ask(self, question: Question) -> Answer:
+        def ask(self, question: BenchRequest) -> BenchResult:
             released.wait(SOON_S)
             return Failure("Crash", "the measuring process died with exit code -9")
 
-    def task(here: Station) -> None:
+    def task(here: Executor) -> None:
         try:
-            journal.append(here.ask(Check(1, {})))
+            journal.append(here.ask(CheckAccuracy(1, {})))
         finally:
             ended.set()
 
     stations = [station("GPU 0", Closing()), station("GPU 1", Closing())]
     with pytest.raises(KeyboardInterrupt):
-        executor.on_all(stations, [lambda here: None, task], interrupt)
+        executor.run_tasks(stations, [lambda here: None, task], interrupt)
     released.set()
     assert ended.wait(SOON_S)
     assert journal == []

@@ -17,7 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_moe_ext.core import CompileKey, Failure, MoEExtError, StoreError, TileConfig
-from sglang_moe_ext.tuning.bench.messages import Answer, Check, Checked, Question, Race, Raced, Screen, Screened
+from sglang_moe_ext.tuning.bench.messages import (
+    Accuracy,
+    BenchGemm,
+    BenchLayers,
+    BenchRequest,
+    BenchResult,
+    CheckAccuracy,
+    GemmTimes,
+    LayerTimes,
+)
 from sglang_moe_ext.tuning.bench.messages_json import identity
 from sglang_moe_ext.tuning.run import journal_reader
 from sglang_moe_ext.tuning.run.journal import Journal, replay
@@ -25,8 +34,8 @@ from tests.tuning.journal_strategies import answer_of, halving, question, trials
 
 CIRCUMSTANCES = {"shape": "E=8", "gpu": "table", "seed": 0, "driver": None, "routing": True, "skew": 1.5}
 CONFIG = TileConfig(64, 128, 64, 8, 4, 3)
-RACE = Race(64, ({"up": CONFIG, "down": CONFIG},), 2)
-CHECK = Check(64, {"up": CONFIG, "down": CONFIG})
+RACE = BenchLayers(64, ({"up": CONFIG, "down": CONFIG},), 2)
+CHECK = CheckAccuracy(64, {"up": CONFIG, "down": CONFIG})
 
 
 def made(path: Path, count: int) -> Path:
@@ -38,7 +47,7 @@ def made(path: Path, count: int) -> Path:
     return path
 
 
-def answers(path: Path) -> list[tuple[Question, Answer]]:
+def answers(path: Path) -> list[tuple[BenchRequest, BenchResult]]:
     return list(journal_reader.read(path).answers.values())
 
 
@@ -56,10 +65,10 @@ def test_an_answer_is_kept_but_for_its_rounding(tmp_path_factory: pytest.TempPat
     asked, answer = told
     kept = Journal.create(tmp_path_factory.mktemp("journal") / "journal.jsonl", {}).record(asked, answer)
     match kept, answer:
-        case Screened(us) | Raced(us), Screened(given_us) | Raced(given_us):
+        case GemmTimes(us) | LayerTimes(us), GemmTimes(given_us) | LayerTimes(given_us):
             pairs = [both for rows in zip(us, given_us, strict=True) for both in zip(*rows, strict=True)]
             assert all(mine == theirs or abs(mine - theirs) <= 0.00501 for mine, theirs in pairs)
-        case Checked(error), Checked(given_error):
+        case Accuracy(error), Accuracy(given_error):
             assert error == pytest.approx(given_error, rel=1e-5)
         case _:
             assert kept == answer
@@ -67,7 +76,7 @@ def test_an_answer_is_kept_but_for_its_rounding(tmp_path_factory: pytest.TempPat
 
 @given(trials, trials)
 def test_two_questions_are_one_only_where_all_but_the_limit_is_equal(mine: Any, theirs: Any) -> None:
-    bare = [replace(asked, limit_us=None) if isinstance(asked, Screen) else asked for asked, _ in (mine, theirs)]
+    bare = [replace(asked, limit_us=None) if isinstance(asked, BenchGemm) else asked for asked, _ in (mine, theirs)]
     assert (identity(mine[0]) == identity(theirs[0])) == (bare[0] == bare[1])
 
 
@@ -82,7 +91,7 @@ def test_two_questions_are_one_only_where_all_but_the_limit_is_equal(mine: Any, 
     ],
     ids=["tokens", "projection", "TMA", "groups", "samples"],
 )
-def test_another_question_is_not_known(tmp_path: Path, other: Screen) -> None:
+def test_another_question_is_not_known(tmp_path: Path, other: BenchGemm) -> None:
     assert Journal.open(made(tmp_path / "journal.jsonl", 1)).answer(other) is None
 
 
@@ -100,7 +109,7 @@ def test_a_race_on_other_data_is_another_question(tmp_path: Path) -> None:
 
 def test_a_clock_of_0_mhz_is_none(tmp_path: Path) -> None:
     journal = Journal.create(tmp_path / "journal.jsonl", {})
-    assert journal.record(RACE, Raced(((1.0, 2.0),), 1, None, 0)) == Raced(((1.0, 2.0),), 1, None, None)
+    assert journal.record(RACE, LayerTimes(((1.0, 2.0),), 1, None, 0)) == LayerTimes(((1.0, 2.0),), 1, None, None)
 
 
 def test_the_limit_of_a_screen_changes_nothing(tmp_path: Path) -> None:
@@ -110,11 +119,11 @@ def test_the_limit_of_a_screen_changes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan], ids=str)
 @pytest.mark.parametrize("asked", [question(1), RACE, CHECK], ids=["screen", "race", "check"])
-def test_numbers_that_json_lacks_survive_as_plain_json(tmp_path: Path, asked: Question, value: float) -> None:
-    answer: Answer = {
-        Screen: Screened(((value,), (1.0,))),
-        Race: Raced(((value, 1.0),), 1),
-        Check: Checked(value),
+def test_numbers_that_json_lacks_survive_as_plain_json(tmp_path: Path, asked: BenchRequest, value: float) -> None:
+    answer: BenchResult = {
+        BenchGemm: GemmTimes(((value,), (1.0,))),
+        BenchLayers: LayerTimes(((value, 1.0),), 1),
+        CheckAccuracy: Accuracy(value),
     }[type(asked)]
     path = tmp_path / "journal.jsonl"
     Journal.create(path, {}).record(asked, answer)
@@ -124,9 +133,9 @@ def test_numbers_that_json_lacks_survive_as_plain_json(tmp_path: Path, asked: Qu
 
 def test_what_is_known_is_not_asked_again(tmp_path: Path) -> None:
     journal = Journal.open(made(tmp_path / "journal.jsonl", 3))
-    asked: list[Question] = []
+    asked: list[BenchRequest] = []
 
-    def gpu(of: Question) -> Answer:
+    def gpu(of: BenchRequest) -> BenchResult:
         asked.append(of)
         return answer_of(of)
 
@@ -157,7 +166,7 @@ def test_a_message_as_long_as_a_compilers_is_cut(tmp_path: Path) -> None:
 def test_an_answer_to_another_question_is_refused_before_it_is_written(tmp_path: Path) -> None:
     path = made(tmp_path / "journal.jsonl", 0)
     with pytest.raises(StoreError, match="2 rows"):
-        Journal.open(path).record(question(1), Screened(((1.0,),)))
+        Journal.open(path).record(question(1), GemmTimes(((1.0,),)))
     assert answers(path) == []
 
 
@@ -464,11 +473,11 @@ def test_a_packed_journal_is_not_gone_on_with(tmp_path: Path) -> None:
 
 def test_of_two_journals_the_first_that_knows_answers(tmp_path: Path) -> None:
     one, two = (Journal.create(tmp_path / name, CIRCUMSTANCES) for name in ("one", "two"))
-    one.record(CHECK, Checked(0.1))
-    two.record(CHECK, Checked(0.2))
+    one.record(CHECK, Accuracy(0.1))
+    two.record(CHECK, Accuracy(0.2))
     two.record(RACE, answer_of(RACE))
     ask = replay([tmp_path / "one", tmp_path / "two"])
-    assert (ask(CHECK), ask(RACE)) == (Checked(0.1), two.answer(RACE))
+    assert (ask(CHECK), ask(RACE)) == (Accuracy(0.1), two.answer(RACE))
 
 
 def test_journals_of_different_circumstances_are_not_replayed_together(tmp_path: Path) -> None:

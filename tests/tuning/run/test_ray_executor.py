@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from sglang_moe_ext.core import CompileJob, Failure, GpuError, MoEExtError, Resources
-from sglang_moe_ext.tuning.bench.messages import Answer, Check, Checked, Question
+from sglang_moe_ext.tuning.bench.messages import Accuracy, BenchRequest, BenchResult, CheckAccuracy
 from sglang_moe_ext.tuning.run import executor, ray_executor
-from sglang_moe_ext.tuning.run.executor import FarmLike, Station, WorkerLike
+from sglang_moe_ext.tuning.run.executor import BenchProcessLike, CompilePoolLike, Executor
 from sglang_moe_ext.tuning.run.ray_executor import Make
 from tests.tuning.run.test_executor import (
     H100,
@@ -38,7 +38,7 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'sgla
 
 HERE = Path(__file__).resolve().parents[1]
 REPO_ROOT = HERE.parents[1]
-QUESTION = Check(1, {})
+QUESTION = CheckAccuracy(1, {})
 JOB = CompileJob(SHAPE, "up", 1, KEYS[0], 90)
 SOON_S = 20.0
 
@@ -69,29 +69,29 @@ def cluster() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stations(make: Make, tuned_for: str = H100) -> Iterator[Sequence[Station]]:
-    found = ray_executor.stations(None, tuned_for, make)
+def stations(make: Make, tuned_for: str = H100) -> Iterator[Sequence[Executor]]:
+    found = ray_executor.executors(None, tuned_for, make)
     try:
         yield found
     finally:
         executor.close_all(found)
 
 
-def recorded(cores: int, folder: Path) -> tuple[FarmLike, WorkerLike]:
+def recorded(cores: int, folder: Path) -> tuple[CompilePoolLike, BenchProcessLike]:
     return RecordedFarm(), RecordedWorker(seconds=0.01)
 
 
-def of_two_models(cores: int, folder: Path) -> tuple[FarmLike, WorkerLike]:
+def of_two_models(cores: int, folder: Path) -> tuple[CompilePoolLike, BenchProcessLike]:
     return RecordedFarm(), RecordedWorker(device_name={"0": H100, "1": L4}[os.environ["CUDA_VISIBLE_DEVICES"]])
 
 
-def absent_on_gpu_1(cores: int, folder: Path) -> tuple[FarmLike, WorkerLike]:
+def absent_on_gpu_1(cores: int, folder: Path) -> tuple[CompilePoolLike, BenchProcessLike]:
     if os.environ["CUDA_VISIBLE_DEVICES"] == "1":
         raise MoEExtError("the measuring process did not start: RuntimeError: no CUDA")
     return recorded(cores, folder)
 
 
-def of_its_share(cores: int, folder: Path) -> tuple[FarmLike, WorkerLike]:
+def of_its_share(cores: int, folder: Path) -> tuple[CompilePoolLike, BenchProcessLike]:
     """A farm that leaves a file, and says what it was given."""
 
     class Farm(RecordedFarm):
@@ -106,7 +106,7 @@ SETS_FREE, FAILS, DIES, IS_BROKEN, EXITS = range(10_000, 10_005)
 """Numbers of tokens: of a question that a binary waits for, and of some that end badly."""
 
 
-def moody(cores: int, folder: Path) -> tuple[FarmLike, WorkerLike]:
+def moody(cores: int, folder: Path) -> tuple[CompilePoolLike, BenchProcessLike]:
     """As the record says, but for those numbers of tokens."""
     free = threading.Event()
 
@@ -117,7 +117,7 @@ def moody(cores: int, folder: Path) -> tuple[FarmLike, WorkerLike]:
             return super().result(job)
 
     class Worker(RecordedWorker):
-        def ask(self, question: Question) -> Answer:
+        def ask(self, question: BenchRequest) -> BenchResult:
             if question.tokens == FAILS:
                 return Failure("OutOfResources", "shared memory")
             if question.tokens == DIES:
@@ -134,7 +134,7 @@ def moody(cores: int, folder: Path) -> tuple[FarmLike, WorkerLike]:
 
 
 @pytest.fixture(scope="class")
-def pair(cluster: None) -> Iterator[Sequence[Station]]:
+def pair(cluster: None) -> Iterator[Sequence[Executor]]:
     with stations(moody) as found:
         yield found
 
@@ -148,7 +148,7 @@ def unconnected(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_ray_the_user_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MoEExtError, match=r"pip install 'sglang-moe-ext\[ray\]'"):
-        ray_executor.stations(None, H100, recorded)
+        ray_executor.executors(None, H100, recorded)
 
 
 @pytest.mark.parametrize(
@@ -157,13 +157,13 @@ def test_without_ray_the_user_is_told_what_to_install(monkeypatch: pytest.Monkey
 )
 def test_an_address_where_no_cluster_answers_is_named_at_once(unconnected: None, address: str) -> None:
     with pytest.raises(MoEExtError, match=r"no Ray cluster answers at .*: expected HOST:PORT"):
-        ray_executor.stations(address, H100, recorded)
+        ray_executor.executors(address, H100, recorded)
 
 
 def test_the_address_may_come_from_rays_own_variable(unconnected: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(MoEExtError, match=r"no Ray cluster answers at '127\.0\.0\.1:1'"):
-        ray_executor.stations(None, H100, recorded)
+        ray_executor.executors(None, H100, recorded)
 
 
 def test_without_an_address_a_cluster_that_runs_is_joined_and_none_started(
@@ -177,7 +177,7 @@ def test_without_an_address_a_cluster_that_runs_is_joined_and_none_started(
     with pytest.raises(
         MoEExtError, match=r"no Ray cluster can be joined .*: auto found nothing; first run `ray start`"
     ):
-        ray_executor.stations(None, H100, recorded)
+        ray_executor.executors(None, H100, recorded)
 
 
 @pytest.fixture
@@ -212,25 +212,25 @@ def test_a_node_without_this_package_is_named(bare_node: dict[str, str], tmp_pat
 class TestAPairOfStations:
     """They share two actors, which take a second to start."""
 
-    def test_a_cluster_finds_what_one_station_finds(self, pair: Sequence[Station]) -> None:
-        assert executor.on_all(pair, TASKS, unseen) == alone()
+    def test_a_cluster_finds_what_one_station_finds(self, pair: Sequence[Executor]) -> None:
+        assert executor.run_tasks(pair, TASKS, unseen) == alone()
 
-    def test_a_station_is_called_by_its_node_and_its_gpu(self, pair: Sequence[Station]) -> None:
+    def test_a_station_is_called_by_its_node_and_its_gpu(self, pair: Sequence[Executor]) -> None:
         assert [station.name for station in pair] == [f"{ray.util.get_node_ip_address()} GPU {gpu}" for gpu in (0, 1)]
 
-    def test_waiting_for_a_binary_keeps_no_question_waiting(self, pair: Sequence[Station]) -> None:
+    def test_waiting_for_a_binary_keeps_no_question_waiting(self, pair: Sequence[Executor]) -> None:
         made: list[Resources | Failure] = []
         job = replace(JOB, tokens=SETS_FREE)
         pair[0].want([job])
         waiting = threading.Thread(target=lambda: made.append(pair[0].binary(job)))
         waiting.start()
         waiting.join(0.5)
-        assert pair[0].ask(Check(SETS_FREE, {})) == Checked(1e-3)
+        assert pair[0].ask(CheckAccuracy(SETS_FREE, {})) == Accuracy(1e-3)
         waiting.join(SOON_S)
         assert made == [recorded_needs(job)]
 
-    def test_a_failure_is_an_answer(self, pair: Sequence[Station]) -> None:
-        assert pair[0].ask(Check(FAILS, {})) == Failure("OutOfResources", "shared memory")
+    def test_a_failure_is_an_answer(self, pair: Sequence[Executor]) -> None:
+        assert pair[0].ask(CheckAccuracy(FAILS, {})) == Failure("OutOfResources", "shared memory")
 
     @pytest.mark.parametrize(
         ("tokens", "says"),
@@ -238,16 +238,16 @@ class TestAPairOfStations:
         ids=["ours", "a bug"],
     )
     def test_an_error_there_names_its_station_in_one_line(
-        self, pair: Sequence[Station], tokens: int, says: str
+        self, pair: Sequence[Executor], tokens: int, says: str
     ) -> None:
         with pytest.raises(MoEExtError) as raised:
-            pair[0].ask(Check(tokens, {}))
+            pair[0].ask(CheckAccuracy(tokens, {}))
         assert str(raised.value) == f"{pair[0].name}: {says}"
 
-    def test_a_process_that_ends_takes_its_station_with_it(self, pair: Sequence[Station]) -> None:
+    def test_a_process_that_ends_takes_its_station_with_it(self, pair: Sequence[Executor]) -> None:
         """The last of these tests."""
         with pytest.raises(MoEExtError, match=f"{pair[1].name} is gone"):
-            pair[1].ask(Check(EXITS, {}))
+            pair[1].ask(CheckAccuracy(EXITS, {}))
 
 
 def test_an_actor_killed_in_the_middle_changes_no_result(cluster: None) -> None:
@@ -258,7 +258,7 @@ def test_an_actor_killed_in_the_middle_changes_no_result(cluster: None) -> None:
             if done == 2:
                 ray.kill(lost.actor)
 
-        assert executor.on_all(found, TASKS, kill_one) == alone()
+        assert executor.run_tasks(found, TASKS, kill_one) == alone()
         with pytest.raises(MoEExtError, match=r"GPU 0 is gone"):
             lost.ask(QUESTION)
 
@@ -272,7 +272,7 @@ def test_gpus_of_another_model_are_left_out(cluster: None, caplog: pytest.LogCap
 
 def test_a_cluster_without_such_a_gpu_says_which_it_has(cluster: None) -> None:
     with pytest.raises(GpuError, match=rf"tune for NVIDIA H200: \S+ GPU 0 is {H100}; \S+ GPU 1 is {L4}"):
-        ray_executor.stations(None, "NVIDIA H200", of_two_models)
+        ray_executor.executors(None, "NVIDIA H200", of_two_models)
 
 
 def test_a_gpu_that_does_not_start_is_left_out(cluster: None, caplog: pytest.LogCaptureFixture) -> None:
@@ -288,7 +288,7 @@ def test_gpus_in_use_by_another_job_are_not_waited_for(cluster: None, monkeypatc
     ray.get(holder.ask.remote(QUESTION))
     try:
         with pytest.raises(GpuError, match=r"\d: no answer in time \(expected a free GPU"):
-            ray_executor.stations(None, H100, recorded)
+            ray_executor.executors(None, H100, recorded)
     finally:
         ray.kill(holder)
 
@@ -296,7 +296,7 @@ def test_gpus_in_use_by_another_job_are_not_waited_for(cluster: None, monkeypatc
 def test_a_node_with_another_version_is_named(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_executor, "__version__", "0.0.0")
     with pytest.raises(GpuError, match=r"\d has sglang-moe-ext \S+ \(expected 0\.0\.0, as here"):
-        ray_executor.stations(None, H100, recorded)
+        ray_executor.executors(None, H100, recorded)
 
 
 def test_a_node_that_cannot_import_what_it_needs_is_named(cluster: None, tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_a_node_that_cannot_import_what_it_needs_is_named(cluster: None, tmp_pat
     try:
         make: Make = __import__("only_here").make
         with pytest.raises(GpuError, match=r"\S+ GPU 0: .*No module named 'only_here'"):
-            ray_executor.stations(None, H100, make)
+            ray_executor.executors(None, H100, make)
     finally:
         sys.path.remove(str(tmp_path))
 

@@ -114,7 +114,7 @@ def test_a_second_process_does_not_go_on_with_a_run_that_is_held(tmp_path: Path)
     (folder,) = (tmp_path / "store" / "runs").iterdir()
     try:
         with pytest.raises(StoreError, match=f"{folder} is being used by another process: wait"):
-            run_folder.resumed(CIRCUMSTANCES, folder)
+            run_folder.resume(CIRCUMSTANCES, folder)
     finally:
         child.kill()
         child.communicate(timeout=60)
@@ -125,7 +125,7 @@ def test_a_run_is_free_when_its_process_was_killed(tmp_path: Path) -> None:
     child.kill()
     child.communicate(timeout=60)
     (folder,) = (tmp_path / "store" / "runs").iterdir()
-    with run_folder.resumed(CIRCUMSTANCES, None) as run:
+    with run_folder.resume(CIRCUMSTANCES, None) as run:
         assert run.folder == folder
 
 
@@ -136,7 +136,7 @@ def test_of_many_who_resume_one_run_at_once_one_gets_it() -> None:
     def resume() -> None:
         together.wait()
         try:
-            got.append(run_folder.resumed(CIRCUMSTANCES, folder))
+            got.append(run_folder.resume(CIRCUMSTANCES, folder))
         except StoreError:
             refused.append(folder)
 
@@ -150,14 +150,14 @@ def test_of_many_who_resume_one_run_at_once_one_gets_it() -> None:
 
 def test_a_resumed_run_knows_what_was_answered() -> None:
     interrupted(3)
-    with run_folder.resumed(CIRCUMSTANCES, None) as run:
+    with run_folder.resume(CIRCUMSTANCES, None) as run:
         assert [asked for asked, _ in run.journal.known()] == [question(1), question(2), question(3)]
 
 
 def test_a_resumed_run_finds_its_binaries() -> None:
     with run_folder.begin(CIRCUMSTANCES) as run:
         (run.triton_cache / "kernel.cubin").touch()
-    with run_folder.resumed(CIRCUMSTANCES, None) as again:
+    with run_folder.resume(CIRCUMSTANCES, None) as again:
         assert (again.triton_cache / "kernel.cubin").exists()
 
 
@@ -165,19 +165,19 @@ def test_the_newest_unfinished_run_is_resumed() -> None:
     interrupted()
     newest = interrupted()
     finished()
-    with run_folder.resumed(CIRCUMSTANCES, None) as run:
+    with run_folder.resume(CIRCUMSTANCES, None) as run:
         assert run.folder == newest
 
 
 def test_a_run_that_is_held_is_passed_over_for_an_older_one() -> None:
     older = interrupted()
-    with run_folder.begin(CIRCUMSTANCES), run_folder.resumed(CIRCUMSTANCES, None) as run:
+    with run_folder.begin(CIRCUMSTANCES), run_folder.resume(CIRCUMSTANCES, None) as run:
         assert run.folder == older
 
 
 def test_where_every_unfinished_run_is_held_that_is_said() -> None:
     with run_folder.begin(CIRCUMSTANCES), pytest.raises(StoreError, match="is being used by another process"):
-        run_folder.resumed(CIRCUMSTANCES, None)
+        run_folder.resume(CIRCUMSTANCES, None)
 
 
 def test_a_run_under_other_circumstances_is_not_the_newest() -> None:
@@ -185,34 +185,34 @@ def test_a_run_under_other_circumstances_is_not_the_newest() -> None:
     with pytest.raises(
         StoreError, match=r"no unfinished run under these circumstances .*: leave --resume out to begin a new one$"
     ):
-        run_folder.resumed({**CIRCUMSTANCES, "seed": 1}, None)
+        run_folder.resume({**CIRCUMSTANCES, "seed": 1}, None)
 
 
 def test_a_named_run_under_other_circumstances_is_refused_with_both_values() -> None:
     folder = interrupted()
     with pytest.raises(StoreError, match="seed is 0 there and 1 now"):
-        run_folder.resumed({**CIRCUMSTANCES, "seed": 1}, folder)
+        run_folder.resume({**CIRCUMSTANCES, "seed": 1}, folder)
 
 
 @pytest.mark.parametrize("named", [".", run_folder.JOURNAL], ids=["its folder", "its journal"])
 def test_a_run_is_named_by(named: str) -> None:
     folder = interrupted()
-    with run_folder.resumed(CIRCUMSTANCES, folder / named) as run:
+    with run_folder.resume(CIRCUMSTANCES, folder / named) as run:
         assert run.folder == folder
 
 
 def test_a_folder_that_is_no_run_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "stray").mkdir()
     with pytest.raises(StoreError, match="stray"):
-        run_folder.resumed(CIRCUMSTANCES, tmp_path / "stray")
+        run_folder.resume(CIRCUMSTANCES, tmp_path / "stray")
     assert list((tmp_path / "stray").iterdir()) == []
 
 
 def test_a_finished_run_that_is_named_answers_what_it_knows() -> None:
     folder = interrupted()
-    with run_folder.resumed(CIRCUMSTANCES, folder) as run:
+    with run_folder.resume(CIRCUMSTANCES, folder) as run:
         run.finish()
-    with run_folder.resumed(CIRCUMSTANCES, folder) as run:
+    with run_folder.resume(CIRCUMSTANCES, folder) as run:
         assert run.journal.answer(question(1)) is not None
 
 
@@ -254,9 +254,9 @@ def test_a_run_that_was_refused_for_its_journal_is_free_for_the_next() -> None:
     whole = journal.read_bytes()
     journal.write_bytes(whole.replace(b'{"s"', b'{"x"'))
     with pytest.raises(StoreError, match=":2: expected") as refused:
-        run_folder.resumed(CIRCUMSTANCES, journal)
+        run_folder.resume(CIRCUMSTANCES, journal)
     journal.write_bytes(whole)
-    run_folder.resumed(CIRCUMSTANCES, journal).close()
+    run_folder.resume(CIRCUMSTANCES, journal).close()
     assert refused.value.__traceback__ is not None  # what holds the error holds no run
 
 
@@ -290,7 +290,7 @@ def test_a_run_without_its_binaries_is_gone_on_with() -> None:
     older = interrupted()
     interrupted()
     run_folder.begin(CIRCUMSTANCES).close()
-    with run_folder.resumed(CIRCUMSTANCES, older) as run:
+    with run_folder.resume(CIRCUMSTANCES, older) as run:
         assert run.triton_cache.is_dir() and run.journal.answer(question(1)) is not None
 
 

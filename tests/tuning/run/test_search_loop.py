@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEExtError, Projection, Resources
-from sglang_moe_ext.tuning.bench.messages import Answer, Check, Pair, Question, Race, Screen
+from sglang_moe_ext.tuning.bench.messages import BenchGemm, BenchLayers, BenchRequest, BenchResult, CheckAccuracy, Pair
 from sglang_moe_ext.tuning.bench.routing import UNIFORM
-from sglang_moe_ext.tuning.bench.worker import Worker
+from sglang_moe_ext.tuning.bench.worker import BenchProcess
 from sglang_moe_ext.tuning.run import journal, search_loop
-from sglang_moe_ext.tuning.run.executor import LocalStation, Station
+from sglang_moe_ext.tuning.run.executor import Executor, LocalExecutor
 from sglang_moe_ext.tuning.run.journal import Journal
-from sglang_moe_ext.tuning.run.search_loop import Task
+from sglang_moe_ext.tuning.run.search_loop import SearchTask
 from sglang_moe_ext.tuning.search import candidates
-from sglang_moe_ext.tuning.search.final_comparison import Measured
+from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
 from tests.tuning.children.keyed_bench import (
     EXITS,
     EXITS_IN_A_LAYER,
@@ -54,13 +54,13 @@ def new_journal(folder: Path, name: str = "journal.jsonl") -> Journal:
     return Journal.create(folder / name, {"seed": 0})
 
 
-def found(run: Journal, *stations: Station, **changes: object) -> dict[int, Measured]:
+def found(run: Journal, *stations: Executor, **changes: object) -> dict[int, MeasuredChoice]:
     measuring = dataclasses.replace(MEASURING, effort="quick", **changes)  # type: ignore[arg-type]
     return measured(LAYER, run, stations, FEW, measuring, dict.fromkeys(FEW, TODAY))
 
 
 @functools.cache
-def alone() -> dict[int, Measured]:
+def alone() -> dict[int, MeasuredChoice]:
     """What one station finds."""
     with tempfile.TemporaryDirectory() as folder:
         return found(new_journal(Path(folder)), ReplayingStation(formula))
@@ -101,7 +101,7 @@ class DyingStation(ReplayingStation):
 
     answers_left: int = 0
 
-    def ask(self, question: Question) -> Answer:
+    def ask(self, question: BenchRequest) -> BenchResult:
         if self.answers_left <= 0:
             raise GONE
         self.answers_left -= 1
@@ -155,8 +155,8 @@ def test_incumbents_are_asked_for_when_all_is_screened(tmp_path: Path) -> None:
 
     search_loop.measure_all(request, MEASURING, tasks, incumbents, [station], new_journal(tmp_path), unseen)
     after = station.asked[len(asked_before) :]
-    assert all(isinstance(question, Screen) for question in asked_before)
-    assert all(isinstance(question, Race | Check) for question in after) and after
+    assert all(isinstance(question, BenchGemm) for question in asked_before)
+    assert all(isinstance(question, BenchLayers | CheckAccuracy) for question in after) and after
 
 
 def test_no_binary_is_waited_for_that_was_not_wanted(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ UNFIT = {
 def test_a_binary_that_cannot_run_is_never_timed(needs: Resources | Failure, tmp_path: Path) -> None:
     station = ReplayingStation(formula, needs=lambda job: needs if job.key.block_n == 128 else FITS)
     results = found(new_journal(tmp_path), station)
-    assert 128 not in {asked.key.block_n for asked in station.asked if isinstance(asked, Screen)}
+    assert 128 not in {asked.key.block_n for asked in station.asked if isinstance(asked, BenchGemm)}
     assert 128 not in {config.block_n for result in results.values() for config in result.pair.values()}
 
 
@@ -204,11 +204,13 @@ def test_a_pair_whose_own_binary_does_not_compile_is_not_raced(tmp_path: Path) -
     station = ReplayingStation(formula, needs=lambda job: UNFIT["does not compile"] if job in failing else FITS)
     results = found(new_journal(tmp_path), station)
     assert results[64].pair not in (winner, TODAY)
-    assert not any(winner in asked.pairs for asked in station.asked if isinstance(asked, Race) and asked.tokens == 64)
+    assert not any(
+        winner in asked.pairs for asked in station.asked if isinstance(asked, BenchLayers) and asked.tokens == 64
+    )
 
 
 def test_where_nothing_runs_right_the_error_names_the_gpu(tmp_path: Path) -> None:
-    def broken(question: Question) -> Answer:
+    def broken(question: BenchRequest) -> BenchResult:
         return Failure("CudaError", "an illegal memory access was encountered")
 
     with pytest.raises(MoEExtError, match="nothing ran right on NVIDIA H200"):
@@ -216,14 +218,14 @@ def test_where_nothing_runs_right_the_error_names_the_gpu(tmp_path: Path) -> Non
 
 
 def test_a_batch_size_where_nothing_runs_costs_itself_alone(tmp_path: Path) -> None:
-    def broken_at_64(question: Question) -> Answer:
+    def broken_at_64(question: BenchRequest) -> BenchResult:
         return Failure("CudaError", "no") if question.tokens == 64 else formula(question)
 
     results = found(new_journal(tmp_path), ReplayingStation(broken_at_64))
     assert results == {m: result for m, result in alone().items() if m != 64}
 
 
-def _tasks(keys: Sequence[CompileKey], tokens: Sequence[int] = FEW) -> list[Task]:
+def _tasks(keys: Sequence[CompileKey], tokens: Sequence[int] = FEW) -> list[SearchTask]:
     configs = [key.with_group(group) for key in keys for group in (1, 16)]
     return search_loop.largest_first({m: {"up": configs, "down": configs} for m in tokens})
 
@@ -252,12 +254,14 @@ class Isolated:
     def __post_init__(self) -> None:
         self.run = new_journal(self.folder)
 
-    def found(self, *num_stages: int, gpus: int = 1, tokens: Sequence[int] = (64,)) -> dict[int, Measured]:
+    def found(self, *num_stages: int, gpus: int = 1, tokens: Sequence[int] = (64,)) -> dict[int, MeasuredChoice]:
         bad = [CompileKey(16, 64, 128, 4, stages) for stages in num_stages]
         keys = [*FINE_KEYS[:3], *bad, *FINE_KEYS[3:]]
         make = MakeKeyedBench(SHAPE, UNIFORM, 0, self.folder)
         stations = [
-            LocalStation(f"GPU {index}", FittingFarm(), Worker(make, {"CUDA_VISIBLE_DEVICES": str(index)}, timeout_s=3))
+            LocalExecutor(
+                f"GPU {index}", FittingFarm(), BenchProcess(make, {"CUDA_VISIBLE_DEVICES": str(index)}, timeout_s=3)
+            )
             for index in range(gpus)
         ]
         try:
@@ -280,7 +284,7 @@ class Isolated:
         return {
             (asked.projection, asked.key)
             for asked, answer in known
-            if isinstance(asked, Screen) and not isinstance(answer, Failure)
+            if isinstance(asked, BenchGemm) and not isinstance(answer, Failure)
         }
 
     def starts(self) -> int:
@@ -288,29 +292,31 @@ class Isolated:
 
 
 @pytest.fixture(scope="module")
-def isolated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Isolated, Measured]:
+def isolated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Isolated, MeasuredChoice]:
     one = Isolated(tmp_path_factory.mktemp("isolated"))
     return one, one.found(HANGS, EXITS, SEGFAULTS, STICKY, RAISES)[64]
 
 
-def test_a_search_over_candidates_that_break_the_gpu_ends_with_a_choice(isolated: tuple[Isolated, Measured]) -> None:
+def test_a_search_over_candidates_that_break_the_gpu_ends_with_a_choice(
+    isolated: tuple[Isolated, MeasuredChoice],
+) -> None:
     assert {config.compile_key for config in isolated[1].pair.values()} <= set(FINE_KEYS)
 
 
-def test_what_broke_the_gpu_is_counted_by_kind(isolated: tuple[Isolated, Measured]) -> None:
+def test_what_broke_the_gpu_is_counted_by_kind(isolated: tuple[Isolated, MeasuredChoice]) -> None:
     assert isolated[1].failures == {"Timeout": 2, "Crash": 4, "CudaError": 2, "ValueError": 2}
 
 
-def test_every_candidate_that_breaks_nothing_is_timed(isolated: tuple[Isolated, Measured]) -> None:
+def test_every_candidate_that_breaks_nothing_is_timed(isolated: tuple[Isolated, MeasuredChoice]) -> None:
     assert isolated[0].screened() == {(projection, key) for projection in ("up", "down") for key in FINE_KEYS}
 
 
-def test_each_break_costs_one_start_of_the_process_and_an_error_none(isolated: tuple[Isolated, Measured]) -> None:
+def test_each_break_costs_one_start_of_the_process_and_an_error_none(isolated: tuple[Isolated, MeasuredChoice]) -> None:
     assert isolated[0].starts() == 1 + 2 * len((HANGS, EXITS, SEGFAULTS, STICKY))
 
 
 def test_what_broke_the_gpu_does_not_do_so_again_when_the_run_is_gone_on_with(
-    isolated: tuple[Isolated, Measured], tmp_path: Path
+    isolated: tuple[Isolated, MeasuredChoice], tmp_path: Path
 ) -> None:
     again = Isolated(tmp_path)
     again.run = Journal.open(isolated[0].run.path)
@@ -318,7 +324,7 @@ def test_what_broke_the_gpu_does_not_do_so_again_when_the_run_is_gone_on_with(
 
 
 def test_the_choice_is_what_it_were_without_those_that_break(
-    isolated: tuple[Isolated, Measured], tmp_path: Path
+    isolated: tuple[Isolated, MeasuredChoice], tmp_path: Path
 ) -> None:
     without = Isolated(tmp_path).found()[64]
     assert (without.pair, without.us) == (isolated[1].pair, isolated[1].us)
@@ -328,12 +334,14 @@ def test_the_choice_is_what_it_were_without_those_that_break(
 def test_the_fastest_pair_is_not_chosen_where_it(num_stages: int, tmp_path: Path) -> None:
     one = Isolated(tmp_path)
     chosen = one.found(num_stages)[64].pair
-    raced = [pair for asked, _ in one.run.known() if isinstance(asked, Race) for pair in asked.pairs]
+    raced = [pair for asked, _ in one.run.known() if isinstance(asked, BenchLayers) for pair in asked.pairs]
     assert num_stages in {config.num_stages for pair in raced for config in pair.values()}
     assert num_stages not in {config.num_stages for config in chosen.values()}
 
 
-def test_processes_that_break_on_two_gpus_change_no_choice(isolated: tuple[Isolated, Measured], tmp_path: Path) -> None:
+def test_processes_that_break_on_two_gpus_change_no_choice(
+    isolated: tuple[Isolated, MeasuredChoice], tmp_path: Path
+) -> None:
     results = Isolated(tmp_path).found(EXITS, STICKY, gpus=2, tokens=(64, 128))
     assert results[64].pair == isolated[1].pair
     assert [result.failures for result in results.values()] == [{"Crash": 2, "CudaError": 2}] * 2

@@ -19,15 +19,15 @@ import pytest
 from sglang_moe_ext.core import EngineError, MoEExtError, StoreError
 from sglang_moe_ext.engines.sglang import installation, lookup_probe
 from sglang_moe_ext.tuning import plan, verify_install
-from sglang_moe_ext.tuning.bench.messages import Screen
+from sglang_moe_ext.tuning.bench.messages import BenchGemm
 from sglang_moe_ext.tuning.bench.routing import UNIFORM
-from sglang_moe_ext.tuning.bench.worker import Worker
+from sglang_moe_ext.tuning.bench.worker import BenchProcess
 from sglang_moe_ext.tuning.compile.kernel_source import KernelSource
-from sglang_moe_ext.tuning.request import Measuring, Request
+from sglang_moe_ext.tuning.request import MeasureOptions, TuneRequest
 from sglang_moe_ext.tuning.run import session
 from sglang_moe_ext.tuning.run.journal import Journal
-from sglang_moe_ext.tuning.run.run_folder import Run
-from sglang_moe_ext.tuning.search.final_comparison import Measured
+from sglang_moe_ext.tuning.run.run_folder import RunFolder
+from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
 from tests.tuning.children.keyed_bench import MakeKeyedBench
 from tests.tuning.recorded_runs import MEASURING, TODAY, ReplayingStation, formula, measured, request_of, unseen
 
@@ -88,7 +88,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
         asked_by.append(asked.read_bytes().count(b"\n"))
 
 
-def uninterrupted(folder: Path) -> tuple[dict[int, Measured], ReplayingStation]:
+def uninterrupted(folder: Path) -> tuple[dict[int, MeasuredChoice], ReplayingStation]:
     station, journal = ReplayingStation(formula), Journal.create(folder / "straight.jsonl", {})
     return measured(LAYER, journal, [station], FEW, today=dict.fromkeys(FEW, TODAY)), station
 
@@ -116,9 +116,9 @@ def test_a_run_that_was_killed_stays_one_run(killed: Killed) -> None:
     assert len(list(killed.store.iterdir())) == 1
 
 
-def opened(request: Request = REQUEST, resume: bool | Path = False, **changes: object) -> Run:
+def opened(request: TuneRequest = REQUEST, resume: bool | Path = False, **changes: object) -> RunFolder:
     measuring = dataclasses.replace(MEASURING, resume=resume, **changes)  # type: ignore[arg-type]
-    return session.opened(request, measuring, SOURCE)
+    return session.open_run(request, measuring, SOURCE)
 
 
 def test_a_run_is_new_where_nobody_asks_to_resume() -> None:
@@ -148,7 +148,7 @@ OTHERS = {
     "expert parallelism": lambda: opened(
         dataclasses.replace(request_of(LAYER), shape=dataclasses.replace(request_of(LAYER).shape, ep=2)), resume=True
     ),
-    "kernel": lambda: session.opened(
+    "kernel": lambda: session.open_run(
         request_of(LAYER), dataclasses.replace(MEASURING, resume=True), dataclasses.replace(SOURCE, fingerprint="2")
     ),
 }
@@ -184,15 +184,15 @@ def processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PYTHONPATH", str(REPO_ROOT))
 
 
-def results(run: Run, gpus: tuple[str, ...] = ("0",)) -> dict[int, Measured]:
-    measuring: Measuring = dataclasses.replace(MEASURING, effort="quick", gpus=gpus)
+def results(run: RunFolder, gpus: tuple[str, ...] = ("0",)) -> dict[int, MeasuredChoice]:
+    measuring: MeasureOptions = dataclasses.replace(MEASURING, effort="quick", gpus=gpus)
     request = request_of(LAYER, FEW, measuring)
-    kept = plan.sifted(request.shape, request.gpu).kept
+    kept = plan.prune_space(request.shape, request.gpu).kept
     today: lookup_probe.SglangProbe = EngineThatIsAsked()  # type: ignore[assignment]
-    return session.results(request, measuring, run, kept, today, SOURCE, unseen).pairs
+    return session.measure(request, measuring, run, kept, today, SOURCE, unseen).pairs
 
 
-def starts(run: Run) -> list[str]:
+def starts(run: RunFolder) -> list[str]:
     return (run.triton_cache / "starts").read_text().splitlines()
 
 
@@ -207,18 +207,18 @@ def test_two_gpus_of_this_machine_choose_what_one_does() -> None:
 def test_what_does_not_compile_is_neither_timed_nor_chosen() -> None:
     with opened() as run:
         found = results(run)
-        timed = {asked.key.block_n for asked, _ in run.journal.known() if isinstance(asked, Screen)}
+        timed = {asked.key.block_n for asked, _ in run.journal.known() if isinstance(asked, BenchGemm)}
     assert 256 not in timed
     assert 256 not in {config.block_n for result in found.values() for config in result.pair.values()}
     assert all(result.failures["CompilationError"] > 0 for result in found.values())
 
 
-def workers_of(monkeypatch: pytest.MonkeyPatch) -> list[Worker]:
+def workers_of(monkeypatch: pytest.MonkeyPatch) -> list[BenchProcess]:
     """All that the run starts from now on."""
-    made: list[Worker] = []
+    made: list[BenchProcess] = []
 
-    def start(*given: Any) -> Worker:
-        made.append(Worker(*given))
+    def start(*given: Any) -> BenchProcess:
+        made.append(BenchProcess(*given))
         return made[-1]
 
     monkeypatch.setattr(session, "Worker", start)

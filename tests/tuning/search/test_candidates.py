@@ -50,7 +50,7 @@ slow = settings(deadline=None, max_examples=25)
 def kept_of(shape: MoEShape, gpu: str) -> tuple[TileConfig, ...]:
     """What the rules keep; nothing where the GPU cannot do the layer at all."""
     try:
-        return plan.sifted(shape, GPUS[gpu]).kept
+        return plan.prune_space(shape, GPUS[gpu]).kept
     except (GpuError, ModelError):
         return ()
 
@@ -58,7 +58,7 @@ def kept_of(shape: MoEShape, gpu: str) -> tuple[TileConfig, ...]:
 def listed(
     shape: MoEShape, gpu: str, tokens: int, keys: int | None, with_tma: tuple[Projection, ...] = ()
 ) -> Candidates:
-    return candidates.listed(kept_of(shape, gpu), shape, GPUS[gpu], tokens, keys=keys, with_tma=with_tma)
+    return candidates.list_candidates(kept_of(shape, gpu), shape, GPUS[gpu], tokens, keys=keys, with_tma=with_tma)
 
 
 def without_tma(config: TileConfig) -> TileConfig:

@@ -37,7 +37,7 @@ def regrets_of_the_shortlist(cells: list[prediction_regret.Cell]) -> list[float]
 
 
 def candidates(shape: MoEShape, gpu: Gpu) -> tuple[TileConfig, ...]:
-    return space.sift(space.full_space(), shape, gpu).kept
+    return space.prune(space.full_space(), shape, gpu).kept
 
 
 def first(shape: MoEShape, gpu: Gpu, tokens: int) -> TileConfig:
@@ -45,7 +45,7 @@ def first(shape: MoEShape, gpu: Gpu, tokens: int) -> TileConfig:
 
 
 def us(config: TileConfig, shape: MoEShape, gpu: Gpu, tokens: int) -> float:
-    resources = dict.fromkeys(PROJECTIONS, cost_model.estimated(config, shape, gpu))
+    resources = dict.fromkeys(PROJECTIONS, cost_model.estimate(config, shape, gpu))
     return cost_model.pair_us(config, shape, gpu, tokens, resources)
 
 
@@ -98,7 +98,7 @@ def test_no_configuration_is_predicted_faster_for_more_tokens(shape: MoEShape, n
 def test_nothing_is_predicted_faster_than_the_floor(shape: MoEShape, name: str) -> None:
     gpu = specs.find(name)
     for config in candidates(shape, gpu)[::23]:
-        resources = cost_model.estimated(config, shape, gpu)
+        resources = cost_model.estimate(config, shape, gpu)
         for tokens in BATCHES:
             for projection in PROJECTIONS:
                 predicted = cost_model.gemm(config, shape, gpu, tokens, projection, resources)
@@ -129,7 +129,7 @@ def test_block_wise_prefill_on_an_h200_shares_a_multiprocessor(tokens: int) -> N
     """A lone block cannot hide the promotion of its partial sums behind another's products."""
     config = first(QWEN_FP8, H200, tokens)
     assert (config.block_m, config.block_n, config.block_k, config.num_warps) == (64, 128, 128, 4)
-    assert cost_model.resident_blocks(config, cost_model.estimated(config, QWEN_FP8, H200), H200) >= 2
+    assert cost_model.resident_blocks(config, cost_model.estimate(config, QWEN_FP8, H200), H200) >= 2
 
 
 def test_weights_that_outgrow_the_l2_are_better_swept_in_groups() -> None:
@@ -141,8 +141,8 @@ def test_weights_that_outgrow_the_l2_are_better_swept_in_groups() -> None:
 
 def test_the_estimated_registers_of_the_common_tiles_are_near_what_the_compiler_gave() -> None:
     """Registers a thread on sm_90, from tests/data/compiled: 128x256x64 bf16 208, 64x128x128 block-wise fp8 196."""
-    bf16 = cost_model.estimated(TileConfig(128, 256, 64, 1, 8, 4), GLM_BF16, H200).registers
-    fp8 = cost_model.estimated(TileConfig(64, 128, 128, 1, 4, 3), QWEN_FP8, H200).registers
+    bf16 = cost_model.estimate(TileConfig(128, 256, 64, 1, 8, 4), GLM_BF16, H200).registers
+    fp8 = cost_model.estimate(TileConfig(64, 128, 128, 1, 4, 3), QWEN_FP8, H200).registers
     assert bf16 == pytest.approx(208, rel=0.15) and fp8 == pytest.approx(196, rel=0.15)
 
 

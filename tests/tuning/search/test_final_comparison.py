@@ -12,9 +12,17 @@ from typing import get_args
 import pytest
 
 from sglang_moe_ext.core import Failure, MoEShape, Quantisation, Scheme, TileConfig
-from sglang_moe_ext.tuning.bench.messages import Answer, Check, Checked, Pair, Question, Race, Raced
+from sglang_moe_ext.tuning.bench.messages import (
+    Accuracy,
+    BenchLayers,
+    BenchRequest,
+    BenchResult,
+    CheckAccuracy,
+    LayerTimes,
+    Pair,
+)
 from sglang_moe_ext.tuning.search import statistics
-from sglang_moe_ext.tuning.search.final_comparison import TOLERATED_ERROR, Measured, rematch
+from sglang_moe_ext.tuning.search.final_comparison import TOLERATED_ERROR, MeasuredChoice, confirm
 from sglang_moe_ext.tuning.search.statistics import Interval
 
 SHAPE = MoEShape(8, 64, 64, 2)
@@ -44,19 +52,19 @@ class TableGpu:
     jitter: Callable[[int, int], float] = lambda place, turn: 1.0
     luck: dict[tuple[int, TileConfig], float] = field(default_factory=dict)
     throttled_races: int = 0
-    asked: list[Question] = field(default_factory=list)
+    asked: list[BenchRequest] = field(default_factory=list)
 
-    def __call__(self, question: Question) -> Answer:
+    def __call__(self, question: BenchRequest) -> BenchResult:
         self.asked.append(question)
         match question:
-            case Race(_, pairs, rounds, _, data):
+            case BenchLayers(_, pairs, rounds, _, data):
                 return self._raced([racer["up"] for racer in pairs], rounds, data)
-            case Check(_, checked):
-                return FAILED if checked["up"] in self.unchecked else Checked(self.errors.get(checked["up"], 1e-3))
+            case CheckAccuracy(_, checked):
+                return FAILED if checked["up"] in self.unchecked else Accuracy(self.errors.get(checked["up"], 1e-3))
             case _:
                 raise AssertionError(question)
 
-    def _raced(self, configs: list[TileConfig], rounds: int, data: int) -> Answer:
+    def _raced(self, configs: list[TileConfig], rounds: int, data: int) -> BenchResult:
         if self.fails & set(configs) or (len(configs) > 1 and self.fails_beside_others & set(configs)):
             return FAILED
         throttled = len(self.races) <= self.throttled_races
@@ -70,24 +78,24 @@ class TableGpu:
             )
             for place, config in enumerate(configs)
         ]
-        return Raced(tuple(rows), ROUTINGS, "too hot" if throttled else None, 1980)
+        return LayerTimes(tuple(rows), ROUTINGS, "too hot" if throttled else None, 1980)
 
     @property
-    def races(self) -> list[Race]:
-        return [question for question in self.asked if isinstance(question, Race)]
+    def races(self) -> list[BenchLayers]:
+        return [question for question in self.asked if isinstance(question, BenchLayers)]
 
     @property
     def checked(self) -> list[TileConfig]:
-        return [question.pair["up"] for question in self.asked if isinstance(question, Check)]
+        return [question.pair["up"] for question in self.asked if isinstance(question, CheckAccuracy)]
 
 
-def decided(gpu: TableGpu, shape: MoEShape = SHAPE, finalists: Sequence[Pair] | None = None) -> Measured | None:
+def decided(gpu: TableGpu, shape: MoEShape = SHAPE, finalists: Sequence[Pair] | None = None) -> MeasuredChoice | None:
     if finalists is None:
         finalists = [pair(config) for config in gpu.us if config != INCUMBENT]
-    return rematch(shape, 64, finalists, pair(INCUMBENT), gpu, rounds=ROUNDS, tried=7, failures={"OutOfResources": 2})
+    return confirm(shape, 64, finalists, pair(INCUMBENT), gpu, rounds=ROUNDS, tried=7, failures={"OutOfResources": 2})
 
 
-def chosen(gpu: TableGpu, shape: MoEShape = SHAPE) -> Measured:
+def chosen(gpu: TableGpu, shape: MoEShape = SHAPE) -> MeasuredChoice:
     found = decided(gpu, shape)
     assert found is not None
     return found
@@ -185,7 +193,7 @@ def test_a_wrong_one_that_led_takes_no_ones_place_in_the_meetings() -> None:
     gpu = TableGpu({INCUMBENT: 10, FAST: 8, FASTEST: 1}, errors={FASTEST: 0.5})
     assert (chosen(gpu).pair, gpu.races[1:]) == (
         pair(FAST),
-        [Race(64, (pair(INCUMBENT), pair(FAST), pair(INCUMBENT)), ROUNDS, data=1)],
+        [BenchLayers(64, (pair(INCUMBENT), pair(FAST), pair(INCUMBENT)), ROUNDS, data=1)],
     )
 
 
@@ -197,15 +205,15 @@ class NoisyGpu:
     sigma: float
     dice: random.Random
 
-    def __call__(self, question: Question) -> Answer:
-        if isinstance(question, Check):
-            return Checked(1e-3)
-        assert isinstance(question, Race)
+    def __call__(self, question: BenchRequest) -> BenchResult:
+        if isinstance(question, CheckAccuracy):
+            return Accuracy(1e-3)
+        assert isinstance(question, BenchLayers)
         rows = [
             tuple(self.us[racer["up"]] * self.dice.lognormvariate(0, self.sigma) for _ in range(question.rounds))
             for racer in question.pairs
         ]
-        return Raced(tuple(rows), ROUTINGS)
+        return LayerTimes(tuple(rows), ROUTINGS)
 
 
 def replaced(us: dict[TileConfig, float], sigma: float, trials: int) -> float:
@@ -213,7 +221,7 @@ def replaced(us: dict[TileConfig, float], sigma: float, trials: int) -> float:
     dice = random.Random(1)
     finalists = [pair(config) for config in us if config != INCUMBENT]
     found = [
-        rematch(SHAPE, 64, finalists, pair(INCUMBENT), NoisyGpu(us, sigma, dice), rounds=ROUNDS, tried=8, failures={})
+        confirm(SHAPE, 64, finalists, pair(INCUMBENT), NoisyGpu(us, sigma, dice), rounds=ROUNDS, tried=8, failures={})
         for _ in range(trials)
     ]
     return sum(one is not None and one.pair != pair(INCUMBENT) for one in found) / trials

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from sglang_moe_ext.core import Failure, TileConfig
-from sglang_moe_ext.tuning.bench.messages import Answer, Checked, Pair, Question, Race, Raced
-from sglang_moe_ext.tuning.search.final_comparison import Entrant, Heat, interleave
+from sglang_moe_ext.tuning.bench.messages import Accuracy, BenchLayers, BenchRequest, BenchResult, LayerTimes, Pair
+from sglang_moe_ext.tuning.search.final_comparison import ComparedLayer, InterleavedComparison, interleave
 from sglang_moe_ext.tuning.search.statistics import Interval
 
 ROUNDS = 4
@@ -32,17 +32,17 @@ class SmallGpu:
     room: int = 99
     broken: tuple[Pair, ...] = ()
     throttled_races: int = 0
-    asked: list[Race] = field(default_factory=list)
+    asked: list[BenchLayers] = field(default_factory=list)
 
-    def __call__(self, question: Question) -> Answer:
-        assert isinstance(question, Race)
+    def __call__(self, question: BenchRequest) -> BenchResult:
+        assert isinstance(question, BenchLayers)
         self.asked.append(question)
         if any(racer in self.broken for racer in question.pairs):
             return BROKEN
         if len(question.pairs) > self.room:
             return SLOW
         us = tuple((9.0 + racer["up"].group_m,) * question.rounds for racer in question.pairs)
-        return Raced(us, 1, "too hot" if len(self.asked) <= self.throttled_races else None)
+        return LayerTimes(us, 1, "too hot" if len(self.asked) <= self.throttled_races else None)
 
     @property
     def fields(self) -> list[int]:
@@ -50,13 +50,13 @@ class SmallGpu:
         return [len(race.pairs) for race in self.asked if len(race.pairs) > 1]
 
 
-def raced(gpu: SmallGpu, incumbent: Pair | None = INCUMBENT) -> Heat:
+def raced(gpu: SmallGpu, incumbent: Pair | None = INCUMBENT) -> InterleavedComparison:
     return interleave(64, incumbent, RIVALS, gpu, rounds=ROUNDS)
 
 
-def finished(found: Heat) -> list[int]:
+def finished(found: InterleavedComparison) -> list[int]:
     """The numbers of the rivals that came to the end."""
-    return [number for number, rival in enumerate(found.rivals, 1) if isinstance(rival, Entrant)]
+    return [number for number, rival in enumerate(found.rivals, 1) if isinstance(rival, ComparedLayer)]
 
 
 def test_the_incumbent_runs_first_and_last() -> None:
@@ -66,7 +66,7 @@ def test_the_incumbent_runs_first_and_last() -> None:
 
 
 def test_an_incumbent_gains_nothing_over_itself() -> None:
-    assert raced(SmallGpu()).incumbent == Entrant((10.0,) * ROUNDS, 10.0, Interval(1, 1, 1))
+    assert raced(SmallGpu()).incumbent == ComparedLayer((10.0,) * ROUNDS, 10.0, Interval(1, 1, 1))
 
 
 def test_the_field_is_halved_until_it_has_room_and_the_incumbent_stays_in() -> None:
@@ -81,7 +81,7 @@ def test_who_was_cut_is_told_that_it_runs_alone() -> None:
 
 def test_where_there_is_room_for_no_rival_the_incumbent_alone_has_a_time() -> None:
     found = raced(SmallGpu(room=2))
-    assert (isinstance(found.incumbent, Entrant), finished(found)) == (True, [])
+    assert (isinstance(found.incumbent, ComparedLayer), finished(found)) == (True, [])
 
 
 def test_where_there_is_room_for_nothing_each_has_its_reason() -> None:
@@ -108,13 +108,16 @@ def test_what_breaks_a_small_race_is_found_alone() -> None:
 
 def test_over_a_broken_incumbent_there_is_no_gain_and_no_noise() -> None:
     found = raced(SmallGpu(broken=(INCUMBENT,)))
-    gains = {rival.gain for rival in found.rivals if isinstance(rival, Entrant)}
+    gains = {rival.gain for rival in found.rivals if isinstance(rival, ComparedLayer)}
     assert (found.incumbent, gains, found.noise) == (BROKEN, {None}, None)
 
 
 def test_where_nobody_starts_nothing_is_asked() -> None:
     gpu = SmallGpu()
-    assert (interleave(64, None, [], gpu, rounds=ROUNDS), gpu.asked) == (Heat(None, (), None, None), [])
+    assert (interleave(64, None, [], gpu, rounds=ROUNDS), gpu.asked) == (
+        InterleavedComparison(None, (), None, None),
+        [],
+    )
 
 
 def test_every_race_is_on_the_data_that_was_asked_for() -> None:
@@ -137,4 +140,4 @@ def test_a_throttled_race_is_run_again_twice(throttled: int, attempts: list[int]
 
 def test_an_answer_to_another_question_is_a_mistake() -> None:
     with pytest.raises(TypeError, match="Checked"):
-        interleave(64, INCUMBENT, RIVALS, lambda _: Checked(0.1), rounds=ROUNDS)
+        interleave(64, INCUMBENT, RIVALS, lambda _: Accuracy(0.1), rounds=ROUNDS)

@@ -14,7 +14,7 @@ from sglang_moe_ext.tuning.search import predict, space
 GPU = specs.find("H200")
 SHAPE = MoEShape(128, 768, 2048, 8)
 BLOCK_WISE = MoEShape(128, 768, 2048, 8, Quantisation("fp8_w8a8", (128, 128)))
-CANDIDATES = space.sift(space.full_space(), SHAPE, GPU).kept
+CANDIDATES = space.prune(space.full_space(), SHAPE, GPU).kept
 TOKENS = (1, 17, 64, 1024, 16384)
 CLEAN = Resources(smem_bytes=65536, registers=128, spill_bytes=0)
 FAULTS = {
@@ -36,8 +36,8 @@ class TableCompiler:
         return {job: self.answer(job) for job in jobs}
 
 
-def predicted(compiler: TableCompiler, tokens: Sequence[int] = TOKENS) -> dict[int, predict.Predicted]:
-    return predict.table(CANDIDATES, SHAPE, GPU, tokens, compiler)
+def predicted(compiler: TableCompiler, tokens: Sequence[int] = TOKENS) -> dict[int, predict.PredictedConfig]:
+    return predict.predict_table(CANDIDATES, SHAPE, GPU, tokens, compiler)
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
@@ -102,7 +102,7 @@ def test_where_all_spill_the_error_says_so() -> None:
 
 def test_without_candidates_there_is_an_error_rather_than_an_empty_table() -> None:
     with pytest.raises(EngineError, match="M=64"):
-        predict.table((), SHAPE, GPU, [64], TableCompiler(lambda _: CLEAN))
+        predict.predict_table((), SHAPE, GPU, [64], TableCompiler(lambda _: CLEAN))
 
 
 @pytest.mark.parametrize("tokens", TOKENS)

@@ -11,10 +11,20 @@ import pytest
 
 from sglang_moe_ext.tuning import plan
 from sglang_moe_ext.tuning.bench import messages_json
-from sglang_moe_ext.tuning.bench.messages import Answer, Ask, Check, Checked, Pair, Question, Race, Raced, Screen
-from sglang_moe_ext.tuning.run.journal import Journal, UnknownQuestionError
+from sglang_moe_ext.tuning.bench.messages import (
+    Accuracy,
+    Ask,
+    BenchGemm,
+    BenchLayers,
+    BenchRequest,
+    BenchResult,
+    CheckAccuracy,
+    LayerTimes,
+    Pair,
+)
+from sglang_moe_ext.tuning.run.journal import Journal, UnknownRequestError
 from sglang_moe_ext.tuning.search import screening
-from sglang_moe_ext.tuning.search.final_comparison import LEAST_GAIN, TOLERATED_ERROR, Measured
+from sglang_moe_ext.tuning.search.final_comparison import LEAST_GAIN, TOLERATED_ERROR, MeasuredChoice
 from sglang_moe_ext.tuning.search.screening import EFFORTS
 from sglang_moe_ext.tuning.search.statistics import gain
 from tests.tuning.recorded_runs import LAYERS, ReplayingStation, incumbents_of, measured, recorded, replayed, tasks_of
@@ -22,26 +32,26 @@ from tests.tuning.recorded_runs import LAYERS, ReplayingStation, incumbents_of, 
 FEW = (16, 1024)
 
 
-def what_changed(layer: str, question: Question) -> str:
+def what_changed(layer: str, question: BenchRequest) -> str:
     """Which constant makes the strategy ask what the recorded run did not."""
     there = [each for each, _ in recorded(layer).answers.values() if each.tokens == question.tokens]
     if not there:
         return "plan.DEFAULT_TOKENS"
     match question:
-        case Screen():
-            return _what_changed_of_screens(question, [each for each in there if isinstance(each, Screen)])
-        case Race(rounds=rounds):
-            races = [each for each in there if isinstance(each, Race)]
+        case BenchGemm():
+            return _what_changed_of_screens(question, [each for each in there if isinstance(each, BenchGemm)])
+        case BenchLayers(rounds=rounds):
+            races = [each for each in there if isinstance(each, BenchLayers)]
             if rounds not in {race.rounds for race in races}:
                 return "EFFORTS['full'].rounds"
             if len(question.pairs) not in {len(race.pairs) for race in races}:
                 return "EFFORTS['full'].finalists"
             return "search._PER_BLOCK_M, or how search.finalists ranks pairs"
-        case Check():
+        case CheckAccuracy():
             return "rematch.LEAST_GAIN, rematch.TOLERATED_ERROR, or how a rematch ranks its entrants"
 
 
-def _what_changed_of_screens(question: Screen, there: list[Screen]) -> str:
+def _what_changed_of_screens(question: BenchGemm, there: list[BenchGemm]) -> str:
     alike = [
         each
         for each in there
@@ -66,10 +76,10 @@ def _what_changed_of_screens(question: Screen, there: list[Screen]) -> str:
 def replaying(layer: str) -> Ask:
     """The recorded answers; a question that has none names the constant that changed."""
 
-    def answered(question: Question) -> Answer:
+    def answered(question: BenchRequest) -> BenchResult:
         try:
             return replayed(layer)(question)
-        except UnknownQuestionError as error:
+        except UnknownRequestError as error:
             changed = what_changed(layer, question)
             pytest.fail(f"{layer}: {question} was not recorded: {changed} changed; record the run anew ({error})")
 
@@ -79,11 +89,11 @@ def replaying(layer: str) -> Ask:
 @dataclasses.dataclass(frozen=True)
 class Replay:
     layer: str
-    results: dict[int, Measured]
-    asked: list[Question]
+    results: dict[int, MeasuredChoice]
+    asked: list[BenchRequest]
     journal: Journal
 
-    def known(self, question: Question) -> Answer | None:
+    def known(self, question: BenchRequest) -> BenchResult | None:
         return self.journal.answer(question)
 
 
@@ -95,18 +105,18 @@ def replay(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Replay(layer, measured(layer, journal, [station]), station.asked, journal)
 
 
-def race_of(replay: Replay, tokens: int) -> tuple[Race, Raced]:
+def race_of(replay: Replay, tokens: int) -> tuple[BenchLayers, LayerTimes]:
     """The race that decided that M: the last one."""
-    race = [asked for asked in replay.asked if isinstance(asked, Race) and asked.tokens == tokens][-1]
+    race = [asked for asked in replay.asked if isinstance(asked, BenchLayers) and asked.tokens == tokens][-1]
     answer = replay.known(race)
-    assert isinstance(answer, Raced)
+    assert isinstance(answer, LayerTimes)
     return race, answer
 
 
 def is_right(replay: Replay, tokens: int, pair: Pair) -> bool:
-    answer = replay.known(Check(tokens, pair))
+    answer = replay.known(CheckAccuracy(tokens, pair))
     tolerated = TOLERATED_ERROR[LAYERS[replay.layer].quantisation.scheme]
-    return isinstance(answer, Checked) and answer.error <= tolerated
+    return isinstance(answer, Accuracy) and answer.error <= tolerated
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -153,7 +163,9 @@ def test_an_incumbent_that_stays_gains_nothing(replay: Replay) -> None:
 
 def test_a_right_incumbent_gives_way_to_a_gain_beyond_doubt_alone(replay: Replay) -> None:
     for m, result in replay.results.items():
-        was_wrong = replay.known(Check(m, result.incumbent)) is not None and not is_right(replay, m, result.incumbent)
+        was_wrong = replay.known(CheckAccuracy(m, result.incumbent)) is not None and not is_right(
+            replay, m, result.incumbent
+        )
         if result.pair != result.incumbent and result.noise is not None and not was_wrong:
             assert result.gain.low > 1, m
             assert result.gain.value > 1 + max(LEAST_GAIN, result.noise), m
@@ -174,7 +186,7 @@ def test_who_gained_more_than_the_choice_was_wrong(replay: Replay) -> None:
 
 def test_the_incumbent_is_raced_first_and_last(replay: Replay) -> None:
     for m, incumbent in incumbents_of(replay.layer).items():
-        race = next(asked for asked in replay.asked if isinstance(asked, Race) and asked.tokens == m)
+        race = next(asked for asked in replay.asked if isinstance(asked, BenchLayers) and asked.tokens == m)
         assert race.pairs[0] == race.pairs[-1] == incumbent
 
 

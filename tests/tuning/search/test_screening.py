@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_moe_ext.core import CompileKey, Failure, Projection, TileConfig
-from sglang_moe_ext.tuning.bench.messages import Answer, Question, Screen, Screened
+from sglang_moe_ext.tuning.bench.messages import BenchGemm, BenchRequest, BenchResult, GemmTimes
 from sglang_moe_ext.tuning.search import screening
 from sglang_moe_ext.tuning.search.screening import Effort, Screening
 
@@ -32,15 +32,15 @@ class TableGpu:
 
     us: dict[TileConfig, float] = field(default_factory=dict)
     fails: frozenset[CompileKey] = frozenset()
-    asked: list[Screen] = field(default_factory=list)
+    asked: list[BenchGemm] = field(default_factory=list)
 
-    def __call__(self, question: Question) -> Answer:
-        assert isinstance(question, Screen)
+    def __call__(self, question: BenchRequest) -> BenchResult:
+        assert isinstance(question, BenchGemm)
         self.asked.append(question)
         if question.key in self.fails:
             return Failure("OutOfResources", "shared memory")
         times = [self.us.get(question.key.with_group(group), 100.0) for group in question.groups]
-        return Screened(tuple((us,) * question.samples for us in times))
+        return GemmTimes(tuple((us,) * question.samples for us in times))
 
 
 def nothing_known(projection: Projection, key: CompileKey) -> None:
@@ -48,7 +48,7 @@ def nothing_known(projection: Projection, key: CompileKey) -> None:
 
 
 def screened(gpu: TableGpu, keys: list[CompileKey] = KEYS, effort: Effort = EFFORT) -> Screening:
-    return screening.screened(64, both(keys), effort, gpu, nothing_known)
+    return screening.screen(64, both(keys), effort, gpu, nothing_known)
 
 
 def test_every_binary_of_each_gemm_is_timed() -> None:
@@ -94,20 +94,20 @@ def test_what_is_hopeless_is_said_to_the_gpu_before_it_is_timed() -> None:
 def test_a_binary_with_something_against_it_never_runs() -> None:
     gpu = TableGpu()
     trouble = Failure("CompilationError", "refused")
-    screening.screened(64, both(KEYS), EFFORT, gpu, lambda _, key: trouble if key == KEYS[1] else None)
+    screening.screen(64, both(KEYS), EFFORT, gpu, lambda _, key: trouble if key == KEYS[1] else None)
     assert KEYS[1] not in {one.key for one in gpu.asked}
 
 
 def test_failures_are_counted_by_kind() -> None:
     gpu = TableGpu(fails=frozenset(KEYS[:2]))
     refused = Failure("CompilationError", "refused")
-    found = screening.screened(64, both(KEYS), EFFORT, gpu, lambda of, key: refused if key == KEYS[5] else None)
+    found = screening.screen(64, both(KEYS), EFFORT, gpu, lambda of, key: refused if key == KEYS[5] else None)
     assert (found.tried, found.failures) == (12, {"OutOfResources": 4, "CompilationError": 2})
 
 
 def test_when_the_time_is_over_each_gemm_has_one_candidate_timed() -> None:
     gpu = TableGpu()
-    found = screening.screened(64, both(KEYS), EFFORT, gpu, nothing_known, lambda: True)
+    found = screening.screen(64, both(KEYS), EFFORT, gpu, nothing_known, lambda: True)
     assert {projection: list(times) for projection, times in found.times.items()} == {
         "up": [KEYS[0].with_group(1)],
         "down": [KEYS[0].with_group(1)],

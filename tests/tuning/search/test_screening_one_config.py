@@ -18,7 +18,7 @@ from sglang_moe_ext.tuning.run import search_loop
 from sglang_moe_ext.tuning.run.journal import Journal
 from sglang_moe_ext.tuning.search import candidates
 from sglang_moe_ext.tuning.search import screening as search
-from sglang_moe_ext.tuning.search.final_comparison import Measured
+from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
 from sglang_moe_ext.tuning.search.screening import Screening, Times
 from tests.tuning.recorded_runs import MEASURING, TODAY, ReplayingStation, formula, request_of, unseen
 
@@ -65,11 +65,11 @@ def test_a_slow_down_gemm_makes_a_fast_up_gemm_no_finalist() -> None:
 
 
 @functools.cache
-def measured() -> dict[int, Measured]:
+def measured() -> dict[int, MeasuredChoice]:
     """What a run for vLLM chooses on a GPU whose answers follow from a formula."""
     request = replace(request_of("glm_4_7_flash_bf16", TOKENS), engine="vllm", shape=MoEShape(64, 1536, 2048, 4))
-    kept = plan.sifted(request.shape, request.gpu, request.tunable).kept
-    tasks = search_loop.largest_first({m: candidates.of_request(request, MEASURING, kept, m) for m in TOKENS})
+    kept = plan.prune_space(request.shape, request.gpu, request.tunable).kept
+    tasks = search_loop.largest_first({m: candidates.list_for_request(request, MEASURING, kept, m) for m in TOKENS})
     today: dict[int, Pair] = dict.fromkeys(TOKENS, TODAY)
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal.create(Path(folder, "run.jsonl"), {})
@@ -89,6 +89,6 @@ def test_a_run_for_vllm_finds_what_is_faster_than_today() -> None:
 
 def test_both_gemms_are_screened_with_the_same_candidates() -> None:
     shape, gpu = MoEShape(128, 768, 2048, 8), specs.find("H200")
-    found = candidates.listed_for_both(plan.sifted(shape, gpu).kept, shape, gpu, 64, keys=24)
+    found = candidates.list_shared_candidates(plan.prune_space(shape, gpu).kept, shape, gpu, 64, keys=24)
     assert found["up"] == found["down"]
     assert len({config.compile_key for config in found["up"]}) == 24

@@ -10,19 +10,19 @@ import pytest
 from sglang_moe_ext.core import Failure, MoEShape, Quantisation, TileConfig
 from sglang_moe_ext.sorted_kernels import KernelPlan, ShortKDownConfig, UpConfig
 from sglang_moe_ext.tuning.bench.messages import (
-    Answer,
-    Check,
-    Checked,
+    Accuracy,
+    BenchKernelPlan,
+    BenchLayers,
+    BenchRequest,
+    BenchResult,
+    CheckAccuracy,
+    GemmTimes,
+    LayerTimes,
     Pair,
-    Question,
-    Race,
-    Raced,
     Runner,
-    Screened,
-    ScreenPath,
 )
 from sglang_moe_ext.tuning.search import sorted_kernels
-from sglang_moe_ext.tuning.search.final_comparison import Measured
+from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
 
 SHAPE = MoEShape(128, 768, 2048, 8)
 BLOCK = Quantisation("fp8_w8a8", (128, 128))
@@ -42,28 +42,28 @@ class FakeGpu:
     us: Callable[[Runner], float] = lambda runner: PAIR_US
     error: Callable[[Runner], float] = lambda runner: 1e-3
     fails: Callable[[Runner], bool] = lambda runner: False
-    asked: list[Question] = field(default_factory=list)
+    asked: list[BenchRequest] = field(default_factory=list)
 
-    def __call__(self, question: Question) -> Answer:
+    def __call__(self, question: BenchRequest) -> BenchResult:
         self.asked.append(question)
         match question:
-            case ScreenPath(_, path, samples):
+            case BenchKernelPlan(_, path, samples):
                 if self.fails(path):
                     return Failure("OutOfResources", "shared memory")
-                return Screened(((self.us(path),) * samples,))
-            case Race(_, runners, rounds):
-                return Raced(tuple((self.us(runner),) * rounds for runner in runners), 4)
-            case Check(_, runner):
-                return Checked(self.error(runner))
+                return GemmTimes(((self.us(path),) * samples,))
+            case BenchLayers(_, runners, rounds):
+                return LayerTimes(tuple((self.us(runner),) * rounds for runner in runners), 4)
+            case CheckAccuracy(_, runner):
+                return Accuracy(self.error(runner))
             case _:
                 raise AssertionError(f"{question} is not about paths")
 
     def screened(self) -> list[KernelPlan]:
-        return [question.path for question in self.asked if isinstance(question, ScreenPath)]
+        return [question.path for question in self.asked if isinstance(question, BenchKernelPlan)]
 
 
-def raced(gpu: FakeGpu, tokens: int = 4096, shape: MoEShape = SHAPE) -> Measured[Runner] | None:
-    return sorted_kernels.raced(shape, tokens, PAIR, [], gpu, rounds=8)
+def raced(gpu: FakeGpu, tokens: int = 4096, shape: MoEShape = SHAPE) -> MeasuredChoice[Runner] | None:
+    return sorted_kernels.compare_plans(shape, tokens, PAIR, [], gpu, rounds=8)
 
 
 def faster(share: float) -> Callable[[Runner], float]:

@@ -55,7 +55,7 @@ def grid(sm: int, dtype: str) -> dict[TileConfig, dict[str, Any]]:
 @functools.cache
 def kept(sm: int, dtype: str) -> frozenset[TileConfig]:
     candidates = [config for config in space.full_space() if config.group_m == 1]
-    return frozenset(space.sift(candidates, SHAPES[dtype], specs.find(GPUS[sm])).kept)
+    return frozenset(space.prune(candidates, SHAPES[dtype], specs.find(GPUS[sm])).kept)
 
 
 def can_launch(record: dict[str, Any], gpu: Gpu) -> bool:
@@ -132,13 +132,13 @@ example_ids = ["block", "padding", "memory", "accumulator", "accumulator of bloc
 
 @pytest.mark.parametrize(("rule", "shape", "gpu", "drops", "keeps"), EXAMPLES, ids=example_ids)
 def test_a_rule_drops_its_example(rule: str, shape: MoEShape, gpu: str, drops: TileConfig, keeps: TileConfig) -> None:
-    found = space.sift([drops], shape, specs.find(gpu))
+    found = space.prune([drops], shape, specs.find(gpu))
     assert (found.kept, +Counter(found.dropped)) == ((), {rule: 1})
 
 
 @pytest.mark.parametrize(("rule", "shape", "gpu", "drops", "keeps"), EXAMPLES, ids=example_ids)
 def test_a_rule_keeps_its_neighbour(rule: str, shape: MoEShape, gpu: str, drops: TileConfig, keeps: TileConfig) -> None:
-    assert space.sift([keeps], shape, specs.find(gpu)).kept == (keeps,)
+    assert space.prune([keeps], shape, specs.find(gpu)).kept == (keeps,)
 
 
 def test_every_rule_has_an_example() -> None:
@@ -146,17 +146,17 @@ def test_every_rule_has_an_example() -> None:
 
 
 def test_on_blackwell_the_accumulator_lies_in_tensor_memory_and_drops_nothing() -> None:
-    assert space.sift(space.full_space(), SHAPES["bf16"], specs.find("B200")).dropped["accumulator"] == 0
+    assert space.prune(space.full_space(), SHAPES["bf16"], specs.find("B200")).dropped["accumulator"] == 0
 
 
 @pytest.mark.parametrize("gpu", GPUS.values())
 @pytest.mark.parametrize("shape", [*SHAPES.values(), INT4, NARROW], ids=[*SHAPES, "int4", "narrow"])
 def test_each_candidate_is_kept_or_counted_once(shape: MoEShape, gpu: str) -> None:
-    found = space.sift(space.full_space(), shape, specs.find(gpu))
+    found = space.prune(space.full_space(), shape, specs.find(gpu))
     assert len(found.kept) + sum(found.dropped.values()) == 1920
 
 
 def test_the_count_goes_to_the_first_rule_that_drops() -> None:
     never = [space.Rule(name, "", lambda *_: False) for name in ("first", "second")]
-    found = space.sift(space.full_space(), SHAPES["bf16"], specs.find("H200"), never)
+    found = space.prune(space.full_space(), SHAPES["bf16"], specs.find("H200"), never)
     assert found.dropped == {"first": 1920, "second": 0}
