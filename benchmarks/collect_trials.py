@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.racing import here
-from sglang_moe_ext.core import PROJECTIONS, Gpu, MoEExtError, MoEShape, Quantisation, TileConfig
+from sglang_moe_ext.core import PROJECTIONS, Gpu, MoEExtError, MoEShape, Quantization, TileConfig
 from sglang_moe_ext.engines.sglang import installation
 from sglang_moe_ext.tuning.bench import routing
 from sglang_moe_ext.tuning.bench.gpu_bench import BenchSetup
@@ -32,8 +32,8 @@ from sglang_moe_ext.tuning.search import candidates, predict, space
 
 LAYERS = {
     "glm_4_7_flash_bf16": MoEShape(65, 1536, 2048, 5, fused_shared=1),
-    "qwen3_30b_a3b_fp8_block": MoEShape(128, 768, 2048, 8, Quantisation("fp8_w8a8", (128, 128))),
-    "deepseek_v3_tp8_fp8_block": MoEShape(257, 256, 7168, 9, Quantisation("fp8_w8a8", (128, 128)), fused_shared=1),
+    "qwen3_30b_a3b_fp8_block": MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", (128, 128))),
+    "deepseek_v3_tp8_fp8_block": MoEShape(257, 256, 7168, 9, Quantization("fp8_w8a8", (128, 128)), fused_shared=1),
 }
 TOKENS = (1, 8, 32, 128, 512, 1024, 4096, 16384)
 CHECKED = (1, 17, 4096)

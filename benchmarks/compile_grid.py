@@ -14,7 +14,7 @@ from dataclasses import astuple
 from pathlib import Path
 
 from sglang_moe_ext.cli.console import Bar
-from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEShape, Quantisation
+from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEShape, Quantization
 from sglang_moe_ext.engines.sglang import installation
 from sglang_moe_ext.gpu.specs import ARCHITECTURES
 from sglang_moe_ext.tuning.compile.cache import CompileCache
@@ -24,7 +24,7 @@ from sglang_moe_ext.tuning.search import space
 
 LAYERS = {
     "bf16": MoEShape(128, 768, 2048, 8),
-    "fp8_block": MoEShape(128, 768, 2048, 8, Quantisation("fp8_w8a8", (128, 128))),
+    "fp8_block": MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", (128, 128))),
 }
 TOKENS = 1024
 ARCHITECTURES_IN_DOUBT = (80, 86, 89, 90, 100, 120)
@@ -34,12 +34,12 @@ MOST_REGISTERS = 256
 
 def keys(shape: MoEShape, sm: int) -> list[CompileKey]:
     """The keys whose truth is in doubt."""
-    size = shape.quantisation.activation_bits // 8
+    size = shape.quantization.activation_bits // 8
     found = set()
     for config in space.full_space():
         stages = (config.num_stages - 1) * (config.block_m + config.block_n) * config.block_k * size
         too_wide = space.accumulator_registers(config) > MOST_REGISTERS and sm not in TENSOR_MEMORY
-        misfit = shape.quantisation.is_block_wise and 128 % config.block_k
+        misfit = shape.quantization.is_block_wise and 128 % config.block_k
         if stages <= ARCHITECTURES[sm].smem_per_block and not too_wide and not misfit:
             found.add(config.compile_key)
     return sorted(found)

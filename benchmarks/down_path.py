@@ -4,7 +4,7 @@ usage, from the repository root: python -m benchmarks.down_path [--layers NAME .
 
 As shipped: the engine's own lookup, without us. Tuned: what a server beside which this package is installed takes.
 Ours: the fastest of the paths that the tuner tries. Cold L2 before each launch, uniform and Zipf routing in turn, whole
-layers: sort, quantisation, up, activation, down, sum.
+layers: sort, quantization, up, activation, down, sum.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from statistics import geometric_mean, median
 from typing import Any, TypeVar
 
 from benchmarks.vs_upstream.report import here
-from sglang_moe_ext.core import EngineError, Failure, MoEExtError, MoEShape, Quantisation
+from sglang_moe_ext.core import EngineError, Failure, MoEExtError, MoEShape, Quantization
 from sglang_moe_ext.engines.sglang import lookup_probe, sorted_layer
 from sglang_moe_ext.gpu.roofline import pair_floor_us
 from sglang_moe_ext.sorted_kernels import KernelPlan
@@ -44,12 +44,12 @@ from sglang_moe_ext.tuning.bench.messages import (
 from sglang_moe_ext.tuning.bench.timer import Stopwatch, cuda_queue
 from sglang_moe_ext.tuning.search import sorted_kernels, statistics
 
-_BLOCK = Quantisation("fp8_w8a8", (128, 128))
+_BLOCK = Quantization("fp8_w8a8", (128, 128))
 LAYERS = {
     "GLM-4.7-Flash bf16": MoEShape(65, 1536, 2048, 5, fused_shared=1),
     "Qwen3-30B-A3B bf16": MoEShape(128, 768, 2048, 8),
     "Qwen3-30B-A3B fp8 block": MoEShape(128, 768, 2048, 8, _BLOCK),
-    "Qwen3-30B-A3B fp8 channel": MoEShape(128, 768, 2048, 8, Quantisation("fp8_w8a8", per_channel=True)),
+    "Qwen3-30B-A3B fp8 channel": MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", per_channel=True)),
     "DeepSeek-V3 TP8 fp8 block": MoEShape(257, 256, 7168, 9, _BLOCK, fused_shared=1),
 }
 TOKENS = (1, 64, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -141,7 +141,7 @@ class Racer:
         down_rows, out = sorted_layer.run_down(layer, inner), torch.empty_like(batch.hidden)
         stages: dict[str, Callable[[], object]] = {
             "align": aligned,
-            **({} if hidden.scale is None else {"quantise": lambda: sorted_layer.read(layer)}),
+            **({} if hidden.scale is None else {"quantize": lambda: sorted_layer.read(layer)}),
             "up": lambda: sorted_layer.run_up(layer, hidden),
             **({} if inner is gate_up else {"activation": lambda: sorted_layer.run_activation(layer, gate_up)}),
             "down": lambda: sorted_layer.run_down(layer, inner),
@@ -213,7 +213,7 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     document: dict[str, Any] = {}
     for name in arguments.layers:
         shape = LAYERS[name]
-        question = lookup_probe.Question(shape, arguments.batch_size)
+        question = lookup_probe.LookupRequest(shape, arguments.batch_size)
         shipped, tuned = (
             verify_install.pairs_of(lookup_probe.ask(question, who=who))
             for who in (lookup_probe.ALONE, lookup_probe.AS_SERVED)

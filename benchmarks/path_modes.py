@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_moe_ext.core import MoEShape, Quantisation
+from sglang_moe_ext.core import MoEShape, Quantization
 from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, UpConfig
 
 TOKENS, LAYERS, TURNS = 1024, 130, 16
@@ -29,7 +29,7 @@ CASES = {
         1e-2,
     ),
     "float8 in blocks": (
-        MoEShape(16, 768, 1024, 4, Quantisation("fp8_w8a8", (128, 128))),
+        MoEShape(16, 768, 1024, 4, Quantization("fp8_w8a8", (128, 128))),
         KernelPlan(
             UpConfig(64, 128, 128, 8, 8, 2, persistent=False), DownConfig(64, 128, 128, 8, 4, 4, programs_per_sm=2)
         ),
@@ -88,7 +88,7 @@ class Problem:
     def __init__(self, shape: MoEShape, layers: int) -> None:
         import torch
 
-        from sglang_moe_ext.kernels.quantize import quantise_weights
+        from sglang_moe_ext.kernels.quantize import quantize_weights
 
         self.shape = shape
         torch.manual_seed(0)
@@ -99,8 +99,8 @@ class Problem:
                 torch.randn(shape.experts, *shape.gemm(it), device="cuda", dtype=torch.bfloat16) / 32
                 for it in ("up", "down")
             ]
-            scheme = shape.quantisation
-            self.weights.append([quantise_weights(it, scheme) if scheme.scheme else (it, None) for it in stored])
+            scheme = shape.quantization
+            self.weights.append([quantize_weights(it, scheme) if scheme.scheme else (it, None) for it in stored])
 
     def batch(self) -> tuple[Any, Any, Any]:
         import torch
@@ -125,7 +125,7 @@ class Problem:
         hidden, weights, ids = batch
         (w1, w1_scale), (w2, w2_scale) = self.weights[layer]
         expected = reference.moe_layer(
-            hidden, w1, w2, weights, ids, quantisation=self.shape.quantisation,
+            hidden, w1, w2, weights, ids, quantization=self.shape.quantization,
             w1_scale=w1_scale, w2_scale=w2_scale, activation="silu", gated=True,
         )  # fmt: skip
         return reference.relative_error(out, expected)

@@ -71,7 +71,7 @@ class Cell:
     def default(self) -> TileConfig | None:
         """What the engine takes without a table, if it was measured; GROUP_SIZE_M aside."""
         shape = LAYERS[self.layer]
-        if shape.quantisation.is_block_wise:
+        if shape.quantization.is_block_wise:
             tile = (64, 128, 128, 4, 3)
         else:
             tile = (64, 64, 32, 4, 3) if self.tokens > shape.experts else (16, 32, 64, 4, 3)

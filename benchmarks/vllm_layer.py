@@ -3,7 +3,7 @@
 usage, from the root: python -m benchmarks.vllm_layer OUT [--layers NAME ...] [--batch-size M ...] [--budget S]
 
 Each layer is tuned (`tune --engine vllm --save-dir`); then its table is raced beside what vLLM takes without it, one
-that it ships or its default: whole layers (`fused_experts`: quantisation, sort, up, activation, down, sum) in turn,
+that it ships or its default: whole layers (`fused_experts`: quantization, sort, up, activation, down, sum) in turn,
 cold L2 before each, uniform and Zipf routing, on data that the tuning has not seen. Needs vLLM 0.20 or newer and a GPU.
 """
 

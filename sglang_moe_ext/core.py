@@ -42,8 +42,8 @@ class EngineError(MoEExtError):
 
 
 @dataclass(frozen=True, slots=True)
-class Quantisation:
-    """How the expert weights are stored. No scheme: they are not quantised.
+class Quantization:
+    """How the expert weights are stored. No scheme: they are not quantized.
 
     `block_shape` is (N, K) of the weights that share one scale; (0, group) for groups along K alone.
     """
@@ -75,7 +75,7 @@ class Quantisation:
 
     def __str__(self) -> str:
         if self.scheme is None:
-            return "not quantised"
+            return "not quantized"
         if self.block_shape is not None:
             return f"{self.scheme} {'block' if self.is_block_wise else 'group'} {list(self.block_shape)}"
         return f"{self.scheme} per {'channel' if self.per_channel else 'tensor'}"
@@ -93,7 +93,7 @@ class MoEModel:
     intermediate_size: int
     shared_experts: int = 0
     gated: bool = True
-    quantisation: Quantisation = field(default_factory=Quantisation)
+    quantization: Quantization = field(default_factory=Quantization)
     dtype: ActivationDtype = "bfloat16"
     source: str = ""
 
@@ -124,7 +124,7 @@ class MoEShape:
     intermediate_size: int
     hidden_size: int
     top_k: int
-    quantisation: Quantisation = field(default_factory=Quantisation)
+    quantization: Quantization = field(default_factory=Quantization)
     dtype: ActivationDtype = "bfloat16"
     gated: bool = True
     ep: int = 1
@@ -138,13 +138,13 @@ class MoEShape:
 
     def __str__(self) -> str:
         """As --shape takes it; what that cannot say, the kernel does not see."""
-        quantisation = self.quantisation
+        quantization = self.quantization
         return "".join(
             (
                 f"E={self.experts},N={self.intermediate_size},K={self.hidden_size},topk={self.top_k}",
-                f",dtype={quantisation.scheme or self.dtype}",
-                f",block_shape={list(quantisation.block_shape)}" if quantisation.block_shape else "",
-                ",per_channel_quant=True" if quantisation.per_channel else "",
+                f",dtype={quantization.scheme or self.dtype}",
+                f",block_shape={list(quantization.block_shape)}" if quantization.block_shape else "",
+                ",per_channel_quant=True" if quantization.per_channel else "",
                 "" if self.gated else ",gated=False",
             )
         )

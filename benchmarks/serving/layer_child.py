@@ -104,18 +104,18 @@ def _run(engine: LoadedSglang, layer: BenchedLayer, tensors: LayerTensors) -> An
     """[tokens, hidden], waited for: by the layer itself, with whatever its lookup finds."""
     import torch
 
-    quantisation = layer.shape.quantisation
+    quantization = layer.shape.quantization
     out = engine.layer.fused_experts_impl(
         tensors.hidden,
         tensors.w1,
         tensors.w2,
         tensors.topk_weights,
         tensors.topk_ids,
-        use_fp8_w8a8=quantisation.scheme == "fp8_w8a8",
-        per_channel_quant=quantisation.per_channel,
+        use_fp8_w8a8=quantization.scheme == "fp8_w8a8",
+        per_channel_quant=quantization.per_channel,
         w1_scale=tensors.w1_scale,
         w2_scale=tensors.w2_scale,
-        block_shape=None if quantisation.block_shape is None else list(quantisation.block_shape),
+        block_shape=None if quantization.block_shape is None else list(quantization.block_shape),
         filter_expert=False,
     )
     torch.cuda.synchronize()

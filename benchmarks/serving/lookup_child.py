@@ -86,7 +86,7 @@ def _call(look_up: Any, shape: MoEShape, wants_down: bool) -> Any:
                 w1,
                 w2,
                 shape.top_k,
-                shape.quantisation.scheme,
+                shape.quantization.scheme,
                 tokens,
                 block_shape=None,
                 per_channel_quant=False,

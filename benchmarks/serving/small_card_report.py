@@ -35,7 +35,7 @@ class Ran:
 
     def is_right(self, workload: Workload) -> bool:
         """It ran, and within what the dtype excuses."""
-        return self.error is not None and self.error <= TOLERATED_ERROR[workload.shape.quantisation.scheme]
+        return self.error is not None and self.error <= TOLERATED_ERROR[workload.shape.quantization.scheme]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sglang_moe_ext.core import MoEShape, Quantisation, TileConfig
+from sglang_moe_ext.core import MoEShape, Quantization, TileConfig
 from sglang_moe_ext.engines.sglang import table_names
 from sglang_moe_ext.tables import config_table, files
 
@@ -33,11 +33,11 @@ GLM_BF16 = Workload(
 )
 WORKLOADS = (
     GLM_BF16,
-    Workload("64 experts, fp8 per tensor", MoEShape(64, 1536, 2048, 4, Quantisation("fp8_w8a8"))),
-    Workload("64 experts, fp8 block", MoEShape(64, 1536, 2048, 4, Quantisation("fp8_w8a8", (128, 128)))),
+    Workload("64 experts, fp8 per tensor", MoEShape(64, 1536, 2048, 4, Quantization("fp8_w8a8"))),
+    Workload("64 experts, fp8 block", MoEShape(64, 1536, 2048, 4, Quantization("fp8_w8a8", (128, 128)))),
     Workload(
         "Qwen3-30B-A3B fp8 block",
-        MoEShape(128, 768, 2048, 8, Quantisation("fp8_w8a8", (128, 128))),
+        MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", (128, 128))),
         TileConfig(128, 128, 128, 16, 8, 4),
     ),
 )

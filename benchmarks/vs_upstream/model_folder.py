@@ -22,8 +22,8 @@ def named(name: str) -> MoEModel | None:
         return found
     for record in builtin_records():
         if name.casefold() in (f"{known}{_FP8}".casefold() for known in record.names):
-            eight = [quantisation for quantisation in record.quantisations if quantisation.scheme == "fp8_w8a8"]
-            return replace(record.model, name=f"{record.model.name}{_FP8}", quantisation=eight[0]) if eight else None
+            eight = [quantization for quantization in record.quantizations if quantization.scheme == "fp8_w8a8"]
+            return replace(record.model, name=f"{record.model.name}{_FP8}", quantization=eight[0]) if eight else None
     return None
 
 
@@ -67,7 +67,7 @@ def _document(model: MoEModel) -> dict[str, Any]:
         "architectures": [model.architecture],
         "dtype": model.dtype,
         "torch_dtype": model.dtype,
-        **_quantised(model),
+        **_quantized(model),
     }
 
 
@@ -75,13 +75,13 @@ def _first_stated(names: Names, document: dict[str, Any]) -> str | None:
     return next((name for name in names if name in document), None)
 
 
-def _quantised(model: MoEModel) -> dict[str, Any]:
-    scheme, block_shape = model.quantisation.scheme, model.quantisation.block_shape
+def _quantized(model: MoEModel) -> dict[str, Any]:
+    scheme, block_shape = model.quantization.scheme, model.quantization.block_shape
     if scheme is None:
         return {}
-    if scheme != "fp8_w8a8" or model.quantisation.per_channel:
+    if scheme != "fp8_w8a8" or model.quantization.per_channel:
         raise ModelError(
-            f"{model.name} is {model.quantisation}: expected a form that config.json says in one line; "
+            f"{model.name} is {model.quantization}: expected a form that config.json says in one line; "
             "name the model without it, and add --dtype (and --per-channel-quant)"
         )
     section: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}

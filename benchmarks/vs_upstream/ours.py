@@ -67,4 +67,4 @@ def choice(output_dir: Path, shape: MoEShape, gpu: Gpu, tokens: int) -> Pair:
 
 def engines_choice(shape: MoEShape, tokens: int) -> Pair:
     """Raises EngineError where the engine cannot be asked."""
-    return verify_install.pairs_of(lookup_probe.ask(lookup_probe.Question(shape, [tokens])))[tokens]
+    return verify_install.pairs_of(lookup_probe.ask(lookup_probe.LookupRequest(shape, [tokens])))[tokens]

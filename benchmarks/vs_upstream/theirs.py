@@ -69,7 +69,7 @@ class Layer:
         """True where it is the layer of that shape."""
         mine = (self.experts, self.top_k, self.hidden_size, self.intermediate_size)
         its = (shape.experts, shape.top_k, shape.hidden_size, shape.intermediate_size)
-        return mine == its and self.block_shape == shape.quantisation.block_shape
+        return mine == its and self.block_shape == shape.quantization.block_shape
 
     def __str__(self) -> str:
         block = f",block_shape={list(self.block_shape)}" if self.block_shape else ""
@@ -143,15 +143,15 @@ def tuned(
 
 
 def _command(upstream: Upstream, task: Task) -> list[str]:
-    quantisation = task.shape.quantisation
+    quantization = task.shape.quantization
     return [
         *(sys.executable, "-W", "ignore", str(upstream.folder / SCRIPT), "--tune"),
         *("--model", str(task.model)),
         *("--tp-size", str(task.tp)),
         *("--ep-size", str(task.ep)),
-        *("--dtype", quantisation.scheme or "auto"),
+        *("--dtype", quantization.scheme or "auto"),
         *("--batch-size", str(task.tokens)),
-        *(["--per-channel-quant"] if quantisation.per_channel else []),
+        *(["--per-channel-quant"] if quantization.per_channel else []),
         *(["--disable-shared-experts-fusion"] if task.is_unfused else []),
     ]
 

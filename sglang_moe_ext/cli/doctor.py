@@ -14,7 +14,7 @@ from sglang_moe_ext.cli import console, layer_args
 from sglang_moe_ext.cli.layer_args import LayerArgs
 from sglang_moe_ext.core import EngineError, Gpu, GpuError, ModelError, MoEShape, TableError, TableKey
 from sglang_moe_ext.engines import table_names
-from sglang_moe_ext.engines.lookup_probe import LookupResult
+from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.engines.sglang import installation, missing_config_log, server_info, support
 from sglang_moe_ext.engines.sglang import lookup_probe as sglang_lookup_probe
 from sglang_moe_ext.engines.sglang import table_names as sglang_table_names
@@ -22,7 +22,6 @@ from sglang_moe_ext.engines.sglang.server_info import RunningServer
 from sglang_moe_ext.engines.vllm import installation as vllm_installation
 from sglang_moe_ext.engines.vllm import lookup_probe as vllm_lookup_probe
 from sglang_moe_ext.engines.vllm import table_names as vllm_table_names
-from sglang_moe_ext.engines.vllm.lookup_probe import Question
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.models import parse_shape
 from sglang_moe_ext.tables import config_table, provenance, user_store
@@ -85,7 +84,7 @@ def examine(patient: LayerUnderTest, tokens: Sequence[int], deterministic: bool)
     """
     pretend = None if patient.is_here else patient.gpu
     answer = vllm_lookup_probe.ask(
-        Question(patient.shape, tokens, pretend, deterministic), who=vllm_lookup_probe.AS_SERVED
+        LookupRequest(patient.shape, tokens, pretend, deterministic), who=vllm_lookup_probe.AS_SERVED
     )
     print(f"{patient.name}: {patient.shape}")
     print(f"{patient.gpu.device_name} ({patient.where}), vLLM {answer.engine_version}, Triton {answer.triton}")
@@ -162,9 +161,9 @@ def _layer(arguments: argparse.Namespace, server: RunningServer | None) -> layer
         layer = layer_args.parse_layer(arguments)
     except ModelError as error:
         raise ModelError(f"{server.url} serves {server.model_path}: {error}; or name it with --model") from error
-    if server.quantization and arguments.dtype == "auto" and layer.shape.quantisation.scheme is None:
+    if server.quantization and arguments.dtype == "auto" and layer.shape.quantization.scheme is None:
         raise ModelError(
-            f"{server.url} quantises {layer.name} with --quantization {server.quantization}, and its checkpoint does "
+            f"{server.url} quantizes {layer.name} with --quantization {server.quantization}, and its checkpoint does "
             "not say to what: add --dtype, such as fp8_w8a8"
         )
     return layer
@@ -207,7 +206,7 @@ def _why(file: Path | None, key: TableKey, tokens: int, triton: str, determinist
     return f"{entry}; {made_for}; {_origin(file, nearest)}"
 
 
-def findings(patient: LayerUnderTest, answer: sglang_lookup_probe.Answer, deterministic: bool) -> list[Finding]:
+def findings(patient: LayerUnderTest, answer: sglang_lookup_probe.LookupResult, deterministic: bool) -> list[Finding]:
     """What the answer means, for both GEMMs at each M."""
     device = patient.gpu.device_name
     files = {file.name: file for file in answer.files}
@@ -236,7 +235,7 @@ def findings(patient: LayerUnderTest, answer: sglang_lookup_probe.Answer, determ
 def _examine(patient: LayerUnderTest, arguments: argparse.Namespace, server: RunningServer | None) -> Mapping[str, Any]:
     tokens = layer_args.tokens_of(arguments, DEFAULT_TOKENS)
     deterministic = arguments.enable_deterministic_inference
-    question = sglang_lookup_probe.Question(
+    question = sglang_lookup_probe.LookupRequest(
         patient.shape, tokens, None if patient.is_here else patient.gpu, deterministic
     )
     answer = sglang_lookup_probe.ask(question, who=sglang_lookup_probe.AS_SERVED)

@@ -54,11 +54,11 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         MoEExtError: the journal is none, has nothing for that engine, or a place cannot be written.
     """
-    path, tunable = _journal(arguments.journal), ENGINES[arguments.engine]
+    path, adapter = _journal(arguments.journal), ENGINES[arguments.engine]
     journal = journal_reader.read(path)
     source = transfer.source_of(journal)
     theirs = ENGINES[source.engine]
-    if tunable is theirs:
+    if adapter is theirs:
         raise EngineError(
             f"{path} was measured in {theirs.TITLE} itself: tune has written its tables, or --resume would"
         )
@@ -70,10 +70,10 @@ def run(arguments: argparse.Namespace) -> None:
     run_of = results_to_tables.run_of_journal(journal, source, shape, command)
     entries = results_to_tables.transferred_entries(run_of, {m: of.us for m, of in found.items()})
     table = StoredTable({m: of.config for m, of in found.items()}, Provenance(entries))
-    name = install_target.table_names(tunable, shape, source.device_name)[False]
+    name = install_target.table_names(adapter, shape, source.device_name)[False]
     places = [folder / name for folder in _folders(arguments, source)]
-    results = merge.put(dict.fromkeys(places, table), text=lambda of: tunable.table_text(of, source.triton))
-    print(f"{shape} on {source.device_name}, measured in {theirs.TITLE} {source.version}, for {tunable.TITLE}:")
+    results = merge.put(dict.fromkeys(places, table), text=lambda of: adapter.table_text(of, source.triton))
+    print(f"{shape} on {source.device_name}, measured in {theirs.TITLE} {source.version}, for {adapter.TITLE}:")
     for place, result in results.items():
         print(f"kept  {place}: {result.why}" if isinstance(result, RefusedTable) else f"wrote {place}")
     print(

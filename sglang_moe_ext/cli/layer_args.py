@@ -84,10 +84,10 @@ def _model(arguments: argparse.Namespace) -> MoEModel:
         trust_remote_code=arguments.trust_remote_code,
         section=getattr(arguments, "model_prefix", None),
     )
-    quantisation = parse_dtype_flag(
-        arguments.dtype, checkpoint=found.quantisation, per_channel=arguments.per_channel_quant
+    quantization = parse_dtype_flag(
+        arguments.dtype, checkpoint=found.quantization, per_channel=arguments.per_channel_quant
     )
-    model = replace(found, quantisation=quantisation)
+    model = replace(found, quantization=quantization)
     if arguments.dtype in ("fp16", "float16"):
         model = replace(model, dtype="float16")
     return model

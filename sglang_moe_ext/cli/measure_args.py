@@ -153,16 +153,16 @@ def measure_options(
     Raises:
         MoEExtError: they name what is not there.
     """
-    tunable = ENGINES[arguments.engine]
+    adapter = ENGINES[arguments.engine]
     return MeasureOptions(
         effort=arguments.effort,
-        with_tma=tunable.gemms_with_tma(shape.quantisation, engine.version, gpu.sm),
+        with_tma=adapter.gemms_with_tma(shape.quantization, engine.version, gpu.sm),
         budget_s=arguments.budget,
         routing=_routing(arguments, shape),
         gpus=() if arguments.ray is not None else _gpus(arguments.gpus, gpu),
         ray=arguments.ray,
         resume=arguments.resume,
-        with_own_path=arguments.kernels == "all" and tunable.has_own_path(engine.version, gpu.sm),
+        with_own_path=arguments.kernels == "all" and adapter.has_own_path(engine.version, gpu.sm),
     )
 
 

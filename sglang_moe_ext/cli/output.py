@@ -175,9 +175,9 @@ def names_of(request: TuneRequest) -> dict[str, str]:
 def candidates(plan: TunePlan) -> Grid:
     """What each rule dropped, and what is left."""
     whys = {rule.name: rule.why for rule in RULES}
-    keys: set[CompileKey] = {config.compile_key for config in plan.sifted.kept}
-    rows = [[f"dropped: {name}", str(count), whys[name]] for name, count in plan.sifted.dropped.items()]
-    rows.append(["kept", str(len(plan.sifted.kept)), f"{len(keys)} binaries a GEMM, apart from GROUP_SIZE_M"])
+    keys: set[CompileKey] = {config.compile_key for config in plan.pruned.kept}
+    rows = [[f"dropped: {name}", str(count), whys[name]] for name, count in plan.pruned.dropped.items()]
+    rows.append(["kept", str(len(plan.pruned.kept)), f"{len(keys)} binaries a GEMM, apart from GROUP_SIZE_M"])
     return Grid("candidates", ["rule", "count", "why"], rows, frozenset({"rule", "why"}))
 
 
@@ -302,8 +302,8 @@ def plan_document(request: TuneRequest, plan: TunePlan) -> Mapping[str, Any]:
         "model": request.model,
         "gpu": request.gpu.device_name,
         "names": names_of(request),
-        "kept": len(plan.sifted.kept),
-        "dropped": plan.sifted.dropped,
+        "kept": len(plan.pruned.kept),
+        "dropped": plan.pruned.dropped,
         "binaries": plan.binaries,
         "estimated_s": round(plan.estimated_s),
     }

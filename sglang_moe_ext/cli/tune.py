@@ -57,13 +57,13 @@ def request_of(arguments: argparse.Namespace, command: str) -> TuneRequest:
     if measure_args.is_comparison(arguments) and arguments.ray is None and specs.detect() is None:
         measure_args.refuse_without_measuring(arguments, "this machine has no GPU: run it where the GPU is")
     gpu, is_here = layer_args.gpu_of(arguments, layer)
-    tunable = ENGINES[arguments.engine]
-    engine = tunable.find()
-    if engine is not None and (why := tunable.why_not_tuned(layer.shape.quantisation, engine.version)):
-        raise MoEExtError(f"{tunable.TITLE} {engine.version_text} takes no table for {layer.shape.quantisation}: {why}")
+    adapter = ENGINES[arguments.engine]
+    engine = adapter.find()
+    if engine is not None and (why := adapter.why_not_tuned(layer.shape.quantization, engine.version)):
+        raise MoEExtError(f"{adapter.TITLE} {engine.version_text} takes no table for {layer.shape.quantization}: {why}")
     measures = not arguments.predict and (is_here or arguments.ray is not None) and engine is not None
     if not measures:
-        measure_args.refuse_without_measuring(arguments, _why_not_measured(tunable.TITLE, gpu, is_here))
+        measure_args.refuse_without_measuring(arguments, _why_not_measured(adapter.TITLE, gpu, is_here))
     return TuneRequest(
         model=layer.name,
         architecture=layer.architecture,
@@ -103,7 +103,7 @@ def _say_plan(request: TuneRequest, plan: TunePlan) -> None:
 
 
 def _say_outcome(request: TuneRequest, outcome: pipeline.TuneOutcome) -> None:
-    engine = request.tunable.TITLE
+    engine = request.adapter.TITLE
     console.show(output.results(request, outcome))
     if not outcome.kernel.is_engines_own:
         print(f"no {engine} is installed here: compiled from this package's own kernel, which has the same tiles")
@@ -131,8 +131,8 @@ def _say_outcome(request: TuneRequest, outcome: pipeline.TuneOutcome) -> None:
 
 def _compare(arguments: argparse.Namespace, request: TuneRequest, measuring: MeasureOptions) -> None:
     given = config_args.parse_choices(arguments.configs, arguments.cmp_configs, request.tokens)
-    if not request.tunable.HAS_DOWN_TABLES:
-        config_args.refuse_two_configs(given, request.tunable.TITLE)
+    if not request.adapter.HAS_DOWN_TABLES:
+        config_args.refuse_two_configs(given, request.adapter.TITLE)
     with console.Bar() as bar:
         found = compare_configs.run(request, measuring, given, bar)
     console.show(output.comparison(request, found))
@@ -147,10 +147,10 @@ def run(arguments: argparse.Namespace, command: str) -> None:
         MoEExtError: any of ours.
     """
     request = request_of(arguments, command)
-    tunable = request.tunable
-    if request.gpu_is_here and not arguments.predict and tunable.find() is None:
-        print(f"{tunable.TITLE} is not installed here, and only its own kernel is worth measuring: predicting instead")
-    note = tunable.why_no_table(request.shape, request.gpu, request.architecture)
+    adapter = request.adapter
+    if request.gpu_is_here and not arguments.predict and adapter.find() is None:
+        print(f"{adapter.TITLE} is not installed here, and only its own kernel is worth measuring: predicting instead")
+    note = adapter.why_no_table(request.shape, request.gpu, request.architecture)
     if note:
         print(f"note: {note}")
     if measure_args.is_comparison(arguments) and request.measuring is not None:

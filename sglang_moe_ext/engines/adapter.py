@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from sglang_moe_ext.core import Gpu, MoEShape, Projection, Quantisation, Table, TableKey, TileConfig
+from sglang_moe_ext.core import Gpu, MoEShape, Projection, Quantization, Table, TableKey, TileConfig
 from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
 from sglang_moe_ext.sorted_kernels import KernelPlan
@@ -65,7 +65,7 @@ class EngineAdapter(Protocol):
     def table_text(self, table: Table, triton: str) -> str:
         """What a file of that table says, for that Triton."""
 
-    def effective(self, config: TileConfig, quantisation: Quantisation) -> TileConfig:
+    def effective(self, config: TileConfig, quantization: Quantization) -> TileConfig:
         """What the engine makes of a configuration before it launches it."""
 
     def why_no_table(self, shape: MoEShape, gpu: Gpu, architecture: str) -> str | None:
@@ -74,10 +74,10 @@ class EngineAdapter(Protocol):
     def representative_tokens(self, shape: MoEShape, tokens: int) -> int:
         """The smallest batch size whose launch runs the same binaries as this one's."""
 
-    def gemms_with_tma(self, quantisation: Quantisation, version: Version, sm: int) -> tuple[Projection, ...]:
+    def gemms_with_tma(self, quantization: Quantization, version: Version, sm: int) -> tuple[Projection, ...]:
         """The GEMMs that run right with USE_TMA in that release, on a GPU of that architecture."""
 
-    def why_not_tuned(self, quantisation: Quantisation, version: Version) -> str | None:
+    def why_not_tuned(self, quantization: Quantization, version: Version) -> str | None:
         """Why a table for such weights would do that release's servers harm."""
 
     def has_own_path(self, version: Version, sm: int) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast, get_args
 
-from sglang_moe_ext.core import MoEShape, Quantisation, Scheme
+from sglang_moe_ext.core import MoEShape, Quantization, Scheme
 
 INT4_WEIGHTS_PER_BYTE = 2
 
@@ -37,7 +37,7 @@ class LookupLayer:
             intermediate_size=intermediate_size,
             hidden_size=hidden_size,
             top_k=self.top_k,
-            quantisation=Quantisation(scheme, self.block_shape, self.per_channel),
+            quantization=Quantization(scheme, self.block_shape, self.per_channel),
             gated=self.w1_shape[1] > intermediate_size,
         )
 

@@ -68,17 +68,17 @@ class ProbeModule:
 def request_of(question: LookupRequest) -> dict[str, Any]:
     """The question as the child reads it."""
     shape, pretend = question.shape, question.pretend
-    packed = lookup_args.INT4_WEIGHTS_PER_BYTE if shape.quantisation.scheme == "int4_w4a16" else 1
-    block = shape.quantisation.block_shape
+    packed = lookup_args.INT4_WEIGHTS_PER_BYTE if shape.quantization.scheme == "int4_w4a16" else 1
+    block = shape.quantization.block_shape
     return {
         "experts": shape.experts,
         "intermediate_size": shape.intermediate_size // packed,
         "hidden_size": shape.hidden_size,
         "up_rows": shape.gemm("up")[0],
         "top_k": shape.top_k,
-        "scheme": shape.quantisation.scheme,
+        "scheme": shape.quantization.scheme,
         "block_shape": None if block is None else list(block),
-        "per_channel": shape.quantisation.per_channel,
+        "per_channel": shape.quantization.per_channel,
         "tokens": list(question.tokens),
         "deterministic": question.deterministic,
         "pretend_device": None if pretend is None else pretend.device_name,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_moe_ext.core import Failure, MoEShape, Projection, Resources
 from sglang_moe_ext.kernels.compiled import TargetOnlyDriver, resources_of
-from sglang_moe_ext.kernels.quantize import quantise_weights
+from sglang_moe_ext.kernels.quantize import quantize_weights
 
 if TYPE_CHECKING:
     import torch
@@ -33,9 +33,9 @@ def weights(shape: MoEShape, projection: Projection) -> tuple[torch.Tensor, torc
 
     columns, reduction = shape.gemm(projection)
     dtype = getattr(torch, shape.dtype)
-    if shape.quantisation.scheme is None:
+    if shape.quantization.scheme is None:
         return meta((shape.experts, columns, reduction), dtype), None
-    stored, scale = quantise_weights(meta((1, columns, reduction), dtype), shape.quantisation)
+    stored, scale = quantize_weights(meta((1, columns, reduction), dtype), shape.quantization)
     return meta((shape.experts, *stored.shape[1:]), stored.dtype), meta((shape.experts, *scale.shape[1:]), scale.dtype)
 
 

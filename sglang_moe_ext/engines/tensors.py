@@ -17,7 +17,7 @@ class GemmTensors:
 
     Up: a [tokens, K], out [tokens, topk, columns]. Down: a [tokens * topk, N], out [tokens, topk, columns]. In the
     order of the experts, as TMA reads them, the rows of the up GEMM's out and of the down GEMM's a are `sorted_rows`.
-    weights [experts, columns, reduction]; scales are None where the weights are not quantised. sorted_token_ids is None
+    weights [experts, columns, reduction]; scales are None where the weights are not quantized. sorted_token_ids is None
     where an engine does not sort: so few tokens that each pair of token and expert is a block of its own.
     """
 

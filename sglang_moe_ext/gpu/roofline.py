@@ -43,9 +43,9 @@ def gemm_floor(shape: MoEShape, gpu: Gpu, tokens: int, projection: Projection) -
     """The floor of one GEMM: weights of the active experts, activations in, results out."""
     expected = load(shape, tokens)
     columns, reduction = shape.gemm(projection)
-    activation_bits = shape.quantisation.activation_bits
+    activation_bits = shape.quantization.activation_bits
     flops = 2.0 * expected.rows * columns * reduction
-    weight_bytes = expected.active_experts * columns * reduction * shape.quantisation.weight_bits / 8
+    weight_bytes = expected.active_experts * columns * reduction * shape.quantization.weight_bits / 8
     rows_in = tokens if projection == "up" else expected.rows
     moved = weight_bytes + rows_in * reduction * activation_bits / 8 + expected.rows * columns * 2
     return Floor(flop_us=flops / gpu.tflops(activation_bits) * 1e-6, byte_us=moved / gpu.bandwidth_gbs * 1e-3)

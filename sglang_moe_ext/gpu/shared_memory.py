@@ -10,18 +10,18 @@ _WGMMA_ROWS = 64
 
 def operand_bytes(shape: MoEShape) -> float:
     """Bytes of one element as it lies in shared memory; of the wider operand where they differ."""
-    return shape.quantisation.activation_bits / 8
+    return shape.quantization.activation_bits / 8
 
 
 def smem_bytes(config: TileConfig, shape: MoEShape, sm: int) -> int:
-    """Shared memory that the engine's kernel asks for, bytes a block; a lower bound where weights alone are quantised.
+    """Shared memory that the engine's kernel asks for, bytes a block; a lower bound where weights alone are quantized.
 
     Held against the compiler on the grid in tests/data/compiled.
     """
-    quantisation = shape.quantisation
-    swapped = quantisation.scheme == "fp8_w8a8" and sm == 90 and config.block_m < _WGMMA_ROWS <= config.block_n
+    quantization = shape.quantization
+    swapped = quantization.scheme == "fp8_w8a8" and sm == 90 and config.block_m < _WGMMA_ROWS <= config.block_n
     wgmma = sm in (90, 100, 103) and (config.block_m >= _WGMMA_ROWS or swapped)
-    weight_bytes = quantisation.weight_bits / 8
+    weight_bytes = quantization.weight_bits / 8
     stage = config.block_k * (config.block_m * operand_bytes(shape) + config.block_n * weight_bytes)
     # One stage is not pipelined, and its operands still lie there once.
     return int(stage * (config.num_stages if wgmma else max(config.num_stages - 1, 1)))

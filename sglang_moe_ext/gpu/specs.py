@@ -144,7 +144,7 @@ def aliases(gpu: Gpu) -> list[str]:
 
 
 def detect() -> Gpu | None:
-    """The first GPU of this machine, or None where torch is missing or sees none. Initialises CUDA."""
+    """The first GPU of this machine, or None where torch is missing or sees none. Initializes CUDA."""
     try:
         import torch
     except ImportError:

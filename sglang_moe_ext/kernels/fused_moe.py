@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sglang_moe_ext.core import CompileKey, MoEExtError, Quantisation, TileConfig
+from sglang_moe_ext.core import CompileKey, MoEExtError, Quantization, TileConfig
 from sglang_moe_ext.kernels.quantize import Scales
 from sglang_moe_ext.kernels.reference import Alignment
 
-# These follow the batch and the configuration: specialising on them would make many binaries that differ in nothing.
+# These follow the batch and the configuration: specializing on them would make many binaries that differ in nothing.
 UNSPECIALISED = ("blocks_m", "num_pairs", "group_m")
 
 
@@ -189,9 +189,9 @@ def kernel_arguments(
     """Every argument of the kernel but group_m, by name; no value of a tensor is read, so meta tensors do."""
     _, columns, k = weights.shape
     out = out.view(-1, columns)
-    quantisation = Quantisation() if scales is None else scales.quantisation
-    group_n, group_k = quantisation.block_shape or (0, 0)
-    scaling = _scaling(quantisation)
+    quantization = Quantization() if scales is None else scales.quantization
+    group_n, group_k = quantization.block_shape or (0, 0)
+    scaling = _scaling(quantization)
     a_scale, b_scale = (None, None) if scales is None else (scales.activations, scales.weights)
     _check(a, weights, alignment, key, group_k)
     _check_scales(a_scale, b_scale, scaling)
@@ -223,21 +223,21 @@ def kernel_arguments(
         "GROUP_N": group_n,
         "GROUP_K": group_k,
         "EVEN_K": k % key.block_k == 0,
-        "SWAP_AB": swaps_operands(quantisation, key, sm),
+        "SWAP_AB": swaps_operands(quantization, key, sm),
     }
 
 
-def swaps_operands(quantisation: Quantisation, key: CompileKey, sm: int) -> bool:
+def swaps_operands(quantization: Quantization, key: CompileKey, sm: int) -> bool:
     """Hopper's wgmma takes 64 rows at least: the engine gives it the weights as rows where the tokens are fewer."""
-    return quantisation.scheme == "fp8_w8a8" and sm == 90 and key.block_m < 64 <= key.block_n
+    return quantization.scheme == "fp8_w8a8" and sm == 90 and key.block_m < 64 <= key.block_n
 
 
-def _scaling(quantisation: Quantisation) -> str:
-    if quantisation.scheme is None:
+def _scaling(quantization: Quantization) -> str:
+    if quantization.scheme is None:
         return "none"
-    if quantisation.is_block_wise:
+    if quantization.is_block_wise:
         return "block"
-    return "channel" if quantisation.per_channel else "tensor"
+    return "channel" if quantization.per_channel else "tensor"
 
 
 def _strides(scale: Tensor | None, dimensions: int) -> tuple[int, ...]:

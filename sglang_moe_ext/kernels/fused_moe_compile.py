@@ -42,10 +42,10 @@ def compile_signature(shape: MoEShape, projection: Projection, key: CompileKey, 
     """
     columns, k = shape.gemm(projection)
     slots = 1 if projection == "down" else shape.top_k
-    quantisation = shape.quantisation
+    quantization = shape.quantization
     scales = _meta_scales(shape, columns, k)
     dtype = getattr(torch, shape.dtype)
-    stored = dtype if scales is None else STORED_DTYPE[str(quantisation.scheme)]
+    stored = dtype if scales is None else STORED_DTYPE[str(quantization.scheme)]
     with torch.device("meta"):
         alignment = Alignment(*(torch.empty(size, dtype=torch.int32) for size in (key.block_m, 1, 1)))
         arguments = kernel_arguments(
@@ -59,28 +59,28 @@ def compile_signature(shape: MoEShape, projection: Projection, key: CompileKey, 
             scales=scales,
             routed_weights=torch.empty(1, slots) if projection == "down" else None,
         )
-    return _specialised(arguments | {"group_m": 1}, {"num_warps": key.num_warps, "num_stages": key.num_stages})
+    return _specialized(arguments | {"group_m": 1}, {"num_warps": key.num_warps, "num_stages": key.num_stages})
 
 
 def _meta_scales(shape: MoEShape, columns: int, k: int) -> Scales | None:
     """Scales of one row of activations, by shape alone."""
-    quantisation = shape.quantisation
-    if quantisation.scheme is None:
+    quantization = shape.quantization
+    if quantization.scheme is None:
         return None
-    if quantisation.scheme not in STORED_DTYPE:
-        raise MoEExtError(f"fused_moe_kernel cannot do {quantisation}; it does {', '.join(STORED_DTYPE)} and 16 bits")
+    if quantization.scheme not in STORED_DTYPE:
+        raise MoEExtError(f"fused_moe_kernel cannot do {quantization}; it does {', '.join(STORED_DTYPE)} and 16 bits")
     with torch.device("meta"):
-        if quantisation.block_shape is not None:
-            n, d = quantisation.block_shape
+        if quantization.block_shape is not None:
+            n, d = quantization.block_shape
             return Scales(
-                quantisation, torch.empty(1, -(-k // d)), torch.empty(shape.experts, -(-columns // n), -(-k // d))
+                quantization, torch.empty(1, -(-k // d)), torch.empty(shape.experts, -(-columns // n), -(-k // d))
             )
-        if quantisation.per_channel:
-            return Scales(quantisation, torch.empty(1, 1), torch.empty(shape.experts, columns, 1))
-        return Scales(quantisation, torch.empty(1), torch.empty(shape.experts))
+        if quantization.per_channel:
+            return Scales(quantization, torch.empty(1, 1), torch.empty(shape.experts, columns, 1))
+        return Scales(quantization, torch.empty(1), torch.empty(shape.experts))
 
 
-def _specialised(arguments: dict[str, Any], options: dict[str, int]) -> CompileSignature:
+def _specialized(arguments: dict[str, Any], options: dict[str, int]) -> CompileSignature:
     """As Triton's launcher does it: None and 1 are constants, what 16 divides is marked so, pointers are aligned."""
     signature: dict[str, str] = {}
     constexprs: dict[str, Any] = {}

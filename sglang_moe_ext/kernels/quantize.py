@@ -1,4 +1,4 @@
-"""Quantised operands: stored values, their scales, and the way there and back, in plain torch and float32.
+"""Quantized operands: stored values, their scales, and the way there and back, in plain torch and float32.
 
 Weights as SGLang's kernels read them, [experts E, columns N, reduction K] (sglang 0.5.8, 0.5.15, 0.5.23; files under
 srt/layers/quantization):
@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sglang_moe_ext.core import MoEExtError, Quantisation
+from sglang_moe_ext.core import MoEExtError, Quantization
 
 STORED_DTYPE = {"fp8_w8a8": torch.float8_e4m3fn, "int8_w8a8": torch.int8}
-"""Of schemes that quantise both operands."""
+"""Of schemes that quantize both operands."""
 LARGEST = {"fp8_w8a8": torch.finfo(torch.float8_e4m3fn).max, "int8_w8a8": 127.0, "int8_w8a16": 127.0, "int4_w4a16": 7.0}
 """The value that the largest of a group becomes."""
 SMALLEST_AMAX = 1e-10
-"""The engine's quantisers take this for a group of zeros, so that no scale is zero."""
+"""The engine's quantizers take this for a group of zeros, so that no scale is zero."""
 INT4_ZERO_POINT, INT8_ZERO_POINT = 8, 128
 
 
@@ -40,63 +40,63 @@ class Scales:
     """Factors that turn stored values into real ones.
 
     activations, float32: [rows, ceil(K / block_k)] block-wise, [rows, 1] per channel, [1] per tensor, None where the
-    activations are not quantised; weights: as the module says.
+    activations are not quantized; weights: as the module says.
     """
 
-    quantisation: Quantisation
+    quantization: Quantization
     activations: Tensor | None
     weights: Tensor
 
 
-def quantise_weights(weights: Tensor, quantisation: Quantisation) -> tuple[Tensor, Tensor]:
+def quantize_weights(weights: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]:
     """(stored, scales) of [experts, N, K] in the activations' dtype, laid out as the module says.
 
     Raises: MoEExtError where no kernel of the engine reads weights of this kind.
     """
     _, columns, k = weights.shape
-    _refuse_unreadable(quantisation, k)
-    group = _weight_group(columns, k, quantisation)
-    scale_dtype = weights.dtype if _is_grouped(quantisation) else torch.float32
+    _refuse_unreadable(quantization, k)
+    group = _weight_group(columns, k, quantization)
+    scale_dtype = weights.dtype if _is_grouped(quantization) else torch.float32
     stored, scales = [], []
     for expert in weights:  # a float32 copy of all of them may not fit beside them
-        unscaled, scale = _quantise(expert, quantisation, group, scale_dtype)
-        stored.append(_weights(unscaled, quantisation))
+        unscaled, scale = _quantize(expert, quantization, group, scale_dtype)
+        stored.append(_weights(unscaled, quantization))
         scales.append(scale)
-    return torch.stack(stored), torch.cat(scales).flatten() if _is_per_tensor(quantisation) else torch.stack(scales)
+    return torch.stack(stored), torch.cat(scales).flatten() if _is_per_tensor(quantization) else torch.stack(scales)
 
 
-def quantise_activations(activations: Tensor, quantisation: Quantisation) -> tuple[Tensor, Tensor]:
+def quantize_activations(activations: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]:
     """(stored [rows, K], scales as in `Scales.activations`), as the engine does it when the scale is dynamic.
 
     Raises: MoEExtError where the scheme leaves activations as they are.
     """
-    if quantisation.scheme not in STORED_DTYPE:
-        raise MoEExtError(f"{quantisation} leaves activations in 16 bits; quantise those of {', '.join(STORED_DTYPE)}")
+    if quantization.scheme not in STORED_DTYPE:
+        raise MoEExtError(f"{quantization} leaves activations in 16 bits; quantize those of {', '.join(STORED_DTYPE)}")
     rows, k = activations.shape
-    match quantisation.block_shape:
+    match quantization.block_shape:
         case (_, block_k):
             group = (1, block_k)
         case None:
-            group = (1, k) if quantisation.per_channel else (rows, k)
-    unscaled, scale = _quantise(activations, quantisation, group, torch.float32)
-    return _eight_bits(unscaled, quantisation), scale.flatten() if _is_per_tensor(quantisation) else scale
+            group = (1, k) if quantization.per_channel else (rows, k)
+    unscaled, scale = _quantize(activations, quantization, group, torch.float32)
+    return _eight_bits(unscaled, quantization), scale.flatten() if _is_per_tensor(quantization) else scale
 
 
-def as_the_gemm_reads(activations: Tensor, weight_scale: Tensor, quantisation: Quantisation) -> tuple[Tensor, Scales]:
-    """The activations of a quantised GEMM, quantised where the scheme says so, with the scales of both operands."""
-    if quantisation.scheme not in STORED_DTYPE:
-        return activations, Scales(quantisation, None, weight_scale)
-    stored, scale = quantise_activations(activations, quantisation)
-    return stored, Scales(quantisation, scale, weight_scale)
+def as_the_gemm_reads(activations: Tensor, weight_scale: Tensor, quantization: Quantization) -> tuple[Tensor, Scales]:
+    """The activations of a quantized GEMM, quantized where the scheme says so, with the scales of both operands."""
+    if quantization.scheme not in STORED_DTYPE:
+        return activations, Scales(quantization, None, weight_scale)
+    stored, scale = quantize_activations(activations, quantization)
+    return stored, Scales(quantization, scale, weight_scale)
 
 
 def real_weights(weights: Tensor, expert: int, scales: Scales | None) -> Tensor:
     """[N, K] float32 of one expert."""
     if scales is None:
         return weights[expert].float()
-    real = _unscaled(weights[expert], scales.quantisation)
+    real = _unscaled(weights[expert], scales.quantization)
     columns, k = real.shape
-    group = _weight_group(columns, k, scales.quantisation)
+    group = _weight_group(columns, k, scales.quantization)
     scale = scales.weights[expert].float().reshape(-(-columns // group[0]), -1)
     return real * _spread(scale, group, columns, k)
 
@@ -109,15 +109,15 @@ def real_rows(a: Tensor, rows: Tensor, scales: Scales | None) -> Tensor:
         return real
     if scales.activations.numel() == 1:
         return real * scales.activations
-    block = scales.quantisation.block_shape
+    block = scales.quantization.block_shape
     return real * _spread(scales.activations[rows], (1, block[1] if block else real.shape[1]), *real.shape)
 
 
-def _quantise(
-    values: Tensor, quantisation: Quantisation, group: tuple[int, int], scale_dtype: torch.dtype
+def _quantize(
+    values: Tensor, quantization: Quantization, group: tuple[int, int], scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """(float32 values over their scale, scale of each group) of [rows, columns]; groups at the edges may be smaller."""
-    largest = LARGEST[quantisation.scheme or ""]
+    largest = LARGEST[quantization.scheme or ""]
     real = values.float()
     rows, columns = real.shape
     edges = (0, -columns % group[1], 0, -rows % group[0])
@@ -128,59 +128,59 @@ def _quantise(
     return (real / _spread(scale.float(), group, rows, columns)).clamp(-largest, largest), scale
 
 
-def _eight_bits(unscaled: Tensor, quantisation: Quantisation) -> Tensor:
-    return unscaled.to(torch.float8_e4m3fn) if quantisation.scheme == "fp8_w8a8" else unscaled.round().to(torch.int8)
+def _eight_bits(unscaled: Tensor, quantization: Quantization) -> Tensor:
+    return unscaled.to(torch.float8_e4m3fn) if quantization.scheme == "fp8_w8a8" else unscaled.round().to(torch.int8)
 
 
-def _weights(unscaled: Tensor, quantisation: Quantisation) -> Tensor:
+def _weights(unscaled: Tensor, quantization: Quantization) -> Tensor:
     """[N, K] as the engine stores it, [N, K / 2] for int4."""
-    if not _is_grouped(quantisation):
-        return _eight_bits(unscaled, quantisation)
-    if quantisation.scheme == "int8_w8a16":
+    if not _is_grouped(quantization):
+        return _eight_bits(unscaled, quantization)
+    if quantization.scheme == "int8_w8a16":
         return (unscaled.round() + INT8_ZERO_POINT).to(torch.uint8)
     nibbles = (unscaled.round() + INT4_ZERO_POINT).to(torch.uint8)
     return nibbles[:, ::2] + nibbles[:, 1::2] * 16
 
 
-def _unscaled(stored: Tensor, quantisation: Quantisation) -> Tensor:
+def _unscaled(stored: Tensor, quantization: Quantization) -> Tensor:
     """float32 [N, K]: the way back from `_weights`."""
-    if not _is_grouped(quantisation):
+    if not _is_grouped(quantization):
         return stored.float()
-    if quantisation.scheme == "int8_w8a16":
+    if quantization.scheme == "int8_w8a16":
         return stored.float() - INT8_ZERO_POINT
     return torch.stack((stored & 15, stored >> 4), dim=-1).flatten(-2).float() - INT4_ZERO_POINT
 
 
-def _refuse_unreadable(quantisation: Quantisation, k: int) -> None:
-    block = quantisation.block_shape
-    match quantisation.scheme:
+def _refuse_unreadable(quantization: Quantization, k: int) -> None:
+    block = quantization.block_shape
+    match quantization.scheme:
         case "int4_w4a16":
-            readable, expected = _is_grouped(quantisation) and k % 2 == 0, "block_shape (0, group), and K even"
+            readable, expected = _is_grouped(quantization) and k % 2 == 0, "block_shape (0, group), and K even"
         case "int8_w8a16":
-            readable = _is_grouped(quantisation) or (block is None and quantisation.per_channel)
+            readable = _is_grouped(quantization) or (block is None and quantization.per_channel)
             expected = "block_shape (0, group), or one scale a channel"
         case "fp8_w8a8" | "int8_w8a8":
-            readable, expected = block is None or quantisation.is_block_wise, "both sides of block_shape, or none"
+            readable, expected = block is None or quantization.is_block_wise, "both sides of block_shape, or none"
         case None:
             readable, expected = False, f"one of {', '.join(LARGEST)}"
     if not readable:
-        raise MoEExtError(f"cannot quantise weights with K = {k} to {quantisation}: expected {expected}")
+        raise MoEExtError(f"cannot quantize weights with K = {k} to {quantization}: expected {expected}")
 
 
-def _is_grouped(quantisation: Quantisation) -> bool:
+def _is_grouped(quantization: Quantization) -> bool:
     """True where one scale covers a group along K of one column; such weights carry a zero point."""
-    return quantisation.block_shape is not None and quantisation.block_shape[0] == 0 < quantisation.block_shape[1]
+    return quantization.block_shape is not None and quantization.block_shape[0] == 0 < quantization.block_shape[1]
 
 
-def _is_per_tensor(quantisation: Quantisation) -> bool:
-    return quantisation.block_shape is None and not quantisation.per_channel
+def _is_per_tensor(quantization: Quantization) -> bool:
+    return quantization.block_shape is None and not quantization.per_channel
 
 
-def _weight_group(columns: int, k: int, quantisation: Quantisation) -> tuple[int, int]:
+def _weight_group(columns: int, k: int, quantization: Quantization) -> tuple[int, int]:
     """(columns, reduction) that share one scale."""
-    if quantisation.block_shape is None:
-        return (1, k) if quantisation.per_channel else (columns, k)
-    return max(quantisation.block_shape[0], 1), quantisation.block_shape[1]
+    if quantization.block_shape is None:
+        return (1, k) if quantization.per_channel else (columns, k)
+    return max(quantization.block_shape[0], 1), quantization.block_shape[1]
 
 
 def _spread(scale: Tensor, group: tuple[int, int], rows: int, columns: int) -> Tensor:

@@ -1,7 +1,7 @@
 """What the MoE GEMMs and the MoE layer mean, in plain torch and float32: every kernel is judged by this file.
 
 A *pair* is one (token, slot) of `topk_ids`, numbered token * top_k + slot. Expert -1 is an expert of another rank: its
-pairs count as zero. Nothing is rounded on the way, but for activations that the scheme itself quantises.
+pairs count as zero. Nothing is rounded on the way, but for activations that the scheme itself quantizes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, relu, silu
 
-from sglang_moe_ext.core import MoEExtError, Quantisation
+from sglang_moe_ext.core import MoEExtError, Quantization
 from sglang_moe_ext.kernels.quantize import Scales, as_the_gemm_reads, real_rows, real_weights
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": silu, "gelu": gelu, "relu2": lambda x: relu(x).square()}
@@ -91,7 +91,7 @@ def moe_layer(
     topk_weights: Tensor,
     topk_ids: Tensor,
     *,
-    quantisation: Quantisation | None = None,
+    quantization: Quantization | None = None,
     w1_scale: Tensor | None = None,
     w2_scale: Tensor | None = None,
     activation: str = "silu",
@@ -101,14 +101,14 @@ def moe_layer(
 
     Gated: the activation of the first half of the up columns, times the second half.
     """
-    up = _layer_gemm(hidden, w1, topk_ids, topk_ids.shape[1], quantisation, w1_scale)
+    up = _layer_gemm(hidden, w1, topk_ids, topk_ids.shape[1], quantization, w1_scale)
     act = ACTIVATIONS[activation]
     if gated:
         gate, linear = up.chunk(2, dim=-1)
         inner = act(gate) * linear
     else:
         inner = act(up)
-    down = _layer_gemm(inner, w2, topk_ids, 1, quantisation, w2_scale)
+    down = _layer_gemm(inner, w2, topk_ids, 1, quantization, w2_scale)
     weighted = down.view(*topk_ids.shape, -1) * topk_weights.float().unsqueeze(-1)
     return weighted.sum(dim=1)
 
@@ -128,11 +128,11 @@ def relative_error(out: Tensor, ref: Tensor) -> float:
 
 
 def _layer_gemm(
-    a: Tensor, weights: Tensor, topk_ids: Tensor, top_k: int, quantisation: Quantisation | None, scale: Tensor | None
+    a: Tensor, weights: Tensor, topk_ids: Tensor, top_k: int, quantization: Quantization | None, scale: Tensor | None
 ) -> Tensor:
-    if quantisation is None or scale is None:
+    if quantization is None or scale is None:
         return grouped_gemm(a, weights, topk_ids, top_k=top_k)
-    rows, scales = as_the_gemm_reads(a, scale, quantisation)
+    rows, scales = as_the_gemm_reads(a, scale, quantization)
     return grouped_gemm(rows, weights, topk_ids, top_k=top_k, scales=scales)
 
 

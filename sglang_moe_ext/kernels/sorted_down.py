@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sglang_moe_ext.core import Quantisation
+from sglang_moe_ext.core import Quantization
 from sglang_moe_ext.kernels import tma
 from sglang_moe_ext.kernels.launcher import launch
 from sglang_moe_ext.kernels.quantize import Scales
 from sglang_moe_ext.sorted_kernels import DownConfig
 
-# It follows the configuration alone: specialising on it would make binaries that differ in nothing.
+# It follows the configuration alone: specializing on it would make binaries that differ in nothing.
 UNSPECIALISED = ("group_m",)
 
 
@@ -248,11 +248,11 @@ def kernel_arguments(
 ) -> dict[str, Any]:
     """Every argument and option of the kernel, by name; no value of a tensor is read, so meta tensors do."""
     _, columns, k = weights.shape
-    quantisation = Quantisation() if scales is None else scales.quantisation
-    group_n, group_k = quantisation.block_shape or (0, 0)
+    quantization = Quantization() if scales is None else scales.quantization
+    group_n, group_k = quantization.block_shape or (0, 0)
     tile = (config.block_m, config.block_n, config.block_k)
     tma.check_tensors(a, weights, out)
-    tma.check_tile(tile, k, align_block_m, quantisation, a.device, groups_of_columns=2)
+    tma.check_tile(tile, k, align_block_m, quantization, a.device, groups_of_columns=2)
     two_groups = 0 < group_n < config.block_n
     stored_n = config.block_n // 2 if two_groups or config.half_stores else config.block_n
     a_scale, b_scale = (None, None) if scales is None else (scales.activations, scales.weights)
@@ -272,7 +272,7 @@ def kernel_arguments(
         "BLOCK_SIZE_N": config.block_n,
         "BLOCK_SIZE_K": config.block_k,
         "TILES_PER_BLOCK": align_block_m // config.block_m,
-        "SCALING": tma.scaling_of(quantisation),
+        "SCALING": tma.scaling_of(quantization),
         "GROUP_N": group_n,
         "GROUP_K": group_k,
         "HALF_STORES": config.half_stores,

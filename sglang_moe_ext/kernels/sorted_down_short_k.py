@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sglang_moe_ext.core import MoEExtError, Quantisation
+from sglang_moe_ext.core import MoEExtError, Quantization
 from sglang_moe_ext.kernels import tma
 from sglang_moe_ext.kernels.launcher import launch
 from sglang_moe_ext.kernels.quantize import Scales
@@ -116,12 +116,12 @@ def short_arguments(
     _, columns, k = weights.shape
     if k > LONGEST_K:
         raise MoEExtError(f"K={k} does not stay in shared memory: above {LONGEST_K} take sorted_down")
-    quantisation = Quantisation() if scales is None else scales.quantisation
+    quantization = Quantization() if scales is None else scales.quantization
     tile = (config.block_m, config.block_n, config.block_k)
     tma.check_tensors(a, weights, out)
-    tma.check_tile(tile, k, align_block_m, quantisation, a.device, groups_of_columns=1)
-    group_n, group_k = quantisation.block_shape or (0, 0)
-    scaling, steps = tma.scaling_of(quantisation), -(-k // config.block_k)
+    tma.check_tile(tile, k, align_block_m, quantization, a.device, groups_of_columns=1)
+    group_n, group_k = quantization.block_shape or (0, 0)
+    scaling, steps = tma.scaling_of(quantization), -(-k // config.block_k)
     if steps > 1 and scaling != "block" and tma.capability(a.device) >= tma.BLACKWELL:
         # linkedin/Liger-Kernel issue 1413: two dots into one accumulator are compiled wrongly there (Triton 3.7.1).
         raise MoEExtError(f"block_k={config.block_k} takes {steps} steps along K, which goes wrong on Blackwell")

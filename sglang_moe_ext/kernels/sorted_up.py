@@ -1,4 +1,4 @@
-"""The up projection into the order of the experts (Hopper), with SwiGLU and float8 quantisation in it or without.
+"""The up projection into the order of the experts (Hopper), with SwiGLU and float8 quantization in it or without.
 
 The weights stay as the engine has them: [E, 2 * columns, K], the gate's rows first. Nothing here allocates or waits.
 """
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sglang_moe_ext.core import MoEExtError, Quantisation
+from sglang_moe_ext.core import MoEExtError, Quantization
 from sglang_moe_ext.kernels import tma
 from sglang_moe_ext.kernels.launcher import launch
 from sglang_moe_ext.kernels.quantize import Scales
@@ -202,9 +202,9 @@ def up_arguments(
 ) -> dict[str, Any]:
     """Every argument and option of the kernel, by name; no value of a tensor is read, so meta tensors do."""
     k, columns = weights.shape[2], out.shape[1]
-    quantisation = Quantisation() if scales is None else scales.quantisation
-    group_n, group_k = quantisation.block_shape or (0, 0)
-    _check(a, weights, out, config, align_block_m, quantisation, out_scale)
+    quantization = Quantization() if scales is None else scales.quantization
+    group_n, group_k = quantization.block_shape or (0, 0)
+    _check(a, weights, out, config, align_block_m, quantization, out_scale)
     a_scale, b_scale = (None, None) if scales is None else (scales.activations, scales.weights)
     return {
         "a_ptr": a,
@@ -257,7 +257,7 @@ def _check(
     out: Tensor,
     config: UpConfig,
     align_block_m: int,
-    quantisation: Quantisation,
+    quantization: Quantization,
     out_scale: Tensor | None,
 ) -> None:
     _, rows_of_b, k = weights.shape
@@ -272,9 +272,9 @@ def _check(
             f"a {tuple(a.shape)}, weights {tuple(weights.shape)}, out {tuple(out.shape)} with tiles of "
             f"{config.block_n} columns and {config.block_k} along K: expected whole tiles of [tokens, K], [E, N, K]"
         )
-    if quantisation.scheme is not None and not quantisation.is_block_wise:
-        raise MoEExtError(f"the fused up projection cannot do {quantisation}: give it 16 bits or block-wise fp8_w8a8")
+    if quantization.scheme is not None and not quantization.is_block_wise:
+        raise MoEExtError(f"the fused up projection cannot do {quantization}: give it 16 bits or block-wise fp8_w8a8")
     if out_scale is not None and (config.block_n != GROUP or not config.is_fused):
-        raise MoEExtError(f"block_n={config.block_n}: a tile that is quantised has the {GROUP} columns of one scale")
+        raise MoEExtError(f"block_n={config.block_n}: a tile that is quantized has the {GROUP} columns of one scale")
     tile = (config.block_m, config.block_n, config.block_k)
-    tma.check_tile(tile, k, align_block_m, quantisation, a.device, groups_of_columns=1)
+    tma.check_tile(tile, k, align_block_m, quantization, a.device, groups_of_columns=1)

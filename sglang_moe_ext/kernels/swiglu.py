@@ -1,6 +1,6 @@
-"""SwiGLU of rows sorted by expert, and their quantisation to block-wise float8, in one pass.
+"""SwiGLU of rows sorted by expert, and their quantization to block-wise float8, in one pass.
 
-The engine's own activation and quantisation take two passes over all rows that could be there; this one stops at
+The engine's own activation and quantization take two passes over all rows that could be there; this one stops at
 num_tokens_post_padded, which it reads on the device. Rows of padding may hold anything and come to hold anything.
 """
 
@@ -31,7 +31,7 @@ def launch_swiglu(
     """out [rows, columns] = silu(gate_up[:, :columns]) * gate_up[:, columns:], gate_up [rows, 2 * columns].
 
     With `scales` float32 [rows, columns / 128], out is float8_e4m3fn, and each group of 128 columns is what its scale
-    times it makes of it; that is the input of a block-wise down GEMM. A gate_up of [rows, columns] is quantised alone.
+    times it makes of it; that is the input of a block-wise down GEMM. A gate_up of [rows, columns] is quantized alone.
 
     Raises: MoEExtError where the shapes do not go together.
     """
@@ -76,7 +76,7 @@ def rows_arguments(gate_up: Tensor, num_tokens_post_padded: Tensor, out: Tensor,
     }
 
 
-def launch_quantise(values: Tensor, out: Tensor, scales: Tensor) -> None:
+def launch_quantize(values: Tensor, out: Tensor, scales: Tensor) -> None:
     """out float8_e4m3fn [rows, columns] and scales [rows, columns / 128] of all rows of `values`.
 
     Raises: MoEExtError where the columns are no whole groups.
@@ -171,5 +171,5 @@ def swiglu_of_rows_kernel(  # type: ignore[no-untyped-def]
     inner = (gate * tl.sigmoid(gate) * up).to(gate_up_ptr.dtype.element_ty).to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(inner), axis=0), LEAST_SCALE) / LARGEST
     tl.store(scales_ptr + row, scale)
-    quantised = tl.clamp(inner / scale, -LARGEST, LARGEST).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * stride_out + column, quantised, mask=there)
+    quantized = tl.clamp(inner / scale, -LARGEST, LARGEST).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * stride_out + column, quantized, mask=there)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sglang_moe_ext.core import MoEExtError, Quantisation
+from sglang_moe_ext.core import MoEExtError, Quantization
 
 TMA_BYTES = 16
 WIDEST_BOX = 256
@@ -24,18 +24,18 @@ DESCRIPTORS_KEPT = 8192
 """Weights times boxes, 128 layers with 32 each, and what lies between the GEMMs; one is about 1 KB."""
 
 
-def scaling_of(quantisation: Quantisation) -> str:
+def scaling_of(quantization: Quantization) -> str:
     """What one scale covers.
 
     Raises: MoEExtError for a scheme that these kernels cannot do.
     """
-    if quantisation.scheme is None:
+    if quantization.scheme is None:
         return "none"
-    if quantisation.scheme != "fp8_w8a8":
-        raise MoEExtError(f"the sorted down projection cannot do {quantisation}: give it 16 bits or fp8_w8a8")
-    if quantisation.is_block_wise:
+    if quantization.scheme != "fp8_w8a8":
+        raise MoEExtError(f"the sorted down projection cannot do {quantization}: give it 16 bits or fp8_w8a8")
+    if quantization.is_block_wise:
         return "block"
-    return "channel" if quantisation.per_channel else "tensor"
+    return "channel" if quantization.per_channel else "tensor"
 
 
 def scale_strides(a_scale: Tensor | None, b_scale: Tensor | None) -> dict[str, int]:
@@ -70,7 +70,7 @@ def check_tile(
     tile: tuple[int, int, int],
     k: int,
     align_block_m: int,
-    quantisation: Quantisation,
+    quantization: Quantization,
     device: torch.device,
     *,
     groups_of_columns: int,
@@ -80,7 +80,7 @@ def check_tile(
     Raises: MoEExtError where the tile does not go with the alignment, with TMA, or with the scales.
     """
     block_m, block_n, block_k = tile
-    group_n, group_k = quantisation.block_shape or (0, 0)
+    group_n, group_k = quantization.block_shape or (0, 0)
     if align_block_m % block_m:
         raise MoEExtError(
             f"block_m={block_m} does not divide the alignment's blocks of {align_block_m} rows, so that a tile would "

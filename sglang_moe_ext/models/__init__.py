@@ -11,6 +11,6 @@ __all__ = [
     "from_config",
     "parse_dtype_flag",
     "parse_shape",
-    "quantisation_from_config",
+    "quantization_from_config",
     "resolve",
 ]

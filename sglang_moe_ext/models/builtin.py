@@ -8,26 +8,26 @@ from functools import cache
 from importlib.resources import files
 from typing import cast
 
-from sglang_moe_ext.core import MoEModel, Quantisation
+from sglang_moe_ext.core import MoEModel, Quantization
 
-QUANTISATIONS: dict[str, Quantisation] = {
-    "bf16": Quantisation(),
-    "fp8_block": Quantisation("fp8_w8a8", (128, 128)),
-    "fp8_channel": Quantisation("fp8_w8a8", per_channel=True),
-    "fp8_tensor": Quantisation("fp8_w8a8"),
-    "int8_channel": Quantisation("int8_w8a8", per_channel=True),
-    "int4_group32": Quantisation("int4_w4a16", (0, 32)),
-    "int4_group128": Quantisation("int4_w4a16", (0, 128)),
+QUANTIZATIONS: dict[str, Quantization] = {
+    "bf16": Quantization(),
+    "fp8_block": Quantization("fp8_w8a8", (128, 128)),
+    "fp8_channel": Quantization("fp8_w8a8", per_channel=True),
+    "fp8_tensor": Quantization("fp8_w8a8"),
+    "int8_channel": Quantization("int8_w8a8", per_channel=True),
+    "int4_group32": Quantization("int4_w4a16", (0, 32)),
+    "int4_group128": Quantization("int4_w4a16", (0, 128)),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class BuiltinModel:
-    """A record of models.json: the model in the quantisation it is mostly served in, and the others that exist."""
+    """A record of models.json: the model in the quantization it is mostly served in, and the others that exist."""
 
     model: MoEModel
     hub_id: str
-    quantisations: tuple[Quantisation, ...]
+    quantizations: tuple[Quantization, ...]
     moe_layers: int
     activation: str
 
@@ -44,7 +44,7 @@ def builtin_records() -> tuple[BuiltinModel, ...]:
 
 
 def builtin_models() -> dict[str, MoEModel]:
-    """By name, each in its usual quantisation."""
+    """By name, each in its usual quantization."""
     return {record.model.name: record.model for record in builtin_records()}
 
 
@@ -55,13 +55,13 @@ def find_builtin(name: str) -> MoEModel | None:
         names = {known.casefold() for known in record.names}
         if wanted in names:
             return record.model
-        if QUANTISATIONS["fp8_block"] in record.quantisations and wanted.removesuffix("-fp8") in names:
-            return replace(record.model, name=f"{record.model.name}-FP8", quantisation=QUANTISATIONS["fp8_block"])
+        if QUANTIZATIONS["fp8_block"] in record.quantizations and wanted.removesuffix("-fp8") in names:
+            return replace(record.model, name=f"{record.model.name}-FP8", quantization=QUANTIZATIONS["fp8_block"])
     return None
 
 
 def _record(stated: dict[str, object]) -> BuiltinModel:
-    quantisations = tuple(QUANTISATIONS[code] for code in cast("list[str]", stated["quantisations"]))
+    quantizations = tuple(QUANTIZATIONS[code] for code in cast("list[str]", stated["quantizations"]))
     model = MoEModel(
         name=cast(str, stated["name"]),
         architecture=cast(str, stated["architecture"]),
@@ -71,13 +71,13 @@ def _record(stated: dict[str, object]) -> BuiltinModel:
         intermediate_size=cast(int, stated["intermediate_size"]),
         shared_experts=cast(int, stated["shared_experts"]),
         gated=cast(bool, stated["gated"]),
-        quantisation=quantisations[0],
+        quantization=quantizations[0],
         source=f"built in, checked {stated['checked']}: {stated['source']}",
     )
     return BuiltinModel(
         model,
         cast(str, stated["hub_id"]),
-        quantisations,
+        quantizations,
         cast(int, stated["moe_layers"]),
         cast(str, stated["activation"]),
     )

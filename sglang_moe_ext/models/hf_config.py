@@ -105,7 +105,7 @@ def from_config(config: Section, *, name: str, source: str) -> MoEModel:
         intermediate_size=_width(experts, source),
         shared_experts=_shared(experts, source),
         gated=_gated(experts),
-        quantisation=quantization_from_config(config, source=source),
+        quantization=quantization_from_config(config, source=source),
         dtype=_dtype(experts),
         source=source,
     )

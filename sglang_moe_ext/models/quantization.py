@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from sglang_moe_ext.core import ModelError, Quantisation, Scheme
+from sglang_moe_ext.core import ModelError, Quantization, Scheme
 from sglang_moe_ext.models.config_fields import (
     CONFIG_CLASS_ERRORS,
     Section,
@@ -23,7 +23,7 @@ WEIGHT_ONLY: dict[int, Scheme] = {4: "int4_w4a16", 8: "int8_w8a16"}
 def other_kernel(method: str, source: str) -> ModelError:
     return refusal(
         source,
-        f"experts quantised with {method} do not run the Triton kernel that JSON tables configure; "
+        f"experts quantized with {method} do not run the Triton kernel that JSON tables configure; "
         "give a bf16, fp8 or int8 checkpoint of the model, or state the experts with --shape",
     )
 
@@ -49,12 +49,12 @@ def group_size(section: Section, source: str) -> int | None:
     return None
 
 
-def group_quantization(bits: object, group: int | None, source: str) -> Quantisation:
+def group_quantization(bits: object, group: int | None, source: str) -> Quantization:
     """Weights of 4 or 8 bits that the kernel unpacks; activations stay in 16."""
     scheme = WEIGHT_ONLY.get(bits) if isinstance(bits, int) else None
     if scheme is None:
         raise refusal(source, f"weights of {show(bits)} bits, expected 4 or 8; state the experts with --shape")
-    return Quantisation(scheme, per_channel=True) if group is None else Quantisation(scheme, (0, group))
+    return Quantization(scheme, per_channel=True) if group is None else Quantization(scheme, (0, group))
 
 
 def excludes_experts(section: Section) -> bool:
@@ -84,10 +84,10 @@ CLASS_TARGETS = ("Linear", "FusedMoE")
 _W8A8: dict[str, Scheme] = {"float": "fp8_w8a8", "int": "int8_w8a8"}
 
 
-def parse_config_groups(section: Section, source: str) -> Quantisation:
+def parse_config_groups(section: Section, source: str) -> Quantization:
     stated = read_field(section, "config_groups")
     if stated is None or stated == {}:
-        return Quantisation()
+        return Quantization()
     if not isinstance(stated, Mapping) or not all(isinstance(group, Mapping) for group in stated.values()):
         raise refusal(source, f"config_groups is {show(stated)}, expected an object of objects; correct it")
     of_experts = {_parse_group(group, source) for group in _for_experts(list(stated.values()))}
@@ -108,10 +108,10 @@ def _targets(group: Section) -> list[str]:
     return [target for target in targets if isinstance(target, str)] if isinstance(targets, (list, tuple)) else []
 
 
-def _parse_group(group: Section, source: str) -> Quantisation:
+def _parse_group(group: Section, source: str) -> Quantization:
     weights, activations = read_field(group, "weights"), read_field(group, "input_activations")
     if weights is None:
-        return Quantisation()
+        return Quantization()
     match read_field(weights, "type") or "int", read_field(weights, "num_bits"), activations is not None:
         case "int", int(bits), False if bits in WEIGHT_ONLY:
             return _group_weight_only(weights, bits, source)
@@ -129,7 +129,7 @@ def _parse_group(group: Section, source: str) -> Quantisation:
     raise other_kernel(f"compressed-tensors, {stored}{packed},", source)
 
 
-def _group_weight_only(weights: Section, bits: int, source: str) -> Quantisation:
+def _group_weight_only(weights: Section, bits: int, source: str) -> Quantization:
     match read_field(weights, "strategy"):
         case "channel":
             return group_quantization(bits, None, source)
@@ -139,14 +139,14 @@ def _group_weight_only(weights: Section, bits: int, source: str) -> Quantisation
             raise other_kernel(f"compressed-tensors, {bits} bits with strategy {show(strategy)},", source)
 
 
-def _w8a8(weights: Section, scheme: Scheme, source: str) -> Quantisation:
+def _w8a8(weights: Section, scheme: Scheme, source: str) -> Quantization:
     match read_field(weights, "strategy"):
         case "tensor" | None:
-            return Quantisation(scheme)
+            return Quantization(scheme)
         case "channel":
-            return Quantisation(scheme, per_channel=True)
+            return Quantization(scheme, per_channel=True)
         case "block":
-            return Quantisation(scheme, _block(weights, source))
+            return Quantization(scheme, _block(weights, source))
         case strategy:
             raise other_kernel(f"compressed-tensors, {scheme} with strategy {show(strategy)},", source)
 
@@ -167,31 +167,31 @@ BLOCK_SIDE = 128
 """Where a block-wise algorithm states no group_size (SGLang 0.5.23, modelopt_quant.py)."""
 
 
-def parse_modelopt(section: Section, source: str) -> Quantisation:
+def parse_modelopt(section: Section, source: str) -> Quantization:
     inner = read_field(section, "quantization")
     section = inner if isinstance(inner, Mapping) else section
     if excludes_experts(section):
-        return Quantisation()
+        return Quantization()
     if read_field(section, "quant_algo") == MIXED:
         return _parse_mixed(read_field(section, "quantized_layers"), source)
     return _parse_algorithm(section, source)
 
 
-def _parse_algorithm(section: Section, source: str) -> Quantisation:
+def _parse_algorithm(section: Section, source: str) -> Quantization:
     match read_field(section, "quant_algo"):
         case "FP8" | None:
-            return Quantisation("fp8_w8a8")
+            return Quantization("fp8_w8a8")
         case "FP8_PER_CHANNEL_PER_TOKEN":
-            return Quantisation("fp8_w8a8", per_channel=True)
+            return Quantization("fp8_w8a8", per_channel=True)
         case "FP8_PB_WO" | "FP8_BLOCK_SCALES":
             side = group_size(section, source) or BLOCK_SIDE
-            return Quantisation("fp8_w8a8", (side, side))
+            return Quantization("fp8_w8a8", (side, side))
         case algorithm:
             raise other_kernel(f"modelopt {show(algorithm)}", source)
 
 
-def _parse_mixed(layers: object, source: str) -> Quantisation:
-    """An algorithm a layer; those without one are not quantised."""
+def _parse_mixed(layers: object, source: str) -> Quantization:
+    """An algorithm a layer; those without one are not quantized."""
     of_experts = {
         _parse_algorithm(layer, source)
         for name, layer in (layers.items() if isinstance(layers, Mapping) else ())
@@ -199,7 +199,7 @@ def _parse_mixed(layers: object, source: str) -> Quantisation:
     }
     if len(of_experts) > 1:
         raise refusal(source, "modelopt stores the experts of different layers differently; state them with --shape")
-    return of_experts.pop() if of_experts else Quantisation()
+    return of_experts.pop() if of_experts else Quantization()
 
 
 SECTIONS = ("quantization_config", "compression_config")
@@ -223,7 +223,7 @@ OTHER_KERNELS = (
 """Methods whose experts never reach the Triton kernel that reads JSON tables (SGLang 0.5.23, layers/quantization)."""
 
 
-def quantization_from_config(config: Section, *, source: str = "config.json") -> Quantisation:
+def quantization_from_config(config: Section, *, source: str = "config.json") -> Quantization:
     """Raises: ModelError when the method is unknown, malformed, or its experts run another kernel."""
     parts = {id(lineage[-1]): lineage[-1] for lineage in lineages(config)}
     for part in (config, *parts.values()):
@@ -235,17 +235,17 @@ def quantization_from_config(config: Section, *, source: str = "config.json") ->
             stated = read_field(part, name)
             if stated is not None and stated != {}:
                 return _parse_section(stated, name, source)
-    return Quantisation()
+    return Quantization()
 
 
-def _parse_section(stated: object, name: str, source: str) -> Quantisation:
+def _parse_section(stated: object, name: str, source: str) -> Quantization:
     section = _opened(stated)
     if section is None:
         raise refusal(
             source, f"{name} is {show(stated)}, expected an object; correct it, or state the layer with --shape"
         )
     if excludes_experts(section):
-        return Quantisation()
+        return Quantization()
     method = _method(section)
     if method is None:
         raise refusal(source, f"{name} names no quant_method; add it, or state the experts with --shape")
@@ -274,21 +274,21 @@ def _method(section: Mapping[str, object]) -> str | None:
     return next((method for mark, method in marks.items() if mark in section), None)
 
 
-def _fp8(section: Section, source: str) -> Quantisation:
-    return Quantisation("fp8_w8a8", weight_block(read_field(section, "weight_block_size"), "weight_block_size", source))
+def _fp8(section: Section, source: str) -> Quantization:
+    return Quantization("fp8_w8a8", weight_block(read_field(section, "weight_block_size"), "weight_block_size", source))
 
 
-def _blockwise_int8(section: Section, source: str) -> Quantisation:
-    return Quantisation(
+def _blockwise_int8(section: Section, source: str) -> Quantization:
+    return Quantization(
         "int8_w8a8", weight_block(read_field(section, "weight_block_size"), "weight_block_size", source)
     )
 
 
-def _per_channel(scheme: Scheme) -> Callable[[Section, str], Quantisation]:
-    return lambda _section, _source: Quantisation(scheme, per_channel=True)
+def _per_channel(scheme: Scheme) -> Callable[[Section, str], Quantization]:
+    return lambda _section, _source: Quantization(scheme, per_channel=True)
 
 
-def _weight_only(section: Section, source: str) -> Quantisation:
+def _weight_only(section: Section, source: str) -> Quantization:
     bits = next(
         (read_field(section, name) for name in ("bits", "w_bit", "wbits") if read_field(section, name) is not None),
         None,
@@ -296,7 +296,7 @@ def _weight_only(section: Section, source: str) -> Quantisation:
     return group_quantization(bits, group_size(section, source), source)
 
 
-METHODS: dict[str, Callable[[Section, str], Quantisation]] = {
+METHODS: dict[str, Callable[[Section, str], Quantization]] = {
     "fp8": _fp8,
     "w8a8_fp8": _per_channel("fp8_w8a8"),
     "fbgemm_fp8": _per_channel("fp8_w8a8"),

@@ -129,7 +129,7 @@ def _unknown(model: str) -> ModelError:
 
 
 def _resolve_section(model: str, section: str) -> MoEModel:
-    """Of a file that is here: the section, quantised as the whole is."""
+    """Of a file that is here: the section, quantized as the whole is."""
     path = Path(model).expanduser()
     path = path / CONFIG if path.is_dir() else path
     if not path.is_file():
@@ -139,8 +139,8 @@ def _resolve_section(model: str, section: str) -> MoEModel:
     if not isinstance(found, dict):
         sections = ", ".join(name for name, value in whole.items() if isinstance(value, dict)) or "none"
         raise refusal(str(path), f"no section {show(section)}; it has {sections}")
-    quantised = {name: whole[name] for name in ("quantization_config",) if name in whole and name not in found}
-    return from_config({**found, **quantised}, name=path.resolve().parent.name, source=f"{path}, {section}")
+    quantized = {name: whole[name] for name in ("quantization_config",) if name in whole and name not in found}
+    return from_config({**found, **quantized}, name=path.resolve().parent.name, source=f"{path}, {section}")
 
 
 def _resolve_folder(folder: Path, *, trust_remote_code: bool) -> MoEModel:
@@ -184,7 +184,7 @@ def _resolve_raw(raw: dict[str, object], *, name: str, source: str, of_class: Ca
     except ModelError as of_transformers:
         return _without_its_class(raw, of_transformers, name=name, source=source)
     model = from_config(config, name=name, source=source)
-    return replace(model, quantisation=quantization_from_config(raw, source=source))
+    return replace(model, quantization=quantization_from_config(raw, source=source))
 
 
 def _without_its_class(raw: dict[str, object], of_transformers: ModelError, *, name: str, source: str) -> MoEModel:
@@ -195,7 +195,7 @@ def _without_its_class(raw: dict[str, object], of_transformers: ModelError, *, n
 
 
 def _with_modelopt(raw: dict[str, object], folder: Path) -> dict[str, object]:
-    """ModelOpt's older checkpoints state their quantisation in a file of its own."""
+    """ModelOpt's older checkpoints state their quantization in a file of its own."""
     path = folder / MODELOPT_CONFIG
     if raw.get("quantization_config") or not path.is_file():
         return raw

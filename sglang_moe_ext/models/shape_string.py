@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from sglang_moe_ext.core import ActivationDtype, MoEShape, Quantisation, Scheme
+from sglang_moe_ext.core import ActivationDtype, MoEShape, Quantization, Scheme
 from sglang_moe_ext.models.config_fields import LARGEST, refusal, show, whole_number
 
 SCHEMES: dict[str, Scheme] = {scheme: scheme for scheme in get_args(Scheme)}
@@ -24,26 +24,26 @@ EXAMPLE = "E=65,N=1536,K=2048,topk=5"
 def parse_dtype_flag(
     flag: str | None,
     *,
-    checkpoint: Quantisation | None = None,
+    checkpoint: Quantization | None = None,
     per_channel: bool = False,
     block_shape: Sequence[int] | None = None,
-) -> Quantisation:
-    """The quantisation that --dtype and its companions mean; "auto" or None: the checkpoint's.
+) -> Quantization:
+    """The quantization that --dtype and its companions mean; "auto" or None: the checkpoint's.
 
     What the flags leave open is the checkpoint's where it has the same scheme.
     Raises: ModelError when the flags contradict each other.
     """
-    stored = checkpoint or Quantisation()
+    stored = checkpoint or Quantization()
     scheme = _scheme(flag, stored)
     if scheme is None:
         if per_channel or block_shape is not None:
-            raise refusal("--dtype", f"unquantised weights have no scales; choose one of {', '.join(SCHEMES)}")
-        return Quantisation()
+            raise refusal("--dtype", f"unquantized weights have no scales; choose one of {', '.join(SCHEMES)}")
+        return Quantization()
     if per_channel and block_shape is not None:
         raise refusal("--dtype", "scales are per channel or per block, not both; drop one of the two flags")
     if block_shape is not None:
-        return Quantisation(scheme, _block(block_shape, scheme))
-    known = stored if stored.scheme == scheme else Quantisation(scheme)
+        return Quantization(scheme, _block(block_shape, scheme))
+    known = stored if stored.scheme == scheme else Quantization(scheme)
     if scheme == "int4_w4a16" and known.block_shape is None:
         raise refusal(
             "--dtype",
@@ -52,7 +52,7 @@ def parse_dtype_flag(
     return replace(known, block_shape=None, per_channel=True) if per_channel else known
 
 
-def _scheme(flag: str | None, stored: Quantisation) -> Scheme | None:
+def _scheme(flag: str | None, stored: Quantization) -> Scheme | None:
     wanted = "auto" if flag is None else flag.strip().lower()
     if wanted == "auto":
         return stored.scheme
@@ -66,7 +66,7 @@ def _scheme(flag: str | None, stored: Quantisation) -> Scheme | None:
 
 def _block(sides: Sequence[int], scheme: Scheme) -> tuple[int, int]:
     """8-bit activations take blocks of N and K, 16-bit ones groups along K: (0, group)."""
-    lowest, example = (1, "[128, 128]") if Quantisation(scheme).activation_bits == 8 else (0, "[0, 128]")
+    lowest, example = (1, "[128, 128]") if Quantization(scheme).activation_bits == 8 else (0, "[0, 128]")
     if len(sides) != 2 or (sides[0] == 0) != (lowest == 0):
         raise refusal("block_shape", f"{show(list(sides))} with {scheme}, expected the like of {example}")
     return whole_number(sides[0], "N", "block_shape", at_least=lowest), whole_number(sides[1], "K", "block_shape")
@@ -119,7 +119,7 @@ def parse_shape(text: str) -> MoEShape:
     """
     stated = _Stated(text, _fields(text))
     flag = stated.fields.get("dtype", "bfloat16")
-    quantisation = parse_dtype_flag(
+    quantization = parse_dtype_flag(
         flag,
         per_channel=stated.yes("per_channel_quant", otherwise=False),
         block_shape=stated.block_shape(),
@@ -129,7 +129,7 @@ def parse_shape(text: str) -> MoEShape:
         intermediate_size=stated.number("N"),
         hidden_size=stated.number("K"),
         top_k=stated.number("topk"),
-        quantisation=quantisation,
+        quantization=quantization,
         dtype=DTYPES.get(flag.lower(), "bfloat16"),
         gated=stated.yes("gated", otherwise=True),
     )

@@ -51,7 +51,7 @@ class ConfigGuard:
 
     def _right(self, entry: ConfigDict, shape: MoEShape, projection: Projection) -> ConfigDict:
         if entry.get(config_dict.USE_TMA):
-            if support.is_right(projection, shape.quantisation, self.version):
+            if support.is_right(projection, shape.quantization, self.version):
                 return dict(entry)
             warn_once(
                 f"USE_TMA of the {projection} projection is off for {shape}: "

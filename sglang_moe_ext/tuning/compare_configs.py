@@ -15,8 +15,8 @@ from sglang_moe_ext.tuning.bench.messages import Accuracy, Ask, CheckAccuracy, P
 from sglang_moe_ext.tuning.compile.kernel_source import kernel_source
 from sglang_moe_ext.tuning.config_args import Choices
 from sglang_moe_ext.tuning.request import MeasureOptions, Progress, TuneRequest
-from sglang_moe_ext.tuning.run import executor, session
-from sglang_moe_ext.tuning.run.executor import Executor
+from sglang_moe_ext.tuning.run import session
+from sglang_moe_ext.tuning.run.executor import Executor, run_tasks
 from sglang_moe_ext.tuning.search import candidates, final_comparison
 from sglang_moe_ext.tuning.search.screening import EFFORTS
 from sglang_moe_ext.tuning.search.statistics import Interval
@@ -105,35 +105,35 @@ def run(
     Raises:
         MoEExtError: no GPU answers, or the engine does not say what it takes.
     """
-    source = kernel_source(request.tunable.find(), request.tunable)
+    source = kernel_source(request.adapter.find(), request.adapter)
     rounds = EFFORTS[measuring.effort].rounds
     largest_first = sorted(request.tokens, reverse=True)
     with ExitStack() as ends:
-        engine = ends.enter_context(closing(request.tunable.asked(verify_install.environment({}))))
+        engine = ends.enter_context(closing(request.adapter.asked(verify_install.environment({}))))
         scratch = ends.enter_context(tempfile.TemporaryDirectory(prefix="sglang_moe_ext-", ignore_cleanup_errors=True))
         early = [job for m in largest_first for by_m in given.values() for job in _jobs(request, m, by_m[m])]
-        stations = session.start_executors(request, measuring, source, Path(scratch), early, ends, progress)
+        executors = session.start_executors(request, measuring, source, Path(scratch), early, ends, progress)
         today = verify_install.pairs_of(engine.answer(verify_install.lookup_request(request)))
         jobs = [*early, *(job for m in largest_first for job in _jobs(request, m, today[m]))]
-        for station in stations:
-            station.want(jobs)
+        for executor in executors:
+            executor.want(jobs)
 
-        def compare(tokens: int, station: Executor) -> ConfigComparison:
+        def compare(tokens: int, executor: Executor) -> ConfigComparison:
             for job in jobs:
-                station.binary(job)  # a compiler at work would disturb a race
+                executor.binary(job)  # a compiler at work would disturb a race
             of_m = {name: by_m[tokens] for name, by_m in given.items()}
-            trouble = partial(_trouble, request, tokens, station)
-            return compare_all(tokens, today[tokens], of_m, trouble, station.ask, rounds=rounds)
+            trouble = partial(_trouble, request, tokens, executor)
+            return compare_all(tokens, today[tokens], of_m, trouble, executor.ask, rounds=rounds)
 
         tasks = [partial(compare, tokens) for tokens in largest_first]
-        found = executor.run_tasks(stations, tasks, lambda done, of: progress("racing", done, of))
+        found = run_tasks(executors, tasks, lambda done, of: progress("racing", done, of))
     return dict(sorted(zip(largest_first, found, strict=True)))
 
 
 def _jobs(request: TuneRequest, tokens: int, pair: Pair) -> list[CompileJob]:
-    return candidates.pair_jobs(pair, request.shape, tokens, request.gpu.sm, request.tunable)
+    return candidates.pair_jobs(pair, request.shape, tokens, request.gpu.sm, request.adapter)
 
 
-def _trouble(request: TuneRequest, tokens: int, station: Executor, pair: Pair) -> Failure | None:
-    misfits = (candidates.misfit(job, station.binary(job), request.gpu) for job in _jobs(request, tokens, pair))
+def _trouble(request: TuneRequest, tokens: int, executor: Executor, pair: Pair) -> Failure | None:
+    misfits = (candidates.misfit(job, executor.binary(job), request.gpu) for job in _jobs(request, tokens, pair))
     return next((misfit for misfit in misfits if misfit is not None), None)

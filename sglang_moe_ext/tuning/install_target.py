@@ -137,10 +137,10 @@ CHOOSERS: Mapping[EngineName, Callable[[Install, Path | None, Any, str], Install
 """By engine, where the tables of an installation of it go."""
 
 
-def table_names(tunable: EngineAdapter, shape: MoEShape, device_name: str) -> dict[bool, str]:
+def table_names(adapter: EngineAdapter, shape: MoEShape, device_name: str) -> dict[bool, str]:
     """File names of the up table (False), and of the table for the down projection (True) where the engine has such."""
-    which = (False, True) if tunable.HAS_DOWN_TABLES else (False,)
-    return {down: tunable.file_name(tunable.table_key(shape, device_name, down=down)) for down in which}
+    which = (False, True) if adapter.HAS_DOWN_TABLES else (False,)
+    return {down: adapter.file_name(adapter.table_key(shape, device_name, down=down)) for down in which}
 
 
 def store_folder(engine: EngineName, triton: str) -> Path:

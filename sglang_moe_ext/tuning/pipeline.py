@@ -65,10 +65,10 @@ def make_plan(request: TuneRequest, progress: Progress) -> TunePlan:
     Raises:
         MoEExtError: any of ours.
     """
-    if request.tunable.find() is None:
+    if request.adapter.find() is None:
         return plan.make_plan(request, None)
     progress("asking", 0, 1)
-    with closing(request.tunable.asked(verify_install.environment({}))) as today:
+    with closing(request.adapter.asked(verify_install.environment({}))) as today:
         answer = today.answer(verify_install.lookup_request(request))
     progress("asking", 1, 1)
     return plan.make_plan(request, verify_install.pairs_of(answer))
@@ -80,18 +80,18 @@ def run(request: TuneRequest, progress: Progress) -> TuneOutcome:
     Raises:
         MoEExtError: any of ours. Nothing is half-written then; what a failed proof is about stays, and it says so.
     """
-    engine = request.tunable.find()
+    engine = request.adapter.find()
     destination = target_of(request, engine)
-    source = kernel_source(engine, request.tunable)
+    source = kernel_source(engine, request.adapter)
     triton = installed.running_triton() or ""
-    kept = plan.prune_space(request.shape, request.gpu, request.tunable).kept
+    kept = plan.prune_space(request.shape, request.gpu, request.adapter).kept
     for place in itertools.chain.from_iterable(of.values() for of in _table_files(request, destination, triton)):
         merge.read(place)  # what cannot be merged is better known before the work than after it
     kernel_table.read(_paths_file(request, triton))
     with ExitStack() as processes:
 
         def ask_later(environment: dict[str, str]) -> ProbeLike:
-            return processes.enter_context(closing(request.tunable.asked(verify_install.environment(environment))))
+            return processes.enter_context(closing(request.adapter.asked(verify_install.environment(environment))))
 
         today = None if engine is None else ask_later({} if destination is None else destination.environment_today)
         read_by_engine = None if engine is None else destination
@@ -110,7 +110,7 @@ def run(request: TuneRequest, progress: Progress) -> TuneOutcome:
         stored = _write_tables(request, results, circumstances, destination, triton)
         own = _write_plans(
             request,
-            results_to_tables.kernel_table(paths, _ours_to_say(request, engine, results), circumstances),
+            results_to_tables.plans_table(paths, _ours_to_say(request, engine, results), circumstances),
             triton,
         )
         progress("writing", 1, 1)
@@ -160,7 +160,7 @@ def _predict(
         progress("asking", 1, 1)
         is_new_folder = destination is not None and not destination.is_there
         if not (request.output_dir is not None and is_new_folder):
-            _refuse_to_shadow(request.tunable.TITLE, answer)
+            _refuse_to_shadow(request.adapter.TITLE, answer)
     cache = CompileCache(default_path())
     return predict.predict_table(
         kept,
@@ -168,7 +168,7 @@ def _predict(
         request.gpu,
         request.tokens,
         lambda jobs: compile_all(source, jobs, cache=cache, progress=lambda done, of: progress("compiling", done, of)),
-        request.tunable,
+        request.adapter,
     )
 
 
@@ -186,7 +186,7 @@ def _write_tables(
         if tables[False].table:
             changes |= {path: tables[down] for down, path in place.items()}
             pairs += [(up, place[True])] if True in place else []
-    return merge.put(changes, pairs, lambda table: request.tunable.table_text(table, triton))
+    return merge.put(changes, pairs, lambda table: request.adapter.table_text(table, triton))
 
 
 def _write_plans(request: TuneRequest, table: KernelTable, triton: str) -> list[Path]:
@@ -199,18 +199,18 @@ def _write_plans(request: TuneRequest, table: KernelTable, triton: str) -> list[
 
 def _ours_to_say(request: TuneRequest, engine: InstallationLike | None, results: Results) -> Iterable[int]:
     """The numbers of tokens of which this run knows best whether our own path is to run."""
-    can_run = engine is not None and request.tunable.has_own_path(engine.version, request.gpu.sm)
+    can_run = engine is not None and request.adapter.has_own_path(engine.version, request.gpu.sm)
     return results if request.measuring is not None and can_run else ()
 
 
 def _paths_file(request: TuneRequest, triton: str) -> Path:
-    up = install_target.table_names(request.tunable, request.shape, request.gpu.device_name)[False]
+    up = install_target.table_names(request.adapter, request.shape, request.gpu.device_name)[False]
     return kernel_table.path_beside(install_target.store_folder(request.engine, triton) / up)
 
 
 def _table_files(request: TuneRequest, destination: InstallTarget | None, triton: str) -> list[dict[bool, Path]]:
     """The up table (False), and the down table (True) where there is one, in each folder that the run writes to."""
-    names = install_target.table_names(request.tunable, request.shape, request.gpu.device_name)
+    names = install_target.table_names(request.adapter, request.shape, request.gpu.device_name)
     folders = [] if destination is None else [destination.folder]
     stored = install_target.store_folder(request.engine, triton)
     return [{down: folder / name for down, name in names.items()} for folder in (*folders, stored)]
@@ -224,7 +224,7 @@ def _prove(
     progress: Progress,
 ) -> LookupResult | None:
     """The engine's own answer to what was written, None where nothing was."""
-    names = install_target.table_names(request.tunable, request.shape, request.gpu.device_name)
+    names = install_target.table_names(request.adapter, request.shape, request.gpu.device_name)
     files = {down: destination.folder / name for down, name in names.items()}
     found = {down: result.table for down, file in files.items() if isinstance(result := stored.get(file), StoredTable)}
     if found.keys() != files.keys():

@@ -40,7 +40,7 @@ class TunePlan:
     shape: MoEShape
     gpu: Gpu
     measures: bool
-    prune_space: space.PrunedSpace
+    pruned: space.PrunedSpace
     rows: tuple[PlanRow, ...]
     binaries: int
     estimated_s: float
@@ -53,12 +53,12 @@ def prune_space(shape: MoEShape, gpu: Gpu, engine: EngineAdapter = SGLANG) -> sp
         GpuError: the GPU cannot multiply the layer's operands at all.
         ModelError: the layer is so small, or its scales so fine, that no candidate suits it.
     """
-    if shape.quantisation.scheme == "fp8_w8a8" and gpu.sm < _FIRST_FP8_SM:
+    if shape.quantization.scheme == "fp8_w8a8" and gpu.sm < _FIRST_FP8_SM:
         raise GpuError(
             f"{gpu.device_name} (sm_{gpu.sm}) has no fp8 matrix units: expected sm_{_FIRST_FP8_SM} or newer; "
             "engines run such weights through Marlin there, which reads no table"
         )
-    space_of_engine = dict.fromkeys(engine.effective(config, shape.quantisation) for config in space.full_space())
+    space_of_engine = dict.fromkeys(engine.effective(config, shape.quantization) for config in space.full_space())
     found = space.prune(space_of_engine, shape, gpu)
     if not found.kept:
         dropped = ", ".join(f"{name} {count}" for name, count in found.dropped.items() if count)
@@ -70,10 +70,10 @@ def make_plan(request: TuneRequest, incumbents: dict[int, Pair] | None) -> TuneP
     """The plan of a run.
 
     Raises:
-        MoEExtError: as `sifted`.
+        MoEExtError: as `pruned`.
     """
     shape, gpu = request.shape, request.gpu
-    engine = request.tunable
+    engine = request.adapter
     found = prune_space(shape, gpu, engine)
     rows = tuple(_row(found.kept, shape, gpu, m, None if incumbents is None else incumbents[m]) for m in request.tokens)
     screens = 0

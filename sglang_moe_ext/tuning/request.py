@@ -59,6 +59,6 @@ class TuneRequest:
     engine: EngineName = "sglang"
 
     @property
-    def tunable(self) -> EngineAdapter:
+    def adapter(self) -> EngineAdapter:
         """The engine that is tuned."""
         return ENGINES[self.engine]

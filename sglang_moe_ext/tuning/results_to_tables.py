@@ -116,7 +116,7 @@ def config_tables(request: TuneRequest, results: Results, run: TuningRun) -> dic
     up: Table = {m: pair["up"] for m, pair in pairs.items()}
     down: Table = {m: pair["down"] for m, pair in pairs.items()}
     of_up = {False: StoredTable(up, Provenance(entries))}
-    return of_up | {True: StoredTable(down, Provenance(entries))} if request.tunable.HAS_DOWN_TABLES else of_up
+    return of_up | {True: StoredTable(down, Provenance(entries))} if request.adapter.HAS_DOWN_TABLES else of_up
 
 
 def transferred_entries(run: TuningRun, times_us: Mapping[int, float]) -> dict[int, ProvenanceEntry]:
@@ -124,7 +124,7 @@ def transferred_entries(run: TuningRun, times_us: Mapping[int, float]) -> dict[i
     return {m: _entry("transferred", run, {"gemms_us": round(us, 2)}) for m, us in times_us.items()}
 
 
-def kernel_table(found: Mapping[int, MeasuredChoice[Runner]], tokens: Iterable[int], run: TuningRun) -> KernelTable:
+def plans_table(found: Mapping[int, MeasuredChoice[Runner]], tokens: Iterable[int], run: TuningRun) -> KernelTable:
     """Where our own path won, and where it did not, or was not tried: what was known there is known no more."""
     untried = {m: kernel_table.KernelEntry(None, run) for m in tokens}
     return untried | {

@@ -48,7 +48,7 @@ def source_of(journal: Recording) -> JournalSource:
     """
     stated = journal.circumstances
     kernel = _KERNEL.fullmatch(str(stated.get("kernel")))
-    titles = {tunable.TITLE: name for name, tunable in ENGINES.items()}
+    titles = {adapter.TITLE: name for name, adapter in ENGINES.items()}
     ep, fused = stated.get("ep"), stated.get("fused_shared")
     if kernel is None or kernel["title"] not in titles or not isinstance(ep, int) or not isinstance(fused, int):
         raise StoreError("its first line names no engine and layer that were measured: give a journal of our tune")
@@ -66,13 +66,13 @@ def shape_in(engine: EngineName, source: JournalSource, fused_shared: int) -> Mo
 def best_configs(journal: Recording, source: JournalSource, engine: EngineName) -> dict[int, TransferredConfig]:
     """For each M, what is fastest in both GEMMs together, without TMA and not known to be wrong."""
     wrong = set(_wrong(journal, source.shape))
-    effective, quantisation = ENGINES[engine].effective, source.shape.quantisation
+    effective, quantization = ENGINES[engine].effective, source.shape.quantization
     found: dict[int, TransferredConfig] = {}
     for tokens, times in sorted(_times(journal).items()):
         fit = (config for config in screening.rank_shared(times) if not config.use_tma and config not in wrong)
         if (config := next(fit, None)) is not None:
             us = sum(times[projection][config] for projection in PROJECTIONS)
-            found[tokens] = TransferredConfig(effective(config, quantisation), us)
+            found[tokens] = TransferredConfig(effective(config, quantization), us)
     return found
 
 

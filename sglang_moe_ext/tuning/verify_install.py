@@ -51,7 +51,7 @@ def verify(written: WrittenTables, request: TuneRequest, engine: ProbeLike) -> L
     """
     tokens = sorted({*written.up, *BETWEEN_AND_BEYOND})
     answer = engine.answer(lookup_request(request, tokens))
-    title = request.tunable.TITLE
+    title = request.adapter.TITLE
     for file in (written.up_file, written.down_file):
         if file is not None and file.resolve() not in {opened.resolve() for opened in answer.files}:
             read = ", ".join(map(str, answer.files)) or "no table at all"

@@ -39,7 +39,7 @@ from benchmarks.serving.speed_report import Asked, Raced
 from benchmarks.serving.turns import Times, take_turns
 from benchmarks.serving.workloads import GLM_BF16, WORKLOADS, Workload, write_tables
 from benchmarks.vs_upstream.report import Place
-from sglang_moe_ext.core import EngineError, MoEShape, Quantisation
+from sglang_moe_ext.core import EngineError, MoEShape, Quantization
 from sglang_moe_ext.engines.sglang import config_dir
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.gpu import specs
@@ -51,7 +51,7 @@ PLACE = Place(
     specs.find("H200"), SglangInstallation("0.5.15", Path("sglang"), "3.6.0"), "2026-11-21", "python -m benchmarks.it"
 )
 NEAR = Distance(2e-3, 5e-3, 1.0)
-FP8_BLOCK = Workload("fp8", MoEShape(64, 1536, 2048, 4, Quantisation("fp8_w8a8", (128, 128))))
+FP8_BLOCK = Workload("fp8", MoEShape(64, 1536, 2048, 4, Quantization("fp8_w8a8", (128, 128))))
 
 MODEL_CHILD = """
 import json, sys

@@ -26,7 +26,7 @@ from benchmarks.racing import Outcome, Runner
 from benchmarks.vs_upstream import effort, model_folder, ours, report, theirs, timed_run
 from benchmarks.vs_upstream.report import Place
 from benchmarks.vs_upstream.timed_run import Line, Run
-from sglang_moe_ext.core import CompileJob, EngineError, Failure, ModelError, MoEShape, Quantisation, TileConfig
+from sglang_moe_ext.core import CompileJob, EngineError, Failure, ModelError, MoEShape, Quantization, TileConfig
 from sglang_moe_ext.engines.sglang import lookup_probe
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.gpu import specs
@@ -153,7 +153,7 @@ def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeWorker:
     """A place with an H200, an SGLang, our command and a worker, none of which is one."""
     gpu, fake = specs.find("H200"), FakeWorker()
     place = Place(gpu, SglangInstallation("0.5.15", tmp_path, "3.6.0"), "2026-11-21", "the command")
-    taken = lookup_probe.Answer("0.5.15", "3.6.0", gpu.device_name, {8: TODAYS}, {8: None}, (), ())
+    taken = lookup_probe.LookupResult("0.5.15", "3.6.0", gpu.device_name, {8: TODAYS}, {8: None}, (), ())
     command = tmp_path / "our_command.py"
     command.write_text(OUR_COMMAND, encoding="utf-8")
     monkeypatch.setattr(report, "here", lambda _: place)
@@ -512,7 +512,7 @@ def test_a_built_in_model_is_the_same_as_a_folder(name: str, tmp_path: Path) -> 
     folder = model_folder.write(model, tmp_path)
     shape = ours.shape_of(["--model", str(folder)])
     assert (shape.hidden_size, shape.intermediate_size) == (model.hidden_size, model.intermediate_size)
-    assert shape.quantisation == model.quantisation
+    assert shape.quantization == model.quantization
     assert folder.name == name
 
 
@@ -543,7 +543,7 @@ def test_upstream_runs_without_ours_and_with_absolute_paths(upstream: Path) -> N
 
 
 def test_upstream_is_told_the_scheme_that_it_does_not_read_itself(upstream: Path, tmp_path: Path) -> None:
-    shape = MoEShape(8, 64, 64, 2, Quantisation("fp8_w8a8", per_channel=True))
+    shape = MoEShape(8, 64, 64, 2, Quantization("fp8_w8a8", per_channel=True))
     task = theirs.Task(tmp_path, 2, 1, True, shape, 64)
     command = theirs._command(theirs.found(upstream, {}, ray_stand_in=False), task)
     assert command[command.index("--dtype") + 1] == "fp8_w8a8"

@@ -15,8 +15,8 @@ import pytest
 
 from sglang_moe_ext.cli import main
 from sglang_moe_ext.core import TileConfig
+from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.engines.sglang import lookup_probe
-from sglang_moe_ext.engines.sglang.lookup_probe import Answer, Question
 from sglang_moe_ext.gpu import specs
 from tests.engines.installed import ENGINES_DIR, REPO_ROOT
 from tests.engines.sglang.test_server_info import ANSWER
@@ -76,14 +76,14 @@ def server() -> Iterator[Answers]:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Question]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[LookupRequest]:
     """Each question that would start an engine; the answer is always the same."""
-    questions: list[Question] = []
+    questions: list[LookupRequest] = []
 
-    def ask(question: Question, *_: Any, **__: Any) -> Answer:
+    def ask(question: LookupRequest, *_: Any, **__: Any) -> LookupResult:
         questions.append(question)
         taken = dict.fromkeys(question.tokens, TileConfig(16, 32, 64, 1, 4, 3))
-        return Answer(VERSION, "3.7.1", "NVIDIA H200", taken, dict.fromkeys(taken), (), ())
+        return LookupResult(VERSION, "3.7.1", "NVIDIA H200", taken, dict.fromkeys(taken), (), ())
 
     monkeypatch.setattr(lookup_probe, "ask", ask)
     return questions
@@ -119,7 +119,7 @@ def test_the_layer_of_a_server_is_found_and_asked_for(server: Answers, capsys: p
 
 
 def test_an_older_server_is_asked_by_its_older_path(
-    server: Answers, asked: list[Question], capsys: pytest.CaptureFixture[str]
+    server: Answers, asked: list[LookupRequest], capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.says(BUILTIN | {"version": "0.5.5", "tp_size": 2}, "/get_server_info")
     assert main.main(("doctor", "--url", server.url + "/", *HERE)) == 0
@@ -148,7 +148,7 @@ def test_a_server_that_reads_no_table_is_called_one(
 
 
 def test_a_deterministic_server_is_asked_for_as_one(
-    server: Answers, asked: list[Question], capsys: pytest.CaptureFixture[str]
+    server: Answers, asked: list[LookupRequest], capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.says(BUILTIN | {"enable_deterministic_inference": True})
     assert main.main(("doctor", "--url", server.url, *HERE)) == 0
@@ -185,16 +185,16 @@ def test_a_model_that_is_not_known_here_is_asked_for(server: Answers, refusal: R
 
 
 @pytest.mark.usefixtures("asked")
-def test_a_quantisation_that_nobody_states_is_asked_for(server: Answers, refusal: Refusal) -> None:
+def test_a_quantization_that_nobody_states_is_asked_for(server: Answers, refusal: Refusal) -> None:
     server.says(BUILTIN | {"quantization": "quark_int4fp8_moe"})
     line = refusal("--url", server.url, *HERE)
     assert "quark_int4fp8_moe" in line and "--dtype" in line
 
 
-def test_a_dtype_that_is_named_comes_before_the_servers(server: Answers, asked: list[Question]) -> None:
+def test_a_dtype_that_is_named_comes_before_the_servers(server: Answers, asked: list[LookupRequest]) -> None:
     server.says(BUILTIN | {"quantization": "quark_int4fp8_moe"})
     assert main.main(("doctor", "--url", server.url, "--dtype", "fp8_w8a8", *HERE)) == 0
-    assert [question.shape.quantisation.scheme for question in asked] == ["fp8_w8a8"]
+    assert [question.shape.quantization.scheme for question in asked] == ["fp8_w8a8"]
 
 
 @pytest.mark.parametrize(

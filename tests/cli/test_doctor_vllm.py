@@ -10,9 +10,9 @@ import pytest
 
 from sglang_moe_ext.cli import main
 from sglang_moe_ext.core import MoEShape, TileConfig
+from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.engines.sglang import installation as sglang
 from sglang_moe_ext.engines.vllm import lookup_probe
-from sglang_moe_ext.engines.vllm.lookup_probe import Answer, Question
 from sglang_moe_ext.gpu import specs
 from tests.engines.installed import ENGINES_DIR, vllm_environment
 
@@ -32,14 +32,14 @@ def vllm_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Question]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[LookupRequest]:
     """Each question that would start an engine; the answer is always the same."""
-    questions: list[Question] = []
+    questions: list[LookupRequest] = []
 
-    def ask(question: Question, **_: Any) -> Answer:
+    def ask(question: LookupRequest, **_: Any) -> LookupResult:
         questions.append(question)
         taken = dict.fromkeys(question.tokens, TileConfig(16, 32, 64, 1, 4, 3))
-        return Answer(VERSION, "3.7.1", "NVIDIA H200", taken, dict.fromkeys(taken), (), (), plugin="active")
+        return LookupResult(VERSION, "3.7.1", "NVIDIA H200", taken, dict.fromkeys(taken), (), (), plugin="active")
 
     monkeypatch.setattr(lookup_probe, "ask", ask)
     return questions
@@ -58,18 +58,18 @@ def test_the_table_that_vllm_takes_is_named(capsys: pytest.CaptureFixture[str]) 
     assert {it["why"].partition(";")[0] for it in examined["findings"]} == {"its own entry"}
 
 
-def test_a_models_layer_is_that_of_vllm_which_fuses_no_shared_expert(asked: list[Question]) -> None:
+def test_a_models_layer_is_that_of_vllm_which_fuses_no_shared_expert(asked: list[LookupRequest]) -> None:
     assert main.main((*ASKED, "--model", "GLM-4.7-Flash")) == 0
     assert [(it.shape.experts, it.shape.top_k) for it in asked] == [(64, 4)]
 
 
-def test_a_shape_is_asked_for_as_it_is_stated(asked: list[Question]) -> None:
+def test_a_shape_is_asked_for_as_it_is_stated(asked: list[LookupRequest]) -> None:
     assert main.main((*ASKED, "--shape", "E=8,N=256,K=512,topk=2")) == 0
     assert [it.shape for it in asked] == [MoEShape(8, 256, 512, 2)]
 
 
 def test_without_a_table_the_default_is_named_with_the_file_that_is_missing(
-    asked: list[Question], capsys: pytest.CaptureFixture[str]
+    asked: list[LookupRequest], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main.main((*ASKED, "--shape", "E=8,N=256,K=512,topk=2")) == 0
     (examined,) = document(capsys)["examined"]

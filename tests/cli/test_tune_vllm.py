@@ -133,7 +133,7 @@ def test_no_shared_expert_is_fused() -> None:
 
 def test_blocks_of_scales_that_sglang_refuses_to_cut_are_refined() -> None:
     model = ("--engine", "vllm", "--model", "Qwen/Qwen3-30B-A3B-FP8", "--gpu", "H200", "-tp", "4")
-    assert request_of(*model).shape.quantisation.block_shape == (64, 64)
+    assert request_of(*model).shape.quantization.block_shape == (64, 64)
 
 
 def test_an_uneven_expert_parallelism_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,9 +173,9 @@ def sectioned(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def test_a_section_of_the_config_is_read_alone_and_quantised_as_the_whole(sectioned: str) -> None:
+def test_a_section_of_the_config_is_read_alone_and_quantized_as_the_whole(sectioned: str) -> None:
     shape = request_of("--engine", "vllm", "--model", sectioned, "--model-prefix", "language", "--gpu", "H200").shape
-    assert (shape.experts, shape.quantisation.block_shape) == (128, (128, 128))
+    assert (shape.experts, shape.quantization.block_shape) == (128, (128, 128))
 
 
 def test_a_section_that_is_not_there_is_named_with_those_that_are(

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from sglang_moe_ext.core import EngineError, MoEShape
-from sglang_moe_ext.engines.sglang.lookup_probe import Question, SglangProbe
+from sglang_moe_ext.engines.lookup_probe import LookupRequest
+from sglang_moe_ext.engines.sglang.lookup_probe import SglangProbe
 from tests.engines.installed import REPO_ROOT
 
 CHATTER = """
@@ -40,7 +41,7 @@ def test_a_chatty_engine_is_ready_before_it_is_asked(environment: dict[str, str]
 
 def test_the_last_line_of_a_chatty_engine_is_the_reason(environment: dict[str, str]) -> None:
     with pytest.raises(EngineError, match=r"^SGLang's own table lookup failed: SGLang is not installed in this env"):
-        SglangProbe(environment).answer(Question(MoEShape(8, 64, 64, 2), (1,)))
+        SglangProbe(environment).answer(LookupRequest(MoEShape(8, 64, 64, 2), (1,)))
 
 
 def test_a_process_that_was_not_asked_ends_when_it_is_closed(environment: dict[str, str]) -> None:

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from sglang_moe_ext.core import CompileJob, CompileKey, MoEShape, Projection, Quantisation
+from sglang_moe_ext.core import CompileJob, CompileKey, MoEShape, Projection, Quantization
 from tests.engines.installed import run_in_engine
 
 CHILD = Path(__file__).parent / "children" / "compile_jobs.py"
 VERSIONS = ("0.5.8", "0.5.15", "0.5.23")
 BF16 = MoEShape(128, 768, 2048, 8)
-FP8_BLOCK = MoEShape(128, 768, 2048, 8, Quantisation("fp8_w8a8", (128, 128)))
-INT4 = MoEShape(128, 768, 2048, 8, Quantisation("int4_w4a16", (0, 32)))
+FP8_BLOCK = MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", (128, 128)))
+INT4 = MoEShape(128, 768, 2048, 8, Quantization("int4_w4a16", (0, 32)))
 
 
 def job(shape: MoEShape, projection: Projection, key: CompileKey, *, sorted_rows: bool = False) -> CompileJob:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sglang_moe_ext.core import ActivationDtype, MoEShape, Projection, Quantisation
+from sglang_moe_ext.core import ActivationDtype, MoEShape, Projection, Quantization
 from sglang_moe_ext.engines.sglang import support, table_names
 from tests.engines.installed import ENGINE_VERSIONS, run_in_engine
 
@@ -26,20 +26,20 @@ BOUND = {"bfloat16": 3e-3, "float16": 4e-4}
 Both are off by up to half a unit in the last of 8 or of 11 binary places, 2 ** -9 or 2 ** -12.
 """
 
-SCHEMES: dict[str, tuple[ActivationDtype, Quantisation]] = {
-    "bf16": ("bfloat16", Quantisation()),
-    "fp16": ("float16", Quantisation()),
-    "fp8-block": ("bfloat16", Quantisation("fp8_w8a8", (32, 32))),
-    "fp8-narrow-block": ("bfloat16", Quantisation("fp8_w8a8", (16, 32))),
-    "fp8-channel": ("bfloat16", Quantisation("fp8_w8a8", per_channel=True)),
-    "fp8-tensor": ("bfloat16", Quantisation("fp8_w8a8")),
-    "int8-block": ("bfloat16", Quantisation("int8_w8a8", (32, 32))),
-    "int8-channel": ("bfloat16", Quantisation("int8_w8a8", per_channel=True)),
-    "int8-weights-channel": ("bfloat16", Quantisation("int8_w8a16", per_channel=True)),
-    "int8-weights-group": ("bfloat16", Quantisation("int8_w8a16", (0, 32))),
-    "int4-group": ("bfloat16", Quantisation("int4_w4a16", (0, 32))),
-    "int4-wide-group": ("bfloat16", Quantisation("int4_w4a16", (0, 64))),
-    "int4-group-fp16": ("float16", Quantisation("int4_w4a16", (0, 32))),
+SCHEMES: dict[str, tuple[ActivationDtype, Quantization]] = {
+    "bf16": ("bfloat16", Quantization()),
+    "fp16": ("float16", Quantization()),
+    "fp8-block": ("bfloat16", Quantization("fp8_w8a8", (32, 32))),
+    "fp8-narrow-block": ("bfloat16", Quantization("fp8_w8a8", (16, 32))),
+    "fp8-channel": ("bfloat16", Quantization("fp8_w8a8", per_channel=True)),
+    "fp8-tensor": ("bfloat16", Quantization("fp8_w8a8")),
+    "int8-block": ("bfloat16", Quantization("int8_w8a8", (32, 32))),
+    "int8-channel": ("bfloat16", Quantization("int8_w8a8", per_channel=True)),
+    "int8-weights-channel": ("bfloat16", Quantization("int8_w8a16", per_channel=True)),
+    "int8-weights-group": ("bfloat16", Quantization("int8_w8a16", (0, 32))),
+    "int4-group": ("bfloat16", Quantization("int4_w4a16", (0, 32))),
+    "int4-wide-group": ("bfloat16", Quantization("int4_w4a16", (0, 64))),
+    "int4-group-fp16": ("float16", Quantization("int4_w4a16", (0, 32))),
 }
 GROUPED = [name for name in SCHEMES if "group" in name]
 SIZES = {"whole-blocks": (64, 128), "cut-blocks": (96, 160)}
@@ -59,8 +59,8 @@ class Gemm:
 
     @property
     def shape(self) -> MoEShape:
-        dtype, quantisation = SCHEMES[self.scheme]
-        return MoEShape(4, *SIZES[self.size], 2, quantisation, dtype)
+        dtype, quantization = SCHEMES[self.scheme]
+        return MoEShape(4, *SIZES[self.size], 2, quantization, dtype)
 
     @property
     def bound(self) -> float:
@@ -68,7 +68,7 @@ class Gemm:
 
     def request(self) -> dict[str, Any]:
         # One scale a step: a block of the kernel may not span two of them along K.
-        block_k = 32 if self.shape.quantisation.is_block_wise else 64
+        block_k = 32 if self.shape.quantization.is_block_wise else 64
         return {
             "shape": dataclasses.asdict(self.shape),
             "projection": self.projection,
@@ -143,7 +143,7 @@ def test_up_tma_is_right_with_every_scheme(gemm: Gemm, version: str) -> None:
 @interpreted
 @pytest.mark.parametrize("gemm", DOWN_TMA, ids=named)
 def test_down_tma_is_right_just_where_we_say(gemm: Gemm, version: str) -> None:
-    assert (error(version, gemm) < gemm.bound) == support.down_tma_is_right(gemm.shape.quantisation)
+    assert (error(version, gemm) < gemm.bound) == support.down_tma_is_right(gemm.shape.quantization)
 
 
 @interpreted
@@ -172,14 +172,14 @@ def test_the_kernel_for_groups_reads_in_the_order_of_pairs_under_down_tma(gemm: 
 
 @pytest.mark.parametrize("scheme", GROUPED)
 def test_tma_is_never_asked_for_by_groups(scheme: str) -> None:
-    quantisation = SCHEMES[scheme][1]
-    assert not support.down_tma_is_right(quantisation)
-    assert not support.up_tma_is_right(quantisation, (0, 5, 23))
+    quantization = SCHEMES[scheme][1]
+    assert not support.down_tma_is_right(quantization)
+    assert not support.up_tma_is_right(quantization, (0, 5, 23))
 
 
 @pytest.mark.parametrize(("version", "right"), [((0, 5, 17), False), ((0, 5, 18), True), ((0, 6, 0), True)])
 def test_up_tma_came_with_0_5_18(version: tuple[int, int, int], right: bool) -> None:
-    assert support.up_tma_is_right(Quantisation(), version) is right
+    assert support.up_tma_is_right(Quantization(), version) is right
 
 
 @pytest.mark.parametrize("version", ENGINE_VERSIONS)

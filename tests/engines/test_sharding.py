@@ -6,19 +6,19 @@ from dataclasses import replace
 
 import pytest
 
-from sglang_moe_ext.core import ModelError, MoEModel, Parallelism, Quantisation
+from sglang_moe_ext.core import ModelError, MoEModel, Parallelism, Quantization
 from sglang_moe_ext.engines.sglang import sharding as sglang
 from sglang_moe_ext.engines.vllm import sharding as vllm
 from sglang_moe_ext.models.builtin import find_builtin
 
-FP8_BLOCK = Quantisation("fp8_w8a8", (128, 128))
+FP8_BLOCK = Quantization("fp8_w8a8", (128, 128))
 MIXTRAL = MoEModel("Mixtral-8x7B", "MixtralForCausalLM", 8, 2, 4096, 14336)
 
 
-def model(name: str, quantisation: Quantisation | None = None) -> MoEModel:
+def model(name: str, quantization: Quantization | None = None) -> MoEModel:
     found = find_builtin(name)
     assert found is not None, name
-    return found if quantisation is None else replace(found, quantisation=quantisation)
+    return found if quantization is None else replace(found, quantization=quantization)
 
 
 def numbers(shape: object) -> tuple[int, ...]:
@@ -39,7 +39,7 @@ def numbers(shape: object) -> tuple[int, ...]:
     ids=["GLM", "GLM tp 4", "GLM ep 4", "GLM tp 4 ep 2", "Qwen", "Qwen tp 8", "Qwen ep 8"],
 )
 def test_sglang_launches_this_layer(name: str, parallelism: Parallelism, expected: tuple[int, ...]) -> None:
-    assert numbers(sglang.launched_shape(model(name, Quantisation()), parallelism)) == expected
+    assert numbers(sglang.launched_shape(model(name, Quantization()), parallelism)) == expected
 
 
 def test_shared_experts_that_are_not_fused_change_nothing() -> None:
@@ -71,7 +71,7 @@ def test_sglang_refuses_an_uneven_split_and_names_the_culprit(
 
 
 def test_groups_along_k_are_no_hindrance_to_a_split() -> None:
-    grouped = model("Qwen3-30B-A3B", Quantisation("int4_w4a16", (0, 128)))
+    grouped = model("Qwen3-30B-A3B", Quantization("int4_w4a16", (0, 128)))
     assert sglang.launched_shape(grouped, Parallelism(4)).intermediate_size == 192
 
 
@@ -86,7 +86,7 @@ def test_groups_along_k_are_no_hindrance_to_a_split() -> None:
     ids=["GLM", "GLM tp 4", "GLM ep over all ranks", "Qwen ep 8"],
 )
 def test_vllm_launches_this_layer(name: str, parallelism: Parallelism, expected: tuple[int, ...]) -> None:
-    assert numbers(vllm.launched_shape(model(name, Quantisation()), parallelism)) == expected
+    assert numbers(vllm.launched_shape(model(name, Quantization()), parallelism)) == expected
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_vllm_launches_this_layer(name: str, parallelism: Parallelism, expected:
 )
 def test_vllm_halves_a_block_until_it_divides_a_ranks_columns(tp: int, block: tuple[int, int]) -> None:
     shape = vllm.launched_shape(model("Qwen3-30B-A3B", FP8_BLOCK), Parallelism(tp))
-    assert shape.quantisation.block_shape == block
+    assert shape.quantization.block_shape == block
 
 
 @pytest.mark.parametrize(

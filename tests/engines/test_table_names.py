@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_moe_ext.core import MoEShape, Quantisation, Scheme, TableError, TableKey
+from sglang_moe_ext.core import MoEShape, Quantization, Scheme, TableError, TableKey
 from sglang_moe_ext.engines import table_names
 from sglang_moe_ext.engines.sglang import table_names as sglang
 from sglang_moe_ext.engines.vllm import table_names as vllm
@@ -51,21 +51,21 @@ def test_the_dialects_differ_in_the_block_shape_alone(key: TableKey) -> None:
 
 
 @pytest.mark.parametrize(
-    ("quantisation", "name"),
+    ("quantization", "name"),
     [
-        (Quantisation(), "E=128,N=768,device_name=NVIDIA_H200.json"),
+        (Quantization(), "E=128,N=768,device_name=NVIDIA_H200.json"),
         (
-            Quantisation("fp8_w8a8", (128, 128)),
+            Quantization("fp8_w8a8", (128, 128)),
             "E=128,N=768,device_name=NVIDIA_H200,dtype=fp8_w8a8,block_shape=[128,128].json",
         ),
-        (Quantisation("fp8_w8a8", per_channel=True), "E=128,N=768,device_name=NVIDIA_H200,dtype=fp8_w8a8.json"),
-        (Quantisation("int8_w8a8", per_channel=True), "E=128,N=768,device_name=NVIDIA_H200.json"),
-        (Quantisation("int4_w4a16", (0, 128)), "E=128,N=768,device_name=NVIDIA_H200,dtype=int4_w4a16.json"),
+        (Quantization("fp8_w8a8", per_channel=True), "E=128,N=768,device_name=NVIDIA_H200,dtype=fp8_w8a8.json"),
+        (Quantization("int8_w8a8", per_channel=True), "E=128,N=768,device_name=NVIDIA_H200.json"),
+        (Quantization("int4_w4a16", (0, 128)), "E=128,N=768,device_name=NVIDIA_H200,dtype=int4_w4a16.json"),
     ],
     ids=["bf16", "fp8 block", "fp8 channel", "int8", "int4"],
 )
-def test_vllm_asks_for_the_table_by_this_name(quantisation: Quantisation, name: str) -> None:
-    assert vllm.file_name(vllm.table_key(MoEShape(128, 768, 2048, 8, quantisation), "NVIDIA H200")) == name
+def test_vllm_asks_for_the_table_by_this_name(quantization: Quantization, name: str) -> None:
+    assert vllm.file_name(vllm.table_key(MoEShape(128, 768, 2048, 8, quantization), "NVIDIA H200")) == name
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from sglang_moe_ext.core import MoEShape, Quantisation
+from sglang_moe_ext.core import MoEShape, Quantization
 from sglang_moe_ext.gpu import roofline, specs
 
 H200 = specs.find("H200")
@@ -69,7 +69,7 @@ def test_the_floor_of_many_tokens_is_their_arithmetic_over_the_rate() -> None:
 
 
 def test_half_the_weight_bits_are_half_the_floor_of_one_token() -> None:
-    fp8 = MoEShape(128, 768, 2048, 8, Quantisation("fp8_w8a8", (128, 128)))
+    fp8 = MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", (128, 128)))
     ratio = roofline.gemm_floor(fp8, H200, 1, "up").us / roofline.gemm_floor(QWEN, H200, 1, "up").us
     assert ratio == pytest.approx(0.5, rel=0.01)
 

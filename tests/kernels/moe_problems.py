@@ -7,17 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sglang_moe_ext.core import Quantisation
-from sglang_moe_ext.kernels.quantize import Scales, quantise_activations, quantise_weights
+from sglang_moe_ext.core import Quantization
+from sglang_moe_ext.kernels.quantize import Scales, quantize_activations, quantize_weights
 
-QUANTISATIONS = {
-    "bf16": (torch.bfloat16, Quantisation()),
-    "fp16": (torch.float16, Quantisation()),
-    "fp8-block": (torch.bfloat16, Quantisation("fp8_w8a8", (16, 32))),
-    "fp8-channel": (torch.bfloat16, Quantisation("fp8_w8a8", per_channel=True)),
-    "fp8-tensor": (torch.bfloat16, Quantisation("fp8_w8a8")),
-    "int8-block": (torch.bfloat16, Quantisation("int8_w8a8", (16, 32))),
-    "int8-channel": (torch.bfloat16, Quantisation("int8_w8a8", per_channel=True)),
+QUANTIZATIONS = {
+    "bf16": (torch.bfloat16, Quantization()),
+    "fp16": (torch.float16, Quantization()),
+    "fp8-block": (torch.bfloat16, Quantization("fp8_w8a8", (16, 32))),
+    "fp8-channel": (torch.bfloat16, Quantization("fp8_w8a8", per_channel=True)),
+    "fp8-tensor": (torch.bfloat16, Quantization("fp8_w8a8")),
+    "int8-block": (torch.bfloat16, Quantization("int8_w8a8", (16, 32))),
+    "int8-channel": (torch.bfloat16, Quantization("int8_w8a8", per_channel=True)),
 }
 
 
@@ -60,16 +60,16 @@ def problem(
     slots: int = 2,
 ) -> Problem:
     torch.manual_seed(tokens * 1000 + columns + k)
-    dtype, quantisation = QUANTISATIONS[kind]
+    dtype, quantization = QUANTIZATIONS[kind]
     # Experts of different size: one expert's scale taken for another's shows.
     size = torch.arange(1, experts + 1).view(-1, 1, 1) / 4
     a = torch.randn(tokens * (slots if down else 1), k).to(dtype)
     weights = (torch.randn(experts, columns, k) * size).to(dtype)
     scales = None
-    if quantisation.scheme is not None:
-        a, a_scale = quantise_activations(a, quantisation)
-        weights, b_scale = quantise_weights(weights, quantisation)
-        scales = Scales(quantisation, a_scale, b_scale)
+    if quantization.scheme is not None:
+        a, a_scale = quantize_activations(a, quantization)
+        weights, b_scale = quantize_weights(weights, quantization)
+        scales = Scales(quantization, a_scale, b_scale)
     ids = routing(route, tokens, experts, slots)
     return Problem(a, weights, scales, ids, torch.rand(tokens, slots), 1 if down else slots)
 
@@ -84,14 +84,14 @@ def naive_gemm(case: Problem, *, routed: bool) -> Tensor:
         row = pair // case.top_k
         real_row, real_weight = case.a[row].double(), case.weights[expert].double()
         if case.scales is not None:
-            quantisation = case.scales.quantisation
+            quantization = case.scales.quantization
             a_scale, b_scale = case.scales.activations.double(), case.scales.weights.double()
-            match quantisation.block_shape:
+            match quantization.block_shape:
                 case (n, d):
                     in_k, in_n = torch.arange(k) // d, torch.arange(columns) // n
                     real_row = real_row * a_scale[row][in_k]
                     real_weight = real_weight * b_scale[expert][in_n][:, in_k]
-                case None if quantisation.per_channel:
+                case None if quantization.per_channel:
                     real_row, real_weight = real_row * a_scale[row, 0], real_weight * b_scale[expert]
                 case None:
                     real_row, real_weight = real_row * a_scale[0], real_weight * b_scale[expert]

@@ -10,16 +10,16 @@ import torch
 import triton
 from torch import Tensor
 
-from sglang_moe_ext.core import Quantisation
+from sglang_moe_ext.core import Quantization
 from sglang_moe_ext.kernels.compiled import TargetOnlyDriver, resources_of
 from sglang_moe_ext.kernels.quantize import Scales
 
 KINDS = {
-    "bf16": (torch.bfloat16, Quantisation()),
-    "fp16": (torch.float16, Quantisation()),
-    "block": (torch.bfloat16, Quantisation("fp8_w8a8", (128, 128))),
-    "channel": (torch.bfloat16, Quantisation("fp8_w8a8", per_channel=True)),
-    "tensor": (torch.bfloat16, Quantisation("fp8_w8a8")),
+    "bf16": (torch.bfloat16, Quantization()),
+    "fp16": (torch.float16, Quantization()),
+    "block": (torch.bfloat16, Quantization("fp8_w8a8", (128, 128))),
+    "channel": (torch.bfloat16, Quantization("fp8_w8a8", per_channel=True)),
+    "tensor": (torch.bfloat16, Quantization("fp8_w8a8")),
 }
 REGISTERS_MORE, SMEM_BYTES_MORE = 8, 1024
 SMEM_PER_BLOCK = {90: 232_448, 100: 232_448, 120: 101_376}
@@ -29,8 +29,8 @@ def operands(
     kind: str, block_m: int, columns: int, k: int, *, rows: int = 8192, experts: int = 128
 ) -> tuple[tuple[Tensor, ...], Scales | None]:
     """What comes before the configuration in a launch of the down projection, and the scales."""
-    dtype, quantisation = KINDS[kind]
-    stored = dtype if quantisation.scheme is None else torch.float8_e4m3fn
+    dtype, quantization = KINDS[kind]
+    stored = dtype if quantization.scheme is None else torch.float8_e4m3fn
     with torch.device("meta"):
         tensors = (
             torch.empty(rows, k, dtype=stored),
@@ -39,7 +39,7 @@ def operands(
             torch.empty(rows // block_m, dtype=torch.int32),
             torch.empty(1, dtype=torch.int32),
         )
-        return tensors, _scales(quantisation, rows, experts, columns, k)
+        return tensors, _scales(quantization, rows, experts, columns, k)
 
 
 def compiled(sm: int, kernel: Any, named: dict[str, Any]) -> Any:
@@ -57,11 +57,11 @@ def check_needs(kernel: Any, sm: int, registers: int, smem_bytes: int) -> None:
     assert needs.smem_bytes <= min(smem_bytes + SMEM_BYTES_MORE, SMEM_PER_BLOCK[sm])
 
 
-def _scales(quantisation: Quantisation, rows: int, experts: int, columns: int, k: int) -> Scales | None:
-    if quantisation.scheme is None:
+def _scales(quantization: Quantization, rows: int, experts: int, columns: int, k: int) -> Scales | None:
+    if quantization.scheme is None:
         return None
-    if quantisation.block_shape is not None:
-        return Scales(quantisation, torch.empty(rows, k // 128), torch.empty(experts, columns // 128, k // 128))
-    if quantisation.per_channel:
-        return Scales(quantisation, torch.empty(rows, 1), torch.empty(experts, columns, 1))
-    return Scales(quantisation, torch.empty(1), torch.empty(experts))
+    if quantization.block_shape is not None:
+        return Scales(quantization, torch.empty(rows, k // 128), torch.empty(experts, columns // 128, k // 128))
+    if quantization.per_channel:
+        return Scales(quantization, torch.empty(rows, 1), torch.empty(experts, columns, 1))
+    return Scales(quantization, torch.empty(1), torch.empty(experts))

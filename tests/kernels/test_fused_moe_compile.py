@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sglang_moe_ext.core import CompileKey, MoEExtError, MoEShape, Projection, Quantisation, TileConfig
+from sglang_moe_ext.core import CompileKey, MoEExtError, MoEShape, Projection, Quantization, TileConfig
 from sglang_moe_ext.kernels import fused_moe
 from sglang_moe_ext.kernels.compiled import TargetOnlyDriver, resources_of
 from sglang_moe_ext.kernels.fused_moe import fused_moe_kernel
@@ -22,7 +22,7 @@ from sglang_moe_ext.kernels.fused_moe_compile import compile_signature
 from sglang_moe_ext.kernels.quantize import Scales
 from sglang_moe_ext.kernels.reference import moe_align
 
-QUANTISATIONS = {"bf16": Quantisation(), "fp8": Quantisation("fp8_w8a8", (128, 128))}
+QUANTIZATIONS = {"bf16": Quantization(), "fp8": Quantization("fp8_w8a8", (128, 128))}
 TOLERANCE_BYTES = 1126
 
 # metadata.shared of fused_moe_kernel of sglang 0.5.23, compiled through its own launcher; Triton 3.7.1, 2026-11-21;
@@ -55,8 +55,8 @@ ENGINE_SMEM_BYTES = [
 ]
 
 
-def glm_flash(quantisation: str) -> MoEShape:
-    return MoEShape(65, 1536, 2048, 5, QUANTISATIONS[quantisation])
+def glm_flash(quantization: str) -> MoEShape:
+    return MoEShape(65, 1536, 2048, 5, QUANTIZATIONS[quantization])
 
 
 def compiled(shape: MoEShape, projection: Projection, key: CompileKey, sm: int) -> Any:
@@ -65,19 +65,19 @@ def compiled(shape: MoEShape, projection: Projection, key: CompileKey, sm: int) 
     return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=ours.options)
 
 
-@pytest.mark.parametrize(("sm", "quantisation", "key", "engine_bytes"), ENGINE_SMEM_BYTES, ids=str)
+@pytest.mark.parametrize(("sm", "quantization", "key", "engine_bytes"), ENGINE_SMEM_BYTES, ids=str)
 def test_memory_is_the_engines_and_nothing_spills(
-    sm: int, quantisation: str, key: CompileKey, engine_bytes: int
+    sm: int, quantization: str, key: CompileKey, engine_bytes: int
 ) -> None:
-    needs = resources_of(compiled(glm_flash(quantisation), "up", key, sm))
+    needs = resources_of(compiled(glm_flash(quantization), "up", key, sm))
     assert abs(needs.smem_bytes - engine_bytes) <= TOLERANCE_BYTES
     assert needs.spill_bytes == 0
 
 
-@pytest.mark.parametrize("quantisation", QUANTISATIONS)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("projection", ["up", "down"])
 def test_the_offline_binary_is_the_one_that_a_launch_compiles(
-    projection: Projection, quantisation: str, monkeypatch: pytest.MonkeyPatch
+    projection: Projection, quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched = []
     run = fused_moe_kernel.run
@@ -88,8 +88,8 @@ def test_the_offline_binary_is_the_one_that_a_launch_compiles(
     config = TileConfig(16, 64, 128, 8, 4, 3)
     monkeypatch.setattr(triton.runtime.driver, "_active", TargetOnlyDriver(90))
     monkeypatch.setattr(fused_moe_kernel, "device_caches", copy.copy(fused_moe_kernel.device_caches))
-    launch_on_meta(glm_flash(quantisation), projection, config)
-    offline = compiled(glm_flash(quantisation), projection, config.compile_key, 90)
+    launch_on_meta(glm_flash(quantization), projection, config)
+    offline = compiled(glm_flash(quantization), projection, config.compile_key, 90)
     assert launched[0].asm["ptx"] == offline.asm["ptx"]
 
 
@@ -100,10 +100,10 @@ def launch_on_meta(shape: MoEShape, projection: Projection, config: TileConfig) 
     rows, top_k = (64 * shape.top_k, 1) if down else (64, shape.top_k)
     with torch.device("meta"):
         stored, scales = torch.bfloat16, None
-        if shape.quantisation.scheme is not None:
+        if shape.quantization.scheme is not None:
             a_scale = torch.empty(rows, k // 128)
             stored = torch.float8_e4m3fn
-            scales = Scales(shape.quantisation, a_scale, torch.empty(shape.experts, columns // 128, k // 128))
+            scales = Scales(shape.quantization, a_scale, torch.empty(shape.experts, columns // 128, k // 128))
         fused_moe.fused_moe_gemm(
             torch.empty(rows, k, dtype=stored),
             torch.empty(shape.experts, columns, k, dtype=stored),
@@ -122,16 +122,16 @@ def test_a_configuration_with_tma_is_refused() -> None:
 
 
 def test_a_scheme_that_the_kernel_cannot_do_is_refused() -> None:
-    shape = MoEShape(64, 1536, 2048, 4, Quantisation("int4_w4a16", (0, 128)))
+    shape = MoEShape(64, 1536, 2048, 4, Quantization("int4_w4a16", (0, 128)))
     with pytest.raises(MoEExtError, match="int4_w4a16"):
         compile_signature(shape, "up", CompileKey(64, 64, 64, 4, 3), 90)
 
 
 @pytest.mark.parametrize("block_m", [32, 128])
 @pytest.mark.parametrize(
-    "quantisation", [Quantisation("int8_w8a8", per_channel=True), Quantisation("fp8_w8a8")], ids=str
+    "quantization", [Quantization("int8_w8a8", per_channel=True), Quantization("fp8_w8a8")], ids=str
 )
-def test_the_other_schemes_compile_without_spilling(quantisation: Quantisation, block_m: int) -> None:
-    shape = MoEShape(65, 1536, 2048, 5, quantisation)
+def test_the_other_schemes_compile_without_spilling(quantization: Quantization, block_m: int) -> None:
+    shape = MoEShape(65, 1536, 2048, 5, quantization)
     kernel = compiled(shape, "down", CompileKey(block_m, 64, 128, 4, 3), 90)
     assert resources_of(kernel).spill_bytes == 0

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from moe_problems import QUANTISATIONS, naive_gemm, problem, routing
+from moe_problems import QUANTIZATIONS, naive_gemm, problem, routing
 
-from sglang_moe_ext.core import MoEExtError, Quantisation
-from sglang_moe_ext.kernels.quantize import Scales, quantise_activations, quantise_weights, real_weights
+from sglang_moe_ext.core import MoEExtError, Quantization
+from sglang_moe_ext.kernels.quantize import Scales, quantize_activations, quantize_weights, real_weights
 from sglang_moe_ext.kernels.reference import Alignment, grouped_gemm, moe_align, moe_layer, relative_error
 
 ROUTES = ["spread", "one", "elsewhere", "nobody"]
@@ -50,7 +50,7 @@ def test_alignment_buffers_are_as_long_as_the_engines(tokens: int, rows: int) ->
 
 @pytest.mark.parametrize("down", [False, True], ids=["up", "down"])
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("kind", QUANTISATIONS)
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
 def test_grouped_gemm_is_the_loop_over_pairs(kind: str, route: str, down: bool) -> None:
     case = problem(kind, 17, 40, 72, down=down, route=route)
     out = grouped_gemm(
@@ -65,26 +65,26 @@ def test_grouped_gemm_is_the_loop_over_pairs(kind: str, route: str, down: bool) 
 
 
 @pytest.mark.parametrize("kind", ["fp8-block", "fp8-channel", "fp8-tensor", "int8-block", "int8-channel"])
-def test_quantised_operands_stand_for_the_given_ones(kind: str) -> None:
-    _, quantisation = QUANTISATIONS[kind]
-    plain, quantised = problem("bf16", 17, 40, 72), problem(kind, 17, 40, 72)
-    out = naive_gemm(quantised, routed=False)
-    assert 1e-4 < relative_error(out, naive_gemm(plain, routed=False)) < 0.06, quantisation
+def test_quantized_operands_stand_for_the_given_ones(kind: str) -> None:
+    _, quantization = QUANTIZATIONS[kind]
+    plain, quantized = problem("bf16", 17, 40, 72), problem(kind, 17, 40, 72)
+    out = naive_gemm(quantized, routed=False)
+    assert 1e-4 < relative_error(out, naive_gemm(plain, routed=False)) < 0.06, quantization
 
 
 @pytest.mark.parametrize("scheme", ["fp8_w8a8", "int8_w8a8"])
 def test_a_group_of_zeros_has_a_scale_that_divides(scheme: str) -> None:
-    quantisation = Quantisation(scheme, (16, 32))  # type: ignore[arg-type]
-    stored, scale = quantise_activations(torch.zeros(3, 72), quantisation)
+    quantization = Quantization(scheme, (16, 32))  # type: ignore[arg-type]
+    stored, scale = quantize_activations(torch.zeros(3, 72), quantization)
     assert scale.gt(0).all()
     assert stored.float().eq(0).all()
 
 
 WEIGHT_ONLY = {
-    "int4-group32": Quantisation("int4_w4a16", (0, 32)),
-    "int4-group64": Quantisation("int4_w4a16", (0, 64)),
-    "int8-group32": Quantisation("int8_w8a16", (0, 32)),
-    "int8-weights-per-channel": Quantisation("int8_w8a16", per_channel=True),
+    "int4-group32": Quantization("int4_w4a16", (0, 32)),
+    "int4-group64": Quantization("int4_w4a16", (0, 64)),
+    "int8-group32": Quantization("int8_w8a16", (0, 32)),
+    "int8-weights-per-channel": Quantization("int8_w8a16", per_channel=True),
 }
 """Schemes whose activations stay in 16 bits."""
 BOUND = {"int4_w4a16": 0.15, "int8_w8a16": 0.015}
@@ -92,73 +92,73 @@ BOUND = {"int4_w4a16": 0.15, "int8_w8a16": 0.015}
 
 
 @pytest.mark.parametrize("kind", WEIGHT_ONLY)
-def test_weights_quantised_alone_stand_for_the_given_ones(kind: str) -> None:
+def test_weights_quantized_alone_stand_for_the_given_ones(kind: str) -> None:
     torch.manual_seed(0)
-    quantisation, weights = WEIGHT_ONLY[kind], torch.randn(3, 40, 96) * torch.tensor([1.0, 4.0, 0.1]).view(3, 1, 1)
-    stored, scale = quantise_weights(weights, quantisation)
-    scales = Scales(quantisation, None, scale)
+    quantization, weights = WEIGHT_ONLY[kind], torch.randn(3, 40, 96) * torch.tensor([1.0, 4.0, 0.1]).view(3, 1, 1)
+    stored, scale = quantize_weights(weights, quantization)
+    scales = Scales(quantization, None, scale)
     errors = [relative_error(real_weights(stored, expert, scales), weights[expert]) for expert in range(3)]
-    assert all(1e-3 < error < BOUND[str(quantisation.scheme)] for error in errors), errors
+    assert all(1e-3 < error < BOUND[str(quantization.scheme)] for error in errors), errors
 
 
 def test_an_int4_byte_holds_an_even_k_in_its_low_nibble_over_a_zero_point_of_8() -> None:
     row = torch.tensor([[[7.0, -7.0, 0.0, 1.0, -3.0, 2.0, 5.0, -6.0]]])
-    stored, scale = quantise_weights(row, Quantisation("int4_w4a16", (0, 8)))
+    stored, scale = quantize_weights(row, Quantization("int4_w4a16", (0, 8)))
     assert scale.tolist() == [[[1.0]]]
     assert stored.tolist() == [[[15 + 16 * 1, 8 + 16 * 9, 5 + 16 * 10, 13 + 16 * 2]]]
 
 
 def test_int8_weights_in_groups_lie_over_a_zero_point_of_128() -> None:
     row = torch.tensor([[[127.0, -127.0, 0.0, 5.0]]])
-    stored, _ = quantise_weights(row, Quantisation("int8_w8a16", (0, 4)))
+    stored, _ = quantize_weights(row, Quantization("int8_w8a16", (0, 4)))
     assert (stored.dtype, stored.tolist()) == (torch.uint8, [[[255, 1, 128, 133]]])
 
 
 def test_int8_weights_per_channel_have_no_zero_point() -> None:
     row = torch.tensor([[[127.0, -127.0, 0.0, 5.0]]])
-    stored, _ = quantise_weights(row, Quantisation("int8_w8a16", per_channel=True))
+    stored, _ = quantize_weights(row, Quantization("int8_w8a16", per_channel=True))
     assert (stored.dtype, stored.tolist()) == (torch.int8, [[[127, -127, 0, 5]]])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_the_scales_of_groups_are_of_the_activations_dtype(dtype: torch.dtype) -> None:
-    _, scale = quantise_weights(torch.randn(2, 8, 64).to(dtype), Quantisation("int4_w4a16", (0, 32)))
+    _, scale = quantize_weights(torch.randn(2, 8, 64).to(dtype), Quantization("int4_w4a16", (0, 32)))
     assert (scale.dtype, scale.shape) == (dtype, (2, 8, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("kind", WEIGHT_ONLY)
 def test_a_group_of_zero_weights_comes_back_as_zeros(kind: str, dtype: torch.dtype) -> None:
-    stored, scale = quantise_weights(torch.zeros(1, 4, 64, dtype=dtype), WEIGHT_ONLY[kind])
+    stored, scale = quantize_weights(torch.zeros(1, 4, 64, dtype=dtype), WEIGHT_ONLY[kind])
     assert real_weights(stored, 0, Scales(WEIGHT_ONLY[kind], None, scale)).eq(0).all()
 
 
 @pytest.mark.parametrize("kind", WEIGHT_ONLY)
 def test_layouts_can_be_had_of_weights_without_storage(kind: str) -> None:
     """So a compilation without a GPU can ask for the layout that a launch will have."""
-    ours, real = (quantise_weights(torch.zeros(2, 8, 64, device=on), WEIGHT_ONLY[kind]) for on in ("meta", "cpu"))
+    ours, real = (quantize_weights(torch.zeros(2, 8, 64, device=on), WEIGHT_ONLY[kind]) for on in ("meta", "cpu"))
     assert [(part.shape, part.dtype) for part in ours] == [(part.shape, part.dtype) for part in real]
 
 
 @pytest.mark.parametrize("kind", WEIGHT_ONLY)
-def test_activations_that_stay_in_16_bits_are_not_quantised(kind: str) -> None:
+def test_activations_that_stay_in_16_bits_are_not_quantized(kind: str) -> None:
     with pytest.raises(MoEExtError, match="16 bits"):
-        quantise_activations(torch.zeros(3, 64), WEIGHT_ONLY[kind])
+        quantize_activations(torch.zeros(3, 64), WEIGHT_ONLY[kind])
 
 
 @pytest.mark.parametrize(
-    ("quantisation", "k"),
+    ("quantization", "k"),
     [
-        (Quantisation(), 64),
-        (Quantisation("int4_w4a16"), 64),
-        (Quantisation("int4_w4a16", per_channel=True), 64),
-        (Quantisation("int4_w4a16", (128, 128)), 64),
-        (Quantisation("int4_w4a16", (0, 32)), 63),
-        (Quantisation("int4_w4a16", (0, 0)), 64),
-        (Quantisation("int8_w8a16"), 64),
-        (Quantisation("int8_w8a16", (128, 128)), 64),
-        (Quantisation("fp8_w8a8", (0, 128)), 64),
-        (Quantisation("int8_w8a8", (0, 128)), 64),
+        (Quantization(), 64),
+        (Quantization("int4_w4a16"), 64),
+        (Quantization("int4_w4a16", per_channel=True), 64),
+        (Quantization("int4_w4a16", (128, 128)), 64),
+        (Quantization("int4_w4a16", (0, 32)), 63),
+        (Quantization("int4_w4a16", (0, 0)), 64),
+        (Quantization("int8_w8a16"), 64),
+        (Quantization("int8_w8a16", (128, 128)), 64),
+        (Quantization("fp8_w8a8", (0, 128)), 64),
+        (Quantization("int8_w8a8", (0, 128)), 64),
     ],
     ids=[
         "no scheme",
@@ -173,9 +173,9 @@ def test_activations_that_stay_in_16_bits_are_not_quantised(kind: str) -> None:
         "int8 in groups",
     ],
 )
-def test_weights_that_no_kernel_of_the_engine_reads_are_refused(quantisation: Quantisation, k: int) -> None:
+def test_weights_that_no_kernel_of_the_engine_reads_are_refused(quantization: Quantization, k: int) -> None:
     with pytest.raises(MoEExtError, match="expected"):
-        quantise_weights(torch.zeros(2, 8, k), quantisation)
+        quantize_weights(torch.zeros(2, 8, k), quantization)
 
 
 def naive_layer(
@@ -204,15 +204,15 @@ def test_layer_is_the_loop_over_tokens_and_slots(route: str, gated: bool) -> Non
 
 
 @pytest.mark.parametrize("kind", ["fp8-block", "fp8-channel", "fp8-tensor", "int8-channel", *WEIGHT_ONLY])
-def test_quantised_layer_is_near_the_plain_one(kind: str) -> None:
+def test_quantized_layer_is_near_the_plain_one(kind: str) -> None:
     torch.manual_seed(0)
-    quantisation = WEIGHT_ONLY[kind] if kind in WEIGHT_ONLY else QUANTISATIONS[kind][1]
+    quantization = WEIGHT_ONLY[kind] if kind in WEIGHT_ONLY else QUANTIZATIONS[kind][1]
     x, w1, w2 = torch.randn(17, 72), torch.randn(4, 80, 72), torch.randn(4, 72, 40)
     ids, weight = routing("spread", 17, experts=4, slots=2), torch.rand(17, 2)
-    (q1, s1), (q2, s2) = quantise_weights(w1, quantisation), quantise_weights(w2, quantisation)
-    out = moe_layer(x, q1, q2, weight, ids, quantisation=quantisation, w1_scale=s1, w2_scale=s2)
+    (q1, s1), (q2, s2) = quantize_weights(w1, quantization), quantize_weights(w2, quantization)
+    out = moe_layer(x, q1, q2, weight, ids, quantization=quantization, w1_scale=s1, w2_scale=s2)
     # Each of two GEMMs and a product of two of its columns add their share.
-    bound = 0.08 if quantisation.scheme not in BOUND else 2.5 * BOUND[str(quantisation.scheme)]
+    bound = 0.08 if quantization.scheme not in BOUND else 2.5 * BOUND[str(quantization.scheme)]
     assert 1e-4 < relative_error(out, moe_layer(x, w1, w2, weight, ids)) < bound
 
 

@@ -29,20 +29,20 @@ TOKENS, TOP_K, EXPERTS, K, COLUMNS = 4096, 8, 128, 2048, 768
 """Of Qwen3-30B-A3B."""
 
 
-def arguments(kind: str, config: UpConfig, quantises: bool) -> dict[str, Any]:
-    dtype, quantisation = KINDS[kind]
-    stored = dtype if quantisation.scheme is None else torch.float8_e4m3fn
+def arguments(kind: str, config: UpConfig, quantizes: bool) -> dict[str, Any]:
+    dtype, quantization = KINDS[kind]
+    stored = dtype if quantization.scheme is None else torch.float8_e4m3fn
     rows = 65536
     columns = COLUMNS if config.is_fused else 2 * COLUMNS
     with torch.device("meta"):
         scales = None
-        if quantisation.scheme is not None:
+        if quantization.scheme is not None:
             of_weights = torch.empty(EXPERTS, 2 * COLUMNS // GROUP, K // GROUP)
-            scales = Scales(quantisation, torch.empty(TOKENS, K // GROUP), of_weights)
+            scales = Scales(quantization, torch.empty(TOKENS, K // GROUP), of_weights)
         return up_arguments(
             torch.empty(TOKENS, K, dtype=stored),
             torch.empty(EXPERTS, 2 * COLUMNS, K, dtype=stored),
-            torch.empty(rows, columns, dtype=torch.float8_e4m3fn if quantises else dtype),
+            torch.empty(rows, columns, dtype=torch.float8_e4m3fn if quantizes else dtype),
             torch.empty(rows, dtype=torch.int32),
             torch.empty(rows // config.block_m, dtype=torch.int32),
             torch.empty(1, dtype=torch.int32),
@@ -51,11 +51,11 @@ def arguments(kind: str, config: UpConfig, quantises: bool) -> dict[str, Any]:
             top_k=TOP_K,
             align_block_m=config.block_m,
             scales=scales,
-            out_scale=torch.empty(rows, columns // GROUP) if quantises else None,
+            out_scale=torch.empty(rows, columns // GROUP) if quantizes else None,
         )
 
 
-# (sm, kind, tile, quantises, registers, bytes of shared memory) of Triton 3.7.1, 2026-11-21.
+# (sm, kind, tile, quantizes, registers, bytes of shared memory) of Triton 3.7.1, 2026-11-21.
 NEEDS = [
     (90, "bf16", UpConfig(128, 256, 64, 8, 8, 4, is_fused=False, half_stores=True), False, 180, 229_408),
     (90, "bf16", UpConfig(128, 128, 64, 8, 8, 4, is_fused=False), False, 118, 163_872),
@@ -76,11 +76,11 @@ NEEDS = [
 ]
 
 
-@pytest.mark.parametrize(("sm", "kind", "config", "quantises", "registers", "smem_bytes"), NEEDS, ids=str)
+@pytest.mark.parametrize(("sm", "kind", "config", "quantizes", "registers", "smem_bytes"), NEEDS, ids=str)
 def test_a_tile_fits_and_needs_no_more_than_it_did(
-    sm: int, kind: str, config: UpConfig, quantises: bool, registers: int, smem_bytes: int
+    sm: int, kind: str, config: UpConfig, quantizes: bool, registers: int, smem_bytes: int
 ) -> None:
-    check_needs(compiled(sm, sorted_up_kernel, arguments(kind, config, quantises)), sm, registers, smem_bytes)
+    check_needs(compiled(sm, sorted_up_kernel, arguments(kind, config, quantizes)), sm, registers, smem_bytes)
 
 
 def test_the_weights_come_and_the_rows_leave_through_tma() -> None:

@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_moe_ext.core import ModelError, Quantisation
+from sglang_moe_ext.core import ModelError, Quantization
 from sglang_moe_ext.models.quantization import METHODS, OTHER_KERNELS, quantization_from_config
 from sglang_moe_ext.models.shape_string import parse_dtype_flag
 
-FP8_TENSOR = Quantisation("fp8_w8a8")
-FP8_CHANNEL = Quantisation("fp8_w8a8", per_channel=True)
-FP8_BLOCK = Quantisation("fp8_w8a8", (128, 128))
+FP8_TENSOR = Quantization("fp8_w8a8")
+FP8_CHANNEL = Quantization("fp8_w8a8", per_channel=True)
+FP8_BLOCK = Quantization("fp8_w8a8", (128, 128))
 
 
-def stored(**section: Any) -> Quantisation:
+def stored(**section: Any) -> Quantization:
     return quantization_from_config({"quantization_config": section})
 
 
@@ -47,26 +47,26 @@ def compressed(*groups: dict[str, Any], **others: Any) -> dict[str, Any]:
     return {"quant_method": "compressed-tensors", "config_groups": named} | others
 
 
-METHOD_CASES: dict[str, tuple[dict[str, Any], Quantisation]] = {
+METHOD_CASES: dict[str, tuple[dict[str, Any], Quantization]] = {
     "fp8 with blocks": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, FP8_BLOCK),
     "fp8 without blocks": ({"quant_method": "fp8", "activation_scheme": "static"}, FP8_TENSOR),
     "fp8 with blocks of nothing": ({"quant_method": "fp8", "weight_block_size": [0, None]}, FP8_TENSOR),
     "w8a8_fp8": ({"quant_method": "w8a8_fp8"}, FP8_CHANNEL),
     "fbgemm_fp8": ({"quant_method": "fbgemm_fp8"}, FP8_CHANNEL),
-    "w8a8_int8": ({"quant_method": "w8a8_int8"}, Quantisation("int8_w8a8", per_channel=True)),
+    "w8a8_int8": ({"quant_method": "w8a8_int8"}, Quantization("int8_w8a8", per_channel=True)),
     "blockwise_int8": (
         {"quant_method": "blockwise_int8", "weight_block_size": [128, 128]},
-        Quantisation("int8_w8a8", (128, 128)),
+        Quantization("int8_w8a8", (128, 128)),
     ),
-    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 128}, Quantisation("int4_w4a16", (0, 128))),
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 128}, Quantization("int4_w4a16", (0, 128))),
     "awq in AutoAWQ's words": (
         {"quant_method": "awq", "w_bit": 4, "q_group_size": 64},
-        Quantisation("int4_w4a16", (0, 64)),
+        Quantization("int4_w4a16", (0, 64)),
     ),
-    "gptq in 4 bits": ({"quant_method": "gptq", "bits": 4, "group_size": 32}, Quantisation("int4_w4a16", (0, 32))),
+    "gptq in 4 bits": ({"quant_method": "gptq", "bits": 4, "group_size": 32}, Quantization("int4_w4a16", (0, 32))),
     "gptq in 8 bits without groups": (
         {"quant_method": "gptq", "bits": 8, "group_size": -1},
-        Quantisation("int8_w8a16", per_channel=True),
+        Quantization("int8_w8a16", per_channel=True),
     ),
     "compressed fp8 per channel": (compressed(group("float", 8, "channel", 8)), FP8_CHANNEL),
     "compressed fp8 per tensor": (compressed(group("float", 8, "tensor", 8)), FP8_TENSOR),
@@ -75,27 +75,27 @@ METHOD_CASES: dict[str, tuple[dict[str, Any], Quantisation]] = {
         compressed(group("float", 8, "block", 8, block_structure="128x128")),
         FP8_BLOCK,
     ),
-    "compressed int8": (compressed(group("int", 8, "channel", 8)), Quantisation("int8_w8a8", per_channel=True)),
+    "compressed int8": (compressed(group("int", 8, "channel", 8)), Quantization("int8_w8a8", per_channel=True)),
     "compressed int4 in groups": (
         compressed(group("int", 4, "group", group_size=32)),
-        Quantisation("int4_w4a16", (0, 32)),
+        Quantization("int4_w4a16", (0, 32)),
     ),
     "compressed int8 weights alone": (
         compressed(group("int", 8, "group", group_size=128)),
-        Quantisation("int8_w8a16", (0, 128)),
+        Quantization("int8_w8a16", (0, 128)),
     ),
     "compressed int4 per channel": (
         compressed(group("int", 4, "channel")),
-        Quantisation("int4_w4a16", per_channel=True),
+        Quantization("int4_w4a16", per_channel=True),
     ),
     "compressed with a group for experts": (
         compressed(group("float", 8, "tensor", 8), group("float", 8, "channel", 8) | {"targets": ["re:.*experts.*"]}),
         FP8_CHANNEL,
     ),
-    "compressed with nothing in it": (compressed(), Quantisation()),
+    "compressed with nothing in it": (compressed(), Quantization()),
     "compressed with experts left out": (
         compressed(group("float", 8, "tensor", 8), ignore=["lm_head", "re:.*mlp.experts.*"]),
-        Quantisation(),
+        Quantization(),
     ),
     "compressed with only shared experts left out": (
         compressed(group("float", 8, "tensor", 8), ignore=["re:.*shared_experts.*"]),
@@ -123,20 +123,20 @@ METHOD_CASES: dict[str, tuple[dict[str, Any], Quantisation]] = {
     ),
     "modelopt mixed, with plain experts": (
         {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {"q": {"quant_algo": "FP8"}}},
-        Quantisation(),
+        Quantization(),
     ),
-    "nothing": ({}, Quantisation()),
+    "nothing": ({}, Quantization()),
 }
 
 
 @pytest.mark.parametrize(("section", "expected"), METHOD_CASES.values(), ids=METHOD_CASES.keys())
-def test_a_method_is_read_as_the_engine_runs_it(section: dict[str, Any], expected: Quantisation) -> None:
+def test_a_method_is_read_as_the_engine_runs_it(section: dict[str, Any], expected: Quantization) -> None:
     assert stored(**section) == expected
 
 
 @pytest.mark.parametrize("config", [{}, {"quantization_config": None}], ids=["none stated", "null"])
-def test_weights_without_a_section_are_not_quantised(config: dict[str, Any]) -> None:
-    assert quantization_from_config(config) == Quantisation()
+def test_weights_without_a_section_are_not_quantized(config: dict[str, Any]) -> None:
+    assert quantization_from_config(config) == Quantization()
 
 
 @pytest.mark.parametrize(
@@ -281,12 +281,12 @@ def test_any_section_is_read_or_refused_in_one_line(method: str | None, section:
         assert str(refused).isprintable()
 
 
-FLAGS: dict[str, tuple[str | None, dict[str, Any], Quantisation]] = {
+FLAGS: dict[str, tuple[str | None, dict[str, Any], Quantization]] = {
     "auto is the checkpoint's": ("auto", {"checkpoint": FP8_BLOCK}, FP8_BLOCK),
     "none is the checkpoint's": (None, {"checkpoint": FP8_BLOCK}, FP8_BLOCK),
-    "auto of nothing": ("auto", {}, Quantisation()),
+    "auto of nothing": ("auto", {}, Quantization()),
     "the same scheme keeps the checkpoint's blocks": ("fp8_w8a8", {"checkpoint": FP8_BLOCK}, FP8_BLOCK),
-    "another scheme does not": ("int8_w8a8", {"checkpoint": FP8_BLOCK}, Quantisation("int8_w8a8")),
+    "another scheme does not": ("int8_w8a8", {"checkpoint": FP8_BLOCK}, Quantization("int8_w8a8")),
     "fp8": ("fp8_w8a8", {}, FP8_TENSOR),
     "fp8 per channel": ("fp8_w8a8", {"per_channel": True}, FP8_CHANNEL),
     "per channel where the checkpoint has blocks": (
@@ -295,15 +295,15 @@ FLAGS: dict[str, tuple[str | None, dict[str, Any], Quantisation]] = {
         FP8_CHANNEL,
     ),
     "fp8 in blocks": ("fp8_w8a8", {"block_shape": [128, 128]}, FP8_BLOCK),
-    "int4 in groups": ("int4_w4a16", {"block_shape": [0, 32]}, Quantisation("int4_w4a16", (0, 32))),
-    "int8 weights": ("int8_w8a16", {}, Quantisation("int8_w8a16")),
-    "unquantised, whatever the checkpoint": ("bf16", {"checkpoint": FP8_BLOCK}, Quantisation()),
+    "int4 in groups": ("int4_w4a16", {"block_shape": [0, 32]}, Quantization("int4_w4a16", (0, 32))),
+    "int8 weights": ("int8_w8a16", {}, Quantization("int8_w8a16")),
+    "unquantized, whatever the checkpoint": ("bf16", {"checkpoint": FP8_BLOCK}, Quantization()),
     "in capitals": (" FP8_W8A8 ", {}, FP8_TENSOR),
 }
 
 
 @pytest.mark.parametrize(("flag", "others", "expected"), FLAGS.values(), ids=FLAGS.keys())
-def test_the_dtype_flag_means(flag: str | None, others: dict[str, Any], expected: Quantisation) -> None:
+def test_the_dtype_flag_means(flag: str | None, others: dict[str, Any], expected: Quantization) -> None:
     assert parse_dtype_flag(flag, **others) == expected
 
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_moe_ext.core import ModelError, MoEModel, MoEShape, Quantisation
+from sglang_moe_ext.core import ModelError, MoEModel, MoEShape, Quantization
 from sglang_moe_ext.models import builtin_models, parse_shape, resolve
 from sglang_moe_ext.models.builtin import builtin_records, find_builtin
 
@@ -163,20 +163,20 @@ def test_a_config_class_of_its_own_fills_in_when_it_is_trusted(tmp_path: Path, m
 def test_modelopts_own_file_says_how_the_weights_are_stored(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, MIXTRAL, hf_quant_config={"quantization": {"quant_algo": "FP8"}})
 
-    assert resolve(folder).quantisation == Quantisation("fp8_w8a8")
+    assert resolve(folder).quantization == Quantization("fp8_w8a8")
 
 
 def test_a_null_in_the_config_does_not_hide_modelopts_file(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, MIXTRAL | {"quantization_config": None}, hf_quant_config={"quant_algo": "FP8"})
 
-    assert resolve(folder).quantisation == Quantisation("fp8_w8a8")
+    assert resolve(folder).quantization == Quantization("fp8_w8a8")
 
 
-def test_a_quantisation_in_the_config_comes_before_modelopts_file(tmp_path: Path) -> None:
+def test_a_quantization_in_the_config_comes_before_modelopts_file(tmp_path: Path) -> None:
     config = MIXTRAL | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
     folder = checkpoint(tmp_path, config, hf_quant_config={"quantization": {"quant_algo": "NVFP4"}})
 
-    assert resolve(folder).quantisation == Quantisation("fp8_w8a8", (128, 128))
+    assert resolve(folder).quantization == Quantization("fp8_w8a8", (128, 128))
 
 
 BROKEN: dict[str, bytes] = {
@@ -276,7 +276,7 @@ def test_a_built_in_model_is_found_by_its_hub_id_without_the_organisation() -> N
 def test_the_fp8_checkpoint_of_a_model_is_found_by_its_published_name() -> None:
     found = find_builtin("Qwen/Qwen3-30B-A3B-FP8")
     assert found is not None
-    assert (found.name, found.quantisation) == ("Qwen3-30B-A3B-FP8", Quantisation("fp8_w8a8", (128, 128)))
+    assert (found.name, found.quantization) == ("Qwen3-30B-A3B-FP8", Quantization("fp8_w8a8", (128, 128)))
 
 
 def test_a_model_that_nobody_published_in_fp8_is_not_found_so() -> None:
@@ -298,9 +298,9 @@ def test_a_built_in_model_is_possible(model: MoEModel) -> None:
     assert model.architecture.endswith(("ForCausalLM", "ForConditionalGeneration"))
 
 
-def test_the_usual_quantisation_of_a_built_in_model_is_its_first() -> None:
+def test_the_usual_quantization_of_a_built_in_model_is_its_first() -> None:
     for record in builtin_records():
-        assert record.model.quantisation == record.quantisations[0]
+        assert record.model.quantization == record.quantizations[0]
 
 
 def test_an_unknown_name_brings_the_closest_built_in_ones() -> None:
@@ -344,7 +344,7 @@ def test_the_hub_serves_what_its_config_says(tmp_path: Path, monkeypatch: pytest
 
     model = resolve("org/unheard-of")
 
-    assert (model.name, model.top_k, model.quantisation) == ("org/unheard-of", 2, Quantisation("fp8_w8a8"))
+    assert (model.name, model.top_k, model.quantization) == ("org/unheard-of", 2, Quantization("fp8_w8a8"))
 
 
 def test_a_file_that_the_hub_need_not_have_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +359,7 @@ def test_a_file_that_the_hub_need_not_have_is_not_missed(tmp_path: Path, monkeyp
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
 
-    assert resolve("org/unheard-of").quantisation == Quantisation()
+    assert resolve("org/unheard-of").quantization == Quantization()
 
 
 def test_the_consent_to_remote_code_reaches_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,15 +403,15 @@ SHAPES: dict[str, tuple[str, MoEShape]] = {
     "in another order, with spaces": (" topk = 5 , K=2048, N=1536 ,E=65 ", MoEShape(65, 1536, 2048, 5)),
     "in blocks": (
         "E=257,N=256,K=7168,topk=9,dtype=fp8_w8a8,block_shape=[128, 128]",
-        MoEShape(257, 256, 7168, 9, Quantisation("fp8_w8a8", (128, 128))),
+        MoEShape(257, 256, 7168, 9, Quantization("fp8_w8a8", (128, 128))),
     ),
     "per channel": (
         "E=65,N=1536,K=2048,topk=5,dtype=fp8_w8a8,per_channel_quant=True",
-        MoEShape(65, 1536, 2048, 5, Quantisation("fp8_w8a8", per_channel=True)),
+        MoEShape(65, 1536, 2048, 5, Quantization("fp8_w8a8", per_channel=True)),
     ),
     "in groups": (
         "block_shape=[0,128],dtype=int4_w4a16,E=8,N=64,K=64,topk=2",
-        MoEShape(8, 64, 64, 2, Quantisation("int4_w4a16", (0, 128))),
+        MoEShape(8, 64, 64, 2, Quantization("int4_w4a16", (0, 128))),
     ),
     "without a gate": (
         "E=128,N=1856,K=2688,topk=6,gated=False",

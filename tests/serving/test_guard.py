@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_moe_ext.core import MoEShape, Projection, Quantisation, TileConfig
+from sglang_moe_ext.core import MoEShape, Projection, Quantization, TileConfig
 from sglang_moe_ext.engines import config_dict
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.gpu.shared_memory import smem_bytes
@@ -23,14 +23,14 @@ GLM = MoEShape(65, 1536, 2048, 5)
 SEED = TileConfig(128, 256, 64, 16, num_warps=8, num_stages=4)
 OLD, NEW = (0, 5, 17), (0, 5, 18)
 
-QUANTISATIONS = {
-    "bf16": Quantisation(),
-    "fp8-block": Quantisation("fp8_w8a8", (128, 128)),
-    "fp8-tensor": Quantisation("fp8_w8a8"),
-    "fp8-channel": Quantisation("fp8_w8a8", per_channel=True),
-    "int8-channel": Quantisation("int8_w8a8", per_channel=True),
-    "int8-weights": Quantisation("int8_w8a16", per_channel=True),
-    "int4-group": Quantisation("int4_w4a16", (0, 128)),
+QUANTIZATIONS = {
+    "bf16": Quantization(),
+    "fp8-block": Quantization("fp8_w8a8", (128, 128)),
+    "fp8-tensor": Quantization("fp8_w8a8"),
+    "fp8-channel": Quantization("fp8_w8a8", per_channel=True),
+    "int8-channel": Quantization("int8_w8a8", per_channel=True),
+    "int8-weights": Quantization("int8_w8a16", per_channel=True),
+    "int4-group": Quantization("int4_w4a16", (0, 128)),
 }
 
 usual = st.builds(
@@ -43,7 +43,7 @@ usual = st.builds(
     num_stages=st.integers(1, 8),
     use_tma=st.booleans(),
 )
-shapes = st.sampled_from([dataclasses.replace(GLM, quantisation=it) for it in QUANTISATIONS.values()])
+shapes = st.sampled_from([dataclasses.replace(GLM, quantization=it) for it in QUANTIZATIONS.values()])
 
 
 @pytest.fixture(autouse=True)
@@ -117,11 +117,11 @@ def test_what_leaves_the_guard_fits_wherever_a_smaller_one_does(config: TileConf
 
 
 @pytest.mark.parametrize(
-    ("quantisation", "expected"), [("bf16", 10_240), ("int8-weights", 9_216), ("fp8-tensor", 5_120)]
+    ("quantization", "expected"), [("bf16", 10_240), ("int8-weights", 9_216), ("fp8-tensor", 5_120)]
 )
-def test_a_single_stage_asks_for_what_the_compiler_says(quantisation: str, expected: int) -> None:
+def test_a_single_stage_asks_for_what_the_compiler_says(quantization: str, expected: int) -> None:
     """128x32x32 of 0.5.15's kernel for sm_89, by Triton 3.7.1."""
-    shape = dataclasses.replace(GLM, quantisation=QUANTISATIONS[quantisation])
+    shape = dataclasses.replace(GLM, quantization=QUANTIZATIONS[quantization])
     assert smem_bytes(TileConfig(128, 32, 32, 1, 4, 1), shape, 89) == expected
 
 
@@ -159,19 +159,19 @@ DOWN_IS_RIGHT = {"bf16", "fp8-block", "int8-weights"}
 UP_IS_WRONG = {"int4-group"}
 
 
-@pytest.mark.parametrize("name", QUANTISATIONS)
+@pytest.mark.parametrize("name", QUANTIZATIONS)
 def test_tma_of_the_down_projection_stays_where_it_is_right_alone(name: str) -> None:
     entry: dict[str, Any] = config_dict.config_dict_of(dataclasses.replace(SEED, use_tma=True))
-    shape = dataclasses.replace(GLM, quantisation=QUANTISATIONS[name])
+    shape = dataclasses.replace(GLM, quantization=QUANTIZATIONS[name])
     assert config_dict.USE_TMA in entry
     assert ConfigGuard(NEW, H200).safe(entry, shape, "down").get(config_dict.USE_TMA, False) == (name in DOWN_IS_RIGHT)
 
 
 @pytest.mark.parametrize("version", [OLD, NEW], ids=["0.5.17", "0.5.18"])
-@pytest.mark.parametrize("name", QUANTISATIONS)
+@pytest.mark.parametrize("name", QUANTIZATIONS)
 def test_tma_of_the_up_projection_stays_from_0_5_18_on(name: str, version: tuple[int, int, int]) -> None:
     entry = config_dict.config_dict_of(dataclasses.replace(SEED, use_tma=True))
-    shape = dataclasses.replace(GLM, quantisation=QUANTISATIONS[name])
+    shape = dataclasses.replace(GLM, quantization=QUANTIZATIONS[name])
     stays = version == NEW and name not in UP_IS_WRONG
     assert ConfigGuard(version, H200).safe(entry, shape, "up").get(config_dict.USE_TMA, False) == stays
 
@@ -182,7 +182,7 @@ def test_tma_that_is_off_leaves_no_key_behind() -> None:
 
 
 def test_wrong_tma_is_said_once_for_each_layer_and_projection(caplog: pytest.LogCaptureFixture) -> None:
-    shape = dataclasses.replace(GLM, quantisation=QUANTISATIONS["fp8-channel"])
+    shape = dataclasses.replace(GLM, quantization=QUANTIZATIONS["fp8-channel"])
     for group_m, projection in itertools.product((1, 16), ("up", "down", "down")):
         entry = config_dict.config_dict_of(dataclasses.replace(SEED, use_tma=True, group_m=group_m))
         ConfigGuard(OLD, H200).safe(entry, shape, projection)  # type: ignore[arg-type]

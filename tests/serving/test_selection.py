@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_moe_ext.core import Gpu, MoEShape, Origin, Quantisation, Table, TileConfig
+from sglang_moe_ext.core import Gpu, MoEShape, Origin, Quantization, Table, TileConfig
 from sglang_moe_ext.engines.sglang import table_names
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.serving import selection, table_search
@@ -213,9 +213,9 @@ LAYERS = {
     "bf16": SHAPE,
     "fewer-experts-than-top-k": dataclasses.replace(SHAPE, experts=1, ep=8),
     "no-gate": dataclasses.replace(SHAPE, gated=False),
-    "fp8-block": dataclasses.replace(SHAPE, quantisation=Quantisation("fp8_w8a8", (128, 128))),
-    "int4": dataclasses.replace(SHAPE, quantisation=Quantisation("int4_w4a16", (0, 128))),
-    "int4-of-unknown-groups": dataclasses.replace(SHAPE, quantisation=Quantisation("int4_w4a16")),
+    "fp8-block": dataclasses.replace(SHAPE, quantization=Quantization("fp8_w8a8", (128, 128))),
+    "int4": dataclasses.replace(SHAPE, quantization=Quantization("int4_w4a16", (0, 128))),
+    "int4-of-unknown-groups": dataclasses.replace(SHAPE, quantization=Quantization("int4_w4a16")),
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_moe_ext.core import EngineError, MoEShape, Quantisation
+from sglang_moe_ext.core import EngineError, MoEShape, Quantization
 from sglang_moe_ext.engines import config_dict, running
 from sglang_moe_ext.engines.lookup_args import lookup_layer
 from sglang_moe_ext.engines.sglang.hook_points import SglangHookPoints
@@ -252,9 +252,9 @@ def test_a_warm_call_reads_nothing(tuned: Engine) -> None:
 
 SCHEMES = {
     "bf16": (None, None, False, SHAPE),
-    "fp8-block": ("fp8_w8a8", [128, 128], False, MoEShape(8, 256, 512, 2, Quantisation("fp8_w8a8", (128, 128)))),
-    "fp8-channel": ("fp8_w8a8", None, True, MoEShape(8, 256, 512, 2, Quantisation("fp8_w8a8", None, True))),
-    "int4": ("int4_w4a16", [0, 128], False, MoEShape(8, 512, 512, 2, Quantisation("int4_w4a16", (0, 128)))),
+    "fp8-block": ("fp8_w8a8", [128, 128], False, MoEShape(8, 256, 512, 2, Quantization("fp8_w8a8", (128, 128)))),
+    "fp8-channel": ("fp8_w8a8", None, True, MoEShape(8, 256, 512, 2, Quantization("fp8_w8a8", None, True))),
+    "int4": ("int4_w4a16", [0, 128], False, MoEShape(8, 512, 512, 2, Quantization("int4_w4a16", (0, 128)))),
 }
 
 

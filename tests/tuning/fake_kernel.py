@@ -1,4 +1,4 @@
-"""A kernel module for the compile farm that does on demand what a compiler does on bad days: BLOCK_SIZE_K says what.
+"""A kernel module for the compile pool that does on demand what a compiler does on bad days: BLOCK_SIZE_K says what.
 
 What it does on import, and where it leaves its traces, stands in the environment.
 """

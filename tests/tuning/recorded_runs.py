@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sglang_moe_ext.core import CompileJob, Failure, MoEShape, Projection, Quantisation, Resources, TileConfig
+from sglang_moe_ext.core import CompileJob, Failure, MoEShape, Projection, Quantization, Resources, TileConfig
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tuning import plan
 from sglang_moe_ext.tuning.bench.messages import (
@@ -37,7 +37,7 @@ from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
 JOURNALS = Path(__file__).resolve().parents[1] / "data" / "journals"
 LAYERS = {
     "glm_4_7_flash_bf16": MoEShape(65, 1536, 2048, 5, fused_shared=1),
-    "qwen3_30b_a3b_fp8_block": MoEShape(128, 768, 2048, 8, Quantisation("fp8_w8a8", (128, 128))),
+    "qwen3_30b_a3b_fp8_block": MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", (128, 128))),
 }
 GPU = specs.find("H200")
 FITS = Resources(smem_bytes=65536, registers=128, spill_bytes=0)
@@ -153,18 +153,18 @@ def unseen(stage: str, done: int, of: int) -> None:
 def measured(
     layer: str,
     run: Journal,
-    stations: Sequence[Executor],
+    executors: Sequence[Executor],
     tokens: Sequence[int] = plan.DEFAULT_TOKENS,
     measuring: MeasureOptions = MEASURING,
     today: dict[int, Pair] | None = None,
 ) -> dict[int, MeasuredChoice]:
-    """What a run over these stations chooses, by M; in place of the recorded incumbents those of `today`."""
+    """What a run over these executors chooses, by M; in place of the recorded incumbents those of `today`."""
     return search_loop.measure_all(
         request_of(layer, tokens, measuring),
         measuring,
         tasks_of(layer, tokens, measuring),
         lambda: incumbents_of(layer) if today is None else today,
-        stations,
+        executors,
         run,
         unseen,
     ).pairs

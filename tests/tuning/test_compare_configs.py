@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from sglang_moe_ext.core import Failure, MoEShape, Quantisation, TileConfig
+from sglang_moe_ext.core import Failure, MoEShape, Quantization, TileConfig
 from sglang_moe_ext.tuning.bench.messages import (
     Accuracy,
     BenchLayers,
@@ -225,4 +225,4 @@ def test_only_a_small_error_is_right(error: float | Failure) -> None:
 
 
 def test_eight_bit_activations_may_differ_more() -> None:
-    assert is_right(MoEShape(8, 64, 64, 2, Quantisation("fp8_w8a8")), 2e-2)
+    assert is_right(MoEShape(8, 64, 64, 2, Quantization("fp8_w8a8")), 2e-2)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_moe_ext.cli import main
-from sglang_moe_ext.core import PROJECTIONS, CompileKey, MoEShape, Quantisation, StoreError, TileConfig
+from sglang_moe_ext.core import PROJECTIONS, CompileKey, MoEShape, Quantization, StoreError, TileConfig
 from sglang_moe_ext.engines.adapter import EngineName
 from sglang_moe_ext.engines.registry import ENGINES
 from sglang_moe_ext.tables import config_table, provenance
@@ -107,7 +107,7 @@ def test_a_longer_screen_of_a_configuration_counts() -> None:
 
 
 def test_a_tile_that_reaches_beyond_a_block_of_scales_is_written_as_vllm_runs_it() -> None:
-    shape = MoEShape(8, 64, 64, 2, Quantisation("fp8_w8a8", (32, 32)))
+    shape = MoEShape(8, 64, 64, 2, Quantization("fp8_w8a8", (32, 32)))
     assert chosen(*screens({FAST: 3.0}), shape=shape)[64].block_k == 32
 
 

@@ -1,4 +1,4 @@
-"""SGLang, as the tuner asks it: the functions of `engines.tunable.Tunable`."""
+"""SGLang, as the tuner asks it: the functions of `engines.adapter.EngineAdapter`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sglang_moe_ext.core import Gpu, MoEShape, Projection, Quantisation, Table, TableKey, TileConfig
+from sglang_moe_ext.core import Gpu, MoEShape, Projection, Quantization, Table, TableKey, TileConfig
 from sglang_moe_ext.engines.adapter import EngineName, Sorted, Version
 from sglang_moe_ext.engines.sglang import (
     installation,
@@ -57,7 +57,7 @@ def table_text(table: Table, triton: str) -> str:
     return config_table.to_json(table)
 
 
-def effective(config: TileConfig, quantisation: Quantisation) -> TileConfig:
+def effective(config: TileConfig, quantization: Quantization) -> TileConfig:
     return config
 
 
@@ -69,11 +69,11 @@ def representative_tokens(shape: MoEShape, tokens: int) -> int:
     return runner.representative_tokens(shape, tokens)
 
 
-def gemms_with_tma(quantisation: Quantisation, version: Version, sm: int) -> tuple[Projection, ...]:
-    return support.gemms_with_tma(quantisation, version, sm)
+def gemms_with_tma(quantization: Quantization, version: Version, sm: int) -> tuple[Projection, ...]:
+    return support.gemms_with_tma(quantization, version, sm)
 
 
-def why_not_tuned(quantisation: Quantisation, version: Version) -> str | None:
+def why_not_tuned(quantization: Quantization, version: Version) -> str | None:
     return None
 
 

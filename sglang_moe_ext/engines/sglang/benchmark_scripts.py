@@ -97,7 +97,7 @@ def _answer(stated: frozenset[str], asked: dict[str, Any]) -> dict[str, Any] | N
         engine_version=NEWEST if engine is None else engine.version,
         fuse_shared_experts=not asked.get("disable_shared_experts_fusion", False),
     )
-    block_shape = shape.quantisation.block_shape
+    block_shape = shape.quantization.block_shape
     # Upstream counts a fused shared expert among the top-k only of ids that were recorded from a server.
     uncounted = shape.fused_shared if asked.get("topk_ids_dir") is None else 0
     # Also for experts without a gate: upstream takes half of it for the N of a table's name, whatever the model.

@@ -1,4 +1,4 @@
-"""Compile SGLang's own kernel for a GPU that need not be here, exactly as a launch on that GPU would specialise it.
+"""Compile SGLang's own kernel for a GPU that need not be here, exactly as a launch on that GPU would specialize it.
 
 The engine's launcher runs on storage-free tensors with a driver that only says which GPU to compile for, so that
 signature, divisibility and constants are the engine's own, whatever its version. For child processes only.
@@ -61,16 +61,16 @@ def _tensors(
     )
 
 
-def _quantised(dtype_name: str, scale_columns: Callable[[torch.Tensor, int], int]) -> Callable[..., Any]:
-    """In place of a quantiser of activations: results of its types and shapes, without storage."""
+def _quantized(dtype_name: str, scale_columns: Callable[[torch.Tensor, int], int]) -> Callable[..., Any]:
+    """In place of a quantizer of activations: results of its types and shapes, without storage."""
 
-    def quantise(a: torch.Tensor, group: Any = None, *_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantize(a: torch.Tensor, group: Any = None, *_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
         columns = scale_columns(a, group if isinstance(group, int) else 0)
         return meta(tuple(a.shape), getattr(torch, dtype_name)), meta((a.shape[0], columns), torch.float32)
 
-    return quantise
+    return quantize
 
 
 def _groups(a: torch.Tensor, group: int) -> int:
@@ -86,14 +86,14 @@ def _per_tensor_or_token(a: torch.Tensor, scale: object, use_per_token_if_dynami
 
 
 def _prepare(kernels: Any, sm: int) -> None:
-    """Set, in the engine's kernel module, what it would find on the GPU, and replace its CUDA-only quantisers."""
+    """Set, in the engine's kernel module, what it would find on the GPU, and replace its CUDA-only quantizers."""
     kernels.is_arch_support_pdl = lambda: sm >= 90
     kernels.should_enable_swap_ab = lambda block_m, block_n: sm == 90 and block_m < 64 and block_n >= 64
     kernels.scaled_fp8_quant = _per_tensor_or_token
-    kernels.per_token_quant_int8 = _quantised("int8", lambda a, _: 1)
+    kernels.per_token_quant_int8 = _quantized("int8", lambda a, _: 1)
     for prefix in ("", "sglang_"):
-        setattr(kernels, f"{prefix}per_token_group_quant_fp8", _quantised("float8_e4m3fn", _groups))
-        setattr(kernels, f"{prefix}per_token_group_quant_int8", _quantised("int8", _groups))
+        setattr(kernels, f"{prefix}per_token_group_quant_fp8", _quantized("float8_e4m3fn", _groups))
+        setattr(kernels, f"{prefix}per_token_group_quant_int8", _quantized("int8", _groups))
 
 
 def compile_job(job: CompileJob) -> Resources | Failure:

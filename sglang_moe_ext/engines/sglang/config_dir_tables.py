@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sglang_moe_ext.core import MoEExtError, Quantisation, TableKey
+from sglang_moe_ext.core import MoEExtError, Quantization, TableKey
 from sglang_moe_ext.engines import table_names
 from sglang_moe_ext.engines.sglang import support
 from sglang_moe_ext.engines.sglang import table_names as sglang_table_names
@@ -116,7 +116,7 @@ def safe(stored: StoredTable, key: TableKey, version: Version) -> StoredTable:
 
 
 def _may_use_tma(key: TableKey, version: Version) -> bool:
-    quantisation = Quantisation(key.scheme, key.block_shape, key.per_channel)
+    quantization = Quantization(key.scheme, key.block_shape, key.per_channel)
     # A name tells int8 weights with groups along K, for which it is wrong, from per-channel ones by this word alone.
     is_told = not key.down or key.scheme != "int8_w8a16" or key.per_channel
-    return is_told and support.is_right("down" if key.down else "up", quantisation, version)
+    return is_told and support.is_right("down" if key.down else "up", quantization, version)

@@ -9,7 +9,7 @@ from sglang_moe_ext.core import EngineError
 from sglang_moe_ext.engines import installed
 from sglang_moe_ext.engines.installed import parse_version, running_triton
 
-__all__ = ["OLDEST", "Installation", "find", "parse_version", "running_triton"]
+__all__ = ["OLDEST", "SglangInstallation", "find", "parse_version", "running_triton"]
 
 _OLD_PACKAGE = "srt/layers/moe/fused_moe_triton"
 _NEW_PACKAGE = "srt/layers/moe/moe_runner/triton_utils"

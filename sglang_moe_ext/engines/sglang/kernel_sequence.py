@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sglang_moe_ext.core import ActivationDtype, EngineError, MoEShape, Quantisation
+from sglang_moe_ext.core import ActivationDtype, EngineError, MoEShape, Quantization
 from sglang_moe_ext.engines.config_dict import ConfigWithPlan
 from sglang_moe_ext.engines.sglang.hook_points import SEQUENCE, SglangHookPoints
 from sglang_moe_ext.sorted_kernels import KernelPlan
@@ -96,7 +96,7 @@ GATES = (
         "its scales are not those of float8 blocks of 128, or of channels",
         lambda given: bool(given["use_fp8_w8a8"]) and not _is_scaled_as_known(given),
     ),
-    _unless_given("its activations come quantised", "a1_scale", "a2_scale", "a1_q"),
+    _unless_given("its activations come quantized", "a1_scale", "a2_scale", "a1_q"),
     _unless_set("it weighs the input of the experts", "apply_router_weight_on_input"),
     _unless_set("its sum is somebody else's", "no_combine", "no_combine_keep_router_weight", "defer_sum"),
     _unless_set("some of its experts are of other ranks, where our path was never measured", "filter_expert"),
@@ -204,10 +204,10 @@ def _layer(given: Arguments, path: KernelPlan, engine: SglangHookPoints) -> Sort
     from sglang_moe_ext.engines.tensors import LayerTensors
 
     hidden, w1, w2, topk_ids = (given[name] for name in ("hidden_states", "w1", "w2", "topk_ids"))
-    quantisation = Quantisation()
+    quantization = Quantization()
     if given["use_fp8_w8a8"]:
         per_channel = bool(given["per_channel_quant"])
-        quantisation = Quantisation("fp8_w8a8", None if per_channel else (128, 128), per_channel)
+        quantization = Quantization("fp8_w8a8", None if per_channel else (128, 128), per_channel)
     return SortedLayer(
         engine=LoadedSglang(engine.engine.version, engine.kernels, None, engine.layer),
         shape=MoEShape(
@@ -215,7 +215,7 @@ def _layer(given: Arguments, path: KernelPlan, engine: SglangHookPoints) -> Sort
             intermediate_size=w2.shape[2],
             hidden_size=w2.shape[1],
             top_k=topk_ids.shape[1],
-            quantisation=quantisation,
+            quantization=quantization,
             dtype=_dtype(hidden),
         ),
         tensors=LayerTensors(hidden, w1, w2, given["w1_scale"], given["w2_scale"], given["topk_weights"], topk_ids),

@@ -14,7 +14,7 @@ from sglang_moe_ext.engines.lookup_probe import LogCapture, LookupRequest, Looku
 from sglang_moe_ext.engines.sglang import bootstrap, installation
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 
-__all__ = ["ALONE", "AS_SERVED", "Answer", "Asked", "Question", "ask"]
+__all__ = ["ALONE", "AS_SERVED", "LookupRequest", "LookupResult", "SglangProbe", "ask"]
 
 ALONE = ProbeModule("SGLang", "sglang_moe_ext.engines.sglang.lookup_probe", is_alone=True)
 AS_SERVED = ProbeModule("SGLang", "sglang_moe_ext.serving.lookup_probe", is_alone=False)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from sglang_moe_ext.core import ModelError, MoEModel, MoEShape, Parallelism, Quantisation, TableError, TableKey
+from sglang_moe_ext.core import ModelError, MoEModel, MoEShape, Parallelism, Quantization, TableError, TableKey
 from sglang_moe_ext.engines import table_names
 from sglang_moe_ext.engines.sglang import table_names as sglang_table_names
 from sglang_moe_ext.engines.sglang.sharding import NEWEST, launched_shape
@@ -54,21 +54,21 @@ def guess_launches(
     """The known models that ask for this table, each with the smallest split that does."""
     found: list[LaunchGuess] = []
     for model in models:
-        quantised = _with_scheme_of(key, model)
+        quantized = _with_scheme_of(key, model)
         for tp in _SIZES:
             for ep in (size for size in _SIZES if tp % size == 0):
                 parallelism = Parallelism(tp, ep)
                 try:
-                    shape = launched_shape(quantised, parallelism, engine_version=engine_version)
+                    shape = launched_shape(quantized, parallelism, engine_version=engine_version)
                 except ModelError:
                     continue
                 if _asks_for(shape, key) and not any(guess.model.name == model.name for guess in found):
-                    found.append(LaunchGuess(quantised, parallelism, shape))
+                    found.append(LaunchGuess(quantized, parallelism, shape))
     return found
 
 
 def _with_scheme_of(key: TableKey, model: MoEModel) -> MoEModel:
-    """The model, quantised as the file name says: the name is what the server asked for."""
+    """The model, quantized as the file name says: the name is what the server asked for."""
     if key.scheme is None:
-        return replace(model, quantisation=Quantisation())
-    return replace(model, quantisation=Quantisation(key.scheme, key.block_shape, key.per_channel))
+        return replace(model, quantization=Quantization())
+    return replace(model, quantization=Quantization(key.scheme, key.block_shape, key.per_channel))

@@ -71,8 +71,8 @@ def launch(
     invoke = engine.kernels.invoke_fused_moe_kernel
     # A constant of the kernel since 0.5.10, which the layer states for the down GEMM whether it is used or not.
     has_router_topk = projection == "down" and "router_topk" in inspect.signature(invoke).parameters
-    scheme = shape.quantisation.scheme
-    block = shape.quantisation.block_shape
+    scheme = shape.quantization.scheme
+    block = shape.quantization.block_shape
     invoke(
         A=tensors.a,
         B=tensors.weights,
@@ -94,7 +94,7 @@ def launch(
         use_int8_w8a8=scheme == "int8_w8a8",
         use_int8_w8a16=scheme == "int8_w8a16",
         use_int4_w4a16=scheme == "int4_w4a16",
-        per_channel_quant=shape.quantisation.per_channel,
+        per_channel_quant=shape.quantization.per_channel,
         block_shape=None if block is None else list(block),
         filter_expert=shape.ep > 1,
         a_use_tma=config.use_tma and projection == "down",
@@ -125,7 +125,7 @@ def alone(layer: Any) -> None:
 
 def run(engine: LoadedSglang, shape: MoEShape, tensors: LayerTensors, up: TileConfig, down: TileConfig) -> torch.Tensor:
     """[tokens, hidden], by the engine's `fused_experts_impl`."""
-    scheme, block = shape.quantisation.scheme, shape.quantisation.block_shape
+    scheme, block = shape.quantization.scheme, shape.quantization.block_shape
     engine.layer.try_get_optimal_moe_config = lambda *_, **__: (config_dict_of(up), (config_dict_of(down), up.block_m))
     alone(engine.layer)
     out: torch.Tensor = engine.layer.fused_experts_impl(
@@ -140,7 +140,7 @@ def run(engine: LoadedSglang, shape: MoEShape, tensors: LayerTensors, up: TileCo
         use_int8_w8a8=scheme == "int8_w8a8",
         use_int8_w8a16=scheme == "int8_w8a16",
         use_int4_w4a16=scheme == "int4_w4a16",
-        per_channel_quant=shape.quantisation.per_channel,
+        per_channel_quant=shape.quantization.per_channel,
         w1_scale=tensors.w1_scale,
         w2_scale=tensors.w2_scale,
         block_shape=None if block is None else list(block),

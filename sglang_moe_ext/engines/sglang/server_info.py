@@ -19,7 +19,7 @@ from sglang_moe_ext.engines.sglang.installation import parse_version
 _PATHS = ("/server_info", "/get_server_info")
 """The second is the older one, and leaves with some release to come."""
 _FIRST_WITH_PLUGINS = (0, 5, 11)
-# What --quantization makes of experts that the checkpoint does not quantise; with other values it has to.
+# What --quantization makes of experts that the checkpoint does not quantize; with other values it has to.
 _DTYPES = {"fp8": ("fp8_w8a8", False), "w8a8_fp8": ("fp8_w8a8", True), "w8a8_int8": ("int8_w8a8", True)}
 
 
@@ -165,11 +165,11 @@ def why_no_table(server: RunningServer) -> str | None:
 def report(server: RunningServer, version_here: str) -> list[str]:
     """What to know of that server before what follows is read, in lines."""
     split = f"--tp-size {server.parallelism.tp} --ep-size {server.parallelism.ep}"
-    quantised = f" --quantization {server.quantization}" if server.quantization else ""
+    quantized = f" --quantization {server.quantization}" if server.quantization else ""
     is_same = server.version_text == version_here
     old = parse_version(server.version_text) < _FIRST_WITH_PLUGINS
     return [
-        f"{server.url}: SGLang {server.version_text} serves {server.model_path} on {server.device}, {split}{quantised}",
+        f"{server.url}: SGLang {server.version_text} serves {server.model_path} on {server.device}, {split}{quantized}",
         f"what follows is what the SGLang {version_here} here takes, with the Triton, tables and settings of here"
         + ("" if is_same else f"; that server has another release, {server.version_text}, and may take something else"),
         "whether sglang-moe-ext is active in that server it does not tell"

@@ -110,7 +110,7 @@ def launched_shape(
     """The layer that one rank launches.
 
     Raises:
-        ModelError: the split is not even, or cuts through a quantisation block.
+        ModelError: the split is not even, or cuts through a quantization block.
     """
     tp, ep = parallelism.tp, parallelism.ep
     if tp < 1 or ep < 1 or tp % ep:
@@ -124,7 +124,7 @@ def launched_shape(
             "choose a size that divides it"
         )
     intermediate_size = model.intermediate_size // parallelism.moe_tp
-    block = model.quantisation.block_shape
+    block = model.quantization.block_shape
     if block is not None and block[0] and intermediate_size % block[0]:
         raise ModelError(
             f"{model.name}: {intermediate_size} columns a rank are no multiple of its block {list(block)}; "
@@ -136,7 +136,7 @@ def launched_shape(
         intermediate_size=intermediate_size,
         hidden_size=model.hidden_size,
         top_k=model.top_k + fused,
-        quantisation=model.quantisation,
+        quantization=model.quantization,
         dtype=model.dtype,
         gated=model.gated,
         ep=ep,

@@ -1,6 +1,6 @@
 """SGLang's fused-MoE layer by our path, behind the engine's sort: rows keep the order of the experts to the last sum.
 
-The up GEMM, the engine's or ours; our activation, with the quantisation where there is one; our down GEMM through TMA;
+The up GEMM, the engine's or ours; our activation, with the quantization where there is one; our down GEMM through TMA;
 a weighted sum that gathers a token's rows in order. The inputs stay as they are until that sum: whatever fails before
 it, the engine's own kernels can still run.
 """
@@ -46,7 +46,7 @@ class SortedLayer:
         """Of a GEMM of ours."""
         from sglang_moe_ext.kernels.quantize import Scales
 
-        return None if activations is None or weights is None else Scales(self.shape.quantisation, activations, weights)
+        return None if activations is None or weights is None else Scales(self.shape.quantization, activations, weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +80,16 @@ def result(engine: LoadedSglang, shape: MoEShape, tensors: LayerTensors, path: K
 
 
 def read(layer: SortedLayer) -> RowValues:
-    """The hidden states [tokens, hidden], quantised where our up GEMM wants them so; the engine's does it itself."""
+    """The hidden states [tokens, hidden], quantized where our up GEMM wants them so; the engine's does it itself."""
     import torch
 
     from sglang_moe_ext.kernels import swiglu
 
     hidden = layer.tensors.hidden
-    if isinstance(layer.path.up, TileConfig) or layer.shape.quantisation.scheme is None:
+    if isinstance(layer.path.up, TileConfig) or layer.shape.quantization.scheme is None:
         return RowValues(hidden)
     values, scale = torch.empty_like(hidden, dtype=torch.float8_e4m3fn), _scale_for(hidden)
-    swiglu.launch_quantise(hidden, values, scale)
+    swiglu.launch_quantize(hidden, values, scale)
     return RowValues(values, scale)
 
 
@@ -107,11 +107,11 @@ def run_up(layer: SortedLayer, hidden: RowValues) -> RowValues:
             from sglang_moe_ext.kernels import sorted_up, swiglu
 
             tensors, shape = layer.tensors, layer.shape
-            # A tile is quantised in the kernel where it has all the columns of a scale.
-            quantises = config.is_fused and hidden.scale is not None and config.block_n == swiglu.GROUP
+            # A tile is quantized in the kernel where it has all the columns of a scale.
+            quantizes = config.is_fused and hidden.scale is not None and config.block_n == swiglu.GROUP
             size = layer.rows, columns if config.is_fused else width
-            gate_up = tensors.hidden.new_empty(*size, dtype=torch.float8_e4m3fn if quantises else tensors.hidden.dtype)
-            scale = _scale_for(gate_up) if quantises else None
+            gate_up = tensors.hidden.new_empty(*size, dtype=torch.float8_e4m3fn if quantizes else tensors.hidden.dtype)
+            scale = _scale_for(gate_up) if quantizes else None
             sorted_up.launch_up(
                 hidden.values, tensors.w1, gate_up, *layer.aligned, config,
                 pairs=tensors.topk_ids.numel(), top_k=shape.top_k, align_block_m=layer.path.block_m,
@@ -121,17 +121,17 @@ def run_up(layer: SortedLayer, hidden: RowValues) -> RowValues:
 
 
 def run_activation(layer: SortedLayer, gate_up: RowValues) -> RowValues:
-    """What the down GEMM reads [rows, I]: what the up kernel left, activated and quantised where it is not yet."""
+    """What the down GEMM reads [rows, I]: what the up kernel left, activated and quantized where it is not yet."""
     import torch
 
     from sglang_moe_ext.kernels import swiglu
 
-    columns, is_scaled = layer.shape.intermediate_size, layer.shape.quantisation.scheme is not None
+    columns, is_scaled = layer.shape.intermediate_size, layer.shape.quantization.scheme is not None
     if gate_up.values.shape[1] == columns and is_scaled == (gate_up.scale is not None):
         return gate_up
     dtype = torch.float8_e4m3fn if is_scaled else gate_up.values.dtype
     inner = gate_up.values.new_empty(layer.rows, columns, dtype=dtype)
-    if layer.shape.quantisation.per_channel:
+    if layer.shape.quantization.per_channel:
         of_rows = inner.new_empty(layer.rows, 1, dtype=torch.float32)
         swiglu.launch_swiglu_of_rows(gate_up.values, layer.aligned[2], inner, of_rows)
         return RowValues(inner, of_rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sglang_moe_ext.core import PROJECTIONS, Gpu, MoEShape, Projection, Quantisation
+from sglang_moe_ext.core import PROJECTIONS, Gpu, MoEShape, Projection, Quantization
 
 _READS_TABLES = "triton"
 AUTO = "auto"
@@ -22,7 +22,7 @@ class OtherBackend:
 _OTHERS = (
     OtherBackend(
         "4-bit weights run Marlin on NVIDIA GPUs, which reads no table",
-        lambda shape, gpu, architecture: shape.quantisation.scheme == "int4_w4a16",
+        lambda shape, gpu, architecture: shape.quantization.scheme == "int4_w4a16",
     ),
     OtherBackend(
         "gpt-oss runs the triton_kernel backend, which reads no table, where it is available: "
@@ -54,17 +54,17 @@ FIRST_WITH_UP_TMA = (0, 5, 18)
 """Up to 0.5.17 a USE_TMA in the table of the up GEMM reaches the kernel as an argument that it does not have."""
 
 
-def gemms_with_tma(quantisation: Quantisation, version: tuple[int, int, int], sm: int) -> tuple[Projection, ...]:
+def gemms_with_tma(quantization: Quantization, version: tuple[int, int, int], sm: int) -> tuple[Projection, ...]:
     """The GEMMs that run right with USE_TMA in that SGLang, on a GPU of that architecture."""
-    return tuple(it for it in PROJECTIONS if sm >= _FIRST_SM and is_right(it, quantisation, version))
+    return tuple(it for it in PROJECTIONS if sm >= _FIRST_SM and is_right(it, quantization, version))
 
 
-def is_right(projection: Projection, quantisation: Quantisation, version: tuple[int, int, int]) -> bool:
+def is_right(projection: Projection, quantization: Quantization, version: tuple[int, int, int]) -> bool:
     """Whether that GEMM with USE_TMA computes in that SGLang what it computes without."""
-    return up_tma_is_right(quantisation, version) if projection == "up" else down_tma_is_right(quantisation)
+    return up_tma_is_right(quantization, version) if projection == "up" else down_tma_is_right(quantization)
 
 
-def down_tma_is_right(quantisation: Quantisation) -> bool:
+def down_tma_is_right(quantization: Quantization) -> bool:
     """Whether a down GEMM with USE_TMA computes what it computes without.
 
     It reads its rows by descriptor, so the layer keeps them in the order of the experts, padded to whole blocks whose
@@ -75,22 +75,22 @@ def down_tma_is_right(quantisation: Quantisation) -> bool:
     - scales of blocks (fp8_w8a8, int8_w8a8): right, looked up in the order of the experts;
     - scales of rows (fp8_w8a8 and int8_w8a8 per channel): WRONG, looked up in the order of the pairs;
     - the scale of the tensor (fp8_w8a8): WRONG where it is dynamic, its maximum is taken over unwritten rows too. It is
-      right where the checkpoint states the scale, which a `Quantisation` does not tell.
+      right where the checkpoint states the scale, which a `Quantization` does not tell.
 
     Groups along K (int4_w4a16, int8_w8a16) run fused_moe_kernel_gptq_awq, which knows no TMA and keeps rows in the
     order of the pairs: nothing to win, and WRONG once the activation, told that rows lie in the order of the experts,
     leaves out rows: those of experts elsewhere, and since 0.5.23 all that pad a block.
     """
-    if quantisation.scheme is None or quantisation.is_block_wise:
+    if quantization.scheme is None or quantization.is_block_wise:
         return True
-    return quantisation.scheme == "int8_w8a16" and quantisation.block_shape is None
+    return quantization.scheme == "int8_w8a16" and quantization.block_shape is None
 
 
-def up_tma_is_right(quantisation: Quantisation, version: tuple[int, int, int]) -> bool:
+def up_tma_is_right(quantization: Quantization, version: tuple[int, int, int]) -> bool:
     """Whether an up GEMM with USE_TMA runs in that SGLang and computes what it computes without.
 
     Weights alone come by descriptor, and their scales belong to columns: right with every scheme. Groups along K run
     fused_moe_kernel_gptq_awq, which ignores it; no candidate for them need ask.
     """
-    in_groups = quantisation.block_shape is not None and not quantisation.is_block_wise
+    in_groups = quantization.block_shape is not None and not quantization.is_block_wise
     return version >= FIRST_WITH_UP_TMA and not in_groups

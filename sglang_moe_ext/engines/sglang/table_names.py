@@ -11,16 +11,16 @@ from sglang_moe_ext.engines.table_names import TableNaming
 
 def table_key(shape: MoEShape, device_name: str, *, down: bool = False) -> TableKey:
     """The key under which the engine looks for this layer's table on the GPU of that name."""
-    quantisation = shape.quantisation
-    packed = INT4_WEIGHTS_PER_BYTE if quantisation.scheme == "int4_w4a16" else 1
+    quantization = shape.quantization
+    packed = INT4_WEIGHTS_PER_BYTE if quantization.scheme == "int4_w4a16" else 1
     return TableKey(
         experts=shape.experts,
         intermediate_size=shape.intermediate_size
         // packed,  # the engine reads w2.shape[2], and int4 lies packed in bytes
         device_name=device_name.replace(" ", "_"),
-        scheme=quantisation.scheme,
-        block_shape=quantisation.block_shape if quantisation.is_block_wise else None,
-        per_channel=quantisation.per_channel,
+        scheme=quantization.scheme,
+        block_shape=quantization.block_shape if quantization.is_block_wise else None,
+        per_channel=quantization.per_channel,
         down=down,
     )
 

@@ -1,4 +1,4 @@
-"""vLLM, as the tuner asks it: the functions of `engines.tunable.Tunable`."""
+"""vLLM, as the tuner asks it: the functions of `engines.adapter.EngineAdapter`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sglang_moe_ext.core import EngineError, Gpu, MoEShape, Projection, Quantisation, Table, TableKey, TileConfig
+from sglang_moe_ext.core import EngineError, Gpu, MoEShape, Projection, Quantization, Table, TableKey, TileConfig
 from sglang_moe_ext.engines.adapter import EngineName, Sorted, Version
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
 from sglang_moe_ext.engines.vllm import installation, lookup_probe, runner, support, table_names
@@ -51,10 +51,10 @@ def table_text(table: Table, triton: str) -> str:
     return config_table.to_json(table, triton_version=triton, with_split_k=True)
 
 
-def effective(config: TileConfig, quantisation: Quantisation) -> TileConfig:
+def effective(config: TileConfig, quantization: Quantization) -> TileConfig:
     """The launcher holds BLOCK_SIZE_K down to the block of the scales; the table says what runs."""
-    block = quantisation.block_shape
-    return replace(config, block_k=min(config.block_k, *block)) if block and quantisation.is_block_wise else config
+    block = quantization.block_shape
+    return replace(config, block_k=min(config.block_k, *block)) if block and quantization.is_block_wise else config
 
 
 def why_no_table(shape: MoEShape, gpu: Gpu, architecture: str) -> str | None:
@@ -65,13 +65,13 @@ def representative_tokens(shape: MoEShape, tokens: int) -> int:
     return runner.representative_tokens(shape, tokens)
 
 
-def gemms_with_tma(quantisation: Quantisation, version: Version, sm: int) -> tuple[Projection, ...]:
+def gemms_with_tma(quantization: Quantization, version: Version, sm: int) -> tuple[Projection, ...]:
     """None: a variable of the environment decides on tensor descriptors, and no table does."""
     return ()
 
 
-def why_not_tuned(quantisation: Quantisation, version: Version) -> str | None:
-    in_groups = quantisation.block_shape is not None and not quantisation.is_block_wise
+def why_not_tuned(quantization: Quantization, version: Version) -> str | None:
+    in_groups = quantization.block_shape is not None and not quantization.is_block_wise
     if not in_groups or version >= GROUPS_RUN_TRITON:
         return None
     return "up to 0.32 it may hand the tiles of a table for weights of groups to a CUDA kernel, for few tokens"

@@ -1,4 +1,4 @@
-"""Compile vLLM's own kernel for a GPU that need not be here, exactly as a launch on that GPU would specialise it.
+"""Compile vLLM's own kernel for a GPU that need not be here, exactly as a launch on that GPU would specialize it.
 
 The engine's launcher runs on storage-free tensors, as SGLang's does in engines/sglang/compile.py.
 For child processes only.
@@ -26,7 +26,7 @@ def _engine() -> LoadedVllm:
     engine = runner.load()
     # The sizes of its buffers are all that is asked for.
     engine.kernels.ops.moe_align_block_size = lambda *_, **__: None
-    engine.kernels.moe_kernel_quantize_input = _quantised
+    engine.kernels.moe_kernel_quantize_input = _quantized
     return engine
 
 
@@ -35,14 +35,14 @@ def warm_up() -> None:
     _engine()
 
 
-def _quantised(
+def _quantized(
     A: torch.Tensor,  # noqa: N803 - the engine's names
     A_scale: None,  # noqa: N803
     quant_dtype: torch.dtype | None,
     per_act_token_quant: bool,
     block_shape: list[int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """In place of the engine's quantiser of activations, which needs the GPU: its types and shapes."""
+    """In place of the engine's quantizer of activations, which needs the GPU: its types and shapes."""
     import torch
 
     if quant_dtype is None:

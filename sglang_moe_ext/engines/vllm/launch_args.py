@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_moe_ext.core import MoEShape, Quantisation, Scheme, TileConfig
+from sglang_moe_ext.core import MoEShape, Quantization, Scheme, TileConfig
 from sglang_moe_ext.engines.config_dict import ConfigDict, launch_args
 
 _FLAGS: tuple[tuple[str, Scheme], ...] = (
@@ -21,16 +21,16 @@ def shape_of(arguments: Mapping[str, Any]) -> MoEShape:
     scheme = next((scheme for flag, scheme in _FLAGS if arguments.get(flag)), None)
     block = arguments.get("block_shape")
     experts, columns, reduction = arguments["B"].shape
-    quantisation = Quantisation(scheme, (int(block[0]), int(block[1])) if block else None)
-    return MoEShape(experts, columns, reduction, arguments["top_k"], quantisation, gated=False)
+    quantization = Quantization(scheme, (int(block[0]), int(block[1])) if block else None)
+    return MoEShape(experts, columns, reduction, arguments["top_k"], quantization, gated=False)
 
 
 def clamp_to_block(entry: Mapping[str, Any], shape: MoEShape) -> ConfigDict:
     """The entry as the launcher cuts it: a tile reaches over no more of K than one block of scales."""
-    quantisation = shape.quantisation
-    if not quantisation.is_block_wise or quantisation.block_shape is None:
+    quantization = shape.quantization
+    if not quantization.is_block_wise or quantization.block_shape is None:
         return dict(entry)
-    return {**entry, "BLOCK_SIZE_K": min(entry["BLOCK_SIZE_K"], *quantisation.block_shape)}
+    return {**entry, "BLOCK_SIZE_K": min(entry["BLOCK_SIZE_K"], *quantization.block_shape)}
 
 
 SPLIT_K = "SPLIT_K"

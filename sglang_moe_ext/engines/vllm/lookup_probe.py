@@ -15,7 +15,7 @@ from sglang_moe_ext.engines.lookup_probe import LogCapture, LookupRequest, Looku
 from sglang_moe_ext.engines.vllm import bootstrap, installation, table_names
 from sglang_moe_ext.engines.vllm.installation import LAYER_MODULE, VllmInstallation
 
-__all__ = ["ALONE", "AS_SERVED", "Answer", "Asked", "Question", "ask"]
+__all__ = ["ALONE", "AS_SERVED", "LookupRequest", "LookupResult", "VllmProbe", "ask"]
 
 ALONE = ProbeModule("vLLM", "sglang_moe_ext.engines.vllm.lookup_probe", is_alone=True)
 AS_SERVED = ProbeModule("vLLM", "sglang_moe_ext.serving.vllm_lookup_probe", is_alone=False)

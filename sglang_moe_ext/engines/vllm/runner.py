@@ -92,7 +92,7 @@ def sort(
 
     Where tokens are few beside the experts it does not sort: sorted_token_ids is None.
     """
-    scheme, block = shape.quantisation.scheme, shape.quantisation.block_shape
+    scheme, block = shape.quantization.scheme, shape.quantization.block_shape
     sorted_token_ids, expert_ids, num_tokens_post_padded = engine.kernels._prepare_expert_assignment(
         topk_ids,
         {"BLOCK_SIZE_M": block_m},
@@ -110,31 +110,31 @@ def sort(
 
 def flags(shape: MoEShape) -> dict[str, Any]:
     """How the weights are stored, as every launcher of the engine is told."""
-    scheme, block = shape.quantisation.scheme, shape.quantisation.block_shape
+    scheme, block = shape.quantization.scheme, shape.quantization.block_shape
     return {
         "use_fp8_w8a8": scheme == "fp8_w8a8",
         "use_int8_w8a8": scheme == "int8_w8a8",
         "use_int8_w8a16": scheme == "int8_w8a16",
         "use_int4_w4a16": scheme == "int4_w4a16",
-        "per_channel_quant": shape.quantisation.per_channel,
+        "per_channel_quant": shape.quantization.per_channel,
         "block_shape": None if block is None else list(block),
     }
 
 
-def _quantised(engine: LoadedVllm, shape: MoEShape, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The activations as the GEMM reads them, and their scales; the engine quantises them before it launches."""
+def _quantized(engine: LoadedVllm, shape: MoEShape, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The activations as the GEMM reads them, and their scales; the engine quantizes them before it launches."""
     import torch
 
     stored = {"fp8_w8a8": torch.float8_e4m3fn, "int8_w8a8": torch.int8}
-    block = shape.quantisation.block_shape
-    quantised, scale = engine.kernels.moe_kernel_quantize_input(
+    block = shape.quantization.block_shape
+    quantized, scale = engine.kernels.moe_kernel_quantize_input(
         A=a,
         A_scale=None,
-        quant_dtype=stored.get(shape.quantisation.scheme or ""),
-        per_act_token_quant=shape.quantisation.per_channel,
+        quant_dtype=stored.get(shape.quantization.scheme or ""),
+        per_act_token_quant=shape.quantization.per_channel,
         block_shape=None if block is None else list(block),
     )
-    return quantised, scale
+    return quantized, scale
 
 
 def launch(
@@ -143,7 +143,7 @@ def launch(
     """Run one GEMM through the engine's launcher. Writes `tensors.out`."""
     import triton.language as tl
 
-    a, a_scale = _quantised(engine, shape, tensors.a)
+    a, a_scale = _quantized(engine, shape, tensors.a)
     engine.kernels.dispatch_fused_moe_kernel(
         A=a,
         B=tensors.weights,

@@ -25,20 +25,20 @@ def launched_shape(model: MoEModel, parallelism: Parallelism) -> MoEShape:
         if model.intermediate_size % ranks:
             raise ModelError(f"{model.name}: {ranks} ranks do not divide {model.intermediate_size} columns")
         experts, intermediate_size = model.routed_experts, model.intermediate_size // ranks
-    quantisation = model.quantisation
-    if quantisation.block_shape is not None and quantisation.is_block_wise:
-        sizes = (quantisation.block_shape[0], *_FINER_BLOCKS)
+    quantization = model.quantization
+    if quantization.block_shape is not None and quantization.is_block_wise:
+        sizes = (quantization.block_shape[0], *_FINER_BLOCKS)
         edge = next((size for size in sizes if intermediate_size % size == 0), None)
         if edge is None:
-            raise ModelError(f"{model.name}: {intermediate_size} columns a rank fit no quantisation block of vLLM's")
-        if edge != quantisation.block_shape[0]:
-            quantisation = type(quantisation)(quantisation.scheme, (edge, edge), quantisation.per_channel)
+            raise ModelError(f"{model.name}: {intermediate_size} columns a rank fit no quantization block of vLLM's")
+        if edge != quantization.block_shape[0]:
+            quantization = type(quantization)(quantization.scheme, (edge, edge), quantization.per_channel)
     return MoEShape(
         experts=experts,
         intermediate_size=intermediate_size,
         hidden_size=model.hidden_size,
         top_k=model.top_k,
-        quantisation=quantisation,
+        quantization=quantization,
         dtype=model.dtype,
         gated=model.gated,
         ep=ranks if ep > 1 else 1,

@@ -21,18 +21,18 @@ class OtherVllmBackend:
 
 
 def _is_block_wise_fp8(shape: MoEShape) -> bool:
-    return shape.quantisation.scheme == "fp8_w8a8" and shape.quantisation.is_block_wise
+    return shape.quantization.scheme == "fp8_w8a8" and shape.quantization.is_block_wise
 
 
 def _is_fp8_by_channel(shape: MoEShape) -> bool:
-    return shape.quantisation.scheme == "fp8_w8a8" and shape.quantisation.per_channel
+    return shape.quantization.scheme == "fp8_w8a8" and shape.quantization.per_channel
 
 
 _OTHERS = (
-    OtherVllmBackend("Marlin or Humming", lambda shape, gpu: shape.quantisation.scheme == "int4_w4a16"),
-    OtherVllmBackend("Marlin", lambda shape, gpu: shape.quantisation.scheme == "fp8_w8a8" and gpu.sm in _AMPERE),
-    OtherVllmBackend("FlashInfer", lambda shape, gpu: shape.quantisation.scheme is None and gpu.sm in _BLACKWELL),
-    OtherVllmBackend("FlashInfer", lambda shape, gpu: shape.quantisation.scheme is None and gpu.sm in _SMALL_BLACKWELL),
+    OtherVllmBackend("Marlin or Humming", lambda shape, gpu: shape.quantization.scheme == "int4_w4a16"),
+    OtherVllmBackend("Marlin", lambda shape, gpu: shape.quantization.scheme == "fp8_w8a8" and gpu.sm in _AMPERE),
+    OtherVllmBackend("FlashInfer", lambda shape, gpu: shape.quantization.scheme is None and gpu.sm in _BLACKWELL),
+    OtherVllmBackend("FlashInfer", lambda shape, gpu: shape.quantization.scheme is None and gpu.sm in _SMALL_BLACKWELL),
     OtherVllmBackend("FlashInfer or DeepGEMM", lambda shape, gpu: _is_block_wise_fp8(shape) and gpu.sm in _BLACKWELL),
     OtherVllmBackend("DeepGEMM", lambda shape, gpu: _is_block_wise_fp8(shape) and gpu.sm in _SMALL_BLACKWELL),
     OtherVllmBackend("FlashInfer", lambda shape, gpu: _is_block_wise_fp8(shape) and gpu.sm in _HOPPER and shape.ep > 1),

@@ -24,13 +24,13 @@ def tag(scheme: Scheme | None) -> Scheme | None:
 
 def table_key(shape: MoEShape, device_name: str) -> TableKey:
     """The key under which the engine looks for this layer's table; per-tensor and per-channel fp8 share one."""
-    quantisation = shape.quantisation
+    quantization = shape.quantization
     return TableKey(
         experts=shape.experts,
         intermediate_size=shape.intermediate_size,
         device_name=device_in_names(device_name),
-        scheme=tag(quantisation.scheme),
-        block_shape=quantisation.block_shape if quantisation.is_block_wise else None,
+        scheme=tag(quantization.scheme),
+        block_shape=quantization.block_shape if quantization.is_block_wise else None,
     )
 
 

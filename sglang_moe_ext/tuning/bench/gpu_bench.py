@@ -67,11 +67,11 @@ class GpuBench:
 
         self.device_name: str = torch.cuda.get_device_name(0)
         self._seed = setup.seed
-        tunable = ENGINES[setup.engine]
-        engine = tunable.load()
+        adapter = ENGINES[setup.engine]
+        engine = adapter.load()
         # Beside the screening, which does without: the first rematch would wait for it.
-        threading.Thread(target=tunable.warm_up, args=(engine, setup.shape), daemon=True).start()
-        self.layer = BenchedLayer(engine, setup.shape, setup.routing, setup.seed, tunable=tunable)
+        threading.Thread(target=adapter.warm_up, args=(engine, setup.shape), daemon=True).start()
+        self.layer = BenchedLayer(engine, setup.shape, setup.routing, setup.seed, adapter=adapter)
         queue = cuda_queue()
         self._gemms, self._layers = Stopwatch(queue), Stopwatch(queue)
         self._clocks = ClockWatch(0)
@@ -149,8 +149,8 @@ class GpuBench:
         config = screen.key.with_group(screen.groups[0])
         first, *others = (self.layer.gemm(batch, screen.projection, config, turn) for turn in range(ROUTINGS))
         with any_group(layer.engine.kernels), record_launch() as launches:
-            layer.tunable.launch(layer.engine, layer.shape, screen.projection, first, config)
-        launch = launches[-1]  # those before it quantise the activations
+            layer.adapter.launch(layer.engine, layer.shape, screen.projection, first, config)
+        launch = launches[-1]  # those before it quantize the activations
         return [launch, *(launch.with_tensors(first.routing_of(other)) for other in others)]
 
     def _forget_binaries(self) -> None:
@@ -166,11 +166,11 @@ class GpuBench:
         return GemmTimes((tuple(us for [us] in self._layers.rounds([launch], range(screen.samples))),))
 
     def _whole(self, batch: LayerBatch, runner: Runner) -> Callable[[int], torch.Tensor]:
-        layer, tunable = self.layer, self.layer.tunable
+        layer, adapter = self.layer, self.layer.adapter
         if isinstance(runner, KernelPlan):
-            return lambda turn: tunable.run_path(layer.engine, layer.shape, layer.whole(batch, turn), runner)
+            return lambda turn: adapter.run_path(layer.engine, layer.shape, layer.whole(batch, turn), runner)
         up, down = runner["up"], runner["down"]
-        return lambda turn: tunable.run_layer(layer.engine, layer.shape, layer.whole(batch, turn), up, down)
+        return lambda turn: adapter.run_layer(layer.engine, layer.shape, layer.whole(batch, turn), up, down)
 
     def _race(self, race: BenchLayers) -> LayerTimes:
         from sglang_moe_ext.tuning.bench.layer import ROUTINGS

@@ -11,7 +11,7 @@ from sglang_moe_ext.engines.adapter import EngineAdapter, Sorted
 from sglang_moe_ext.engines.registry import SGLANG
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors, sorted_rows
 from sglang_moe_ext.kernels import reference
-from sglang_moe_ext.kernels.quantize import quantise_weights
+from sglang_moe_ext.kernels.quantize import quantize_weights
 from sglang_moe_ext.tuning.bench import routing
 from sglang_moe_ext.tuning.bench.routing import Routing
 
@@ -57,7 +57,7 @@ class LayerBatch:
 
 
 class BenchedLayer:
-    """One MoE layer of the shape, with random weights that are made once; `engine` is what `tunable.load` gave."""
+    """One MoE layer of the shape, with random weights that are made once; `engine` is what `adapter.load` gave."""
 
     def __init__(
         self,
@@ -66,11 +66,11 @@ class BenchedLayer:
         source: routing.RoutingSource,
         seed: int,
         device: str = "cuda",
-        tunable: EngineAdapter = SGLANG,
+        adapter: EngineAdapter = SGLANG,
     ) -> None:
         import torch
 
-        self.engine, self.tunable, self.shape, self.source, self.device = engine, tunable, shape, source, device
+        self.engine, self.adapter, self.shape, self.source, self.device = engine, adapter, shape, source, device
         self._dtype: torch.dtype = getattr(torch, shape.dtype)
         generator = self._generator(seed, "weights")
         self.weights = {projection: self._weights(generator, *shape.gemm(projection)) for projection in PROJECTIONS}
@@ -98,10 +98,10 @@ class BenchedLayer:
         return LayerWeights(*whole)
 
     def _expert(self, generator: torch.Generator, columns: int, reduction: int) -> tuple[torch.Tensor, ...]:
-        """The weights of one expert, [1, columns, reduction], and its scales where they are quantised."""
+        """The weights of one expert, [1, columns, reduction], and its scales where they are quantized."""
         weights = self._random(generator, 1, columns, reduction).div_(reduction**0.5)
-        quantisation = self.shape.quantisation
-        return (weights,) if quantisation.scheme is None else quantise_weights(weights, quantisation)
+        quantization = self.shape.quantization
+        return (weights,) if quantization.scheme is None else quantize_weights(weights, quantization)
 
     def batch(self, tokens: int, seed: int) -> LayerBatch:
         """Inputs for that many tokens; each seed has its own."""
@@ -110,7 +110,7 @@ class BenchedLayer:
             seed=seed,
             hidden=self._random(self._generator(seed, "hidden"), tokens, self.shape.hidden_size),
             routings=[
-                replace(made, topk_ids=self.tunable.seen_ids(self.shape, made.topk_ids))
+                replace(made, topk_ids=self.adapter.seen_ids(self.shape, made.topk_ids))
                 for made in routing.routings(self.source, self.shape, tokens, ROUTINGS, seed, self.device)
             ],
         )
@@ -133,7 +133,7 @@ class BenchedLayer:
         chosen = batch.routings[index]
         aligned = batch.aligned.get((index, config.block_m))
         if aligned is None:
-            aligned = self.tunable.sort(self.engine, self.shape, chosen.topk_ids, config.block_m)
+            aligned = self.adapter.sort(self.engine, self.shape, chosen.topk_ids, config.block_m)
             batch.aligned[index, config.block_m] = aligned
         rows = batch.tokens * self.shape.top_k
         if config.use_tma:
@@ -168,8 +168,8 @@ class BenchedLayer:
         tensors = self.whole(batch, turn)
         if not bool(out.isfinite().all()):
             return float("inf")
-        quantisation = self.shape.quantisation
-        has_one_scale = quantisation.activation_bits == 8 and not (quantisation.block_shape or quantisation.per_channel)
+        quantization = self.shape.quantization
+        has_one_scale = quantization.activation_bits == 8 and not (quantization.block_shape or quantization.per_channel)
         rows = checked_rows(batch.tokens, batch.tokens if has_one_scale else _CHECKED_TOKENS).to(self.device)
         ids = tensors.topk_ids[rows]
         expected = reference.moe_layer(
@@ -178,7 +178,7 @@ class BenchedLayer:
             tensors.w2,
             tensors.topk_weights[rows],
             ids.masked_fill(ids >= self.shape.experts, routing.REMOTE),  # an engine may number those of all ranks
-            quantisation=quantisation,
+            quantization=quantization,
             w1_scale=tensors.w1_scale,
             w2_scale=tensors.w2_scale,
             activation="silu" if self.shape.gated else "relu2",

@@ -57,7 +57,7 @@ class GemmTimes:
 
 @dataclass(frozen=True, slots=True)
 class BenchLayers:
-    """Time whole layers in turn, each with its runner: align, quantise, up, activation, down, sum. Answered by Raced.
+    """Time whole layers in turn, each with its runner: align, quantize, up, activation, down, sum. Answered by Raced.
 
     `attempt` tells a race from a repetition of it; `data` is which inputs and routings it runs on.
     """

@@ -16,7 +16,7 @@ from sglang_moe_ext.engines.registry import SGLANG
 
 Compiled = dict[CompileJob, Resources | Failure]
 Progress = Callable[[int, int], None]
-"""Called with how many binaries are done, of how many wanted so far; from the farm's own thread."""
+"""Called with how many binaries are done, of how many wanted so far; from the pool's own thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class KernelSource:
     is_engines_own: bool
 
 
-def kernel_source(engine: InstallationLike | None, tunable: EngineAdapter = SGLANG) -> KernelSource:
+def kernel_source(engine: InstallationLike | None, adapter: EngineAdapter = SGLANG) -> KernelSource:
     """The source for that installation of that engine; None: ours.
 
     Raises:
@@ -37,16 +37,16 @@ def kernel_source(engine: InstallationLike | None, tunable: EngineAdapter = SGLA
     """
     if importlib.util.find_spec("triton") is None:
         raise EngineError(
-            f"no Triton is installed: expected it beside {tunable.TITLE}; `pip install triton` brings the compiler"
+            f"no Triton is installed: expected it beside {adapter.TITLE}; `pip install triton` brings the compiler"
         )
     triton = importlib.metadata.version("triton")
     if engine is None:
         module = "sglang_moe_ext.kernels.fused_moe_compile"
         return KernelSource(f"our own kernel, Triton {triton}", module, f"{_digest_of_ours()} {triton}", False)
-    text = tunable.kernel_file(engine).read_bytes()
+    text = adapter.kernel_file(engine).read_bytes()
     return KernelSource(
-        f"{tunable.TITLE} {engine.version_text}'s own kernel, Triton {triton}",
-        tunable.OFFLINE,
+        f"{adapter.TITLE} {engine.version_text}'s own kernel, Triton {triton}",
+        adapter.OFFLINE,
         f"{hashlib.sha256(text).hexdigest()} {triton}",
         True,
     )

@@ -1,4 +1,4 @@
-"""The compile farm: makes binaries on all cores in the background, knows what each needs, and makes none twice."""
+"""The compile pool: makes binaries on all cores in the background, knows what each needs, and makes none twice."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sglang_moe_ext.tuning.compile.processes import UNABLE, CompileProcesses
 
 TIMEOUT_S = 60.0
 """One binary takes half a second to four, a badly spilling one under twenty (2 cores, Triton 3.7.1, 2026-11-21)."""
-_CLOSED = Failure("Closed", "the compile farm was closed before this was compiled")
+_CLOSED = Failure("Closed", "the compile pool was closed before this was compiled")
 
 
 class CompilePool:
@@ -39,7 +39,7 @@ class CompilePool:
         """`triton_cache`: where Triton keeps the binaries, for processes that launch them; None: thrown away."""
         self._source, self._cache, self._progress = source, cache, progress
         self._makes_binaries = triton_cache is not None
-        self._crew = CompileProcesses(source.module, workers or default_workers(), timeout_s, triton_cache)
+        self._processes = CompileProcesses(source.module, workers or default_workers(), timeout_s, triton_cache)
         # Of the background thread alone:
         self._taken_in: set[CompileJob] = set()
         self._queue: OrderedDict[CompileJob, None] = OrderedDict()
@@ -52,7 +52,7 @@ class CompilePool:
         self._bell, self._rope = socket.socketpair()
         self._bell.setblocking(False)
         self._rope.setblocking(False)
-        self._thread = threading.Thread(target=self._run, name="compile farm", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="compile pool", daemon=True)
         self._thread.start()
 
     def want(self, jobs: Iterable[CompileJob], *, first: bool = False) -> None:
@@ -73,7 +73,7 @@ class CompilePool:
     @property
     def unable(self) -> Failure | None:
         """Why it compiles nothing any more, which is no job's fault; None while it can, and where it was closed."""
-        return self._crew.unable or (None if self._over is _CLOSED else self._over)
+        return self._processes.unable or (None if self._over is _CLOSED else self._over)
 
     def close(self) -> None:
         """End the workers and what they run, at once; what was not compiled has failed."""
@@ -94,22 +94,22 @@ class CompilePool:
                 self._rope.send(b"!")
 
     def _run(self) -> None:
-        over = Failure(UNABLE, "the compile farm itself failed, with a traceback on stderr")
+        over = Failure(UNABLE, "the compile pool itself failed, with a traceback on stderr")
         try:
             self._take_in()
             while not self._is_closing:
                 self._hand_out()
-                for job, result in self._crew.finished(self._bell):
+                for job, result in self._processes.finished(self._bell):
                     self._cache.put(self._source, job, result)
                     self._answer({job: result})
-                self._queue_again(self._crew.given_back())
+                self._queue_again(self._processes.given_back())
                 self._take_in()
             over = _CLOSED
         finally:
             with self._changed:
                 self._over = over
                 self._changed.notify_all()
-            self._crew.close()
+            self._processes.close()
             self._bell.close()
             self._rope.close()
 
@@ -139,10 +139,10 @@ class CompilePool:
         return None if isinstance(known, Resources) and self._makes_binaries else known
 
     def _hand_out(self) -> None:
-        while self._queue and (worker := self._crew.free_worker()) is not None:
-            self._crew.hand_over(self._queue.popitem(last=False)[0], worker)
-        if self._queue and self._crew.unable is not None:
-            self._answer(dict.fromkeys(self._queue, self._crew.unable))
+        while self._queue and (worker := self._processes.free_worker()) is not None:
+            self._processes.hand_over(self._queue.popitem(last=False)[0], worker)
+        if self._queue and self._processes.unable is not None:
+            self._answer(dict.fromkeys(self._queue, self._processes.unable))
             self._queue.clear()
 
     def _queue_again(self, jobs: Sequence[CompileJob]) -> None:
@@ -176,6 +176,6 @@ def compile_all(
 
     `triton_cache`: where Triton keeps the binaries, for a process that will launch them; None: thrown away.
     """
-    with CompilePool(source, cache=cache, triton_cache=triton_cache, workers=workers, progress=progress) as farm:
-        farm.want(jobs)
-        return {job: farm.result(job) for job in jobs}
+    with CompilePool(source, cache=cache, triton_cache=triton_cache, workers=workers, progress=progress) as pool:
+        pool.want(jobs)
+        return {job: pool.result(job) for job in jobs}

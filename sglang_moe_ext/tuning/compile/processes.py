@@ -1,4 +1,4 @@
-"""The workers of the compile farm: how many there are, what each does, and what became of it."""
+"""The workers of the compile pool: how many there are, what each does, and what became of it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BINARIES_A_WORKER = 100
 """After 100 a worker has grown from 360 MB of its own to 550, after 280 to 640; a fresh one starts at 360 again, and
 its first binary takes up to a second more than the next (SGLang 0.5.23, sm_90, Triton 3.7.1, 2026-11-21)."""
 
-UNABLE = "FarmUnable"
+UNABLE = "CompilePoolUnable"
 """Kind of the failure of every job where nothing can be compiled: it says nothing of the job."""
 Finished = list[tuple[CompileJob, Resources | Failure]]
 
@@ -32,41 +32,41 @@ Finished = list[tuple[CompileJob, Resources | Failure]]
 class CompileProcesses:
     """The workers, with one job each at a time: what a job does to its worker costs that job alone. For one thread.
 
-    A nursery that is killed is started once more; what was being compiled is given back then.
+    A fork_server that is killed is started once more; what was being compiled is given back then.
     """
 
     def __init__(self, module: str, size: int, timeout_s: float, triton_cache: Path | None) -> None:
         self.unable: Failure | None = None
         """Why there are no workers, and will be none; of no job's making."""
         self._given_back: list[CompileJob] = []
-        self._has_lost_a_nursery = False
+        self._has_lost_a_fork_server = False
         self._module, self._size, self._timeout_s = module, size, timeout_s
         self._scratch = tempfile.TemporaryDirectory(prefix="sglang_moe_ext-", ignore_cleanup_errors=True)
         self._environment = {
             "TRITON_CACHE_DIR": str(triton_cache or Path(self._scratch.name, "triton")),
-            "TMPDIR": self._scratch.name,  # what a killed compiler leaves there goes with the farm
+            "TMPDIR": self._scratch.name,  # what a killed compiler leaves there goes with the pool
             SWITCH: "1",  # what is compiled is what was asked for, not what our guard makes of it
         }
-        self._nursery: ForkServer | None = None
+        self._fork_server: ForkServer | None = None
         self._has_imported = False
         self._import_deadline = 0.0
         self._workers: list[CompileChild] = []
 
     def free_worker(self) -> CompileChild | None:
-        """One without a job, forked if there may be one more; the first call starts the nursery."""
+        """One without a job, forked if there may be one more; the first call starts the fork_server."""
         if self.unable is not None:
             return None
         try:
-            if self._nursery is None:
+            if self._fork_server is None:
                 self._import_deadline = time.monotonic() + START_TIMEOUT_S
-                self._nursery = ForkServer(self._module, {**os.environ, **self._environment}, self._timeout_s)
+                self._fork_server = ForkServer(self._module, {**os.environ, **self._environment}, self._timeout_s)
             free = next((worker for worker in self._workers if worker.job is None), None)
             if free is None and self._has_imported and len(self._workers) < self._size:
-                free = self._nursery.fork()
+                free = self._fork_server.fork()
                 self._workers.append(free)
             return free
         except (ConnectionError, TimeoutError):
-            return None  # the nursery is lost: `finished` sees it too
+            return None  # the fork_server is lost: `finished` sees it too
         except OSError as error:
             self._size = len(self._workers)
             log.warning("no more than %d processes can compile: %s", self._size, error)
@@ -82,8 +82,8 @@ class CompileProcesses:
     def finished(self, bell: socket.socket) -> Finished:
         """Wait until a job has ended or the bell rings: the jobs that have ended."""
         deadlines = [worker.deadline for worker in self._workers if worker.job is not None]
-        controls = [] if self._nursery is None else [self._nursery.control]
-        is_importing = self._nursery is not None and not self._has_imported
+        controls = [] if self._fork_server is None else [self._fork_server.control]
+        is_importing = self._fork_server is not None and not self._has_imported
         if is_importing:
             deadlines.append(self._import_deadline)
         patience_s = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
@@ -97,7 +97,7 @@ class CompileProcesses:
                 self._bury(worker)
                 finished += _failed(worker, "Timeout", f"not compiled within {self._timeout_s:g} s")
         if any(control in heard for control in controls):
-            finished += self._hear_of_nursery()
+            finished += self._hear_of_fork_server()
         elif is_importing and self._import_deadline <= now:
             finished += self._give_up(f"{self._module} was not imported within {START_TIMEOUT_S:g} s")
         return finished
@@ -120,21 +120,21 @@ class CompileProcesses:
         jobs, self._given_back = self._given_back, []
         return jobs
 
-    def _hear_of_nursery(self) -> Finished:
-        assert self._nursery is not None
+    def _hear_of_fork_server(self) -> Finished:
+        assert self._fork_server is not None
         try:
-            failure = self._nursery.import_failure()
+            failure = self._fork_server.import_failure()
         except (ConnectionError, TimeoutError):
-            return self._lose_nursery(self._nursery.kill())
+            return self._lose_fork_server(self._fork_server.kill())
         self._has_imported = True
         return [] if failure is None else self._give_up(f"{failure.kind}: {failure.message}")
 
-    def _lose_nursery(self, exit_code: int) -> Finished:
+    def _lose_fork_server(self, exit_code: int) -> Finished:
         how = f"the process that imports {self._module} to compile with {ended(exit_code)}"
-        if exit_code >= 0 or self._has_lost_a_nursery:
+        if exit_code >= 0 or self._has_lost_a_fork_server:
             return self._give_up(how)
         log.warning("%s: starting it once more", how)
-        self._has_lost_a_nursery = True
+        self._has_lost_a_fork_server = True
         self._given_back += self._end_all()
         return []
 
@@ -143,9 +143,9 @@ class CompileProcesses:
         self._workers.remove(worker)
         worker.kill()
         try:
-            return self._nursery.reap(worker) if self._nursery is not None else -signal.SIGKILL
+            return self._fork_server.reap(worker) if self._fork_server is not None else -signal.SIGKILL
         except OSError:
-            return -signal.SIGKILL  # the nursery is lost: `finished` sees it too
+            return -signal.SIGKILL  # the fork_server is lost: `finished` sees it too
 
     def _give_up(self, why: str) -> Finished:
         """End every process at once; what was being compiled fails for that reason."""
@@ -159,9 +159,9 @@ class CompileProcesses:
         jobs = [worker.job for worker in self._workers if worker.job is not None]
         for worker in list(self._workers):
             self._bury(worker)
-        if self._nursery is not None:
-            self._nursery.kill()
-        self._nursery, self._has_imported = None, False
+        if self._fork_server is not None:
+            self._fork_server.kill()
+        self._fork_server, self._has_imported = None, False
         return jobs
 
     def close(self) -> None:

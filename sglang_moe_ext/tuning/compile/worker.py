@@ -1,6 +1,6 @@
-"""The processes that compile: a nursery that imports the kernel once, the workers forked from it, and a hold on both.
+"""The processes that compile: a fork server that imports the kernel once, and the workers forked from it.
 
-The nursery answers on one socket: a descriptor asks for a worker that serves it, a pid for how that worker ended. The
+The fork server answers on one socket: a descriptor asks for a worker that serves it, a pid for how that worker ended. The
 standard library's fork server is not it: a process has one, with the kernel and the environment first asked for; an
 import that hangs there cannot be ended; and each fork runs the caller's main module again.
 """
@@ -23,11 +23,11 @@ from multiprocessing.connection import Connection
 from sglang_moe_ext.core import CompileJob, Failure, Resources
 
 ANSWER_S = 30.0
-"""A fork or a burial takes milliseconds; longer, and the nursery is taken for lost."""
+"""A fork or a burial takes milliseconds; longer, and the fork_server is taken for lost."""
 
 
 class CompileChild:
-    """The farm's hold on one worker and on the job that it was given."""
+    """The pool's hold on one worker and on the job that it was given."""
 
     def __init__(self, pid: int, connection: Connection) -> None:
         self.pid, self.connection = pid, connection
@@ -36,7 +36,7 @@ class CompileChild:
         self.compiled = 0
 
     def kill(self) -> None:
-        """End the worker and the assembler that it may run. Its pid is its own until the nursery has reaped it."""
+        """End the worker and the assembler that it may run. Its pid is its own until the fork_server has reaped it."""
         self.connection.close()
         for end in (os.kill, os.killpg):  # it leads no group yet right after the fork
             with contextlib.suppress(ProcessLookupError):
@@ -44,12 +44,12 @@ class CompileChild:
 
 
 class ForkServer:
-    """The farm's hold on the nursery. ConnectionError or TimeoutError from any method: the nursery is lost."""
+    """The pool's hold on the fork_server. ConnectionError or TimeoutError from any method: the fork_server is lost."""
 
     def __init__(self, module: str, environment: Mapping[str, str], timeout_s: float) -> None:
         self._module = module
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        """Readable once the kernel is imported or has failed to be; after that, once the nursery is lost."""
+        """Readable once the kernel is imported or has failed to be; after that, once the fork_server is lost."""
         self.control.settimeout(ANSWER_S)
         program = (
             f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import main; "
@@ -66,7 +66,7 @@ class ForkServer:
             )
 
     def import_failure(self) -> Failure | None:
-        """What the nursery says when it is through with its import."""
+        """What the fork_server says when it is through with its import."""
         said = json.loads(self._heard())
         return None if said is None else Failure(said[0], f"{self._module} cannot be imported: {said[1]}")
 
@@ -93,7 +93,7 @@ class ForkServer:
             self.control.shutdown(socket.SHUT_RDWR)  # whatever it says now is no answer to what it is asked next
             raise
         if not message:
-            raise ConnectionResetError("the nursery is lost")
+            raise ConnectionResetError("the fork_server is lost")
         return message
 
     def kill(self) -> int:
@@ -113,14 +113,14 @@ def ended(exit_code: int) -> str:
 
 
 def main(module: str, control_descriptor: int, timeout_s: float) -> None:
-    """Be the nursery: say null or why the kernel cannot be imported, then fork and reap until the farm is no more."""
+    """Run the fork server: send null or why the kernel cannot be imported, then fork and reap until the pool ends."""
     control = socket.socket(fileno=control_descriptor)
     try:
         importlib.import_module(module).warm_up()
         unable = None
-    except Exception as error:  # noqa: BLE001 - an engine fails to import in any way; the farm reports it
+    except Exception as error:  # noqa: BLE001 - an engine fails to import in any way; the pool reports it
         unable = [type(error).__name__, _message(error)]
-    with contextlib.suppress(ConnectionError):  # the farm is no more
+    with contextlib.suppress(ConnectionError):  # the pool is no more
         control.send(json.dumps(unable).encode())
         while True:
             message, descriptors, _, _ = socket.recv_fds(control, 64, 1)
@@ -149,15 +149,15 @@ def _forked(module: str, control: socket.socket, descriptor: int, timeout_s: flo
         _compile_what_comes(module, Connection(descriptor), timeout_s)
         exit_code = 0
     finally:
-        os._exit(exit_code)  # what the nursery has set up is not the worker's to take down
+        os._exit(exit_code)  # what the fork_server has set up is not the worker's to take down
 
 
-def _compile_what_comes(module: str, farm: Connection, timeout_s: float) -> None:
-    with contextlib.suppress(EOFError, ConnectionError):  # the farm is no more
+def _compile_what_comes(module: str, pool: Connection, timeout_s: float) -> None:
+    with contextlib.suppress(EOFError, ConnectionError):  # the pool is no more
         while True:
-            job = farm.recv()
-            signal.alarm(int(2 * timeout_s) + 1)  # the farm ends what hangs, as long as there is one
-            farm.send(_compiled(module, job))
+            job = pool.recv()
+            signal.alarm(int(2 * timeout_s) + 1)  # the pool ends what hangs, as long as there is one
+            pool.send(_compiled(module, job))
             signal.alarm(0)
 
 

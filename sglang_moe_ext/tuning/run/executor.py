@@ -47,7 +47,7 @@ class Executor(Protocol):
 
 
 class CompilePoolLike(Protocol):
-    """What a station needs of a compile farm."""
+    """What a executor needs of a compile pool."""
 
     def want(self, jobs: Iterable[CompileJob], *, first: bool = False) -> None: ...
 
@@ -57,7 +57,7 @@ class CompilePoolLike(Protocol):
 
 
 class BenchProcessLike(Protocol):
-    """What a station needs of a measuring process; `device_name` as torch.cuda reports it."""
+    """What a executor needs of a measuring process; `device_name` as torch.cuda reports it."""
 
     @property
     def device_name(self) -> str: ...
@@ -69,20 +69,20 @@ class BenchProcessLike(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LocalExecutor:
-    """A GPU of this machine. The farm is shared with the other stations here, and closed by who made it."""
+    """A GPU of this machine. The pool is shared with the other executors here, and closed by who made it."""
 
     name: str
-    farm: CompilePoolLike
+    pool: CompilePoolLike
     worker: BenchProcessLike
 
     def get_ready(self) -> None:
         self.worker.device_name  # noqa: B018 - it waits for the process
 
     def want(self, jobs: Iterable[CompileJob]) -> None:
-        self.farm.want(jobs)
+        self.pool.want(jobs)
 
     def binary(self, job: CompileJob) -> Resources | Failure:
-        return self.farm.result(job)
+        return self.pool.result(job)
 
     def ask(self, question: BenchRequest) -> BenchResult:
         return self.worker.ask(question)
@@ -99,31 +99,31 @@ Progress = Callable[[int, int], None]
 GPUS_HELP = "GPUs to measure on: all, or their indices as in 0,2 (4 is the one GPU of index 4); default 0"
 
 
-def run_tasks(stations: Sequence[Executor], tasks: Sequence[Callable[[Executor], T]], progress: Progress) -> list[T]:
-    """Results in the order of the tasks, whichever station did which; give the longest tasks first.
+def run_tasks(executors: Sequence[Executor], tasks: Sequence[Callable[[Executor], T]], progress: Progress) -> list[T]:
+    """Results in the order of the tasks, whichever executor did which; give the longest tasks first.
 
-    A station that answers no more gives its task to the others, which begin it anew. Closes no station: who is
+    A executor that answers no more gives its task to the others, which begin it anew. Closes no executor: who is
     interrupted here closes them, and that ends what they were at.
 
     Raises:
-        MoEExtError: no station is left.
+        MoEExtError: no executor is left.
     """
-    if not stations:
+    if not executors:
         raise MoEExtError("there is no GPU to measure on")
     progress(0, len(tasks))
-    if len(stations) > 1:
-        return _on_threads(stations, tasks, progress)
+    if len(executors) > 1:
+        return _on_threads(executors, tasks, progress)
     results: list[T] = []
     for task in tasks:
-        results.append(task(stations[0]))
+        results.append(task(executors[0]))
         progress(len(results), len(tasks))
     return results
 
 
-def close_all(stations: Sequence[Executor]) -> None:
+def close_all(executors: Sequence[Executor]) -> None:
     """Close them all at the same time: each may take a second to end."""
-    with ThreadPoolExecutor(len(stations) or 1) as pool:
-        closing = [pool.submit(station.close) for station in stations]
+    with ThreadPoolExecutor(len(executors) or 1) as threads:
+        closing = [threads.submit(executor.close) for executor in executors]
     for closed in closing:
         closed.result()
 
@@ -134,27 +134,27 @@ class _StoppedError(Exception):
 
 @dataclass(slots=True)
 class _Watched:
-    """A station as a task sees it: it notes the station's end, and asks nothing once the run has stopped."""
+    """A executor as a task sees it: it notes the executor's end, and asks nothing once the run has stopped."""
 
     name: str
-    station: Executor
+    executor: Executor
     stop: threading.Event
     end: MoEExtError | None = None
 
     def get_ready(self) -> None:
-        self._noting(self.station.get_ready)
+        self._noting(self.executor.get_ready)
 
     def want(self, jobs: Iterable[CompileJob]) -> None:
-        self._noting(lambda: self.station.want(jobs))
+        self._noting(lambda: self.executor.want(jobs))
 
     def binary(self, job: CompileJob) -> Resources | Failure:
-        return self._noting(lambda: self.station.binary(job))
+        return self._noting(lambda: self.executor.binary(job))
 
     def ask(self, question: BenchRequest) -> BenchResult:
-        return self._noting(lambda: self.station.ask(question))
+        return self._noting(lambda: self.executor.ask(question))
 
     def close(self) -> None:
-        self.station.close()
+        self.executor.close()
 
     def _noting(self, call: Callable[[], T]) -> T:
         try:
@@ -176,13 +176,13 @@ class _Done(Generic[T]):
 @dataclass(frozen=True, slots=True)
 class _Ended:
     place: int
-    station: str
+    executor: str
     error: MoEExtError
 
 
 @dataclass(slots=True)
 class _Shared(Generic[T]):
-    """What the threads of the stations and the caller's thread have in common."""
+    """What the threads of the executors and the caller's thread have in common."""
 
     tasks: Sequence[Callable[[Executor], T]]
     todo: queue.PriorityQueue[int] = field(default_factory=queue.PriorityQueue)
@@ -190,23 +190,23 @@ class _Shared(Generic[T]):
     stop: threading.Event = field(default_factory=threading.Event)
 
 
-def _on_threads(stations: Sequence[Executor], tasks: Sequence[Callable[[Executor], T]], progress: Progress) -> list[T]:
+def _on_threads(executors: Sequence[Executor], tasks: Sequence[Callable[[Executor], T]], progress: Progress) -> list[T]:
     shared = _Shared(tasks)
     for place in range(len(tasks)):
         shared.todo.put(place)
     try:
-        for station in stations:  # daemons: an interpreter that ends must not wait for a GPU
-            threading.Thread(target=_serve, args=(station, shared), name=station.name, daemon=True).start()
-        done = _collected(shared, len(stations), progress)
+        for executor in executors:  # daemons: an interpreter that ends must not wait for a GPU
+            threading.Thread(target=_serve, args=(executor, shared), name=executor.name, daemon=True).start()
+        done = _collected(shared, len(executors), progress)
     finally:
         shared.stop.set()
-        for _ in stations:
+        for _ in executors:
             shared.todo.put(0)  # wakes who waits for a task
     return [done[place] for place in range(len(tasks))]
 
 
 def _collected(shared: _Shared[T], working: int, progress: Progress) -> dict[int, T]:
-    """The result of each place, from so many stations that work."""
+    """The result of each place, from so many executors that work."""
     done: dict[int, T] = {}
     while len(done) < len(shared.tasks):
         match shared.events.get():
@@ -224,19 +224,19 @@ def _collected(shared: _Shared[T], working: int, progress: Progress) -> dict[int
     return done
 
 
-def _serve(station: Executor, shared: _Shared[T]) -> None:
-    """One station's thread: the next task that is left, until there is none, or the station ends."""
+def _serve(executor: Executor, shared: _Shared[T]) -> None:
+    """One executor's thread: the next task that is left, until there is none, or the executor ends."""
     while True:
         place = shared.todo.get()
         if shared.stop.is_set():
             return
-        watched = _Watched(station.name, station, shared.stop)
+        watched = _Watched(executor.name, executor, shared.stop)
         try:
             event: _Done[T] | BaseException = _Done(place, shared.tasks[place](watched))
         except BaseException as error:  # noqa: BLE001 - a task fails in any way; the caller's thread raises it
             event = error
         if watched.end is not None:  # whatever the task made of it
-            shared.events.put(_Ended(place, station.name, watched.end))
+            shared.events.put(_Ended(place, executor.name, watched.end))
             return
         shared.events.put(event)
 

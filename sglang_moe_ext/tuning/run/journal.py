@@ -15,7 +15,7 @@ from sglang_moe_ext.tuning.bench.messages import Ask, BenchRequest, BenchResult
 from sglang_moe_ext.tuning.run import journal_reader
 from sglang_moe_ext.tuning.run.journal_reader import Circumstances, Recording
 
-NOT_RECORDED = frozenset({"Interrupted", "OutOfMemoryError", "Closed", "FarmUnable"})
+NOT_RECORDED = frozenset({"Interrupted", "OutOfMemoryError", "Closed", "CompilePoolUnable"})
 """Kinds of failures that say something of the machine, whose memory others may fill, and nothing of the candidate: the
 question is asked again."""
 

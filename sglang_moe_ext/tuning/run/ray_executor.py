@@ -1,4 +1,4 @@
-"""The GPUs of a Ray cluster as stations: an actor each, with a compile farm and a measuring process beside it."""
+"""The GPUs of a Ray cluster as executors: an actor each, with a compile pool and a measuring process beside it."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _STARTED_WITHIN_S = 600.0
 _CLOSED_WITHIN_S = 10.0
 
 
-def executors(address: str | None, tuned_for: str, make: Make) -> list[Executor]:
-    """A station for each free GPU of the cluster whose device name is `tuned_for`; None: the cluster running here.
+def ray_executors(address: str | None, tuned_for: str, make: Make) -> list[Executor]:
+    """A executor for each free GPU of the cluster whose device name is `tuned_for`; None: the cluster running here.
 
     Raises:
         MoEExtError: Ray is not installed, or there is no such cluster.
@@ -62,7 +62,7 @@ class RayExecutor:
     cores: int
 
     def get_ready(self) -> None:
-        """It said what GPU it has before it became a station."""
+        """It said what GPU it has before it became a executor."""
 
     def want(self, jobs: Iterable[CompileJob]) -> None:
         _got(self.name, self.actor.want.remote(list(jobs)))
@@ -95,16 +95,16 @@ class _Held:
         """The device name of the GPU."""
         self._open = contextlib.ExitStack()
         folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="sglang_moe_ext-ray-"))
-        self._farm, self._worker = make(cores, Path(folder))
-        self._open.callback(self._farm.close)
+        self._pool, self._worker = make(cores, Path(folder))
+        self._open.callback(self._pool.close)
         self._open.callback(self._worker.close)
         return self._worker.device_name
 
     def want(self, jobs: list[CompileJob]) -> None:
-        self._farm.want(jobs)
+        self._pool.want(jobs)
 
     def binary(self, job: CompileJob) -> Resources | Failure:
-        return self._farm.result(job)
+        return self._pool.result(job)
 
     def ask(self, question: BenchRequest) -> BenchResult:
         return self._worker.ask(question)

@@ -14,8 +14,7 @@ from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEExtError, Pr
 from sglang_moe_ext.tuning.bench.messages import Ask, BenchGemm, BenchRequest, BenchResult, Pair, Runner
 from sglang_moe_ext.tuning.compile.processes import UNABLE
 from sglang_moe_ext.tuning.request import MeasureOptions, Progress, TuneRequest
-from sglang_moe_ext.tuning.run import executor
-from sglang_moe_ext.tuning.run.executor import Executor
+from sglang_moe_ext.tuning.run.executor import Executor, run_tasks
 from sglang_moe_ext.tuning.run.journal import Journal
 from sglang_moe_ext.tuning.search import candidates, final_comparison, sorted_kernels
 from sglang_moe_ext.tuning.search import screening as search
@@ -52,7 +51,7 @@ def measure_all(
     measuring: MeasureOptions,
     tasks: Sequence[SearchTask],
     incumbents: Callable[[], dict[int, Pair]],
-    stations: Sequence[Executor],
+    executors: Sequence[Executor],
     journal: Journal,
     progress: Progress,
 ) -> SearchResults:
@@ -62,17 +61,17 @@ def measure_all(
         MoEExtError: nothing ran right for any M, or no GPU answers any more.
     """
     counted = _Counted(progress, sum(len({c.compile_key for c in of}) for task in tasks for of in task.listed.values()))
-    _get_ready(stations, request, tasks, measuring)
-    budget = Budget(measuring.budget_s, len(tasks), len(stations))
+    _get_ready(executors, request, tasks, measuring)
+    budget = Budget(measuring.budget_s, len(tasks), len(executors))
     search_of = _Search(request, EFFORTS[measuring.effort], journal, budget, counted, measuring.with_own_path)
-    screenings = executor.run_tasks(
-        stations,
+    screenings = run_tasks(
+        executors,
         [partial(_screen, search_of, task) for task in tasks],
         lambda done, of: None,
     )
     pairs = incumbents()
-    decided = executor.run_tasks(
-        stations,
+    decided = run_tasks(
+        executors,
         [
             partial(_decide, search_of, task.tokens, screening, pairs[task.tokens])
             for task, screening in zip(tasks, screenings, strict=True)
@@ -89,22 +88,22 @@ def measure_all(
 
 
 def _get_ready(
-    stations: Sequence[Executor], request: TuneRequest, tasks: Sequence[SearchTask], measuring: MeasureOptions
+    executors: Sequence[Executor], request: TuneRequest, tasks: Sequence[SearchTask], measuring: MeasureOptions
 ) -> None:
     """Where a budget runs, wait until there is something to spend it on: engines take long to import."""
     if measuring.budget_s is None:
         return
-    first = candidates.screening_jobs(tasks[0].listed, request.shape, tasks[0].tokens, request.gpu.sm, request.tunable)[
+    first = candidates.screening_jobs(tasks[0].listed, request.shape, tasks[0].tokens, request.gpu.sm, request.adapter)[
         0
     ]
-    for station in stations:
+    for executor in executors:
         with suppress(MoEExtError):  # the tasks will meet it, and have others to turn to
-            station.binary(first)
-            station.get_ready()
+            executor.binary(first)
+            executor.get_ready()
 
 
 class _Counted:
-    """Counts first screens, from the threads of all stations."""
+    """Counts first screens, from the threads of all executors."""
 
     def __init__(self, progress: Progress, of: int) -> None:
         self._progress, self._of, self._done = progress, of, 0
@@ -135,60 +134,60 @@ class _Search:
 
     def fastest_keys(self, times: Times, count: int) -> dict[Projection, list[CompileKey]]:
         of_both = search.fastest_shared_keys
-        return (search.fastest_keys if self.request.tunable.HAS_DOWN_TABLES else of_both)(times, count)
+        return (search.fastest_keys if self.request.adapter.HAS_DOWN_TABLES else of_both)(times, count)
 
     def finalists(self, screening: Screening, count: int) -> list[Pair]:
         of_both = search.shared_finalists
-        return (search.finalists if self.request.tunable.HAS_DOWN_TABLES else of_both)(screening, count)
+        return (search.finalists if self.request.adapter.HAS_DOWN_TABLES else of_both)(screening, count)
 
 
-def _binary(station: Executor, job: CompileJob) -> Resources | Failure:
+def _binary(executor: Executor, job: CompileJob) -> Resources | Failure:
     """What the binary needs.
 
     Raises:
         MoEExtError: nothing can be compiled any more, which says nothing of this binary.
     """
-    needs = station.binary(job)
+    needs = executor.binary(job)
     if isinstance(needs, Failure) and needs.kind == UNABLE:
         raise MoEExtError(f"nothing can be compiled: {needs.message}")
     return needs
 
 
-def _screen(of: _Search, task: SearchTask, station: Executor) -> Screening:
-    shape, gpu, engine = of.request.shape, of.request.gpu, of.request.tunable
-    station.want(candidates.screening_jobs(task.listed, shape, task.tokens, gpu.sm, engine))
+def _screen(of: _Search, task: SearchTask, executor: Executor) -> Screening:
+    shape, gpu, engine = of.request.shape, of.request.gpu, of.request.adapter
+    executor.want(candidates.screening_jobs(task.listed, shape, task.tokens, gpu.sm, engine))
 
     def clean(projection: Projection, key: CompileKey) -> Failure | None:
         job = candidates.screening_job(shape, task.tokens, projection, key, gpu.sm, engine)
-        return candidates.misfit(job, _binary(station, job), gpu)
+        return candidates.misfit(job, _binary(executor, job), gpu)
 
-    ask = of.counted(of.journal.through(station.ask))
+    ask = of.counted(of.journal.through(executor.ask))
     screening = search.screen(task.tokens, task.listed, of.effort, ask, clean, of.budget.share(), of.fastest_keys)
     for pair in of.finalists(screening, of.effort.finalists):
-        station.want(candidates.pair_jobs(pair, shape, task.tokens, gpu.sm, engine))
+        executor.want(candidates.pair_jobs(pair, shape, task.tokens, gpu.sm, engine))
     return screening
 
 
 def _decide(
-    of: _Search, tokens: int, screening: Screening, incumbent: Pair, station: Executor
+    of: _Search, tokens: int, screening: Screening, incumbent: Pair, executor: Executor
 ) -> tuple[MeasuredChoice[Pair] | None, MeasuredChoice[Runner] | None]:
     """What was chosen of the engine's kernels, and who won the race of that with our own path."""
     pairs = of.finalists(screening, 1 if of.budget.is_spent() else of.effort.finalists)
     if not pairs:
         log.warning("M=%d: left out: no candidate ran (%s)", tokens, ", ".join(screening.failures) or "none was timed")
         return None, None
-    shape, sm, engine = of.request.shape, of.request.gpu.sm, of.request.tunable
+    shape, sm, engine = of.request.shape, of.request.gpu.sm, of.request.adapter
     jobs = [candidates.pair_jobs(pair, shape, tokens, sm, engine) for pair in (incumbent, *pairs)]
-    station.want(job for of_pair in jobs for job in of_pair)  # another station may have screened
+    executor.want(job for of_pair in jobs for job in of_pair)  # another executor may have screened
     runnable: list[Pair] = []
     for pair, of_pair in zip((incumbent, *pairs), jobs, strict=True):
         # Waits for binaries, so that none is compiled while the race runs.
-        failure = next((need for job in of_pair if isinstance(need := _binary(station, job), Failure)), None)
+        failure = next((need for job in of_pair if isinstance(need := _binary(executor, job), Failure)), None)
         if failure is None and pair != incumbent:
             runnable.append(pair)
         elif failure is not None:
             log.info("M=%d: up %s, down %s left out: %s", tokens, pair["up"], pair["down"], failure.message)
-    ask, rounds = of.journal.through(station.ask), of.effort.rounds
+    ask, rounds = of.journal.through(executor.ask), of.effort.rounds
     chosen = final_comparison.confirm(
         shape, tokens, runnable, incumbent, ask, rounds=rounds, tried=screening.tried, failures=screening.failures
     )

@@ -1,4 +1,4 @@
-"""A measuring run: its folder with the journal, its GPUs with a compile farm beside them, and what they find."""
+"""A measuring run: its folder with the journal, its GPUs with a compile pool beside them, and what they find."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from sglang_moe_ext.tuning.compile.kernel_source import KernelSource, kernel_sou
 from sglang_moe_ext.tuning.compile.pool import CompilePool
 from sglang_moe_ext.tuning.request import MeasureOptions, Progress, TuneRequest
 from sglang_moe_ext.tuning.results_to_tables import driver_version, version_of
-from sglang_moe_ext.tuning.run import executor, ray_executor, run_folder, search_loop
-from sglang_moe_ext.tuning.run.executor import BenchProcessLike, CompilePoolLike, Executor, LocalExecutor
+from sglang_moe_ext.tuning.run import ray_executor, run_folder, search_loop
+from sglang_moe_ext.tuning.run.executor import BenchProcessLike, CompilePoolLike, Executor, LocalExecutor, close_all
 from sglang_moe_ext.tuning.run.journal_reader import Circumstances
 from sglang_moe_ext.tuning.run.run_folder import RunFolder
 from sglang_moe_ext.tuning.run.search_loop import SearchResults
@@ -75,16 +75,16 @@ def measure(
     )
     shape, sm = request.shape, request.gpu.sm
     jobs = [
-        job for task in tasks for job in candidates.screening_jobs(task.listed, shape, task.tokens, sm, request.tunable)
+        job for task in tasks for job in candidates.screening_jobs(task.listed, shape, task.tokens, sm, request.adapter)
     ]
     with ExitStack() as ends:
-        stations = start_executors(request, measuring, source, run.triton_cache, jobs, ends, progress)
+        executors = start_executors(request, measuring, source, run.triton_cache, jobs, ends, progress)
         return search_loop.measure_all(
             request,
             measuring,
             tasks,
             lambda: verify_install.pairs_of(today.answer(verify_install.lookup_request(request))),
-            stations,
+            executors,
             run.journal,
             progress,
         )
@@ -106,9 +106,9 @@ def start_executors(
     """
     if measuring.ray is not None:
         on_node = _OnNode(source, request, measuring)
-        stations = ray_executor.executors(measuring.ray or None, request.gpu.device_name, on_node)
+        executors = ray_executor.ray_executors(measuring.ray or None, request.gpu.device_name, on_node)
     else:
-        farm = ends.enter_context(
+        pool = ends.enter_context(
             CompilePool(
                 source,
                 cache=CompileCache(default_path()),
@@ -116,12 +116,12 @@ def start_executors(
                 progress=lambda done, of: progress("compiling", done, of),
             )
         )
-        farm.want(jobs)
+        pool.want(jobs)
         setup = BenchSetup(request.shape, measuring.routing, request.seed, triton_cache, request.engine)
         workers = {gpu: BenchProcess(setup, {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in measuring.gpus}
-        stations = [LocalExecutor(f"GPU {gpu}", farm, worker) for gpu, worker in workers.items()]
-    ends.callback(executor.close_all, stations)
-    return stations
+        executors = [LocalExecutor(f"GPU {gpu}", pool, worker) for gpu, worker in workers.items()]
+    ends.callback(close_all, executors)
+    return executors
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +134,10 @@ class _OnNode:
 
     def __call__(self, cores: int, scratch: Path) -> tuple[CompilePoolLike, BenchProcessLike]:
         """Raises EngineError where the node has another kernel: its times would say nothing of ours."""
-        tunable = self.request.tunable
-        there = kernel_source(tunable.find(), tunable)
+        adapter = self.request.adapter
+        there = kernel_source(adapter.find(), adapter)
         if there.fingerprint != self.source.fingerprint:
             raise EngineError(f"it has {there.name}: expected the very {self.source.name} that is here")
         setup = BenchSetup(self.request.shape, self.measuring.routing, self.request.seed, scratch, self.request.engine)
-        farm = CompilePool(self.source, cache=CompileCache(default_path()), triton_cache=scratch, workers=cores)
-        return farm, BenchProcess(setup)
+        pool = CompilePool(self.source, cache=CompileCache(default_path()), triton_cache=scratch, workers=cores)
+        return pool, BenchProcess(setup)

@@ -32,7 +32,7 @@ def list_for_request(
 ) -> Candidates:
     """What a run times at that M."""
     keys = EFFORTS[measuring.effort].keys
-    if not request.tunable.HAS_DOWN_TABLES:
+    if not request.adapter.HAS_DOWN_TABLES:
         return list_shared_candidates(kept, request.shape, request.gpu, tokens, keys=keys)
     return list_candidates(kept, request.shape, request.gpu, tokens, keys=keys, with_tma=measuring.with_tma)
 

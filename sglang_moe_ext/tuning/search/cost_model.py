@@ -30,7 +30,7 @@ _BLOCK_START_US = 0.8
 _WARP_START_US = 0.2  # more, for each warp of the block
 _LOAD_LATENCY_US = 0.71
 _STEP_US = 0.078  # barrier, addresses and issue of one step along K
-_SCALE_US = 0.105  # what the scales of block-wise quantisation add to a step
+_SCALE_US = 0.105  # what the scales of block-wise quantization add to a step
 _L2_GBS = 75.0  # what one multiprocessor loads from the L2: 44 bytes a clock
 _SHORT_ROW_SHARE = 0.44  # of the rest of a 128-byte line that moves along when a step wants less than the line
 _MMA_SYNC_SHARE = 0.59  # of the wgmma rate, on GPUs that have wgmma
@@ -70,10 +70,10 @@ class _Grid:
 
 def estimate(config: TileConfig, shape: MoEShape, gpu: Gpu) -> Resources:
     """What the binary will probably need, before it is compiled."""
-    quantisation = shape.quantisation
-    loaded_bits = config.block_m * quantisation.activation_bits + config.block_n * quantisation.weight_bits
+    quantization = shape.quantization
+    loaded_bits = config.block_m * quantization.activation_bits + config.block_n * quantization.weight_bits
     pointers = config.block_k * loaded_bits / 8 / 16 / (32 * config.num_warps)
-    accumulators = accumulator_registers(config) * (2 if quantisation.is_block_wise else 1)
+    accumulators = accumulator_registers(config) * (2 if quantization.is_block_wise else 1)
     registers = min(255, int(accumulators + _POINTER_REGISTERS * pointers + _BASE_REGISTERS))
     return Resources(smem_bytes=smem_bytes(config, shape, gpu.sm), registers=registers, spill_bytes=0)
 
@@ -103,7 +103,7 @@ def _multiply_us(config: TileConfig, shape: MoEShape, gpu: Gpu, *, whole: bool) 
 
     `whole`: an instruction of four warps reads both operands there (wgmma, tcgen05); else each warp its part's own.
     """
-    rows, columns, bits = config.block_m, config.block_n, shape.quantisation.activation_bits
+    rows, columns, bits = config.block_m, config.block_n, shape.quantization.activation_bits
     rate = gpu.tflops(bits) / gpu.multiprocessors
     if whole:
         groups = max(1, config.num_warps // 4) if rows == _MMA_ROWS else 1
@@ -119,19 +119,19 @@ def _multiply_us(config: TileConfig, shape: MoEShape, gpu: Gpu, *, whole: bool) 
 
 def _short_row_factor(config: TileConfig, shape: MoEShape) -> float:
     """By how much more moves than a step asks for, where it wants less than a line of each row."""
-    return 1 + _SHORT_ROW_SHARE * max(0.0, 128 / (config.block_k * shape.quantisation.weight_bits / 8) - 1)
+    return 1 + _SHORT_ROW_SHARE * max(0.0, 128 / (config.block_k * shape.quantization.weight_bits / 8) - 1)
 
 
 def _step(config: TileConfig, shape: MoEShape, gpu: Gpu, filled: float) -> _Step:
-    quantisation = shape.quantisation
+    quantization = shape.quantization
     # With swapped operands the weights are the instruction's 64 rows, and the tokens its columns.
-    swapped = quantisation.scheme == "fp8_w8a8" and gpu.sm == 90 and config.block_m < _MMA_ROWS <= config.block_n
+    swapped = quantization.scheme == "fp8_w8a8" and gpu.sm == 90 and config.block_m < _MMA_ROWS <= config.block_n
     whole = swapped or (gpu.sm in _WARPGROUP_SMS and config.block_m >= _MMA_ROWS)
-    rows_bytes = config.block_m * filled * quantisation.activation_bits / 8
-    asked = config.block_k * (rows_bytes + config.block_n * quantisation.weight_bits / 8)
+    rows_bytes = config.block_m * filled * quantization.activation_bits / 8
+    asked = config.block_k * (rows_bytes + config.block_n * quantization.weight_bits / 8)
     load_us = asked * _short_row_factor(config, shape) / _L2_GBS * 1e-3
     multiply_us = _multiply_us(config, shape, gpu, whole=whole)
-    if quantisation.is_block_wise:  # each partial product is waited for, scaled and added in registers
+    if quantization.is_block_wise:  # each partial product is waited for, scaled and added in registers
         work_us = multiply_us + config.block_m * config.block_n / _LANES_PER_NS * 1e-3 + _SCALE_US + _STEP_US
     else:
         work_us = max(multiply_us, _STEP_US) if whole else multiply_us + _STEP_US
@@ -149,8 +149,8 @@ def _memory_bytes(
         return max(0.0, 1 - _L2_SHARE * gpu.l2_mib * 2**20 / max(working_set, 1.0))
 
     columns, reduction = shape.gemm(projection)
-    row_bytes = reduction * shape.quantisation.activation_bits / 8
-    column_bytes = reduction * shape.quantisation.weight_bits / 8
+    row_bytes = reduction * shape.quantization.activation_bits / 8
+    column_bytes = reduction * shape.quantization.weight_bits / 8
     an_expert = max(1.0, grid.blocks_m / max(expected.active_experts, 1e-9))
     group = min(config.group_m, max(1.0, grid.blocks_m))
     group_bytes = group * config.block_m * row_bytes

@@ -162,8 +162,8 @@ TOLERATED_ERROR: dict[Scheme | None, float] = {
     "int8_w8a8": 5e-2,
 }
 """Relative error of the whole layer against float32 that a right result stays under: 4e-3 seen for bf16, 2.3e-2 for
-fp8 (H200). The reference takes quantised weights as they are stored, so they add nothing; eight-bit activations of the
-down GEMM are quantised from what the up GEMM rounded otherwise than the reference."""
+fp8 (H200). The reference takes quantized weights as they are stored, so they add nothing; eight-bit activations of the
+down GEMM are quantized from what the up GEMM rounded otherwise than the reference."""
 _MEETINGS = 3
 """With the incumbent alone, of so many that led; each is one more chance to win by luck."""
 _NEVER = Interval(math.inf, math.inf, math.inf)
@@ -217,7 +217,7 @@ class _Comparison(Generic[R]):
 
 def is_right(shape: MoEShape, error: float | Failure) -> bool:
     """True where a layer with that relative error may serve."""
-    return not isinstance(error, Failure) and error <= TOLERATED_ERROR[shape.quantisation.scheme]
+    return not isinstance(error, Failure) and error <= TOLERATED_ERROR[shape.quantization.scheme]
 
 
 def confirm(  # noqa: PLR0913 - the last two only pass through, into the noun that tells all of an M

@@ -67,7 +67,7 @@ class RocmRule:
 
 def full_space(shape: MoEShape, family: Family) -> tuple[RocmTile, ...]:
     """40,000 candidates of 16-bit weights on CDNA, 10,000 on RDNA; 8,000 of narrower ones."""
-    is_wide = shape.quantisation.scheme is None
+    is_wide = shape.quantization.scheme is None
     blocks_k = _BLOCKS if is_wide else _BLOCKS[1:]
     has_choice = is_wide and family == "CDNA"
     instructions: tuple[tuple[int | None, int | None], ...] = tuple(itertools.product((16, 32), (1, 2)))
@@ -86,9 +86,9 @@ def full_space(shape: MoEShape, family: Family) -> tuple[RocmTile, ...]:
 
 
 def gemm(shape: MoEShape, projection: Projection, tokens: int, family: Family) -> Gemm:
-    """That GEMM of the layer; upstream counts an element of anything quantised as one byte."""
+    """That GEMM of the layer; upstream counts an element of anything quantized as one byte."""
     columns, reduction = shape.gemm(projection)
-    element_bytes = 2 if shape.quantisation.scheme is None else 1
+    element_bytes = 2 if shape.quantization.scheme is None else 1
     return Gemm(tokens * shape.top_k, columns, reduction, element_bytes, family)
 
 

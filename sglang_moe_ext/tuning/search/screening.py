@@ -156,7 +156,7 @@ def finalists(screening: Screening, count: int) -> list[Pair]:
     """The fastest pairs whose down GEMM goes without TMA, and those with it, so many each, best sum first.
 
     Both GEMMs share the sort of the tokens, and so one BLOCK_SIZE_M. Sums of one path say nothing of the other: a GEMM
-    with TMA is faster alone, but has the activation and the quantisation work on the rows that pad the blocks as well.
+    with TMA is faster alone, but has the activation and the quantization work on the rows that pad the blocks as well.
     """
     ranked = _pairs(screening.times)
     found: list[Pair] = []
@@ -228,12 +228,12 @@ cut short: a budget too small for one of each batch size is overrun by what they
 
 
 class Budget:
-    """`seconds` from now on, None for no limit. `stations` work at the same time."""
+    """`seconds` from now on, None for no limit. `executors` work at the same time."""
 
     def __init__(
-        self, seconds: float | None, shares: int, stations: int = 1, clock: Callable[[], float] = time.monotonic
+        self, seconds: float | None, shares: int, executors: int = 1, clock: Callable[[], float] = time.monotonic
     ):
-        self._clock, self._stations, self._shares = clock, stations, shares
+        self._clock, self._executors, self._shares = clock, executors, shares
         self._end = None if seconds is None else clock() + seconds * (1 - _KEPT_FOR_THE_REMATCH)
         self._taking = threading.Lock()
 
@@ -248,5 +248,5 @@ class Budget:
             self._shares -= 1
         if end is None:
             return lambda: False
-        until = now + max(end - now, 0.0) * min(1.0, self._stations / shares)
+        until = now + max(end - now, 0.0) * min(1.0, self._executors / shares)
         return lambda: self._clock() >= until

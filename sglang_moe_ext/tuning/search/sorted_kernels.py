@@ -30,9 +30,9 @@ class PlanRule:
 
 
 def _is_multiplied(shape: MoEShape, _: int) -> bool:
-    quantisation = shape.quantisation
-    is_scaled = quantisation.per_channel or quantisation.block_shape == (_GROUP, _GROUP)
-    return quantisation.scheme is None or (quantisation.scheme == "fp8_w8a8" and is_scaled)
+    quantization = shape.quantization
+    is_scaled = quantization.per_channel or quantization.block_shape == (_GROUP, _GROUP)
+    return quantization.scheme is None or (quantization.scheme == "fp8_w8a8" and is_scaled)
 
 
 RULES = (
@@ -113,8 +113,8 @@ def up_configs(shape: MoEShape, engines: Iterable[TileConfig]) -> list[Up]:
     return [
         *plain,
         *(
-            UpConfig(m, n, k, group, warps, stages, crew > 0, max(crew, 1), is_fused, half)
-            for (m, n, k, warps, stages, crew, is_fused, half), group in itertools.product(
+            UpConfig(m, n, k, group, warps, stages, processes > 0, max(processes, 1), is_fused, half)
+            for (m, n, k, warps, stages, processes, is_fused, half), group in itertools.product(
                 _UPS[_kind(shape)], _UP_GROUPS
             )
             if (columns if is_fused else 2 * columns) % n == 0 and shape.hidden_size % k == 0
@@ -125,20 +125,20 @@ def up_configs(shape: MoEShape, engines: Iterable[TileConfig]) -> list[Up]:
 def down_configs(shape: MoEShape, block_m: int) -> list[Down]:
     """Those whose rows lie within one block of the sort, the best guess first."""
     found: list[Down] = [
-        DownConfig(m, n, k, group, warps, stages, crew > 0, max(crew, 1), half)
-        for (m, n, k, warps, stages, crew, half), group in itertools.product(_DOWNS[_kind(shape)], _DOWN_GROUPS)
+        DownConfig(m, n, k, group, warps, stages, processes > 0, max(processes, 1), half)
+        for (m, n, k, warps, stages, processes, half), group in itertools.product(_DOWNS[_kind(shape)], _DOWN_GROUPS)
         if block_m % m == 0
     ]
     found.sort(key=lambda config: -config.block_m)  # stable: whole blocks first
-    if shape.quantisation.is_block_wise and shape.intermediate_size <= LONGEST_K:
+    if shape.quantization.is_block_wise and shape.intermediate_size <= LONGEST_K:
         found += [ShortKDownConfig(*numbers) for numbers in _SHORT_DOWNS_BLOCK_FP8 if block_m % numbers[0] == 0]
     return found
 
 
 def _kind(shape: MoEShape) -> _Kind:
-    if shape.quantisation.scheme is None:
+    if shape.quantization.scheme is None:
         return "16 bits"
-    return "block" if shape.quantisation.is_block_wise else "channel"
+    return "block" if shape.quantization.is_block_wise else "channel"
 
 
 log = logging.getLogger(__name__)

@@ -49,12 +49,12 @@ def _fits(config: TileConfig, shape: MoEShape, gpu: Gpu) -> bool:
 def _accumulates_in_registers(config: TileConfig, shape: MoEShape, gpu: Gpu) -> bool:
     if gpu.sm in (100, 103):
         return True  # the accumulator lies in tensor memory
-    limit = 64 if shape.quantisation.is_block_wise else 128
+    limit = 64 if shape.quantization.is_block_wise else 128
     return accumulator_registers(config) <= limit
 
 
 def _meets_scales(config: TileConfig, shape: MoEShape, gpu: Gpu) -> bool:
-    block = shape.quantisation.block_shape
+    block = shape.quantization.block_shape
     return block is None or not all(block) or block[1] % config.block_k == 0
 
 
@@ -65,7 +65,7 @@ def _is_within_work(config: TileConfig, shape: MoEShape, gpu: Gpu) -> bool:
 
 
 RULES = (
-    Rule("quantisation block", "BLOCK_SIZE_K must lie within one scale's block", _meets_scales),
+    Rule("quantization block", "BLOCK_SIZE_K must lie within one scale's block", _meets_scales),
     Rule("tile larger than the work", "half of BLOCK_SIZE_N or BLOCK_SIZE_K would be padding", _is_within_work),
     Rule("shared memory", "its pipeline stages do not fit into one block's shared memory", _fits),
     Rule("accumulator", "its accumulator alone would spill registers", _accumulates_in_registers),

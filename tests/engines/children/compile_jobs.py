@@ -11,22 +11,22 @@ import sys
 import tempfile
 from typing import Any
 
-from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEShape, Quantisation, Resources
+from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEShape, Quantization, Resources
 from sglang_moe_ext.engines.sglang import compile as sglang_compile
 
 
 def parsed(document: dict[str, Any]) -> CompileJob:
     shape = document["shape"]
-    quantisation = shape["quantisation"]
-    block = quantisation["block_shape"]
+    quantization = shape["quantization"]
+    block = quantization["block_shape"]
     return CompileJob(
         **document
         | {
             "shape": MoEShape(
                 **shape
                 | {
-                    "quantisation": Quantisation(
-                        **quantisation | {"block_shape": None if block is None else tuple(block)}
+                    "quantization": Quantization(
+                        **quantization | {"block_shape": None if block is None else tuple(block)}
                     )
                 }
             ),

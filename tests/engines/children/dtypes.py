@@ -4,7 +4,7 @@ stdin: {"gemms": [{"shape", "projection", "tile", "change"}], "names": [{"shape"
 `MoEShape`. Last line of stdout: {"errors": [relative error against the reference, null where not finite],
 "names": [[name of each table that the engine looks for]]}.
 
-The engine's quantisers of activations are CUDA operators; ours, which are meant to equal them, take their place. So
+The engine's quantizers of activations are CUDA operators; ours, which are meant to equal them, take their place. So
 this shows what the GEMM kernels mean by layouts and scales, and nothing of those operators.
 """
 
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import ASTTransformer
 
-from sglang_moe_ext.core import MoEShape, Projection, Quantisation, TileConfig
+from sglang_moe_ext.core import MoEShape, Projection, Quantization, TileConfig
 from sglang_moe_ext.engines.sglang import bootstrap, installation, runner
 from sglang_moe_ext.kernels import reference
-from sglang_moe_ext.kernels.quantize import as_the_gemm_reads, quantise_activations, quantise_weights
+from sglang_moe_ext.kernels.quantize import as_the_gemm_reads, quantize_activations, quantize_weights
 from tests.kernels.interpreter import repair
 
 TOKENS = 17
@@ -33,10 +33,10 @@ SCHEMES = ("fp8_w8a8", "int8_w8a8", "int8_w8a16", "int4_w4a16")
 
 
 def read_shape(document: dict[str, Any]) -> MoEShape:
-    quantisation = document["quantisation"]
-    block = quantisation["block_shape"]
-    read = Quantisation(**quantisation | {"block_shape": None if block is None else tuple(block)})
-    return MoEShape(**document | {"quantisation": read})
+    quantization = document["quantization"]
+    block = quantization["block_shape"]
+    read = Quantization(**quantization | {"block_shape": None if block is None else tuple(block)})
+    return MoEShape(**document | {"quantization": read})
 
 
 def routing(shape: MoEShape) -> Tensor:
@@ -53,7 +53,7 @@ def operands(shape: MoEShape, projection: Projection) -> tuple[Tensor, Tensor, T
     a = (torch.randn(rows, reduction) * torch.rand(rows, 1).add(0.1)).to(dtype)
     size = torch.arange(1, shape.experts + 1).view(-1, 1, 1) / 4
     plain = (torch.randn(shape.experts, columns, reduction) * size).to(dtype)
-    return a, *((plain, None) if shape.quantisation.scheme is None else quantise_weights(plain, shape.quantisation))
+    return a, *((plain, None) if shape.quantization.scheme is None else quantize_weights(plain, shape.quantization))
 
 
 def with_room_behind(tensor: Tensor) -> Tensor:
@@ -90,9 +90,9 @@ def error_of(engine: runner.LoadedSglang, case: dict[str, Any]) -> float | None:
         expert_ids=aligned.expert_ids,
         num_tokens_post_padded=aligned.num_tokens_post_padded,
     )
-    with our_quantiser(engine.kernels, shape.quantisation), told_to_sort(engine.kernels, change == "told to sort"):
+    with our_quantizer(engine.kernels, shape.quantization), told_to_sort(engine.kernels, change == "told to sort"):
         runner.launch(engine, shape, projection, tensors, tile)
-    rows, scales = (a, None) if scale is None else as_the_gemm_reads(a, scale, shape.quantisation)
+    rows, scales = (a, None) if scale is None else as_the_gemm_reads(a, scale, shape.quantization)
     routed = topk_weights if projection == "down" else None
     expected = reference.grouped_gemm(rows, stored, topk_ids, top_k=top_k, scales=scales, routed_weights=routed)
     error = reference.relative_error(tensors.out[: len(expected)], expected)
@@ -100,14 +100,14 @@ def error_of(engine: runner.LoadedSglang, case: dict[str, Any]) -> float | None:
 
 
 @contextmanager
-def our_quantiser(kernels: Any, quantisation: Quantisation) -> Iterator[None]:
-    def quantise(a: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        return quantise_activations(a, quantisation)
+def our_quantizer(kernels: Any, quantization: Quantization) -> Iterator[None]:
+    def quantize(a: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        return quantize_activations(a, quantization)
 
     names = ["scaled_fp8_quant", "per_token_quant_int8"]
     names += [f"{prefix}per_token_group_quant_{kind}" for prefix in ("", "sglang_") for kind in ("fp8", "int8")]
     before = {name: getattr(kernels, name) for name in names}
-    vars(kernels).update(dict.fromkeys(names, quantise))
+    vars(kernels).update(dict.fromkeys(names, quantize))
     yield
     vars(kernels).update(before)
 
@@ -125,7 +125,7 @@ def told_to_sort(kernels: Any, told: bool) -> Iterator[None]:
 def names_looked_for(config: Any, case: dict[str, Any]) -> list[str]:
     """The tables that the engine looks for when it is given weights as we store them."""
     shape = read_shape(case["shape"])
-    quantisation, asked = shape.quantisation, []
+    quantization, asked = shape.quantization, []
     stored = [operands(shape, projection)[1] for projection in ("up", "down")]
     answer = config.get_config_file_name
 
@@ -140,11 +140,11 @@ def names_looked_for(config: Any, case: dict[str, Any]) -> list[str]:
         *[tuple(weights.shape) for weights in stored],
         shape.top_k,
         config.get_config_dtype_str(
-            dtype=getattr(torch, shape.dtype), **{f"use_{scheme}": scheme == quantisation.scheme for scheme in SCHEMES}
+            dtype=getattr(torch, shape.dtype), **{f"use_{scheme}": scheme == quantization.scheme for scheme in SCHEMES}
         ),
         TOKENS,
-        block_shape=None if quantisation.block_shape is None else list(quantisation.block_shape),
-        per_channel_quant=quantisation.per_channel,
+        block_shape=None if quantization.block_shape is None else list(quantization.block_shape),
+        per_channel_quant=quantization.per_channel,
         return_down_config=True,
     )
     config.get_config_file_name = answer

@@ -20,17 +20,17 @@ from types import ModuleType
 from typing import Any
 
 from sglang_moe_ext import SWITCH
-from sglang_moe_ext.core import MoEShape, Quantisation
+from sglang_moe_ext.core import MoEShape, Quantization
 from sglang_moe_ext.engines import running
 from sglang_moe_ext.engines.sglang import bootstrap, hook_points, installation, runner
 from sglang_moe_ext.serving import attach, guard, plugin
 
 SHAPES = {
     "bf16": MoEShape(12, 320, 512, 3),
-    "fp8-block": MoEShape(12, 256, 512, 3, Quantisation("fp8_w8a8", (128, 128))),
-    "fp8-channel": MoEShape(12, 320, 512, 3, Quantisation("fp8_w8a8", per_channel=True)),
-    "int8-channel": MoEShape(12, 320, 512, 3, Quantisation("int8_w8a8", per_channel=True)),
-    "int4": MoEShape(12, 320, 512, 3, Quantisation("int4_w4a16", (0, 128))),
+    "fp8-block": MoEShape(12, 256, 512, 3, Quantization("fp8_w8a8", (128, 128))),
+    "fp8-channel": MoEShape(12, 320, 512, 3, Quantization("fp8_w8a8", per_channel=True)),
+    "int8-channel": MoEShape(12, 320, 512, 3, Quantization("int8_w8a8", per_channel=True)),
+    "int4": MoEShape(12, 320, 512, 3, Quantization("int4_w4a16", (0, 128))),
     "no table": MoEShape(13, 320, 512, 3),
 }
 TOKENS = 64
@@ -68,15 +68,15 @@ class Engine:
         shape, function = SHAPES[name], getattr(self.layer, hook_points.LOOKUP)
         columns = shape.intermediate_size // (2 if name == "int4" else 1)
         hidden = shape.hidden_size // (2 if name == "int4" else 1)
-        block = shape.quantisation.block_shape
+        block = shape.quantization.block_shape
         named: dict[str, Any] = {"return_down_config": True} if down else {}
         if self.version > (0, 5, 5):  # which reads the same table for scales per channel and per tensor
-            named["per_channel_quant"] = shape.quantisation.per_channel
+            named["per_channel_quant"] = shape.quantization.per_channel
         return (function.__wrapped__ if own else function)(
             (shape.experts, 2 * shape.intermediate_size, hidden),
             (shape.experts, shape.hidden_size, columns),
             shape.top_k,
-            shape.quantisation.scheme,
+            shape.quantization.scheme,
             tokens,
             block_shape=None if block is None else list(block),
             **named,

@@ -1,7 +1,7 @@
 """Child of test_own_path: the SGLang on PYTHONPATH runs whole layers, hooked, with tables that choose our path.
 
 stdin: {"device": name}. Last line of stdout: what `main` returns. All kernels run in Triton's interpreter; the sort of
-the tokens and the quantisation of the engine's up GEMM, CUDA operators, are the reference's.
+the tokens and the quantization of the engine's up GEMM, CUDA operators, are the reference's.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from typing import Any
 
 import torch
 
-from sglang_moe_ext.core import MoEShape, Quantisation
+from sglang_moe_ext.core import MoEShape, Quantization
 from sglang_moe_ext.engines.sglang import bootstrap, hook_points, installation, kernel_sequence
 from sglang_moe_ext.engines.sglang.kernel_sequence import _TAKEN, GATES
 from sglang_moe_ext.kernels import reference
-from sglang_moe_ext.kernels.quantize import quantise_weights
+from sglang_moe_ext.kernels.quantize import quantize_weights
 from sglang_moe_ext.serving import attach, guard, plugin
-from tests.engines.children.dtypes import our_quantiser
+from tests.engines.children.dtypes import our_quantizer
 from tests.kernels.interpreter import repair
 
 SHAPES = {
     "16 bits": MoEShape(6, 128, 64, 2),
-    "block": MoEShape(6, 128, 256, 2, Quantisation("fp8_w8a8", (128, 128))),
+    "block": MoEShape(6, 128, 256, 2, Quantization("fp8_w8a8", (128, 128))),
     "elsewhere": MoEShape(5, 128, 64, 2),
-    "channel": MoEShape(6, 128, 128, 2, Quantisation("fp8_w8a8", per_channel=True)),
+    "channel": MoEShape(6, 128, 128, 2, Quantization("fp8_w8a8", per_channel=True)),
 }
 TOKENS = 33
 """At which the tables choose our path; at fewer they do not."""
@@ -61,20 +61,20 @@ class Problem:
         if ids_elsewhere:
             self.topk_ids[::3, 0] = -1
         self.topk_weights = torch.rand(tokens, shape.top_k)
-        scheme = shape.quantisation
+        scheme = shape.quantization
         stored = [torch.randn(shape.experts, *shape.gemm(it), dtype=torch.bfloat16) / 8 for it in ("up", "down")]
-        scaled = [quantise_weights(it, scheme) if scheme.scheme else (it, None) for it in stored]
+        scaled = [quantize_weights(it, scheme) if scheme.scheme else (it, None) for it in stored]
         (self.w1, self.w1_scale), (self.w2, self.w2_scale) = scaled
 
     def run(self, layer: ModuleType, **changed: Any) -> torch.Tensor:
         """The engine's function for a whole layer; the hidden states are copied, since it may work in place."""
-        is_scaled = self.shape.quantisation.scheme is not None
+        is_scaled = self.shape.quantization.scheme is not None
         named = {
             "use_fp8_w8a8": is_scaled,
             "w1_scale": self.w1_scale,
             "w2_scale": self.w2_scale,
-            "block_shape": None if (block := self.shape.quantisation.block_shape) is None else list(block),
-            "per_channel_quant": self.shape.quantisation.per_channel,
+            "block_shape": None if (block := self.shape.quantization.block_shape) is None else list(block),
+            "per_channel_quant": self.shape.quantization.per_channel,
             "filter_expert": False,
         }
         hidden = self.hidden.clone()
@@ -87,7 +87,7 @@ class Problem:
     def error(self, out: torch.Tensor, factor: float = 1.0) -> float:
         expected = reference.moe_layer(
             self.hidden, self.w1, self.w2, self.topk_weights, self.topk_ids,
-            quantisation=self.shape.quantisation, w1_scale=self.w1_scale, w2_scale=self.w2_scale,
+            quantization=self.shape.quantization, w1_scale=self.w1_scale, w2_scale=self.w2_scale,
             activation="silu", gated=True,
         )  # fmt: skip
         return reference.relative_error(out, expected * factor)
@@ -180,7 +180,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     ran("in place", problem, inplace=True)
     ran("scaled", problem, 2.5, routed_scaling_factor=2.5)
     ran("block", Problem(SHAPES["block"]))
-    with our_quantiser(sys.modules[found.kernel_module], SHAPES["channel"].quantisation):
+    with our_quantizer(sys.modules[found.kernel_module], SHAPES["channel"].quantization):
         ran("channel", Problem(SHAPES["channel"]))
     ran("experts elsewhere", Problem(SHAPES["elsewhere"], ids_elsewhere=True), filter_expert=True)
     few = Problem(SHAPES["16 bits"], TOKENS // 3)

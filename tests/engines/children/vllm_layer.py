@@ -3,7 +3,7 @@
 stdin: [{"shape": <MoEShape as a dict>, "tokens": M, "config": [...]}]. Last line of stdout: for each, the relative
 errors {"up": of the up GEMM alone, "layer": of the whole layer, "sorted": whether tokens were sorted}.
 
-vLLM's compiled operators cannot run here: the sort, the activation, the quantisation and the sum over a token's experts
+vLLM's compiled operators cannot run here: the sort, the activation, the quantization and the sum over a token's experts
 are stood in for by plain torch, with the meaning that vLLM's own documentation gives them. Kernels, launchers and what
 the layer does between them are vLLM's own.
 """
@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from sglang_moe_ext.core import MoEShape, Quantisation, TileConfig
+from sglang_moe_ext.core import MoEShape, Quantization, TileConfig
 from sglang_moe_ext.engines.registry import VLLM
 from sglang_moe_ext.kernels import reference
-from sglang_moe_ext.kernels.quantize import Scales, quantise_activations
+from sglang_moe_ext.kernels.quantize import Scales, quantize_activations
 from sglang_moe_ext.tuning.bench.layer import BenchedLayer
 from sglang_moe_ext.tuning.bench.routing import MIXED
 from tests.kernels.interpreter import repair
@@ -57,20 +57,20 @@ def activate(activation: Any, out: torch.Tensor, of: torch.Tensor, **_: Any) -> 
         out.copy_(torch.nn.functional.silu(gate) * linear)
 
 
-def quantised_as(quantisation: Quantisation) -> Any:
-    def quantise(A: torch.Tensor, quant_dtype: Any, **_: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return (A, None) if quant_dtype is None else quantise_activations(A, quantisation)
+def quantized_as(quantization: Quantization) -> Any:
+    def quantize(A: torch.Tensor, quant_dtype: Any, **_: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return (A, None) if quant_dtype is None else quantize_activations(A, quantization)
 
-    return quantise
+    return quantize
 
 
 def answer(engine: Any, case: dict[str, Any]) -> dict[str, Any]:
     stated = dict(case["shape"])
-    said = {name: tuple(of) if isinstance(of, list) else of for name, of in stated.pop("quantisation").items()}
-    quantisation, config, tokens = Quantisation(**said), TileConfig(*case["config"]), case["tokens"]
-    shape = MoEShape(quantisation=quantisation, **stated)
-    engine.kernels.moe_kernel_quantize_input = quantised_as(quantisation)
-    layer = BenchedLayer(engine, shape, MIXED, seed=1, device="cpu", tunable=VLLM)
+    said = {name: tuple(of) if isinstance(of, list) else of for name, of in stated.pop("quantization").items()}
+    quantization, config, tokens = Quantization(**said), TileConfig(*case["config"]), case["tokens"]
+    shape = MoEShape(quantization=quantization, **stated)
+    engine.kernels.moe_kernel_quantize_input = quantized_as(quantization)
+    layer = BenchedLayer(engine, shape, MIXED, seed=1, device="cpu", adapter=VLLM)
     batch = layer.batch(tokens, seed=2)
     up = layer.gemm(batch, "up", config, turn=0)
     up.out.fill_(float("nan"))
@@ -80,9 +80,9 @@ def answer(engine: Any, case: dict[str, Any]) -> dict[str, Any]:
     scale = layer.weights["up"].scale
     rows, scales = (batch.hidden, None)
     if scale is not None:
-        quantises = quantisation.activation_bits == 8
-        rows, of_rows = quantise_activations(batch.hidden, quantisation) if quantises else (batch.hidden, None)
-        scales = Scales(quantisation, of_rows, scale)
+        quantizes = quantization.activation_bits == 8
+        rows, of_rows = quantize_activations(batch.hidden, quantization) if quantizes else (batch.hidden, None)
+        scales = Scales(quantization, of_rows, scale)
     expected = reference.grouped_gemm(rows, up.weights, local, top_k=shape.top_k, scales=scales)
     mine = (local >= 0).flatten()
     found = up.out.flatten(0, 1)

@@ -1,6 +1,6 @@
 """Child of test_vllm_guard: compiles vLLM's kernel through its own launcher, for GPUs that are not here.
 
-stdin: [[sm, quantisation, [BLOCK_SIZE_M, N, K, warps, stages]], ...]. Last line of stdout: for each the shared memory
+stdin: [[sm, quantization, [BLOCK_SIZE_M, N, K, warps, stages]], ...]. Last line of stdout: for each the shared memory
 of its binary, and what our guard's formula says of that launch, both in bytes.
 """
 

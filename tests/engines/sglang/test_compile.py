@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_moe_ext.core import CompileJob, CompileKey, MoEShape, Projection, Quantisation
+from sglang_moe_ext.core import CompileJob, CompileKey, MoEShape, Projection, Quantization
 from sglang_moe_ext.engines.sglang.runner import _class, representative_tokens
 from sglang_moe_ext.gpu.specs import ARCHITECTURES
 from tests.engines.installed import run_in_engine
@@ -21,7 +21,7 @@ VERSIONS = ("0.5.8", "0.5.15", "0.5.23")
 
 
 def layer(scheme: Any = None, block_shape: tuple[int, int] | None = None, per_channel: bool = False) -> MoEShape:
-    return MoEShape(128, 768, 2048, 8, Quantisation(scheme, block_shape, per_channel))
+    return MoEShape(128, 768, 2048, 8, Quantization(scheme, block_shape, per_channel))
 
 
 BF16, FP8_BLOCK = layer(), layer("fp8_w8a8", (128, 128))

@@ -365,7 +365,7 @@ def test_the_real_engine_takes_a_shipped_table_of_another_triton(version: str, t
     name = "E=65,N=1536,device_name=NVIDIA_H200.json"
     stored = StoredTable(config_table.read(tuned / "configs" / "triton_3_6_0" / name), None)
     expected = config_dir_tables.safe(stored, table_names.parse(name), installation.parse_version(version)).table
-    question = lookup_probe.Question(
+    question = lookup_probe.LookupRequest(
         parse_shape("E=65,N=1536,K=2048,topk=5,dtype=bfloat16"), [64], specs.find("NVIDIA H200")
     )
     answer = lookup_probe.ask(question, environment | variables)

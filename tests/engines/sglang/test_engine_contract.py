@@ -13,60 +13,60 @@ from typing import Any
 
 import pytest
 
-from sglang_moe_ext.core import MoEShape, Quantisation
+from sglang_moe_ext.core import MoEShape, Quantization
 from sglang_moe_ext.engines import lookup_probe, table_names
+from sglang_moe_ext.engines.lookup_probe import LookupRequest
 from sglang_moe_ext.engines.sglang import table_names as sglang_table_names
-from sglang_moe_ext.engines.sglang.lookup_probe import Question
 from sglang_moe_ext.gpu import specs
 from tests.engines.installed import ENGINE_VERSIONS, run_in_engine
 
 CHILD = Path(__file__).parents[1] / "children" / "engine_contract.py"
 FUNCTIONS = ("invoke_fused_moe_kernel", "moe_align_block_size", "try_get_optimal_moe_config", "fused_experts_impl")
 DEVICES = ("NVIDIA H200", "NVIDIA RTX PRO 6000 Blackwell Server Edition")
-QUANTISATIONS = (
-    Quantisation(),
-    Quantisation("fp8_w8a8"),
-    Quantisation("fp8_w8a8", per_channel=True),
-    Quantisation("fp8_w8a8", (128, 128)),
-    Quantisation("fp8_w8a8", (64, 128)),
-    Quantisation("int8_w8a8", per_channel=True),
-    Quantisation("int8_w8a8", (128, 128)),
-    Quantisation("int8_w8a16", per_channel=True),
-    Quantisation("int8_w8a16", (0, 128)),
-    Quantisation("int4_w4a16", (0, 32)),
+QUANTIZATIONS = (
+    Quantization(),
+    Quantization("fp8_w8a8"),
+    Quantization("fp8_w8a8", per_channel=True),
+    Quantization("fp8_w8a8", (128, 128)),
+    Quantization("fp8_w8a8", (64, 128)),
+    Quantization("int8_w8a8", per_channel=True),
+    Quantization("int8_w8a8", (128, 128)),
+    Quantization("int8_w8a16", per_channel=True),
+    Quantization("int8_w8a16", (0, 128)),
+    Quantization("int4_w4a16", (0, 32)),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class NameCase:
     device: str
-    quantisation: Quantisation
+    quantization: Quantization
     down: bool
 
     @property
     def shape(self) -> MoEShape:
-        return MoEShape(65, 1536, 2048, 5, self.quantisation)
+        return MoEShape(65, 1536, 2048, 5, self.quantization)
 
     def request(self) -> dict[str, Any]:
         """What the engine is asked: it reads N from the weights, where two int4 values lie in one byte."""
-        block = self.quantisation.block_shape
+        block = self.quantization.block_shape
         return {
             "device": self.device,
             "experts": 65,
-            "n": 768 if self.quantisation.scheme == "int4_w4a16" else 1536,
-            "scheme": self.quantisation.scheme,
+            "n": 768 if self.quantization.scheme == "int4_w4a16" else 1536,
+            "scheme": self.quantization.scheme,
             "block": None if block is None else list(block),
-            "per_channel": self.quantisation.per_channel,
+            "per_channel": self.quantization.per_channel,
             "down": self.down,
         }
 
 
-NAME_CASES = [NameCase(*case) for case in itertools.product(DEVICES, QUANTISATIONS, (False, True))]
+NAME_CASES = [NameCase(*case) for case in itertools.product(DEVICES, QUANTIZATIONS, (False, True))]
 H200 = specs.find("H200")
-SHIPPED = Question(MoEShape(128, 768, 2048, 8), (1, 64, 5000), H200)
+SHIPPED = LookupRequest(MoEShape(128, 768, 2048, 8), (1, 64, 5000), H200)
 """Qwen3-30B-A3B on an H200: every release ships its table, for an older Triton than the one here."""
-UNKNOWN = Question(MoEShape(97, 96, 256, 3), (1, 97, 98), H200)
-DETERMINISTIC = Question(SHIPPED.shape, SHIPPED.tokens, H200, deterministic=True)
+UNKNOWN = LookupRequest(MoEShape(97, 96, 256, 3), (1, 97, 98), H200)
+DETERMINISTIC = LookupRequest(SHIPPED.shape, SHIPPED.tokens, H200, deterministic=True)
 LOOKUPS = {"shipped": SHIPPED, "unknown": UNKNOWN, "deterministic": DETERMINISTIC}
 
 

@@ -33,7 +33,7 @@ SCHEMES = [name for name in child.SHAPES if name != "no table"]
 
 def as_0_5_5_asks(shape: MoEShape) -> MoEShape:
     """Its lookup is not told whether scales are per channel."""
-    return dataclasses.replace(shape, quantisation=dataclasses.replace(shape.quantisation, per_channel=False))
+    return dataclasses.replace(shape, quantization=dataclasses.replace(shape.quantization, per_channel=False))
 
 
 @functools.cache

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from sglang_moe_ext.core import CompileJob, CompileKey, MoEShape, Quantisation, TileConfig
+from sglang_moe_ext.core import CompileJob, CompileKey, MoEShape, Quantization, TileConfig
 from tests.engines.installed import ENGINE_VERSIONS, run_in_engine
 
 CHILD = Path(__file__).parents[1] / "children" / "layer_binaries.py"
 BF16 = MoEShape(65, 1536, 2048, 5, fused_shared=1)
-FP8_BLOCK = MoEShape(128, 768, 2048, 8, Quantisation("fp8_w8a8", (128, 128)))
+FP8_BLOCK = MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", (128, 128)))
 PLAIN, OTHER = TileConfig(64, 128, 64, 16, 4, 3), TileConfig(64, 64, 64, 1, 4, 4)
 TMA = TileConfig(64, 64, 64, 1, 4, 4, use_tma=True)
 UP_TMA = TileConfig(64, 128, 64, 16, 4, 3, use_tma=True)

@@ -9,20 +9,20 @@ from pathlib import Path
 import pytest
 import triton
 
-from sglang_moe_ext.core import EngineError, MoEShape, Quantisation, Table, TileConfig
+from sglang_moe_ext.core import EngineError, MoEShape, Quantization, Table, TileConfig
 from sglang_moe_ext.engines import lookup_probe
 from sglang_moe_ext.engines.config_dict import tile_of
+from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.engines.sglang import lookup_probe as sglang_lookup_probe
 from sglang_moe_ext.engines.sglang import table_names
-from sglang_moe_ext.engines.sglang.lookup_probe import Answer, Question
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tables import config_table, files
 from tests.engines.installed import ENGINE_VERSIONS, REPO_ROOT, engine_environment
 
 TOKENS = (1, 2, 3, 17, 64, 5000)
-SHAPE = MoEShape(65, 1536, 2048, 5, Quantisation("fp8_w8a8", (128, 128)))
+SHAPE = MoEShape(65, 1536, 2048, 5, Quantization("fp8_w8a8", (128, 128)))
 RTX_4090 = specs.find("RTX 4090")
-QUESTION = Question(SHAPE, TOKENS, RTX_4090)
+QUESTION = LookupRequest(SHAPE, TOKENS, RTX_4090)
 
 # No two entries are alike, so that each answer names the entry that it came from; 3 lies as near to 2 as to 4.
 UP: Table = {
@@ -54,7 +54,7 @@ def overlay() -> Path:
 
 
 @functools.cache
-def answered(version: str) -> Answer:
+def answered(version: str) -> LookupResult:
     environment = engine_environment(version) | {"SGLANG_MOE_CONFIG_DIR": str(overlay())}
     return sglang_lookup_probe.ask(QUESTION, environment=environment)
 
@@ -88,7 +88,7 @@ def test_the_answer_names_the_gpu_that_the_engine_was_told_of(version: str) -> N
 
 
 def test_deterministic_inference_passes_over_our_tables() -> None:
-    question = Question(SHAPE, TOKENS, RTX_4090, deterministic=True)
+    question = LookupRequest(SHAPE, TOKENS, RTX_4090, deterministic=True)
     environment = engine_environment("0.5.23") | {"SGLANG_MOE_CONFIG_DIR": str(overlay())}
     assert sglang_lookup_probe.ask(question, environment=environment).files == ()
 

@@ -108,7 +108,7 @@ def test_an_answer_of_a_release_without_that_argument_splits_by_all_ranks() -> N
         ("compressed-tensors", "auto", False),
     ],
 )
-def test_the_servers_quantisation_becomes_a_dtype(quantization: str | None, dtype: str, per_channel: bool) -> None:
+def test_the_servers_quantization_becomes_a_dtype(quantization: str | None, dtype: str, per_channel: bool) -> None:
     flags = server_info.flags(parsed(quantization=quantization), {})
     assert (flags["dtype"], flags["per_channel_quant"]) == (dtype, per_channel)
 

@@ -113,7 +113,7 @@ def test_a_kernel_that_failed_is_not_tried_again_and_a_line_says_why(version: st
 @every_version
 def test_an_engine_that_is_asked_says_where_our_path_runs_and_what_its_own_kernels_would_take(version: str) -> None:
     environment = engine_environment(version) | {user_store.VARIABLE: str(store()), SWITCH: "", "SGLANG_PLUGINS": ""}
-    question = lookup_probe.Question(
+    question = lookup_probe.LookupRequest(
         child.SHAPES["16 bits"], [child.TOKENS // 3, child.TOKENS], specs.known_gpus()[DEVICE]
     )
     served = lookup_probe.ask(question, environment, who=lookup_probe.AS_SERVED)

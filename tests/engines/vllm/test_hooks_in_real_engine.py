@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import triton
 
-from sglang_moe_ext.core import MoEShape, Origin, Quantisation, Table, TileConfig
+from sglang_moe_ext.core import MoEShape, Origin, Quantization, Table, TileConfig
 from sglang_moe_ext.engines.config_dict import config_dict_of, launch_args
 from sglang_moe_ext.engines.sglang import table_names as sglangs
 from sglang_moe_ext.engines.table_names import TableNaming
@@ -42,30 +42,30 @@ HALF = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32, "GROUP_SIZE_
 
 
 DEVICES = (DEVICE, "NVIDIA H200 NVL", "NVIDIA RTX PRO 6000 Blackwell Server Edition", "NVIDIA H20-3e")
-QUANTISATIONS = (
-    Quantisation(),
-    Quantisation("fp8_w8a8"),
-    Quantisation("fp8_w8a8", per_channel=True),
-    Quantisation("fp8_w8a8", (128, 128)),
-    Quantisation("fp8_w8a8", (64, 64)),
-    Quantisation("int8_w8a8", per_channel=True),
-    Quantisation("int8_w8a16", (0, 128)),
-    Quantisation("int4_w4a16", (0, 32)),
+QUANTIZATIONS = (
+    Quantization(),
+    Quantization("fp8_w8a8"),
+    Quantization("fp8_w8a8", per_channel=True),
+    Quantization("fp8_w8a8", (128, 128)),
+    Quantization("fp8_w8a8", (64, 64)),
+    Quantization("int8_w8a8", per_channel=True),
+    Quantization("int8_w8a16", (0, 128)),
+    Quantization("int4_w4a16", (0, 32)),
 )
-NAMES = list(itertools.product(DEVICES, QUANTISATIONS))
+NAMES = list(itertools.product(DEVICES, QUANTIZATIONS))
 
 
-def name_asked(device: str, quantisation: Quantisation) -> list[Any]:
+def name_asked(device: str, quantization: Quantization) -> list[Any]:
     """As the engine asks for a table of 64 experts with 1536 columns: its dtype for int8_w8a8 is none."""
-    scheme = None if quantisation.scheme == "int8_w8a8" else quantisation.scheme
-    return [device, 64, 1536, scheme, quantisation.block_shape and list(quantisation.block_shape)]
+    scheme = None if quantization.scheme == "int8_w8a8" else quantization.scheme
+    return [device, 64, 1536, scheme, quantization.block_shape and list(quantization.block_shape)]
 
 
 def shape_of(name: str) -> MoEShape:
     experts, columns, scheme, block = child.LAYERS[name]
-    quantisation = Quantisation(scheme, None if block is None else (block[0], block[1]))  # type: ignore[arg-type]
+    quantization = Quantization(scheme, None if block is None else (block[0], block[1]))  # type: ignore[arg-type]
     packed = 2 if scheme == "int4_w4a16" else 1
-    return MoEShape(experts, columns * packed, child.HIDDEN, child.TOP_K, quantisation)
+    return MoEShape(experts, columns * packed, child.HIDDEN, child.TOP_K, quantization)
 
 
 def put(
@@ -167,7 +167,7 @@ def test_the_entry_point_imports_no_layer_of_the_engine_and_nothing_heavy_of_our
 
 @every_version
 def test_our_file_names_are_the_engines(version: str) -> None:
-    shapes = [(MoEShape(64, 1536, 2048, 4, quantisation), device) for device, quantisation in NAMES]
+    shapes = [(MoEShape(64, 1536, 2048, 4, quantization), device) for device, quantization in NAMES]
     assert [table_names.file_name(table_names.table_key(*it)) for it in shapes] == said(version)["names"]
 
 

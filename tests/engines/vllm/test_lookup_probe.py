@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 import triton
 
-from sglang_moe_ext.core import EngineError, MoEShape, Quantisation, Table, TileConfig
+from sglang_moe_ext.core import EngineError, MoEShape, Quantization, Table, TileConfig
+from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.engines.sglang.table_names import version_folder
 from sglang_moe_ext.engines.vllm import lookup_probe, table_names
-from sglang_moe_ext.engines.vllm.lookup_probe import Answer, Question
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tables import config_table, files, user_store
 from tests.engines.installed import REPO_ROOT, VLLM_VERSIONS, vllm_environment
 
 TOKENS = (1, 2, 3, 17, 64, 5000)
 RTX_4090 = specs.find("RTX 4090")
-SHAPE = MoEShape(64, 1536, 2048, 4, Quantisation("fp8_w8a8", (128, 128)))
-GROUPS = MoEShape(97, 96, 256, 3, Quantisation("int4_w4a16", (0, 128)))
+SHAPE = MoEShape(64, 1536, 2048, 4, Quantization("fp8_w8a8", (128, 128)))
+GROUPS = MoEShape(97, 96, 256, 3, Quantization("int4_w4a16", (0, 128)))
 # No two entries are alike, so that each answer names the entry that it came from; 3 lies as near to 2 as to 4.
 TABLE: Table = {
     1: TileConfig(16, 32, 128, 1, 4, 2),
@@ -45,19 +45,19 @@ def named() -> Path:
 
 
 @functools.cache
-def alone(version: str) -> Answer:
+def alone(version: str) -> LookupResult:
     environment = vllm_environment(version) | {"VLLM_TUNED_CONFIG_FOLDER": str(named())}
-    return lookup_probe.ask(Question(SHAPE, TOKENS, RTX_4090), environment)
+    return lookup_probe.ask(LookupRequest(SHAPE, TOKENS, RTX_4090), environment)
 
 
 @functools.cache
-def served() -> Answer:
+def served() -> LookupResult:
     """By a server of the newest release, with our hooks in, whose user has the table in the own store."""
     store = Path(tempfile.mkdtemp(prefix="store-"))
     place = store / "tables" / "vllm" / version_folder(triton.__version__) / NAME
     files.write_together({place: config_table.to_json(TABLE)})
     environment = vllm_environment("0.33.0") | {user_store.VARIABLE: str(store)}
-    return lookup_probe.ask(Question(SHAPE, TOKENS, RTX_4090), environment, lookup_probe.AS_SERVED)
+    return lookup_probe.ask(LookupRequest(SHAPE, TOKENS, RTX_4090), environment, lookup_probe.AS_SERVED)
 
 
 every_version = pytest.mark.parametrize("version", VLLM_VERSIONS)
@@ -100,16 +100,16 @@ def test_as_served_a_number_of_tokens_that_is_far_from_every_key_runs_the_engine
 
 
 def test_groups_along_k_are_answered_with_the_tile_that_the_launcher_chooses() -> None:
-    answer = lookup_probe.ask(Question(GROUPS, (1, 64), RTX_4090), vllm_environment("0.33.0"))
+    answer = lookup_probe.ask(LookupRequest(GROUPS, (1, 64), RTX_4090), vllm_environment("0.33.0"))
     assert [(it.block_n, it.block_k) for it in answer.up.values()] == [(32, 64), (64, 32)]
 
 
 def test_batch_invariance_passes_over_our_tables() -> None:
     environment = vllm_environment("0.33.0") | {"VLLM_TUNED_CONFIG_FOLDER": str(named())}
-    assert lookup_probe.ask(Question(SHAPE, (1,), RTX_4090, deterministic=True), environment).files == ()
+    assert lookup_probe.ask(LookupRequest(SHAPE, (1,), RTX_4090, deterministic=True), environment).files == ()
 
 
 def test_an_environment_without_the_engine_is_reported_in_one_line() -> None:
     environment = vllm_environment("0.33.0") | {"PYTHONPATH": str(REPO_ROOT)}
     with pytest.raises(EngineError, match=r"^vLLM's own table lookup failed: vLLM is not installed in this env"):
-        lookup_probe.ask(Question(SHAPE, (1,)), environment)
+        lookup_probe.ask(LookupRequest(SHAPE, (1,)), environment)

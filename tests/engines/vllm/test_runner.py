@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_moe_ext.core import CompileJob, MoEShape, Quantisation, TileConfig
+from sglang_moe_ext.core import CompileJob, MoEShape, Quantization, TileConfig
 from sglang_moe_ext.engines.vllm.runner import _class, representative_tokens
 from sglang_moe_ext.gpu.shared_memory import smem_bytes
 from sglang_moe_ext.tuning.search.final_comparison import TOLERATED_ERROR
 from tests.engines.installed import ENGINES_DIR, VLLM_VERSIONS, run_in_vllm, vllm_environment
 
 CHILDREN = Path(__file__).parents[1] / "children"
-FP8_BLOCK = Quantisation("fp8_w8a8", (32, 32))
+FP8_BLOCK = Quantization("fp8_w8a8", (32, 32))
 SMALL = TileConfig(16, 32, 32, 4, 4, 2)
 
 
@@ -76,12 +76,12 @@ LAYERS: dict[str, tuple[MoEShape, int, TileConfig]] = {
     "fp16": (MoEShape(4, 48, 64, 2, dtype="float16"), 7, SMALL),
     "fp8 block": (MoEShape(4, 64, 64, 2, FP8_BLOCK), 33, SMALL),
     "fp8 block, K beyond the block": (MoEShape(4, 64, 64, 2, FP8_BLOCK), 33, TileConfig(16, 32, 64, 4, 4, 2)),
-    "fp8 channel": (MoEShape(4, 64, 64, 2, Quantisation("fp8_w8a8", per_channel=True)), 33, SMALL),
-    "fp8 tensor": (MoEShape(4, 64, 64, 2, Quantisation("fp8_w8a8")), 33, SMALL),
-    "int8 channel": (MoEShape(4, 64, 64, 2, Quantisation("int8_w8a8", per_channel=True)), 33, SMALL),
-    "int8 weights": (MoEShape(4, 64, 64, 2, Quantisation("int8_w8a16", per_channel=True)), 33, SMALL),
-    "int8 groups": (MoEShape(4, 64, 64, 2, Quantisation("int8_w8a16", (0, 32))), 33, SMALL),
-    "int4 groups": (MoEShape(4, 64, 64, 2, Quantisation("int4_w4a16", (0, 32))), 33, SMALL),
+    "fp8 channel": (MoEShape(4, 64, 64, 2, Quantization("fp8_w8a8", per_channel=True)), 33, SMALL),
+    "fp8 tensor": (MoEShape(4, 64, 64, 2, Quantization("fp8_w8a8")), 33, SMALL),
+    "int8 channel": (MoEShape(4, 64, 64, 2, Quantization("int8_w8a8", per_channel=True)), 33, SMALL),
+    "int8 weights": (MoEShape(4, 64, 64, 2, Quantization("int8_w8a16", per_channel=True)), 33, SMALL),
+    "int8 groups": (MoEShape(4, 64, 64, 2, Quantization("int8_w8a16", (0, 32))), 33, SMALL),
+    "int4 groups": (MoEShape(4, 64, 64, 2, Quantization("int4_w4a16", (0, 32))), 33, SMALL),
 }
 
 
@@ -95,7 +95,7 @@ def interpreted(version: str) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("version", VLLM_VERSIONS)
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_layer_is_right_in_tritons_interpreter(version: str, name: str) -> None:
-    assert interpreted(version)[name]["layer"] <= TOLERATED_ERROR[LAYERS[name][0].quantisation.scheme]
+    assert interpreted(version)[name]["layer"] <= TOLERATED_ERROR[LAYERS[name][0].quantization.scheme]
 
 
 @pytest.mark.parametrize("version", VLLM_VERSIONS)
@@ -111,8 +111,8 @@ def test_only_few_tokens_of_one_rank_are_not_sorted(version: str) -> None:
 
 
 GLM = MoEShape(64, 1536, 2048, 4)
-QWEN_FP8 = MoEShape(128, 768, 2048, 8, Quantisation("fp8_w8a8", (128, 128)))
-QWEN_INT4 = MoEShape(128, 768, 2048, 8, Quantisation("int4_w4a16", (0, 128)))
+QWEN_FP8 = MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", (128, 128)))
+QWEN_INT4 = MoEShape(128, 768, 2048, 8, Quantization("int4_w4a16", (0, 128)))
 COMPILED = {
     f"{name}, M={tokens}": (shape, sm, config, tokens)
     for name, shape, sm, config in (

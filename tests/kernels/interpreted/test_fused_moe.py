@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from moe_problems import QUANTISATIONS, Problem, problem
+from moe_problems import QUANTIZATIONS, Problem, problem
 
-from sglang_moe_ext.core import MoEExtError, Quantisation, TileConfig
+from sglang_moe_ext.core import MoEExtError, Quantization, TileConfig
 from sglang_moe_ext.kernels import fused_moe
 from sglang_moe_ext.kernels.quantize import Scales
 from sglang_moe_ext.kernels.reference import grouped_gemm, moe_align, relative_error
@@ -35,14 +35,14 @@ def expected(case: Problem, *, routed: bool) -> torch.Tensor:
 
 
 def check(kind: str, case: Problem, config: TileConfig, *, routed: bool = False) -> None:
-    dtype, _ = QUANTISATIONS[kind]
+    dtype, _ = QUANTIZATIONS[kind]
     out = run(case, config, dtype, routed=routed)
     assert relative_error(out, expected(case, routed=routed)) < BOUND[dtype]
 
 
 @pytest.mark.parametrize("down", [False, True], ids=["up", "down"])
 @pytest.mark.parametrize("tokens", TILE_OF_TOKENS)
-@pytest.mark.parametrize("kind", QUANTISATIONS)
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
 def test_sizes_that_are_not_round_are_right(kind: str, tokens: int, down: bool) -> None:
     check(kind, problem(kind, tokens, 40, 72, down=down), TILE_OF_TOKENS[tokens], routed=down)
 
@@ -66,8 +66,8 @@ def test_the_order_of_programs_does_not_change_a_bit(group_m: int) -> None:
 )
 def test_swapped_operands_are_right(kind: str, group_n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_moe, "_sm", lambda device: 90)
-    block = Quantisation("fp8_w8a8", (group_n, 32))
-    monkeypatch.setitem(QUANTISATIONS, "fp8-block", (torch.bfloat16, block))
+    block = Quantization("fp8_w8a8", (group_n, 32))
+    monkeypatch.setitem(QUANTIZATIONS, "fp8-block", (torch.bfloat16, block))
     check(kind, problem(kind, 17, 136, 72), TileConfig(16, 64, 32, 1, 4, 2), routed=True)
 
 
@@ -76,7 +76,7 @@ def test_a_tile_wider_than_the_scale_group_takes_a_scale_a_column() -> None:
 
 
 def test_a_scale_group_that_no_tile_divides_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(QUANTISATIONS, "fp8-block", (torch.bfloat16, Quantisation("fp8_w8a8", (24, 32))))
+    monkeypatch.setitem(QUANTIZATIONS, "fp8-block", (torch.bfloat16, Quantization("fp8_w8a8", (24, 32))))
     check("fp8-block", problem("fp8-block", 17, 40, 72), SMALL)
 
 
@@ -98,7 +98,7 @@ def test_scales_of_another_scheme_are_refused() -> None:
     wrong = Problem(
         case.a,
         case.weights,
-        Scales(case.scales.quantisation, case.scales.activations, case.scales.weights.squeeze(-1)),
+        Scales(case.scales.quantization, case.scales.activations, case.scales.weights.squeeze(-1)),
         case.topk_ids,
         case.topk_weights,
         case.top_k,

@@ -5,9 +5,9 @@ The interpreter of Triton 3.7.1 loads and stores through host descriptors, so wh
 
 import pytest
 import torch
-from moe_problems import QUANTISATIONS, Problem, problem
+from moe_problems import QUANTIZATIONS, Problem, problem
 
-from sglang_moe_ext.core import MoEExtError, Quantisation
+from sglang_moe_ext.core import MoEExtError, Quantization
 from sglang_moe_ext.kernels import reference, tma
 from sglang_moe_ext.kernels.gather_sum import launch_gather_sum, launch_inverse
 from sglang_moe_ext.kernels.quantize import Scales
@@ -29,7 +29,7 @@ def sorted_scales(case: Problem, alignment: Alignment) -> Scales | None:
     if case.scales is None or case.scales.activations is None or case.scales.activations.ndim == 1:
         return case.scales
     in_order = reference.in_sorted_order(case.scales.activations, alignment, NAN)
-    return Scales(case.scales.quantisation, in_order, case.scales.weights)
+    return Scales(case.scales.quantization, in_order, case.scales.weights)
 
 
 def down(
@@ -75,7 +75,7 @@ def expected(case: Problem, factor: float = 1.0) -> torch.Tensor:
 
 
 def check(kind: str, case: Problem, config: DownConfig | ShortKDownConfig, align: int = 0) -> None:
-    dtype, _ = QUANTISATIONS[kind]
+    dtype, _ = QUANTIZATIONS[kind]
     assert relative_error(down_and_sum(case, config, dtype, align), expected(case)) < BOUND[dtype]
 
 
@@ -226,4 +226,4 @@ def test_a_k_that_the_tile_does_not_divide_is_refused_on_blackwell(monkeypatch: 
 
 def test_int8_is_refused() -> None:
     with pytest.raises(MoEExtError, match="int8_w8a8"):
-        tma.scaling_of(Quantisation("int8_w8a8", per_channel=True))
+        tma.scaling_of(Quantization("int8_w8a8", per_channel=True))

@@ -4,12 +4,12 @@ import pytest
 import torch
 from moe_problems import Problem, problem
 
-from sglang_moe_ext.core import MoEExtError, Quantisation
+from sglang_moe_ext.core import MoEExtError, Quantization
 from sglang_moe_ext.kernels import reference, tma
 from sglang_moe_ext.kernels.quantize import Scales
 from sglang_moe_ext.kernels.reference import Alignment, grouped_gemm, moe_align, relative_error
 from sglang_moe_ext.kernels.sorted_up import launch_up
-from sglang_moe_ext.kernels.swiglu import GROUP, LONGEST_ROW, launch_quantise, launch_swiglu, launch_swiglu_of_rows
+from sglang_moe_ext.kernels.swiglu import GROUP, LONGEST_ROW, launch_quantize, launch_swiglu, launch_swiglu_of_rows
 from sglang_moe_ext.sorted_kernels import UpConfig
 
 NAN = float("nan")
@@ -30,12 +30,12 @@ def expected(case: Problem) -> torch.Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-def up(case: Problem, config: UpConfig, align: int, *, quantises: bool) -> tuple[Alignment, torch.Tensor]:
+def up(case: Problem, config: UpConfig, align: int, *, quantizes: bool) -> tuple[Alignment, torch.Tensor]:
     """The alignment, and rows [rows, columns] as float32."""
     alignment = moe_align(case.topk_ids, align, case.weights.shape[0])
     rows, columns = alignment.sorted_token_ids.numel(), case.weights.shape[1] // 2
-    out = poisoned(rows, columns, dtype=torch.float8_e4m3fn if quantises else torch.bfloat16)
-    scale = poisoned(rows, columns // GROUP, dtype=torch.float32) if quantises else None
+    out = poisoned(rows, columns, dtype=torch.float8_e4m3fn if quantizes else torch.bfloat16)
+    scale = poisoned(rows, columns // GROUP, dtype=torch.float32) if quantizes else None
     launch_up(
         case.a, case.weights, out, *alignment, config,
         pairs=case.topk_ids.numel(), top_k=case.topk_ids.shape[1], align_block_m=align,
@@ -64,7 +64,7 @@ def crew_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_activations_of_every_pair_are_right(kind: str, tokens: int, persistent: bool) -> None:
     case = problem(kind, tokens, 2 * COLUMNS, 64)
     config = UpConfig(16, 32 if kind == "bf16" else 16, 16, 2, 4, 2, persistent)
-    assert error(case, *up(case, config, 16, quantises=False)) < BOUND_16_BITS
+    assert error(case, *up(case, config, 16, quantizes=False)) < BOUND_16_BITS
 
 
 @pytest.mark.parametrize("half_stores", [False, True], ids=["tiles", "halves"])
@@ -85,30 +85,30 @@ def test_gate_and_up_are_right_as_they_lie(kind: str, half_stores: bool) -> None
 @pytest.mark.parametrize("align", [16, 32], ids=["whole", "half"])
 def test_a_tile_may_be_a_part_of_the_block_that_was_aligned(align: int) -> None:
     case = problem("bf16", 33, 2 * COLUMNS, 64)
-    assert error(case, *up(case, UpConfig(16, 64, 32, 1, 4, 2), align, quantises=False)) < BOUND_16_BITS
+    assert error(case, *up(case, UpConfig(16, 64, 32, 1, 4, 2), align, quantizes=False)) < BOUND_16_BITS
 
 
-def test_quantised_activations_are_what_their_scales_make_of_them() -> None:
+def test_quantized_activations_are_what_their_scales_make_of_them() -> None:
     case = problem("bf16", 33, 2 * COLUMNS, 64)
-    assert error(case, *up(case, UpConfig(16, GROUP, 32, 1, 4, 2), 16, quantises=True)) < BOUND_FLOAT8
+    assert error(case, *up(case, UpConfig(16, GROUP, 32, 1, 4, 2), 16, quantizes=True)) < BOUND_FLOAT8
 
 
-def test_a_quantised_tile_has_the_columns_of_one_scale() -> None:
+def test_a_quantized_tile_has_the_columns_of_one_scale() -> None:
     case = problem("bf16", 4, 2 * COLUMNS, 64)
     with pytest.raises(MoEExtError, match="columns of one scale"):
-        up(case, UpConfig(16, 64, 32, 1, 4, 2), 16, quantises=True)
+        up(case, UpConfig(16, 64, 32, 1, 4, 2), 16, quantizes=True)
 
 
 def test_sizes_that_are_no_whole_tiles_are_refused() -> None:
     case = problem("bf16", 4, 2 * COLUMNS, 80)
     with pytest.raises(MoEExtError, match="whole tiles"):
-        up(case, UpConfig(16, 64, 64, 1, 4, 2), 16, quantises=False)
+        up(case, UpConfig(16, 64, 64, 1, 4, 2), 16, quantizes=False)
 
 
 def test_scales_of_rows_are_refused() -> None:
     case = problem("fp8-channel", 4, 2 * COLUMNS, 64)
     with pytest.raises(MoEExtError, match="cannot do"):
-        up(case, UpConfig(16, 64, 32, 1, 4, 2), 16, quantises=False)
+        up(case, UpConfig(16, 64, 32, 1, 4, 2), 16, quantizes=False)
 
 
 def gate_and_up(rows: int) -> torch.Tensor:
@@ -128,7 +128,7 @@ def test_rows_up_to_the_last_used_one_are_activated_and_no_others(used: int) -> 
     assert bool(out[used:].isnan().all())
 
 
-def test_activated_rows_are_quantised_in_groups() -> None:
+def test_activated_rows_are_quantized_in_groups() -> None:
     gate_up, out = gate_and_up(37), poisoned(37, 2 * GROUP, dtype=torch.float8_e4m3fn)
     scales = poisoned(37, 2, dtype=torch.float32)
     launch_swiglu(gate_up, torch.tensor([37], dtype=torch.int32), out, scales=scales)
@@ -137,7 +137,7 @@ def test_activated_rows_are_quantised_in_groups() -> None:
 
 
 @pytest.mark.parametrize("used", [0, 1, 30, 37])
-def test_rows_are_quantised_whole_up_to_the_last_used_one(used: int) -> None:
+def test_rows_are_quantized_whole_up_to_the_last_used_one(used: int) -> None:
     gate_up, out = gate_and_up(37), poisoned(37, 2 * GROUP, dtype=torch.float8_e4m3fn)
     scales = poisoned(37, 1, dtype=torch.float32)
     launch_swiglu_of_rows(gate_up, torch.tensor([used], dtype=torch.int32), out, scales)
@@ -153,17 +153,17 @@ def test_rows_too_long_for_one_program_are_refused() -> None:
         launch_swiglu_of_rows(torch.zeros(1, 2 * width), torch.tensor([1], dtype=torch.int32), out, scales)
 
 
-def test_a_row_of_zeros_is_quantised_to_zeros() -> None:
+def test_a_row_of_zeros_is_quantized_to_zeros() -> None:
     out, scales = poisoned(3, GROUP, dtype=torch.float8_e4m3fn), poisoned(3, 1, dtype=torch.float32)
-    launch_quantise(torch.zeros(3, GROUP, dtype=torch.bfloat16), out, scales)
+    launch_quantize(torch.zeros(3, GROUP, dtype=torch.bfloat16), out, scales)
     assert bool((out.float() == 0).all())
     assert bool(scales.isfinite().all())
 
 
-def test_values_alone_are_quantised() -> None:
+def test_values_alone_are_quantized() -> None:
     values = gate_and_up(5)
     out, scales = poisoned(5, 4 * GROUP, dtype=torch.float8_e4m3fn), poisoned(5, 4, dtype=torch.float32)
-    launch_quantise(values, out, scales)
-    real = Scales(Quantisation("fp8_w8a8", (GROUP, GROUP)), scales, scales)
+    launch_quantize(values, out, scales)
+    real = Scales(Quantization("fp8_w8a8", (GROUP, GROUP)), scales, scales)
     rows = torch.arange(5)
     assert relative_error(reference.real_rows(out, rows, real), values.float()) < BOUND_FLOAT8

@@ -9,50 +9,50 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_moe_ext.core import PROJECTIONS, MoEShape, Quantisation
+from sglang_moe_ext.core import PROJECTIONS, MoEShape, Quantization
 from sglang_moe_ext.kernels import reference
-from sglang_moe_ext.kernels.quantize import Scales, quantise_weights, real_weights
+from sglang_moe_ext.kernels.quantize import Scales, quantize_weights, real_weights
 from sglang_moe_ext.tuning.bench.layer import BenchedLayer, LayerBatch, checked_rows
 from sglang_moe_ext.tuning.bench.routing import MIXED
 
 ENGINE: Any = None
 """Weights and inputs need none."""
 SCHEMES = {
-    "fp8-block": (Quantisation("fp8_w8a8", (16, 32)), 0.05),
-    "fp8-channel": (Quantisation("fp8_w8a8", per_channel=True), 0.05),
-    "fp8-tensor": (Quantisation("fp8_w8a8"), 0.05),
-    "int8-block": (Quantisation("int8_w8a8", (16, 32)), 0.015),
-    "int8-channel": (Quantisation("int8_w8a8", per_channel=True), 0.015),
-    "int8-group": (Quantisation("int8_w8a16", (0, 32)), 0.015),
-    "int8-weights-per-channel": (Quantisation("int8_w8a16", per_channel=True), 0.015),
-    "int4-group": (Quantisation("int4_w4a16", (0, 32)), 0.15),
+    "fp8-block": (Quantization("fp8_w8a8", (16, 32)), 0.05),
+    "fp8-channel": (Quantization("fp8_w8a8", per_channel=True), 0.05),
+    "fp8-tensor": (Quantization("fp8_w8a8"), 0.05),
+    "int8-block": (Quantization("int8_w8a8", (16, 32)), 0.015),
+    "int8-channel": (Quantization("int8_w8a8", per_channel=True), 0.015),
+    "int8-group": (Quantization("int8_w8a16", (0, 32)), 0.015),
+    "int8-weights-per-channel": (Quantization("int8_w8a16", per_channel=True), 0.015),
+    "int4-group": (Quantization("int4_w4a16", (0, 32)), 0.15),
 }
 """By name, with a bound of the relative error of rounding normal values."""
 
 
-def layer(quantisation: Quantisation | None = None, seed: int = 0, **more: Any) -> BenchedLayer:
-    shape = MoEShape(5, 32, 64, 2, quantisation or Quantisation(), **more)
+def layer(quantization: Quantization | None = None, seed: int = 0, **more: Any) -> BenchedLayer:
+    shape = MoEShape(5, 32, 64, 2, quantization or Quantization(), **more)
     return BenchedLayer(ENGINE, shape, MIXED, seed, device="cpu")
 
 
-@pytest.mark.parametrize(("quantisation", "bound"), SCHEMES.values(), ids=SCHEMES.keys())
+@pytest.mark.parametrize(("quantization", "bound"), SCHEMES.values(), ids=SCHEMES.keys())
 @pytest.mark.parametrize("projection", PROJECTIONS)
-def test_quantised_weights_stand_for_those_of_the_same_seed(
-    projection: Any, quantisation: Quantisation, bound: float
+def test_quantized_weights_stand_for_those_of_the_same_seed(
+    projection: Any, quantization: Quantization, bound: float
 ) -> None:
-    plain, quantised = layer().weights[projection].stored, layer(quantisation).weights[projection]
-    assert quantised.scale is not None
-    scales = Scales(quantisation, None, quantised.scale)
+    plain, quantized = layer().weights[projection].stored, layer(quantization).weights[projection]
+    assert quantized.scale is not None
+    scales = Scales(quantization, None, quantized.scale)
     errors = [
-        reference.relative_error(real_weights(quantised.stored, expert, scales), plain[expert]) for expert in range(5)
+        reference.relative_error(real_weights(quantized.stored, expert, scales), plain[expert]) for expert in range(5)
     ]
     assert all(1e-3 < error < bound for error in errors), errors
 
 
-@pytest.mark.parametrize("quantisation", [each for each, _ in SCHEMES.values()], ids=SCHEMES.keys())
-def test_weights_lie_as_if_all_experts_were_quantised_at_once(quantisation: Quantisation) -> None:
-    ours = layer(quantisation).weights["up"]
-    stored, scale = quantise_weights(layer().weights["up"].stored, quantisation)
+@pytest.mark.parametrize("quantization", [each for each, _ in SCHEMES.values()], ids=SCHEMES.keys())
+def test_weights_lie_as_if_all_experts_were_quantized_at_once(quantization: Quantization) -> None:
+    ours = layer(quantization).weights["up"]
+    stored, scale = quantize_weights(layer().weights["up"].stored, quantization)
     assert ours.scale is not None
     assert ours.stored.dtype == stored.dtype
     assert torch.equal(ours.stored.view(torch.uint8), stored.view(torch.uint8))
@@ -60,7 +60,7 @@ def test_weights_lie_as_if_all_experts_were_quantised_at_once(quantisation: Quan
 
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
-def test_weights_that_are_not_quantised_have_no_scale_and_a_deviation_that_keeps_results_near_one(gated: bool) -> None:
+def test_weights_that_are_not_quantized_have_no_scale_and_a_deviation_that_keeps_results_near_one(gated: bool) -> None:
     weights = layer(gated=gated).weights
     assert [(weights[each].scale, tuple(weights[each].stored.shape)) for each in PROJECTIONS] == [
         (None, (5, 64 if gated else 32, 64)),
@@ -112,7 +112,7 @@ def true_result(one: BenchedLayer, batch: LayerBatch, turn: int = 0) -> torch.Te
         tensors.w2,
         tensors.topk_weights,
         tensors.topk_ids,
-        quantisation=one.shape.quantisation,
+        quantization=one.shape.quantization,
         w1_scale=tensors.w1_scale,
         w2_scale=tensors.w2_scale,
     ).to(torch.bfloat16)
@@ -122,9 +122,9 @@ TOKENS = 5000
 """More than are checked."""
 
 
-@pytest.mark.parametrize("quantisation", [None, *(each for each, _ in SCHEMES.values())], ids=["bf16", *SCHEMES])
-def test_a_right_result_has_a_small_error(quantisation: Quantisation | None) -> None:
-    one = layer(quantisation)
+@pytest.mark.parametrize("quantization", [None, *(each for each, _ in SCHEMES.values())], ids=["bf16", *SCHEMES])
+def test_a_right_result_has_a_small_error(quantization: Quantization | None) -> None:
+    one = layer(quantization)
     batch = one.batch(TOKENS, 1)
     assert one.error(batch, 1, true_result(one, batch, 1)) < 5e-3
 

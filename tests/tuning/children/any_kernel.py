@@ -1,4 +1,4 @@
-"""A kernel module for the compile farm: every binary fits, but those of BLOCK_SIZE_N 256."""
+"""A kernel module for the compile pool: every binary fits, but those of BLOCK_SIZE_N 256."""
 
 from __future__ import annotations
 

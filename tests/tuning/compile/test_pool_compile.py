@@ -1,4 +1,4 @@
-"""The compile farm: what one binary does to its compiler costs that binary alone, and nothing is compiled twice.
+"""The compile pool: what one binary does to its compiler costs that binary alone, and nothing is compiled twice.
 
 The kernel of these tests is `fake_kernel`: it stands for crashes, hangs and errors that the real compiler does not do
 on demand. What the real compiler makes of real kernels is in tests/engines/sglang/test_compile.py.

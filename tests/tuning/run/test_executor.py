@@ -27,8 +27,7 @@ from sglang_moe_ext.tuning.bench.messages import (
     GemmTimes,
     LayerTimes,
 )
-from sglang_moe_ext.tuning.run import executor
-from sglang_moe_ext.tuning.run.executor import Executor, LocalExecutor
+from sglang_moe_ext.tuning.run.executor import Executor, LocalExecutor, close_all, run_tasks, visible_gpus
 
 REPO_ROOT = Path(__file__).resolve().parents[3]
 SHAPE = MoEShape(8, 64, 64, 2)
@@ -65,7 +64,7 @@ def config_of(key: CompileKey, group: int) -> TileConfig:
     return TileConfig(key.block_m, key.block_n, key.block_k, group, key.num_warps, key.num_stages)
 
 
-class RecordedFarm:
+class RecordedCompilePool:
     def want(self, jobs: Iterable[CompileJob], first: bool = False) -> None:
         self.wanted = set(jobs)
 
@@ -98,8 +97,8 @@ class RecordedWorker:
         self.is_closed = True
 
 
-def station(name: str = "GPU 0", worker: RecordedWorker | None = None) -> LocalExecutor:
-    return LocalExecutor(name, RecordedFarm(), worker or RecordedWorker())
+def executor(name: str = "GPU 0", worker: RecordedWorker | None = None) -> LocalExecutor:
+    return LocalExecutor(name, RecordedCompilePool(), worker or RecordedWorker())
 
 
 def best(tokens: int, here: Executor) -> tuple[TileConfig, float]:
@@ -129,8 +128,8 @@ def unseen(done: int, of: int) -> None:
 
 @functools.cache
 def alone() -> list[tuple[TileConfig, float]]:
-    """What one station finds."""
-    return executor.run_tasks([station()], TASKS, unseen)
+    """What one executor finds."""
+    return run_tasks([executor()], TASKS, unseen)
 
 
 @pytest.fixture
@@ -142,22 +141,22 @@ def released() -> Iterator[threading.Event]:
 
 
 def named(count: int) -> list[LocalExecutor]:
-    return [station(f"GPU {place}") for place in range(count)]
+    return [executor(f"GPU {place}") for place in range(count)]
 
 
 @pytest.mark.parametrize("count", [2, 3, 12])
-def test_the_result_does_not_depend_on_the_number_of_stations(count: int) -> None:
-    assert executor.run_tasks(named(count), TASKS, unseen) == alone()
+def test_the_result_does_not_depend_on_the_number_of_executors(count: int) -> None:
+    assert run_tasks(named(count), TASKS, unseen) == alone()
 
 
 @given(lives=st.lists(st.integers(0, 60), max_size=3))
 @settings(max_examples=25, deadline=None)
-def test_the_result_does_not_depend_on_which_stations_die_or_when(lives: list[int]) -> None:
-    mortal = [station(f"GPU {place}", RecordedWorker(life)) for place, life in enumerate(lives, 1)]
-    assert executor.run_tasks([station(), *mortal], TASKS, unseen) == alone()
+def test_the_result_does_not_depend_on_which_executors_die_or_when(lives: list[int]) -> None:
+    mortal = [executor(f"GPU {place}", RecordedWorker(life)) for place, life in enumerate(lives, 1)]
+    assert run_tasks([executor(), *mortal], TASKS, unseen) == alone()
 
 
-def test_a_task_of_a_lost_station_is_done_by_one_that_had_nothing_left_to_do(released: threading.Event) -> None:
+def test_a_task_of_a_lost_executor_is_done_by_one_that_had_nothing_left_to_do(released: threading.Event) -> None:
     def waits_then_asks(here: Executor) -> str:
         if here.name == "mortal":
             released.wait(SOON_S)
@@ -168,33 +167,33 @@ def test_a_task_of_a_lost_station_is_done_by_one_that_had_nothing_left_to_do(rel
         threading.Timer(0.1, released.set).start()
         return here.name
 
-    mortal = station("mortal", RecordedWorker(answers_left=0))
+    mortal = executor("mortal", RecordedWorker(answers_left=0))
     tasks = [waits_then_asks, frees_the_other, frees_the_other]
-    assert executor.run_tasks([mortal, station("other")], tasks, unseen) == ["other"] * 3
+    assert run_tasks([mortal, executor("other")], tasks, unseen) == ["other"] * 3
 
 
-def test_when_no_station_is_left_its_error_is_raised() -> None:
-    mortal = [station(f"GPU {place}", RecordedWorker(answers_left=3)) for place in range(3)]
+def test_when_no_executor_is_left_its_error_is_raised() -> None:
+    mortal = [executor(f"GPU {place}", RecordedWorker(answers_left=3)) for place in range(3)]
     with pytest.raises(MoEExtError) as raised:
-        executor.run_tasks(mortal, TASKS, unseen)
+        run_tasks(mortal, TASKS, unseen)
     assert raised.value is GONE
 
 
-def test_one_station_that_dies_raises_its_error() -> None:
+def test_one_executor_that_dies_raises_its_error() -> None:
     with pytest.raises(MoEExtError) as raised:
-        executor.run_tasks([station(worker=RecordedWorker(answers_left=3))], TASKS, unseen)
+        run_tasks([executor(worker=RecordedWorker(answers_left=3))], TASKS, unseen)
     assert raised.value is GONE
 
 
-def test_a_task_that_hides_the_death_of_its_station_is_done_again_elsewhere() -> None:
+def test_a_task_that_hides_the_death_of_its_executor_is_done_again_elsewhere() -> None:
     def hides(here: Executor) -> bool:
         try:
             return here.ask(CheckAccuracy(1, {})) == Accuracy(1e-3)
         except MoEExtError:
             return False
 
-    mortal = [station(f"GPU {place}", RecordedWorker(answers_left=0)) for place in range(2)]
-    assert executor.run_tasks([*mortal, station("GPU 2")], [hides] * 5, unseen) == [True] * 5
+    mortal = [executor(f"GPU {place}", RecordedWorker(answers_left=0)) for place in range(2)]
+    assert run_tasks([*mortal, executor("GPU 2")], [hides] * 5, unseen) == [True] * 5
 
 
 @pytest.mark.parametrize("error", [MoEExtError("nothing ran right"), ZeroDivisionError()], ids=["ours", "a bug"])
@@ -206,24 +205,24 @@ def test_an_error_of_the_task_itself_is_raised_and_given_to_nobody_else(error: E
         raise error
 
     with pytest.raises(type(error)):
-        executor.run_tasks(named(3), [fails], unseen)
+        run_tasks(named(3), [fails], unseen)
     assert len(tried) == 1
 
 
-def test_no_station_at_all_is_an_error() -> None:
+def test_no_executor_at_all_is_an_error() -> None:
     with pytest.raises(MoEExtError, match="no GPU"):
-        executor.run_tasks([], TASKS, unseen)
+        run_tasks([], TASKS, unseen)
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_no_task_needs_nothing(count: int) -> None:
-    assert executor.run_tasks(named(count), [], unseen) == []
+    assert run_tasks(named(count), [], unseen) == []
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_progress_counts_every_task_in_the_callers_thread(count: int) -> None:
     seen: list[tuple[int, int, bool]] = []
-    executor.run_tasks(
+    run_tasks(
         named(count),
         TASKS,
         lambda done, of: seen.append((done, of, threading.current_thread() is threading.main_thread())),
@@ -238,24 +237,22 @@ def test_tasks_are_begun_in_their_order() -> None:
         begun.append(place)
         time.sleep(0.002)
 
-    executor.run_tasks(named(2), [functools.partial(task, place) for place in range(20)], unseen)
+    run_tasks(named(2), [functools.partial(task, place) for place in range(20)], unseen)
     assert all(abs(place - turn) <= 1 for turn, place in enumerate(begun))
 
 
-def test_stations_work_at_the_same_time() -> None:
+def test_executors_work_at_the_same_time() -> None:
     together = threading.Barrier(3, timeout=SOON_S)
 
     def task(here: Executor) -> str:
         together.wait()
         return here.name
 
-    assert sorted(executor.run_tasks(named(3), [task] * 3, unseen)) == ["GPU 0", "GPU 1", "GPU 2"]
+    assert sorted(run_tasks(named(3), [task] * 3, unseen)) == ["GPU 0", "GPU 1", "GPU 2"]
 
 
-def test_one_station_works_in_the_callers_thread() -> None:
-    assert executor.run_tasks([station()], [lambda here: threading.current_thread()], unseen) == [
-        threading.main_thread()
-    ]
+def test_one_executor_works_in_the_callers_thread() -> None:
+    assert run_tasks([executor()], [lambda here: threading.current_thread()], unseen) == [threading.main_thread()]
 
 
 def interrupt(done: int, of: int) -> None:
@@ -277,7 +274,7 @@ def test_ctrl_c_waits_for_no_question(released: threading.Event, heeds_ctrl_c: N
     began = time.monotonic()
     threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        executor.run_tasks(named(2), [lambda here: released.wait(60)] * 2, unseen)
+        run_tasks(named(2), [lambda here: released.wait(60)] * 2, unseen)
     assert time.monotonic() - began < SOON_S
 
 
@@ -285,7 +282,7 @@ _BUSY_FOR_EVER = """
 import threading
 from sglang_moe_ext.tuning.run import executor
 from tests.tuning.run.test_executor import interrupt, named
-executor.on_all(named(2), [lambda here: None, lambda here: threading.Event().wait()], interrupt)
+executor.run_tasks(named(2), [lambda here: None, lambda here: threading.Event().wait()], interrupt)
 """
 
 
@@ -307,7 +304,7 @@ def test_after_ctrl_c_a_task_asks_nothing_more(released: threading.Event) -> Non
             ended.set()
 
     with pytest.raises(KeyboardInterrupt):
-        executor.run_tasks([station("GPU 0", worker), station("GPU 1", worker)], [lambda here: None, task], interrupt)
+        run_tasks([executor("GPU 0", worker), executor("GPU 1", worker)], [lambda here: None, task], interrupt)
     released.set()
     assert ended.wait(SOON_S)
     assert worker.asked == []
@@ -329,22 +326,22 @@ def test_what_a_gpu_answers_after_ctrl_c_reaches_no_journal(released: threading.
         finally:
             ended.set()
 
-    stations = [station("GPU 0", Closing()), station("GPU 1", Closing())]
+    executors = [executor("GPU 0", Closing()), executor("GPU 1", Closing())]
     with pytest.raises(KeyboardInterrupt):
-        executor.run_tasks(stations, [lambda here: None, task], interrupt)
+        run_tasks(executors, [lambda here: None, task], interrupt)
     released.set()
     assert ended.wait(SOON_S)
     assert journal == []
 
 
-def test_all_stations_are_closed_even_where_one_cannot_be() -> None:
+def test_all_executors_are_closed_even_where_one_cannot_be() -> None:
     class Stuck(RecordedWorker):
         def close(self) -> None:
             raise OSError("stuck")
 
     worker = RecordedWorker()
     with pytest.raises(OSError, match="stuck"):
-        executor.close_all([station("GPU 0", Stuck()), station("GPU 1", worker)])
+        close_all([executor("GPU 0", Stuck()), executor("GPU 1", worker)])
     assert worker.is_closed
 
 
@@ -366,7 +363,7 @@ def test_an_index_counts_what_this_process_sees(
     wanted: str | None, set_already: str | None, expected: list[str]
 ) -> None:
     environment = {} if set_already is None else {"CUDA_VISIBLE_DEVICES": set_already}
-    assert executor.visible_gpus(wanted, H100, [H100] * 3, environment) == expected
+    assert visible_gpus(wanted, H100, [H100] * 3, environment) == expected
 
 
 @pytest.mark.parametrize(
@@ -391,18 +388,18 @@ def test_an_index_counts_what_this_process_sees(
 )
 def test_a_gpu_that_cannot_be_used_is_refused_by_name(wanted: str | None, names: Sequence[str], says: str) -> None:
     with pytest.raises(GpuError, match=says):
-        executor.visible_gpus(wanted, H100, names, {})
+        visible_gpus(wanted, H100, names, {})
 
 
 def test_an_empty_list_of_visible_gpus_is_named() -> None:
     with pytest.raises(GpuError, match="CUDA_VISIBLE_DEVICES is ''"):
-        executor.visible_gpus("all", H100, [], {"CUDA_VISIBLE_DEVICES": ""})
+        visible_gpus("all", H100, [], {"CUDA_VISIBLE_DEVICES": ""})
 
 
 @given(st.text(alphabet="0123456789,al -", max_size=8))
 def test_any_text_is_answered_with_gpus_or_a_gpu_error(wanted: str) -> None:
     try:
-        gpus = executor.visible_gpus(wanted, H100, [H100] * 4, {})
+        gpus = visible_gpus(wanted, H100, [H100] * 4, {})
     except GpuError:
         return
     assert set(gpus) <= {"0", "1", "2", "3"}

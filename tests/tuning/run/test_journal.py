@@ -151,7 +151,7 @@ def test_a_failure_of_a_candidate_is_not_met_again(tmp_path: Path) -> None:
     assert Journal.open(path).answer(RACE) == hang
 
 
-@pytest.mark.parametrize("kind", ["Interrupted", "OutOfMemoryError", "Closed", "FarmUnable"])
+@pytest.mark.parametrize("kind", ["Interrupted", "OutOfMemoryError", "Closed", "CompilePoolUnable"])
 def test_a_failure_of_the_machine_is_asked_again(kind: str, tmp_path: Path) -> None:
     path, interrupted = tmp_path / "journal.jsonl", Failure(kind, "no fault of the candidate")
     assert Journal.create(path, {}).through(lambda _: interrupted)(RACE) == interrupted

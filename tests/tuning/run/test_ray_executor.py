@@ -27,7 +27,7 @@ from tests.tuning.run.test_executor import (
     L4,
     SHAPE,
     TASKS,
-    RecordedFarm,
+    RecordedCompilePool,
     RecordedWorker,
     alone,
     recorded_needs,
@@ -69,8 +69,8 @@ def cluster() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stations(make: Make, tuned_for: str = H100) -> Iterator[Sequence[Executor]]:
-    found = ray_executor.executors(None, tuned_for, make)
+def executors(make: Make, tuned_for: str = H100) -> Iterator[Sequence[Executor]]:
+    found = ray_executor.ray_executors(None, tuned_for, make)
     try:
         yield found
     finally:
@@ -78,11 +78,11 @@ def stations(make: Make, tuned_for: str = H100) -> Iterator[Sequence[Executor]]:
 
 
 def recorded(cores: int, folder: Path) -> tuple[CompilePoolLike, BenchProcessLike]:
-    return RecordedFarm(), RecordedWorker(seconds=0.01)
+    return RecordedCompilePool(), RecordedWorker(seconds=0.01)
 
 
 def of_two_models(cores: int, folder: Path) -> tuple[CompilePoolLike, BenchProcessLike]:
-    return RecordedFarm(), RecordedWorker(device_name={"0": H100, "1": L4}[os.environ["CUDA_VISIBLE_DEVICES"]])
+    return RecordedCompilePool(), RecordedWorker(device_name={"0": H100, "1": L4}[os.environ["CUDA_VISIBLE_DEVICES"]])
 
 
 def absent_on_gpu_1(cores: int, folder: Path) -> tuple[CompilePoolLike, BenchProcessLike]:
@@ -92,14 +92,14 @@ def absent_on_gpu_1(cores: int, folder: Path) -> tuple[CompilePoolLike, BenchPro
 
 
 def of_its_share(cores: int, folder: Path) -> tuple[CompilePoolLike, BenchProcessLike]:
-    """A farm that leaves a file, and says what it was given."""
+    """A pool that leaves a file, and says what it was given."""
 
-    class Farm(RecordedFarm):
+    class CompilePool(RecordedCompilePool):
         def result(self, job: CompileJob) -> Resources | Failure:
             (folder / "binary").touch()
             return Failure(str(cores), str(folder))
 
-    return Farm(), RecordedWorker()
+    return CompilePool(), RecordedWorker()
 
 
 SETS_FREE, FAILS, DIES, IS_BROKEN, EXITS = range(10_000, 10_005)
@@ -110,7 +110,7 @@ def moody(cores: int, folder: Path) -> tuple[CompilePoolLike, BenchProcessLike]:
     """As the record says, but for those numbers of tokens."""
     free = threading.Event()
 
-    class Farm(RecordedFarm):
+    class CompilePool(RecordedCompilePool):
         def result(self, job: CompileJob) -> Resources | Failure:
             if job.tokens == SETS_FREE and not free.wait(SOON_S):
                 return Failure("Timeout", "no question came through")
@@ -130,12 +130,12 @@ def moody(cores: int, folder: Path) -> tuple[CompilePoolLike, BenchProcessLike]:
                 free.set()
             return super().ask(question)
 
-    return Farm(), Worker(seconds=0.01)
+    return CompilePool(), Worker(seconds=0.01)
 
 
 @pytest.fixture(scope="class")
 def pair(cluster: None) -> Iterator[Sequence[Executor]]:
-    with stations(moody) as found:
+    with executors(moody) as found:
         yield found
 
 
@@ -148,7 +148,7 @@ def unconnected(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_ray_the_user_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MoEExtError, match=r"pip install 'sglang-moe-ext\[ray\]'"):
-        ray_executor.executors(None, H100, recorded)
+        ray_executor.ray_executors(None, H100, recorded)
 
 
 @pytest.mark.parametrize(
@@ -157,13 +157,13 @@ def test_without_ray_the_user_is_told_what_to_install(monkeypatch: pytest.Monkey
 )
 def test_an_address_where_no_cluster_answers_is_named_at_once(unconnected: None, address: str) -> None:
     with pytest.raises(MoEExtError, match=r"no Ray cluster answers at .*: expected HOST:PORT"):
-        ray_executor.executors(address, H100, recorded)
+        ray_executor.ray_executors(address, H100, recorded)
 
 
 def test_the_address_may_come_from_rays_own_variable(unconnected: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(MoEExtError, match=r"no Ray cluster answers at '127\.0\.0\.1:1'"):
-        ray_executor.executors(None, H100, recorded)
+        ray_executor.ray_executors(None, H100, recorded)
 
 
 def test_without_an_address_a_cluster_that_runs_is_joined_and_none_started(
@@ -177,7 +177,7 @@ def test_without_an_address_a_cluster_that_runs_is_joined_and_none_started(
     with pytest.raises(
         MoEExtError, match=r"no Ray cluster can be joined .*: auto found nothing; first run `ray start`"
     ):
-        ray_executor.executors(None, H100, recorded)
+        ray_executor.ray_executors(None, H100, recorded)
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ from sglang_moe_ext.tuning.run import ray_executor
 ray.init(address="local", num_gpus=1, num_cpus=1, include_dashboard=False, object_store_memory=80 << 20,
          log_to_driver=False, logging_level="WARNING", _temp_dir=sys.argv[2])
 try:
-    ray_executor.stations(None, "NVIDIA L4", lambda cores, folder: (None, None))
+    ray_executor.executors(None, "NVIDIA L4", lambda cores, folder: (None, None))
 except GpuError as error:
     print(error)
 ray.shutdown()
@@ -212,11 +212,11 @@ def test_a_node_without_this_package_is_named(bare_node: dict[str, str], tmp_pat
 class TestAPairOfStations:
     """They share two actors, which take a second to start."""
 
-    def test_a_cluster_finds_what_one_station_finds(self, pair: Sequence[Executor]) -> None:
+    def test_a_cluster_finds_what_one_executor_finds(self, pair: Sequence[Executor]) -> None:
         assert executor.run_tasks(pair, TASKS, unseen) == alone()
 
-    def test_a_station_is_called_by_its_node_and_its_gpu(self, pair: Sequence[Executor]) -> None:
-        assert [station.name for station in pair] == [f"{ray.util.get_node_ip_address()} GPU {gpu}" for gpu in (0, 1)]
+    def test_a_executor_is_called_by_its_node_and_its_gpu(self, pair: Sequence[Executor]) -> None:
+        assert [executor.name for executor in pair] == [f"{ray.util.get_node_ip_address()} GPU {gpu}" for gpu in (0, 1)]
 
     def test_waiting_for_a_binary_keeps_no_question_waiting(self, pair: Sequence[Executor]) -> None:
         made: list[Resources | Failure] = []
@@ -237,21 +237,21 @@ class TestAPairOfStations:
         [(DIES, "the measuring process did not start: no CUDA"), (IS_BROKEN, "ZeroDivisionError: by zero")],
         ids=["ours", "a bug"],
     )
-    def test_an_error_there_names_its_station_in_one_line(
+    def test_an_error_there_names_its_executor_in_one_line(
         self, pair: Sequence[Executor], tokens: int, says: str
     ) -> None:
         with pytest.raises(MoEExtError) as raised:
             pair[0].ask(CheckAccuracy(tokens, {}))
         assert str(raised.value) == f"{pair[0].name}: {says}"
 
-    def test_a_process_that_ends_takes_its_station_with_it(self, pair: Sequence[Executor]) -> None:
+    def test_a_process_that_ends_takes_its_executor_with_it(self, pair: Sequence[Executor]) -> None:
         """The last of these tests."""
         with pytest.raises(MoEExtError, match=f"{pair[1].name} is gone"):
             pair[1].ask(CheckAccuracy(EXITS, {}))
 
 
 def test_an_actor_killed_in_the_middle_changes_no_result(cluster: None) -> None:
-    with stations(recorded) as found:
+    with executors(recorded) as found:
         lost: Any = found[0]
 
         def kill_one(done: int, of: int) -> None:
@@ -264,21 +264,21 @@ def test_an_actor_killed_in_the_middle_changes_no_result(cluster: None) -> None:
 
 
 def test_gpus_of_another_model_are_left_out(cluster: None, caplog: pytest.LogCaptureFixture) -> None:
-    with stations(of_two_models, L4) as found:
-        (station,) = found
-        assert station.name.endswith("GPU 1")
+    with executors(of_two_models, L4) as found:
+        (executor,) = found
+        assert executor.name.endswith("GPU 1")
     assert f"GPU 0 is {H100}" in caplog.text
 
 
 def test_a_cluster_without_such_a_gpu_says_which_it_has(cluster: None) -> None:
     with pytest.raises(GpuError, match=rf"tune for NVIDIA H200: \S+ GPU 0 is {H100}; \S+ GPU 1 is {L4}"):
-        ray_executor.executors(None, "NVIDIA H200", of_two_models)
+        ray_executor.ray_executors(None, "NVIDIA H200", of_two_models)
 
 
 def test_a_gpu_that_does_not_start_is_left_out(cluster: None, caplog: pytest.LogCaptureFixture) -> None:
-    with stations(absent_on_gpu_1) as found:
-        (station,) = found
-        assert station.name.endswith("GPU 0")
+    with executors(absent_on_gpu_1) as found:
+        (executor,) = found
+        assert executor.name.endswith("GPU 0")
     assert "GPU 1: the measuring process did not start: RuntimeError: no CUDA" in caplog.text
 
 
@@ -288,7 +288,7 @@ def test_gpus_in_use_by_another_job_are_not_waited_for(cluster: None, monkeypatc
     ray.get(holder.ask.remote(QUESTION))
     try:
         with pytest.raises(GpuError, match=r"\d: no answer in time \(expected a free GPU"):
-            ray_executor.executors(None, H100, recorded)
+            ray_executor.ray_executors(None, H100, recorded)
     finally:
         ray.kill(holder)
 
@@ -296,7 +296,7 @@ def test_gpus_in_use_by_another_job_are_not_waited_for(cluster: None, monkeypatc
 def test_a_node_with_another_version_is_named(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_executor, "__version__", "0.0.0")
     with pytest.raises(GpuError, match=r"\d has sglang-moe-ext \S+ \(expected 0\.0\.0, as here"):
-        ray_executor.executors(None, H100, recorded)
+        ray_executor.ray_executors(None, H100, recorded)
 
 
 def test_a_node_that_cannot_import_what_it_needs_is_named(cluster: None, tmp_path: Path) -> None:
@@ -305,14 +305,14 @@ def test_a_node_that_cannot_import_what_it_needs_is_named(cluster: None, tmp_pat
     try:
         make: Make = __import__("only_here").make
         with pytest.raises(GpuError, match=r"\S+ GPU 0: .*No module named 'only_here'"):
-            ray_executor.executors(None, H100, make)
+            ray_executor.ray_executors(None, H100, make)
     finally:
         sys.path.remove(str(tmp_path))
 
 
-def test_each_station_has_its_share_of_the_cores_and_a_folder_until_it_is_closed(cluster: None) -> None:
-    with stations(of_its_share) as found:
-        told = [station.binary(JOB) for station in found]
+def test_each_executor_has_its_share_of_the_cores_and_a_folder_until_it_is_closed(cluster: None) -> None:
+    with executors(of_its_share) as found:
+        told = [executor.binary(JOB) for executor in found]
         assert [failure.kind for failure in told if isinstance(failure, Failure)] == ["1", "1"]
         folders = {Path(failure.message) for failure in told if isinstance(failure, Failure)}
         assert [folder.is_dir() for folder in folders] == [True, True]

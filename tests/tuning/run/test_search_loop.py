@@ -54,14 +54,14 @@ def new_journal(folder: Path, name: str = "journal.jsonl") -> Journal:
     return Journal.create(folder / name, {"seed": 0})
 
 
-def found(run: Journal, *stations: Executor, **changes: object) -> dict[int, MeasuredChoice]:
+def found(run: Journal, *executors: Executor, **changes: object) -> dict[int, MeasuredChoice]:
     measuring = dataclasses.replace(MEASURING, effort="quick", **changes)  # type: ignore[arg-type]
-    return measured(LAYER, run, stations, FEW, measuring, dict.fromkeys(FEW, TODAY))
+    return measured(LAYER, run, executors, FEW, measuring, dict.fromkeys(FEW, TODAY))
 
 
 @functools.cache
 def alone() -> dict[int, MeasuredChoice]:
-    """What one station finds."""
+    """What one executor finds."""
     with tempfile.TemporaryDirectory() as folder:
         return found(new_journal(Path(folder)), ReplayingStation(formula))
 
@@ -76,19 +76,19 @@ def test_results_come_in_the_order_of_the_batch_sizes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
-def test_several_stations_choose_what_one_does(count: int, tmp_path: Path) -> None:
-    stations = [ReplayingStation(formula, f"GPU {index}", seconds=0.0005) for index in range(count)]
-    assert found(new_journal(tmp_path), *stations) == alone()
+def test_several_executors_choose_what_one_does(count: int, tmp_path: Path) -> None:
+    executors = [ReplayingStation(formula, f"GPU {index}", seconds=0.0005) for index in range(count)]
+    assert found(new_journal(tmp_path), *executors) == alone()
 
 
-def test_several_stations_ask_nothing_twice(tmp_path: Path) -> None:
-    stations = [ReplayingStation(formula, f"GPU {index}", seconds=0.0005) for index in range(3)]
-    found(new_journal(tmp_path), *stations)
-    asked = [repr(question) for station in stations for question in station.asked]
+def test_several_executors_ask_nothing_twice(tmp_path: Path) -> None:
+    executors = [ReplayingStation(formula, f"GPU {index}", seconds=0.0005) for index in range(3)]
+    found(new_journal(tmp_path), *executors)
+    asked = [repr(question) for executor in executors for question in executor.asked]
     assert len(asked) == len(set(asked))
 
 
-def test_what_several_stations_wrote_replays_to_what_they_chose(tmp_path: Path) -> None:
+def test_what_several_executors_wrote_replays_to_what_they_chose(tmp_path: Path) -> None:
     run = new_journal(tmp_path)
     together = found(run, *[ReplayingStation(formula, f"GPU {index}", seconds=0.0005) for index in range(3)])
     run.close()
@@ -109,19 +109,22 @@ class DyingStation(ReplayingStation):
 
 
 @pytest.mark.parametrize("answers", [0, 1, 37, 150])
-def test_a_station_that_dies_in_the_middle_changes_no_choice(answers: int, tmp_path: Path) -> None:
-    stations = [DyingStation(formula, "GPU 0", answers_left=answers), ReplayingStation(formula, "GPU 1", seconds=0.001)]
-    assert found(new_journal(tmp_path), *stations) == alone()
+def test_a_executor_that_dies_in_the_middle_changes_no_choice(answers: int, tmp_path: Path) -> None:
+    executors = [
+        DyingStation(formula, "GPU 0", answers_left=answers),
+        ReplayingStation(formula, "GPU 1", seconds=0.001),
+    ]
+    assert found(new_journal(tmp_path), *executors) == alone()
 
 
-def test_what_a_lost_station_had_answered_is_not_asked_again(tmp_path: Path) -> None:
+def test_what_a_lost_executor_had_answered_is_not_asked_again(tmp_path: Path) -> None:
     dying = DyingStation(formula, "GPU 0", answers_left=37)
     other = ReplayingStation(formula, "GPU 1", seconds=0.001)
     found(new_journal(tmp_path), dying, other)
     assert {repr(question) for question in dying.asked}.isdisjoint(map(repr, other.asked))
 
 
-def test_a_run_whose_last_station_dies_can_be_gone_on_with(tmp_path: Path) -> None:
+def test_a_run_whose_last_executor_dies_can_be_gone_on_with(tmp_path: Path) -> None:
     run = new_journal(tmp_path)
     dying = [DyingStation(formula, f"GPU {index}", answers_left=50) for index in range(2)]
     with pytest.raises(MoEExtError, match="did not start"):
@@ -134,8 +137,8 @@ def test_a_run_whose_last_station_dies_can_be_gone_on_with(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("budget_s", [1e-9, 0.05])
 def test_a_tiny_budget_gives_every_batch_size_a_choice(budget_s: float, tmp_path: Path) -> None:
-    station = ReplayingStation(formula, seconds=0.0005)
-    assert tuple(found(new_journal(tmp_path), station, budget_s=budget_s)) == FEW
+    executor = ReplayingStation(formula, seconds=0.0005)
+    assert tuple(found(new_journal(tmp_path), executor, budget_s=budget_s)) == FEW
 
 
 def test_a_tiny_budget_asks_far_fewer_questions(tmp_path: Path) -> None:
@@ -146,37 +149,37 @@ def test_a_tiny_budget_asks_far_fewer_questions(tmp_path: Path) -> None:
 
 
 def test_incumbents_are_asked_for_when_all_is_screened(tmp_path: Path) -> None:
-    station, asked_before = ReplayingStation(formula), []
+    executor, asked_before = ReplayingStation(formula), []
     request, tasks = request_of(LAYER, FEW), _tasks([CompileKey(16, 64, 64, 4, 3), CompileKey(16, 128, 64, 4, 3)])
 
     def incumbents() -> dict[int, Pair]:
-        asked_before.extend(station.asked)
+        asked_before.extend(executor.asked)
         return dict.fromkeys(FEW, TODAY)
 
-    search_loop.measure_all(request, MEASURING, tasks, incumbents, [station], new_journal(tmp_path), unseen)
-    after = station.asked[len(asked_before) :]
+    search_loop.measure_all(request, MEASURING, tasks, incumbents, [executor], new_journal(tmp_path), unseen)
+    after = executor.asked[len(asked_before) :]
     assert all(isinstance(question, BenchGemm) for question in asked_before)
     assert all(isinstance(question, BenchLayers | CheckAccuracy) for question in after) and after
 
 
 def test_no_binary_is_waited_for_that_was_not_wanted(tmp_path: Path) -> None:
-    station = ReplayingStation(formula)
+    executor = ReplayingStation(formula)
     waited: list[CompileJob] = []
-    station.needs = lambda job: waited.append(job) or FITS  # type: ignore[func-returns-value]
-    found(new_journal(tmp_path), station)
-    assert set(waited) <= station.wanted
+    executor.needs = lambda job: waited.append(job) or FITS  # type: ignore[func-returns-value]
+    found(new_journal(tmp_path), executor)
+    assert set(waited) <= executor.wanted
 
 
 def test_screening_progress_comes_to_its_end(tmp_path: Path) -> None:
     said: list[tuple[str, int, int]] = []
-    station = ReplayingStation(formula)
+    executor = ReplayingStation(formula)
     request, tasks = request_of(LAYER, FEW), _tasks([CompileKey(16, 64, 64, 4, 3), CompileKey(16, 128, 64, 4, 3)])
     search_loop.measure_all(
         request,
         MEASURING,
         tasks,
         lambda: dict.fromkeys(FEW, TODAY),
-        [station],
+        [executor],
         new_journal(tmp_path),
         lambda *of: said.append(of),
     )
@@ -192,20 +195,20 @@ UNFIT = {
 
 @pytest.mark.parametrize("needs", UNFIT.values(), ids=UNFIT.keys())
 def test_a_binary_that_cannot_run_is_never_timed(needs: Resources | Failure, tmp_path: Path) -> None:
-    station = ReplayingStation(formula, needs=lambda job: needs if job.key.block_n == 128 else FITS)
-    results = found(new_journal(tmp_path), station)
-    assert 128 not in {asked.key.block_n for asked in station.asked if isinstance(asked, BenchGemm)}
+    executor = ReplayingStation(formula, needs=lambda job: needs if job.key.block_n == 128 else FITS)
+    results = found(new_journal(tmp_path), executor)
+    assert 128 not in {asked.key.block_n for asked in executor.asked if isinstance(asked, BenchGemm)}
     assert 128 not in {config.block_n for result in results.values() for config in result.pair.values()}
 
 
 def test_a_pair_whose_own_binary_does_not_compile_is_not_raced(tmp_path: Path) -> None:
     winner = alone()[64].pair
     failing = set(candidates.pair_jobs(winner, SHAPE, 64, GPU.sm))
-    station = ReplayingStation(formula, needs=lambda job: UNFIT["does not compile"] if job in failing else FITS)
-    results = found(new_journal(tmp_path), station)
+    executor = ReplayingStation(formula, needs=lambda job: UNFIT["does not compile"] if job in failing else FITS)
+    results = found(new_journal(tmp_path), executor)
     assert results[64].pair not in (winner, TODAY)
     assert not any(
-        winner in asked.pairs for asked in station.asked if isinstance(asked, BenchLayers) and asked.tokens == 64
+        winner in asked.pairs for asked in executor.asked if isinstance(asked, BenchLayers) and asked.tokens == 64
     )
 
 
@@ -233,7 +236,7 @@ def _tasks(keys: Sequence[CompileKey], tokens: Sequence[int] = FEW) -> list[Sear
 FINE_KEYS = [CompileKey(16, block_n, 64, warps, 3) for block_n in (32, 64, 128) for warps in (4, 8)]
 
 
-class FittingFarm:
+class FittingCompilePool:
     def want(self, jobs: object, *, first: bool = False) -> None:
         pass
 
@@ -258,9 +261,11 @@ class Isolated:
         bad = [CompileKey(16, 64, 128, 4, stages) for stages in num_stages]
         keys = [*FINE_KEYS[:3], *bad, *FINE_KEYS[3:]]
         make = MakeKeyedBench(SHAPE, UNIFORM, 0, self.folder)
-        stations = [
+        executors = [
             LocalExecutor(
-                f"GPU {index}", FittingFarm(), BenchProcess(make, {"CUDA_VISIBLE_DEVICES": str(index)}, timeout_s=3)
+                f"GPU {index}",
+                FittingCompilePool(),
+                BenchProcess(make, {"CUDA_VISIBLE_DEVICES": str(index)}, timeout_s=3),
             )
             for index in range(gpus)
         ]
@@ -270,13 +275,13 @@ class Isolated:
                 MEASURING,
                 _tasks(keys, tokens),
                 lambda: dict.fromkeys(tokens, TODAY),
-                stations,
+                executors,
                 self.run,
                 unseen,
             ).pairs
         finally:
-            for station in stations:
-                station.close()
+            for executor in executors:
+                executor.close()
 
     def screened(self) -> set[tuple[Projection, CompileKey]]:
         """What was timed without a failure."""
@@ -347,16 +352,16 @@ def test_processes_that_break_on_two_gpus_change_no_choice(
     assert [result.failures for result in results.values()] == [{"Crash": 2, "CudaError": 2}] * 2
 
 
-def test_a_farm_that_can_compile_nothing_ends_the_run_and_says_why(tmp_path: Path) -> None:
+def test_a_pool_that_can_compile_nothing_ends_the_run_and_says_why(tmp_path: Path) -> None:
     """Else each M would keep its incumbent, as if it had been measured."""
-    station = ReplayingStation(formula)
-    station.needs = lambda job: Failure("FarmUnable", "sglang.srt cannot be imported")
+    executor = ReplayingStation(formula)
+    executor.needs = lambda job: Failure("CompilePoolUnable", "sglang.srt cannot be imported")
     with pytest.raises(MoEExtError, match=r"nothing can be compiled: sglang\.srt cannot be imported"):
-        found(new_journal(tmp_path), station)
+        found(new_journal(tmp_path), executor)
 
 
 def test_where_every_candidate_fails_nothing_is_said_of_the_incumbent(tmp_path: Path) -> None:
-    station = ReplayingStation(formula)
-    station.needs = lambda job: Failure("CompilationError", "refused")
+    executor = ReplayingStation(formula)
+    executor.needs = lambda job: Failure("CompilationError", "refused")
     with pytest.raises(MoEExtError, match=r"nothing ran right on NVIDIA H200 .*CompilationError"):
-        found(new_journal(tmp_path), station)
+        found(new_journal(tmp_path), executor)

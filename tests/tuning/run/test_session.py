@@ -89,8 +89,8 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
 
 
 def uninterrupted(folder: Path) -> tuple[dict[int, MeasuredChoice], ReplayingStation]:
-    station, journal = ReplayingStation(formula), Journal.create(folder / "straight.jsonl", {})
-    return measured(LAYER, journal, [station], FEW, today=dict.fromkeys(FEW, TODAY)), station
+    executor, journal = ReplayingStation(formula), Journal.create(folder / "straight.jsonl", {})
+    return measured(LAYER, journal, [executor], FEW, today=dict.fromkeys(FEW, TODAY)), executor
 
 
 def test_the_kills_come_while_questions_are_asked(killed: Killed) -> None:
@@ -108,8 +108,8 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(killed: Killed, tmp_path
 
 
 def test_a_run_that_was_killed_asks_nothing_that_one_that_was_not_would_not(killed: Killed, tmp_path: Path) -> None:
-    _, station = uninterrupted(tmp_path)
-    assert set(killed.asked) == {repr(question) for question in station.asked}
+    _, executor = uninterrupted(tmp_path)
+    assert set(killed.asked) == {repr(question) for question in executor.asked}
 
 
 def test_a_run_that_was_killed_stays_one_run(killed: Killed) -> None:
@@ -172,13 +172,13 @@ def test_a_named_run_of_another_seed_is_refused_with_both_seeds() -> None:
 class EngineThatIsAsked:
     """What the engine runs today, without an engine."""
 
-    def answer(self, question: lookup_probe.Question) -> SimpleNamespace:
+    def answer(self, question: lookup_probe.LookupRequest) -> SimpleNamespace:
         return SimpleNamespace(**{of: dict.fromkeys(question.tokens, config) for of, config in TODAY.items()})
 
 
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A farm and measuring processes that are real, of a kernel and a bench that are not."""
+    """A pool and measuring processes that are real, of a kernel and a bench that are not."""
     monkeypatch.setattr(session, "Setup", MakeKeyedBench)
     monkeypatch.setattr(session, "default_path", lambda: tmp_path / "compiled")
     monkeypatch.setenv("PYTHONPATH", str(REPO_ROOT))

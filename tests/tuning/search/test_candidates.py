@@ -20,7 +20,7 @@ from sglang_moe_ext.core import (
     MoEShape,
     Parallelism,
     Projection,
-    Quantisation,
+    Quantization,
     TileConfig,
 )
 from sglang_moe_ext.engines.sglang.sharding import launched_shape
@@ -182,4 +182,4 @@ def test_tma_in_the_down_gemm_has_the_up_gemm_write_sorted_rows() -> None:
 
 
 def test_a_layer_that_the_gpu_cannot_do_has_no_candidates() -> None:
-    assert kept_of(MoEShape(128, 768, 2048, 8, Quantisation("fp8_w8a8", (128, 128))), "A100") == ()
+    assert kept_of(MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", (128, 128))), "A100") == ()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import prediction_regret
-from sglang_moe_ext.core import PROJECTIONS, Gpu, MoEShape, Quantisation, TileConfig
+from sglang_moe_ext.core import PROJECTIONS, Gpu, MoEShape, Quantization, TileConfig
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.gpu.roofline import gemm_floor
 from sglang_moe_ext.tuning.search import cost_model, predict, space
 
 H200, RTX_4090 = specs.find("H200"), specs.find("RTX_4090")
 GLM_BF16 = MoEShape(65, 1536, 2048, 5, fused_shared=1)
-QWEN_FP8 = MoEShape(128, 768, 2048, 8, Quantisation("fp8_w8a8", (128, 128)))
+QWEN_FP8 = MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", (128, 128)))
 MIXTRAL_BF16 = MoEShape(8, 14336, 4096, 2)
 SHAPES = {"glm_bf16": GLM_BF16, "qwen_fp8": QWEN_FP8, "mixtral_bf16": MIXTRAL_BF16}
 GPUS = ("H200", "H20", "B200", "A100", "RTX_4090", "L4", "RTX 5090")

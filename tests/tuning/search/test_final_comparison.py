@@ -11,7 +11,7 @@ from typing import get_args
 
 import pytest
 
-from sglang_moe_ext.core import Failure, MoEShape, Quantisation, Scheme, TileConfig
+from sglang_moe_ext.core import Failure, MoEShape, Quantization, Scheme, TileConfig
 from sglang_moe_ext.tuning.bench.messages import (
     Accuracy,
     BenchLayers,
@@ -361,7 +361,7 @@ def test_an_error_of_two_percent_is_right_for_eight_bit_activations_alone(
     scheme: Scheme | None, winner: TileConfig
 ) -> None:
     gpu = TableGpu({INCUMBENT: 10, FAST: 8}, errors={FAST: 2e-2})
-    assert chosen(gpu, MoEShape(8, 64, 64, 2, Quantisation(scheme))).pair == pair(winner)
+    assert chosen(gpu, MoEShape(8, 64, 64, 2, Quantization(scheme))).pair == pair(winner)
 
 
 def test_every_scheme_has_an_error_that_is_tolerated() -> None:

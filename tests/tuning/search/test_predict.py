@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from sglang_moe_ext.core import CompileJob, EngineError, Failure, MoEShape, Quantisation, Resources, TileConfig
+from sglang_moe_ext.core import CompileJob, EngineError, Failure, MoEShape, Quantization, Resources, TileConfig
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tuning.compile.kernel_source import Compiled
 from sglang_moe_ext.tuning.search import predict, space
 
 GPU = specs.find("H200")
 SHAPE = MoEShape(128, 768, 2048, 8)
-BLOCK_WISE = MoEShape(128, 768, 2048, 8, Quantisation("fp8_w8a8", (128, 128)))
+BLOCK_WISE = MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", (128, 128)))
 CANDIDATES = space.prune(space.full_space(), SHAPE, GPU).kept
 TOKENS = (1, 17, 64, 1024, 16384)
 CLEAN = Resources(smem_bytes=65536, registers=128, spill_bytes=0)
@@ -89,7 +89,7 @@ def test_where_nothing_compiles_the_error_says_why() -> None:
 
 
 def test_a_compiler_that_cannot_begin_is_asked_once() -> None:
-    compiler = TableCompiler(lambda _: Failure("FarmUnable", "the kernel cannot be imported"))
+    compiler = TableCompiler(lambda _: Failure("CompilePoolUnable", "the kernel cannot be imported"))
     with pytest.raises(EngineError, match="nothing can be compiled: the kernel cannot be imported"):
         predicted(compiler, [64])
     assert len(compiler.asked) == 2 * predict.FRONT

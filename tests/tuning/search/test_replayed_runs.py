@@ -100,9 +100,9 @@ class Replay:
 @pytest.fixture(scope="module", params=LAYERS)
 def replay(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Replay:
     layer, path = request.param, tmp_path_factory.mktemp("replay") / "journal.jsonl"
-    station = ReplayingStation(replaying(layer))
+    executor = ReplayingStation(replaying(layer))
     journal = Journal.create(path, recorded(layer).circumstances)
-    return Replay(layer, measured(layer, journal, [station]), station.asked, journal)
+    return Replay(layer, measured(layer, journal, [executor]), executor.asked, journal)
 
 
 def race_of(replay: Replay, tokens: int) -> tuple[BenchLayers, LayerTimes]:
@@ -115,7 +115,7 @@ def race_of(replay: Replay, tokens: int) -> tuple[BenchLayers, LayerTimes]:
 
 def is_right(replay: Replay, tokens: int, pair: Pair) -> bool:
     answer = replay.known(CheckAccuracy(tokens, pair))
-    tolerated = TOLERATED_ERROR[LAYERS[replay.layer].quantisation.scheme]
+    tolerated = TOLERATED_ERROR[LAYERS[replay.layer].quantization.scheme]
     return isinstance(answer, Accuracy) and answer.error <= tolerated
 
 
@@ -197,8 +197,8 @@ def test_every_candidate_counts_as_tried(replay: Replay) -> None:
 
 
 def test_a_finished_run_is_decided_again_without_a_question(replay: Replay) -> None:
-    station = ReplayingStation(lambda question: pytest.fail(f"asked {question}"))
-    assert measured(replay.layer, Journal.open(replay.journal.path), [station]) == replay.results
+    executor = ReplayingStation(lambda question: pytest.fail(f"asked {question}"))
+    assert measured(replay.layer, Journal.open(replay.journal.path), [executor]) == replay.results
 
 
 CHANGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {

@@ -12,7 +12,7 @@ from dataclasses import astuple
 
 import pytest
 
-from sglang_moe_ext.core import MoEShape, Quantisation
+from sglang_moe_ext.core import MoEShape, Quantization
 from sglang_moe_ext.tuning.search import rocm_space, space
 from sglang_moe_ext.tuning.search.rocm_space import RULES, Family, RocmTile
 
@@ -42,8 +42,8 @@ LEFT = {
 
 def shape_of(layer: tuple[int, int, int], *, is_wide: bool) -> MoEShape:
     intermediate_size, hidden_size, top_k = layer
-    quantisation = Quantisation() if is_wide else Quantisation("fp8_w8a8")
-    return MoEShape(64, intermediate_size, hidden_size, top_k, quantisation)
+    quantization = Quantization() if is_wide else Quantization("fp8_w8a8")
+    return MoEShape(64, intermediate_size, hidden_size, top_k, quantization)
 
 
 @functools.cache

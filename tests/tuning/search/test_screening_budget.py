@@ -84,15 +84,15 @@ def test_a_step_that_is_begun_is_all_that_a_share_runs_over(total: float, shares
 
 
 @given(seconds, st.integers(1, 8), st.integers(1, 5))
-def test_stations_that_work_at_the_same_time_each_have_their_share_in_full(
-    total: float, stations: int, rounds: int
+def test_executors_that_work_at_the_same_time_each_have_their_share_in_full(
+    total: float, executors: int, rounds: int
 ) -> None:
     clock = Clock()
-    shares = stations * rounds
-    budget = Budget(total, shares, stations, clock)
+    shares = executors * rounds
+    budget = Budget(total, shares, executors, clock)
     begun = clock.now
     for _ in range(rounds):
-        together = [budget.share() for _ in range(stations)]
+        together = [budget.share() for _ in range(executors)]
         low, high = clock.now, clock.now + total
         for _ in range(100):
             clock.now = (low + high) / 2
@@ -102,9 +102,9 @@ def test_stations_that_work_at_the_same_time_each_have_their_share_in_full(
 
 
 @given(seconds, st.integers(1, 8), counts)
-def test_more_shares_than_were_announced_get_no_time_beyond_the_end(total: float, stations: int, shares: int) -> None:
+def test_more_shares_than_were_announced_get_no_time_beyond_the_end(total: float, executors: int, shares: int) -> None:
     clock = Clock()
-    budget = Budget(total, shares, stations, clock)
+    budget = Budget(total, shares, executors, clock)
     end = clock.now + total * (1 - _KEPT_FOR_THE_REMATCH)
     late = [budget.share() for _ in range(shares + 3)]
     clock.now = end + 1e-3

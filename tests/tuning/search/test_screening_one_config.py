@@ -68,13 +68,13 @@ def test_a_slow_down_gemm_makes_a_fast_up_gemm_no_finalist() -> None:
 def measured() -> dict[int, MeasuredChoice]:
     """What a run for vLLM chooses on a GPU whose answers follow from a formula."""
     request = replace(request_of("glm_4_7_flash_bf16", TOKENS), engine="vllm", shape=MoEShape(64, 1536, 2048, 4))
-    kept = plan.prune_space(request.shape, request.gpu, request.tunable).kept
+    kept = plan.prune_space(request.shape, request.gpu, request.adapter).kept
     tasks = search_loop.largest_first({m: candidates.list_for_request(request, MEASURING, kept, m) for m in TOKENS})
     today: dict[int, Pair] = dict.fromkeys(TOKENS, TODAY)
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal.create(Path(folder, "run.jsonl"), {})
-        station = ReplayingStation(formula)
-        return search_loop.measure_all(request, MEASURING, tasks, lambda: today, [station], journal, unseen).pairs
+        executor = ReplayingStation(formula)
+        return search_loop.measure_all(request, MEASURING, tasks, lambda: today, [executor], journal, unseen).pairs
 
 
 def test_a_run_for_vllm_chooses_one_configuration_without_tma_for_both_gemms() -> None:

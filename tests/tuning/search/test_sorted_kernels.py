@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from sglang_moe_ext.core import Failure, MoEShape, Quantisation, TileConfig
+from sglang_moe_ext.core import Failure, MoEShape, Quantization, TileConfig
 from sglang_moe_ext.sorted_kernels import KernelPlan, ShortKDownConfig, UpConfig
 from sglang_moe_ext.tuning.bench.messages import (
     Accuracy,
@@ -25,8 +25,8 @@ from sglang_moe_ext.tuning.search import sorted_kernels
 from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
 
 SHAPE = MoEShape(128, 768, 2048, 8)
-BLOCK = Quantisation("fp8_w8a8", (128, 128))
-CHANNEL = Quantisation("fp8_w8a8", per_channel=True)
+BLOCK = Quantization("fp8_w8a8", (128, 128))
+CHANNEL = Quantization("fp8_w8a8", per_channel=True)
 PAIR: Pair = {"up": TileConfig(128, 256, 64, 1, 8, 4), "down": TileConfig(128, 256, 64, 1, 8, 4, use_tma=True)}
 PAIR_US = 1000.0
 
@@ -110,10 +110,10 @@ def test_the_pair_stays_where_no_path_runs() -> None:
 @pytest.mark.parametrize(
     ("shape", "tokens"),
     [
-        (replace(SHAPE, quantisation=Quantisation("fp8_w8a8")), 4096),
-        (replace(SHAPE, quantisation=Quantisation("int8_w8a8", per_channel=True)), 4096),
-        (replace(SHAPE, quantisation=Quantisation("fp8_w8a8", (64, 64))), 4096),
-        (replace(SHAPE, quantisation=Quantisation("int4_w4a16", (0, 128))), 4096),
+        (replace(SHAPE, quantization=Quantization("fp8_w8a8")), 4096),
+        (replace(SHAPE, quantization=Quantization("int8_w8a8", per_channel=True)), 4096),
+        (replace(SHAPE, quantization=Quantization("fp8_w8a8", (64, 64))), 4096),
+        (replace(SHAPE, quantization=Quantization("int4_w4a16", (0, 128))), 4096),
         (replace(SHAPE, gated=False), 4096),
         (replace(SHAPE, intermediate_size=96), 4096),
         (SHAPE, 511),
@@ -126,18 +126,18 @@ def test_where_our_kernels_cannot_or_need_not_run_nothing_is_asked(shape: MoESha
     assert gpu.asked == []
 
 
-@pytest.mark.parametrize("quantisation", [Quantisation(), BLOCK, CHANNEL], ids=str)
-def test_few_paths_are_tried_since_each_is_compiled_where_it_is_measured(quantisation: Quantisation) -> None:
+@pytest.mark.parametrize("quantization", [Quantization(), BLOCK, CHANNEL], ids=str)
+def test_few_paths_are_tried_since_each_is_compiled_where_it_is_measured(quantization: Quantization) -> None:
     gpu = FakeGpu()
-    raced(gpu, shape=replace(SHAPE, quantisation=quantisation))
+    raced(gpu, shape=replace(SHAPE, quantization=quantization))
     paths = gpu.screened()
     assert len(paths) == len(set(paths)) <= 40
 
 
-@pytest.mark.parametrize("quantisation", [Quantisation(), BLOCK, CHANNEL], ids=str)
-def test_every_path_sorts_into_blocks_that_its_down_tiles_divide(quantisation: Quantisation) -> None:
+@pytest.mark.parametrize("quantization", [Quantization(), BLOCK, CHANNEL], ids=str)
+def test_every_path_sorts_into_blocks_that_its_down_tiles_divide(quantization: Quantization) -> None:
     gpu = FakeGpu()
-    raced(gpu, shape=replace(SHAPE, quantisation=quantisation))
+    raced(gpu, shape=replace(SHAPE, quantization=quantization))
     assert all(path.block_m % path.down.block_m == 0 for path in gpu.screened())
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from sglang_moe_ext.core import CompileJob, Gpu, MoEShape, Quantisation, TileConfig
+from sglang_moe_ext.core import CompileJob, Gpu, MoEShape, Quantization, TileConfig
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.gpu.shared_memory import smem_bytes
 from sglang_moe_ext.tuning.search import space
@@ -26,7 +26,7 @@ DATA = Path(__file__).parents[2] / "data" / "compiled"
 COMPILE_JOBS = Path(__file__).parents[2] / "engines" / "children" / "compile_jobs.py"
 SHAPES = {
     "bf16": MoEShape(128, 768, 2048, 8),
-    "fp8_block": MoEShape(128, 768, 2048, 8, Quantisation("fp8_w8a8", (128, 128))),
+    "fp8_block": MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", (128, 128))),
 }
 GPUS = {80: "A100", 86: "A10", 89: "L40S", 90: "H200", 100: "B200", 120: "RTX 5090"}
 GRIDS = [(80, "bf16"), (86, "bf16"), *((sm, dtype) for sm in (89, 90, 100, 120) for dtype in SHAPES)]
@@ -117,11 +117,11 @@ def test_the_compiler_of_today_says_what_the_grid_says() -> None:
 
 
 # For each rule a configuration that it drops, and one beside it that it keeps, on one GPU and layer.
-INT4 = MoEShape(128, 768, 2048, 8, Quantisation("int4_w4a16", (0, 32)))
+INT4 = MoEShape(128, 768, 2048, 8, Quantization("int4_w4a16", (0, 32)))
 NARROW = MoEShape(128, 96, 2048, 8)
-BLOCK_64 = MoEShape(128, 768, 2048, 8, Quantisation("fp8_w8a8", (64, 64)))
+BLOCK_64 = MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", (64, 64)))
 EXAMPLES = [
-    ("quantisation block", BLOCK_64, "H200", TileConfig(64, 64, 128, 1, 4, 3), TileConfig(64, 64, 64, 1, 4, 3)),
+    ("quantization block", BLOCK_64, "H200", TileConfig(64, 64, 128, 1, 4, 3), TileConfig(64, 64, 64, 1, 4, 3)),
     ("tile larger than the work", NARROW, "H200", TileConfig(16, 64, 256, 1, 4, 2), TileConfig(16, 64, 128, 1, 4, 2)),
     ("shared memory", SHAPES["bf16"], "A10", TileConfig(64, 64, 128, 1, 4, 5), TileConfig(64, 64, 128, 1, 4, 4)),
     ("accumulator", SHAPES["bf16"], "H200", TileConfig(128, 256, 64, 1, 4, 2), TileConfig(128, 256, 64, 1, 8, 2)),
