@@ -26,9 +26,9 @@ from benchmarks.serving.small_card_report import Ran, Row, Served
 from benchmarks.serving.workloads import TOKENS, WORKLOADS, write_tables
 from benchmarks.serving_speed import CHILD, refuse_impostor
 from benchmarks.vs_upstream.report import Place, here
+from sglang_moe_ext import env
 from sglang_moe_ext.core import MoEExtError
-from sglang_moe_ext.engines.sglang import config_dir, installation
-from sglang_moe_ext.tables import user_store
+from sglang_moe_ext.engines.sglang import installation
 
 LAYER_CHILD = "benchmarks.serving.layer_child"
 NAMES = ("stock", "plugin")
@@ -40,7 +40,7 @@ Start = Callable[[str, str], Child]
 
 def starter(scratch: Path, out: Path) -> Start:
     """Children that find the workloads' tables where a user would name them, and an empty store."""
-    more = {config_dir.VARIABLE: str(scratch / "tables"), user_store.VARIABLE: str(scratch / "store")}
+    more = {env.SGLANG_CONFIG_DIR: str(scratch / "tables"), env.STORE: str(scratch / "store")}
 
     def start(name: str, module: str) -> Child:
         log = out / f"{name}_{module.rpartition('.')[2]}.log"

@@ -20,12 +20,12 @@ import time
 from pathlib import Path
 
 from benchmarks.racing import Outcome, geomean, here, raced, track_of
+from sglang_moe_ext import env
 from sglang_moe_ext.cli import tune
 from sglang_moe_ext.cli.console import Bar
 from sglang_moe_ext.core import MoEExtError
 from sglang_moe_ext.engines.sglang import installation
 from sglang_moe_ext.gpu.roofline import pair_floor_us
-from sglang_moe_ext.tables import user_store
 from sglang_moe_ext.tuning import pipeline
 from sglang_moe_ext.tuning.bench.messages import Pair
 from sglang_moe_ext.tuning.request import TuneRequest
@@ -113,7 +113,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         out = asked.out or Path(scratch)
         out.mkdir(parents=True, exist_ok=True)
-        os.environ[user_store.VARIABLE] = str(out / "store")
+        os.environ[env.STORE] = str(out / "store")
         for name in asked.layers:
             document = compared(name, asked.effort, asked.batch_size)
             (out / f"regret_{name.replace(' ', '_').lower()}.json").write_text(json.dumps(document))

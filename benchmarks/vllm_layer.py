@@ -19,9 +19,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sglang_moe_ext import env
 from sglang_moe_ext.core import MoEExtError
 from sglang_moe_ext.engines.registry import VLLM
-from sglang_moe_ext.tables import user_store
 
 LAYERS: Mapping[str, tuple[str, ...]] = {
     "GLM-4.7-Flash bf16": ("--model", "GLM-4.7-Flash"),
@@ -38,7 +38,7 @@ def tune(arguments: Sequence[str], out: Path, log: Path) -> dict[str, Any]:
     Raises:
         MoEExtError: it fails.
     """
-    environment = {**os.environ, user_store.VARIABLE: str(out / "store")}
+    environment = {**os.environ, env.STORE: str(out / "store")}
     with log.open("a", encoding="utf-8") as errors:
         command = [sys.executable, "-W", "ignore", "-m", "sglang_moe_ext.tune", "--engine", "vllm", *arguments]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, check=False)

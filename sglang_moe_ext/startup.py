@@ -5,7 +5,7 @@ Nothing is imported before they are, not even `__future__`: all processes of the
 
 import os
 
-from sglang_moe_ext import SWITCH, import_hook
+from sglang_moe_ext import env, import_hook
 
 TYPE_CHECKING = False  # typing's own would load typing
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def _say(text: str) -> None:
 
 def install() -> None:
     """Wait from now on; SGLANG_MOE_EXT_DISABLE=1 keeps us out."""
-    if os.environ.get(SWITCH, "0") not in ("", "0"):
+    if env.is_on(env.DISABLE):
         return
     import_hook.on_import(MODULE, _patch)
     for name in LAYER_MODULES:

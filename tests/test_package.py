@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -18,8 +19,8 @@ REPO_ROOT = Path(__file__).resolve().parents[1]
 NEVER_MOVED = {"torch", "triton", "transformers", "sglang", "vllm", "numpy"}
 HEAVY = {"torch", "triton", "transformers", "rich", "numpy"}
 ATTACHED = {
-    "": "core engines gpu import_hook package_data serving sorted_kernels startup tables",
-    "engines.": "config_dict lookup_args running sglang table_names installed",
+    "": "core engines env gpu import_hook package_data serving sorted_kernels startup tables",
+    "engines.": "config_dict installed lookup_args running sglang table_names",
     "engines.sglang.": "config_dir hook_points installation kernel_sequence support table_names",
     "gpu.": "shared_memory specs",
     "serving.": "attach guard kernel_selection plugin selection sglang_hooks sglang_lookup_hook table_search",
@@ -114,7 +115,7 @@ def test_a_way_in_loads_four_modules_of_ours_and_nothing_heavy() -> None:
     )
     ours = {name for name in loaded if name.startswith("sglang_moe_ext")}
     # Where the startup file of an installation has run, it has loaded itself and these two.
-    here_before = {"sglang_moe_ext", "sglang_moe_ext.import_hook"}
+    here_before = {"sglang_moe_ext", "sglang_moe_ext.env", "sglang_moe_ext.import_hook"}
     assert ours | here_before == here_before | {"sglang_moe_ext.serving", "sglang_moe_ext.serving.plugin"}
     assert not {name.partition(".")[0] for name in loaded} & HEAVY
 
@@ -132,3 +133,18 @@ def test_the_table_of_models_in_the_readme_is_what_the_code_says() -> None:
     environment = {"PYTHONPATH": str(REPO_ROOT), "PATH": ""}
     done = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+PUBLIC = {
+    "sglang_moe_ext.startup": ["install"],
+    "sglang_moe_ext.tune": ["main"],
+    "sglang_moe_ext.export": ["main"],
+    "sglang_moe_ext.cli.main": ["main"],
+    "sglang_moe_ext.serving.plugin": ["register_sglang", "register_vllm", "attach_patched"],
+}
+"""Addresses that the outside world has: the .pth file, pyproject's entry points, eight patches and users' scripts."""
+
+
+@pytest.mark.parametrize(("module", "names"), PUBLIC.items(), ids=PUBLIC)
+def test_a_public_address_stays(module: str, names: list[str]) -> None:
+    assert all(callable(getattr(importlib.import_module(module), name)) for name in names)

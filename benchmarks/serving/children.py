@@ -13,16 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_moe_ext import SWITCH
+from sglang_moe_ext import env
 from sglang_moe_ext.core import EngineError
-from sglang_moe_ext.engines.sglang import config_dir
 
 ANSWER_S = 540.0
 """A first load compiles for a minute; whatever takes this long hangs."""
 _LEAVE_S = 20.0
 _POLL_S = 1.0
 _TAIL_LINES = 3
-_NOT_HANDED_ON = (SWITCH, "SGLANG_PLUGINS", config_dir.VARIABLE)
+_NOT_HANDED_ON = (env.DISABLE, "SGLANG_PLUGINS", env.SGLANG_CONFIG_DIR)
 """What would change which configurations a child finds: each is set by us, or not at all."""
 
 
@@ -30,7 +29,7 @@ def environment(*, stock: bool, more: Mapping[str, str] | None = None) -> dict[s
     """Of a child without or with the plugin; the user's store is inherited."""
     kept = {name: value for name, value in os.environ.items() if name not in _NOT_HANDED_ON}
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    return {**kept, **offline, **({SWITCH: "1"} if stock else {}), **(more or {})}
+    return {**kept, **offline, **({env.DISABLE: "1"} if stock else {}), **(more or {})}
 
 
 def running(module: str) -> list[str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.vs_upstream.timed_run import Run, timed
-from sglang_moe_ext import SWITCH
+from sglang_moe_ext import env
 from sglang_moe_ext.core import EngineError, MoEShape, Table
 from sglang_moe_ext.tables import config_table
 
@@ -99,7 +99,9 @@ def found(folder: Path, environment: Mapping[str, str], *, ray_stand_in: bool) -
     paths = [RAY_STAND_IN] if ray_stand_in else []
     # The script runs in another folder than we do.
     paths += [folder, *(Path(path).absolute() for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path)]
-    return Upstream(folder, {**environment, **_OFFLINE, "PYTHONPATH": os.pathsep.join(map(str, paths)), SWITCH: "1"})
+    return Upstream(
+        folder, {**environment, **_OFFLINE, "PYTHONPATH": os.pathsep.join(map(str, paths)), env.DISABLE: "1"}
+    )
 
 
 def ask(upstream: Upstream, task: Task) -> Asked:

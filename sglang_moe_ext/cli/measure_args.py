@@ -162,7 +162,7 @@ def measure_options(
         gpus=() if arguments.ray is not None else _gpus(arguments.gpus, gpu),
         ray=arguments.ray,
         resume=arguments.resume,
-        with_own_path=arguments.kernels == "all" and adapter.has_own_path(engine.version, gpu.sm),
+        with_sorted_kernels=arguments.kernels == "all" and adapter.has_sorted_kernels(engine.version, gpu.sm),
     )
 
 

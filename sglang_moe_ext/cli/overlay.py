@@ -8,7 +8,7 @@ import os
 import shlex
 from pathlib import Path
 
-from sglang_moe_ext import package_data
+from sglang_moe_ext import env, package_data
 from sglang_moe_ext.core import EngineError, MoEExtError
 from sglang_moe_ext.engines.sglang import config_dir, config_dir_tables, installation
 from sglang_moe_ext.engines.sglang.config_dir_tables import Outcome, Sources
@@ -19,7 +19,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     """The command takes no flags; its help says how to use what it prints."""
     parser.epilog = (
         f'In a shell: eval "$(sglang-moe-ext overlay | grep ^export)". A server started there reads the folder that '
-        f"{config_dir.VARIABLE} then names: the engine's own tables, and ours where they are better. Run it again "
+        f"{env.SGLANG_CONFIG_DIR} then names: the engine's own tables, and ours where they are better. Run it again "
         "after an upgrade of SGLang or Triton."
     )
 
@@ -40,11 +40,11 @@ def run(arguments: argparse.Namespace) -> None:
     if engine is None or triton is None:
         raise EngineError("SGLang and Triton are not both installed here: run overlay where the server runs")
     root = config_dir.place(engine).absolute()
-    set_by_user = os.environ.get(config_dir.VARIABLE)
+    set_by_user = os.environ.get(env.SGLANG_CONFIG_DIR)
     if set_by_user and Path(set_by_user).absolute() != root:
         raise EngineError(
-            f"{config_dir.VARIABLE} is {set_by_user}, and a server reads no other folder: unset it, or put your tables "
-            "there with `sglang-moe-ext install`"
+            f"{env.SGLANG_CONFIG_DIR} is {set_by_user}, and a server reads no other folder: unset it, or put your "
+            "tables there with `sglang-moe-ext install`"
         )
     destination = install_target.choose_for_sglang("overlay", root, engine, triton)
     assert destination is not None  # its place is given
@@ -70,5 +70,5 @@ def _say(outcome: Outcome, root: Path) -> None:
         print(f"wrote {name}")
     for name, why in kept.items():
         print(f"kept  {name}: {why}")
-    print(f"export {config_dir.VARIABLE}={shlex.quote(str(root))}")
-    print(json.dumps({"written": written, "kept": kept, "environment": {config_dir.VARIABLE: str(root)}}))
+    print(f"export {env.SGLANG_CONFIG_DIR}={shlex.quote(str(root))}")
+    print(json.dumps({"written": written, "kept": kept, "environment": {env.SGLANG_CONFIG_DIR: str(root)}}))

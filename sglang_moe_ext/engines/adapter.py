@@ -55,7 +55,7 @@ class EngineAdapter(Protocol):
     def kernel_file(self, engine: Any) -> Path:
         """The source of its kernel and launcher, in that installation."""
 
-    def asked(self, environment: Mapping[str, str]) -> ProbeLike:
+    def start_probe(self, environment: Mapping[str, str]) -> ProbeLike:
         """A process of it under that environment, started now."""
 
     def table_key(self, shape: MoEShape, device_name: str, *, down: bool) -> TableKey: ...
@@ -65,7 +65,7 @@ class EngineAdapter(Protocol):
     def table_text(self, table: Table, triton: str) -> str:
         """What a file of that table says, for that Triton."""
 
-    def effective(self, config: TileConfig, quantization: Quantization) -> TileConfig:
+    def effective_config(self, config: TileConfig, quantization: Quantization) -> TileConfig:
         """What the engine makes of a configuration before it launches it."""
 
     def why_no_table(self, shape: MoEShape, gpu: Gpu, architecture: str) -> str | None:
@@ -80,7 +80,7 @@ class EngineAdapter(Protocol):
     def why_not_tuned(self, quantization: Quantization, version: Version) -> str | None:
         """Why a table for such weights would do that release's servers harm."""
 
-    def has_own_path(self, version: Version, sm: int) -> bool:
+    def has_sorted_kernels(self, version: Version, sm: int) -> bool:
         """Whether our own kernels can take the place of that release's, on a GPU of that architecture."""
 
     # What follows is called in the measuring process alone; `load` imports the engine, the others take what it gives.
@@ -104,5 +104,5 @@ class EngineAdapter(Protocol):
     ) -> torch.Tensor:
         """[tokens, hidden], by the engine's own layer."""
 
-    def run_path(self, loaded: Any, shape: MoEShape, tensors: LayerTensors, path: KernelPlan) -> torch.Tensor:
+    def run_kernel_plan(self, loaded: Any, shape: MoEShape, tensors: LayerTensors, path: KernelPlan) -> torch.Tensor:
         """The same by our own kernels, behind the engine's sort. Raises EngineError where there is no such path."""

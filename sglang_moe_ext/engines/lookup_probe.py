@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from sglang_moe_ext import SWITCH
+from sglang_moe_ext import env
 from sglang_moe_ext.core import EngineError, Gpu, MoEShape, TileConfig
 from sglang_moe_ext.engines import lookup_args
 from sglang_moe_ext.engines.config_dict import tile_of
@@ -115,7 +115,7 @@ class ProbeProcess:
             stdout=self._said,
             stderr=self._complaints,
             text=True,
-            env=theirs | {SWITCH: "1"} if who.is_alone else theirs,
+            env=theirs | {env.DISABLE: "1"} if who.is_alone else theirs,
         )
 
     def answer(self, question: LookupRequest) -> LookupResult:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
-from sglang_moe_ext import SWITCH, __version__
+from sglang_moe_ext import __version__, env
 from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.serving.guard import warn_once
 from sglang_moe_ext.serving.selection import Choice
@@ -76,7 +76,7 @@ def kernel_plans(layer: LookupLayer, tokens: Sequence[int]) -> dict[int, KernelP
 def decline_plan(layer: LookupLayer) -> None:
     """Let SGLang's own kernels run for layers of such weights from now on."""
     if (found := sglang_resolver()) is not None:
-        found.decline_path(layer.w1_shape, layer.w2_shape)
+        found.decline_plan(layer.w1_shape, layer.w2_shape)
 
 
 def hooks_of(engine: Engine) -> EngineHooks:
@@ -84,16 +84,16 @@ def hooks_of(engine: Engine) -> EngineHooks:
     if engine == "vllm":
         from sglang_moe_ext.serving import vllm_hooks
 
-        return EngineHooks(vllm_hooks.PLUGINS, vllm_hooks.excludes_plugin, vllm_hooks.install_hooks)
+        return EngineHooks(env.VLLM_PLUGINS, vllm_hooks.excludes_plugin, vllm_hooks.install_hooks)
     from sglang_moe_ext.serving import sglang_hooks
 
-    return EngineHooks(sglang_hooks.PLUGINS, sglang_hooks.excludes_plugin, sglang_hooks.install_hooks)
+    return EngineHooks(env.SGLANG_PLUGINS, sglang_hooks.excludes_plugin, sglang_hooks.install_hooks)
 
 
 def why_off(half: EngineHooks) -> str | None:
     """The variable that keeps us out of this process, if one does."""
-    if os.environ.get(SWITCH, "0") not in ("", "0"):
-        return f"{SWITCH} is set"
+    if env.is_on(env.DISABLE):
+        return f"{env.DISABLE} is set"
     wanted = os.environ.get(half.plugins)
     if half.keeps_out(wanted, _OUR_NAME):
         return f"{half.plugins}={wanted} does not name {_OUR_NAME}"

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from sglang_moe_ext import env
 from sglang_moe_ext.engines.sglang import routing_hook
-from sglang_moe_ext.serving.sglang_hooks import CAPTURE as VARIABLE
 
 _OURS = re.compile(r"topk_ids_layer\d+_idx\d+_[0-9a-f]{8}\.safetensors")
 _TEMPORARY = (".topk_ids_", ".tmp")
@@ -159,7 +159,7 @@ def parse_request(environ: Mapping[str, str]) -> CaptureRequest | None:
     A colon after the last slash begins a number. So `/runs/a:b/ids:50` is the folder `/runs/a:b/ids`, 50 files of it;
     a folder whose own name has a colon is written with a slash behind it.
     """
-    value = environ.get(VARIABLE, "")
+    value = environ.get(env.CAPTURE, "")
     if not value:
         return None
     parents, slash, last = value.rpartition("/")
@@ -167,13 +167,13 @@ def parse_request(environ: Mapping[str, str]) -> CaptureRequest | None:
     folder = parents + slash + name
     if not folder or len(numbers) > 2 or not all(map(_NUMBER.fullmatch, numbers)):
         log.warning(
-            "%s=%s: expected DIR[:max_files][:min_tokens], both from 1 on; no routing is captured", VARIABLE, value
+            "%s=%s: expected DIR[:max_files][:min_tokens], both from 1 on; no routing is captured", env.CAPTURE, value
         )
         return None
     try:
         return CaptureRequest(Path(folder).absolute(), *map(int, numbers))
     except OSError as error:  # the folder that this process runs in is gone
-        log.warning("%s=%s: %s; no routing is captured", VARIABLE, value, error)
+        log.warning("%s=%s: %s; no routing is captured", env.CAPTURE, value, error)
         return None
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from sglang_moe_ext import env
 from sglang_moe_ext.core import MoEShape, TableError
 from sglang_moe_ext.engines import running
 from sglang_moe_ext.engines.lookup_args import LookupLayer
@@ -20,7 +21,6 @@ from sglang_moe_ext.tables.kernel_table import KernelEntry, KernelTable
 
 log = logging.getLogger(__name__)
 
-SWITCH = "SGLANG_MOE_EXT_KERNELS"
 """0 leaves the configurations to us, and the kernels to the engine."""
 SHORTEST_US = 400.0
 """Of a layer by our path, which costs the host 285 to 395 us, 43 to 73 us more than the engine's kernels do: where the
@@ -28,7 +28,7 @@ GPU waits for the host, a faster kernel wins nothing (H200, SGLang 0.5.15, Trito
 
 
 def is_on() -> bool:
-    return os.environ.get(SWITCH, "1") != "0"
+    return os.environ.get(env.KERNELS, "1") != "0"
 
 
 class KernelPlans:

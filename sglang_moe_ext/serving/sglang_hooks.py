@@ -12,10 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from sglang_moe_ext import __version__, package_data
+from sglang_moe_ext import __version__, env, package_data
 from sglang_moe_ext.core import EngineError
 from sglang_moe_ext.engines import running
-from sglang_moe_ext.engines.sglang import config_dir as directory
 from sglang_moe_ext.engines.sglang import hook_points, kernel_sequence
 from sglang_moe_ext.engines.sglang import kernel_sequence as known_sequence
 from sglang_moe_ext.engines.sglang.hook_points import SglangHookPoints
@@ -70,7 +69,7 @@ ENGINE = "sglang"
 
 def table_dirs(engine: SglangInstallation) -> list[TableDir]:
     """In order. A folder that the user names to the engine takes the place of the engine's own."""
-    named, own = os.environ.get(directory.VARIABLE), user_store.root_if_any()
+    named, own = os.environ.get(env.SGLANG_CONFIG_DIR), user_store.root_if_any()
     tuned = package_data.folder("tuned_configs")
     return [
         *([] if own is None else [TableDir("your", own / "tables" / ENGINE)]),
@@ -85,9 +84,6 @@ def table_dirs(engine: SglangInstallation) -> list[TableDir]:
 
 
 log = logging.getLogger(__name__)
-
-PLUGINS = "SGLANG_PLUGINS"
-CAPTURE = "SGLANG_MOE_EXT_CAPTURE"
 
 
 def excludes_plugin(wanted: str | None, name: str) -> bool:
@@ -111,7 +107,7 @@ def install_hooks(layer: ModuleType, way: str) -> sglang_lookup_hook.ConfigResol
         (engine.launch, guard.launch_hook(launcher)),
     ]
     if engine.sequence is not None:
-        replaced.append((engine.sequence, sequence_hook(engine, engine.sequence, resolver.decline_path)))
+        replaced.append((engine.sequence, sequence_hook(engine, engine.sequence, resolver.decline_plan)))
     for original, ours in replaced:
         running.replace("sglang", original, ours)
     return resolver
@@ -131,7 +127,7 @@ def _with_known_sequence(engine: SglangHookPoints) -> SglangHookPoints:
 def _first_call(engine: SglangHookPoints, way: str) -> None:
     """A layer runs: the server's log is open, and all of the engine has been imported."""
     log.info("sglang-moe-ext %s is active in SGLang %s, by %s", __version__, engine.engine.version_text, way)
-    if os.environ.get(CAPTURE):
+    if os.environ.get(env.CAPTURE):
         _capture()
 
 
@@ -144,4 +140,4 @@ def _capture() -> None:
         if wish is not None and runner is not None:
             capture.install(runner, wish)
     except Exception as error:  # the layers run uncaptured
-        warn_once(f"{CAPTURE} is passed over: {type(error).__name__}: {error}")
+        warn_once(f"{env.CAPTURE} is passed over: {type(error).__name__}: {error}")

@@ -114,7 +114,7 @@ class ConfigResolver:
         """What runs in place of the engine's own kernels, before anything is known of the batch but its size."""
         return self._paths.of(layer, tokens)
 
-    def decline_path(self, w1_shape: tuple[int, ...], w2_shape: tuple[int, ...]) -> None:
+    def decline_plan(self, w1_shape: tuple[int, ...], w2_shape: tuple[int, ...]) -> None:
         """Never again choose our path for layers of such weights."""
         if self._paths.decline(w1_shape, w2_shape):
             self.answers.clear()

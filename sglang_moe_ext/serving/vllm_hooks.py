@@ -11,12 +11,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from sglang_moe_ext import __version__, package_data
+from sglang_moe_ext import __version__, env, package_data
 from sglang_moe_ext.engines import running
 from sglang_moe_ext.engines.config_dict import ConfigDict
 from sglang_moe_ext.engines.vllm import hook_points, launch_args, support
 from sglang_moe_ext.engines.vllm.hook_points import VllmHookPoints
-from sglang_moe_ext.engines.vllm.installation import VARIABLE, VllmInstallation
+from sglang_moe_ext.engines.vllm.installation import VllmInstallation
 from sglang_moe_ext.engines.vllm.table_names import NAMING
 from sglang_moe_ext.serving import guard, vllm_lookup_hook
 from sglang_moe_ext.serving.guard import GuardedLauncher, fit_to_shared_memory, warn_once
@@ -30,7 +30,7 @@ def table_dirs(engine: VllmInstallation) -> list[TableDir]:
 
     The engine's variable is read and never set, since a value of it has LoRA layers ask for other tables.
     """
-    named, own = os.environ.get(VARIABLE), user_store.root_if_any()
+    named, own = os.environ.get(env.VLLM_CONFIG_FOLDER), user_store.root_if_any()
     tuned = package_data.folder("tuned_configs")
     return [
         *([] if named is None else [_flat("your", Path(named), is_asked_for=True)]),
@@ -46,7 +46,6 @@ def _flat(name: str, root: Path, *, is_asked_for: bool = False) -> TableDir:
 
 log = logging.getLogger(__name__)
 
-PLUGINS = "VLLM_PLUGINS"
 _OURS, _THEIRS = "sglang_moe_ext", "vllm"
 
 

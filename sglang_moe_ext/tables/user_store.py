@@ -9,16 +9,15 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from sglang_moe_ext import env
 from sglang_moe_ext.tables import config_table, files
 
 log = logging.getLogger(__name__)
 
-VARIABLE = "SGLANG_MOE_EXT_STORE"
-
 
 def root() -> Path:
     """`$SGLANG_MOE_EXT_STORE`, or `sglang_moe_ext` in the user's data folder."""
-    if chosen := os.environ.get(VARIABLE):
+    if chosen := os.environ.get(env.STORE):
         return Path(chosen)
     data = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
     return Path(data) / "sglang_moe_ext"

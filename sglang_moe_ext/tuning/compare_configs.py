@@ -109,7 +109,7 @@ def run(
     rounds = EFFORTS[measuring.effort].rounds
     largest_first = sorted(request.tokens, reverse=True)
     with ExitStack() as ends:
-        engine = ends.enter_context(closing(request.adapter.asked(verify_install.environment({}))))
+        engine = ends.enter_context(closing(request.adapter.start_probe(verify_install.environment({}))))
         scratch = ends.enter_context(tempfile.TemporaryDirectory(prefix="sglang_moe_ext-", ignore_cleanup_errors=True))
         early = [job for m in largest_first for by_m in given.values() for job in _jobs(request, m, by_m[m])]
         executors = session.start_executors(request, measuring, source, Path(scratch), early, ends, progress)

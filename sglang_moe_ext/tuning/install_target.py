@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from sglang_moe_ext import env
 from sglang_moe_ext.core import EngineError, MoEShape
 from sglang_moe_ext.engines.adapter import EngineAdapter, EngineName
 from sglang_moe_ext.engines.sglang import config_dir
@@ -82,13 +83,13 @@ def choose_for_sglang(
         )
     if output_dir is not None:
         root = output_dir.absolute()
-        note = f"start the server with {config_dir.VARIABLE}={root}, which replaces the engine's own tables"
-        return InstallTarget(_configs(root, triton), {config_dir.VARIABLE: str(root)}, note)
+        note = f"start the server with {env.SGLANG_CONFIG_DIR}={root}, which replaces the engine's own tables"
+        return InstallTarget(_configs(root, triton), {env.SGLANG_CONFIG_DIR: str(root)}, note)
     if engine is None or install == "none":
         return None
-    if set_by_user := os.environ.get(config_dir.VARIABLE):
+    if set_by_user := os.environ.get(env.SGLANG_CONFIG_DIR):
         return InstallTarget(
-            _configs(Path(set_by_user), triton), {}, f"{config_dir.VARIABLE} is set: its folder is the engine's"
+            _configs(Path(set_by_user), triton), {}, f"{env.SGLANG_CONFIG_DIR} is set: its folder is the engine's"
         )
     if install == "engine":
         folder = _configs(engine.configs_root.parent, triton)
@@ -101,8 +102,8 @@ def choose_for_sglang(
 def _overlay(engine: SglangInstallation, triton: str, why: str) -> InstallTarget:
     root = config_dir.place(engine)
     config_dir.build(root, engine.configs_root)
-    note = f"{why}start the server with {config_dir.VARIABLE}={root}"
-    return InstallTarget(_configs(root, triton), {config_dir.VARIABLE: str(root)}, note, is_of_this_engine=True)
+    note = f"{why}start the server with {env.SGLANG_CONFIG_DIR}={root}"
+    return InstallTarget(_configs(root, triton), {env.SGLANG_CONFIG_DIR: str(root)}, note, is_of_this_engine=True)
 
 
 def choose_for_vllm(
@@ -114,20 +115,22 @@ def choose_for_vllm(
     """
     if output_dir is not None:
         root = output_dir.absolute()
-        note = f"start the server with {vllm.VARIABLE}={root}"
-        return InstallTarget(root, {vllm.VARIABLE: str(root)}, note, is_flat=True)
+        note = f"start the server with {env.VLLM_CONFIG_FOLDER}={root}"
+        return InstallTarget(root, {env.VLLM_CONFIG_FOLDER: str(root)}, note, is_flat=True)
     if engine is None or install == "none":
         return None
-    if set_by_user := os.environ.get(vllm.VARIABLE):
-        return InstallTarget(Path(set_by_user), {}, f"{vllm.VARIABLE} is set: vLLM looks there first", is_flat=True)
+    if set_by_user := os.environ.get(env.VLLM_CONFIG_FOLDER):
+        return InstallTarget(
+            Path(set_by_user), {}, f"{env.VLLM_CONFIG_FOLDER} is set: vLLM looks there first", is_flat=True
+        )
     why = ""
     if install == "engine":
         if files.is_writable(engine.configs_folder):
             return InstallTarget(engine.configs_folder, {}, is_flat=True)
         why = f"{engine.configs_folder} is read-only; "
     stored = store_folder("vllm", triton)
-    note = f"{why}our plugin serves {stored}; where it is off, start the server with {vllm.VARIABLE}={stored}"
-    return InstallTarget(stored, {vllm.VARIABLE: str(stored)}, note, is_flat=True)
+    note = f"{why}our plugin serves {stored}; where it is off, start the server with {env.VLLM_CONFIG_FOLDER}={stored}"
+    return InstallTarget(stored, {env.VLLM_CONFIG_FOLDER: str(stored)}, note, is_flat=True)
 
 
 CHOOSERS: Mapping[EngineName, Callable[[Install, Path | None, Any, str], InstallTarget | None]] = {

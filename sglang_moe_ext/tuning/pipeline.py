@@ -68,7 +68,7 @@ def make_plan(request: TuneRequest, progress: Progress) -> TunePlan:
     if request.adapter.find() is None:
         return plan.make_plan(request, None)
     progress("asking", 0, 1)
-    with closing(request.adapter.asked(verify_install.environment({}))) as today:
+    with closing(request.adapter.start_probe(verify_install.environment({}))) as today:
         answer = today.answer(verify_install.lookup_request(request))
     progress("asking", 1, 1)
     return plan.make_plan(request, verify_install.pairs_of(answer))
@@ -91,7 +91,9 @@ def run(request: TuneRequest, progress: Progress) -> TuneOutcome:
     with ExitStack() as processes:
 
         def ask_later(environment: dict[str, str]) -> ProbeLike:
-            return processes.enter_context(closing(request.adapter.asked(verify_install.environment(environment))))
+            return processes.enter_context(
+                closing(request.adapter.start_probe(verify_install.environment(environment)))
+            )
 
         today = None if engine is None else ask_later({} if destination is None else destination.environment_today)
         read_by_engine = None if engine is None else destination
@@ -199,7 +201,7 @@ def _write_plans(request: TuneRequest, table: KernelTable, triton: str) -> list[
 
 def _ours_to_say(request: TuneRequest, engine: InstallationLike | None, results: Results) -> Iterable[int]:
     """The numbers of tokens of which this run knows best whether our own path is to run."""
-    can_run = engine is not None and request.adapter.has_own_path(engine.version, request.gpu.sm)
+    can_run = engine is not None and request.adapter.has_sorted_kernels(engine.version, request.gpu.sm)
     return results if request.measuring is not None and can_run else ()
 
 

@@ -58,7 +58,9 @@ def prune_space(shape: MoEShape, gpu: Gpu, engine: EngineAdapter = SGLANG) -> sp
             f"{gpu.device_name} (sm_{gpu.sm}) has no fp8 matrix units: expected sm_{_FIRST_FP8_SM} or newer; "
             "engines run such weights through Marlin there, which reads no table"
         )
-    space_of_engine = dict.fromkeys(engine.effective(config, shape.quantization) for config in space.full_space())
+    space_of_engine = dict.fromkeys(
+        engine.effective_config(config, shape.quantization) for config in space.full_space()
+    )
     found = space.prune(space_of_engine, shape, gpu)
     if not found.kept:
         dropped = ", ".join(f"{name} {count}" for name, count in found.dropped.items() if count)

@@ -66,13 +66,13 @@ def shape_in(engine: EngineName, source: JournalSource, fused_shared: int) -> Mo
 def best_configs(journal: Recording, source: JournalSource, engine: EngineName) -> dict[int, TransferredConfig]:
     """For each M, what is fastest in both GEMMs together, without TMA and not known to be wrong."""
     wrong = set(_wrong(journal, source.shape))
-    effective, quantization = ENGINES[engine].effective, source.shape.quantization
+    effective_config, quantization = ENGINES[engine].effective_config, source.shape.quantization
     found: dict[int, TransferredConfig] = {}
     for tokens, times in sorted(_times(journal).items()):
         fit = (config for config in screening.rank_shared(times) if not config.use_tma and config not in wrong)
         if (config := next(fit, None)) is not None:
             us = sum(times[projection][config] for projection in PROJECTIONS)
-            found[tokens] = TransferredConfig(effective(config, quantization), us)
+            found[tokens] = TransferredConfig(effective_config(config, quantization), us)
     return found
 
 

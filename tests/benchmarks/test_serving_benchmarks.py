@@ -39,11 +39,11 @@ from benchmarks.serving.speed_report import Asked, Raced
 from benchmarks.serving.turns import Times, take_turns
 from benchmarks.serving.workloads import GLM_BF16, WORKLOADS, Workload, write_tables
 from benchmarks.vs_upstream.report import Place
+from sglang_moe_ext import env
 from sglang_moe_ext.core import EngineError, MoEShape, Quantization
-from sglang_moe_ext.engines.sglang import config_dir
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.gpu import specs
-from sglang_moe_ext.tables import config_table, user_store
+from sglang_moe_ext.tables import config_table
 from tests.engines.installed import REPO_ROOT
 
 PREFILL, DECODE = Case("prefill", 4096), Case("decode", 32)
@@ -283,13 +283,13 @@ def test_stock_is_switched_off_and_the_plugin_is_not(monkeypatch: pytest.MonkeyP
 
 
 def test_both_children_find_the_users_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(user_store.VARIABLE, "/tables")
-    assert {children.environment(stock=stock)[user_store.VARIABLE] for stock in (True, False)} == {"/tables"}
+    monkeypatch.setenv(env.STORE, "/tables")
+    assert {children.environment(stock=stock)[env.STORE] for stock in (True, False)} == {"/tables"}
 
 
 def test_no_child_reads_a_folder_of_tables_that_we_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(config_dir.VARIABLE, "/tables")
-    assert config_dir.VARIABLE not in children.environment(stock=True)
+    monkeypatch.setenv(env.SGLANG_CONFIG_DIR, "/tables")
+    assert env.SGLANG_CONFIG_DIR not in children.environment(stock=True)
 
 
 def test_the_distance_of_equal_logits_is_nothing() -> None:

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from sglang_moe_ext import SWITCH
+from sglang_moe_ext import env
 from sglang_moe_ext.engines.sglang import hook_points
 from sglang_moe_ext.engines.sglang.hook_points import LAYER_MODULES
 from sglang_moe_ext.engines.vllm.installation import LAYER_MODULE
@@ -24,7 +24,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A process that nothing has been hooked in, and that no variable keeps us out of."""
     monkeypatch.setattr(attach, "_states", {})
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-    for variable in (SWITCH, PLUGINS, VLLM_PLUGINS):
+    for variable in (env.DISABLE, PLUGINS, VLLM_PLUGINS):
         monkeypatch.delenv(variable, raising=False)
     guard.warn_once.cache_clear()
     yield
@@ -34,9 +34,9 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("variable", "value", "is_off"),
     [
-        (SWITCH, "", False),
-        (SWITCH, "0", False),
-        (SWITCH, "1", True),
+        (env.DISABLE, "", False),
+        (env.DISABLE, "0", False),
+        (env.DISABLE, "1", True),
         (PLUGINS, "", False),
         (PLUGINS, "sglang_moe_ext", False),
         (PLUGINS, "another , sglang_moe_ext", False),
@@ -73,8 +73,8 @@ def test_without_a_list_of_plugins_vllm_loads_us() -> None:
 
 
 def test_what_keeps_us_out_is_the_state_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(SWITCH, "1")
-    assert attach.attach(LAYER, "a test") == attach.state() == attach.HookState(False, f"{SWITCH} is set")
+    monkeypatch.setenv(env.DISABLE, "1")
+    assert attach.attach(LAYER, "a test") == attach.state() == attach.HookState(False, f"{env.DISABLE} is set")
 
 
 def test_without_an_engine_we_are_off_in_one_line(

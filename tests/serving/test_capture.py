@@ -20,10 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, load_file
 
+from sglang_moe_ext import env
 from sglang_moe_ext.core import MoEShape
 from sglang_moe_ext.engines.sglang.routing_hook import RoutingBatch
 from sglang_moe_ext.serving import capture
-from sglang_moe_ext.serving.capture import VARIABLE, CaptureRequest, FolderBounds, Recorder, RoutingTable
+from sglang_moe_ext.serving.capture import CaptureRequest, FolderBounds, Recorder, RoutingTable
 from sglang_moe_ext.tuning.bench import captured_routing, routing
 
 CHILD = Path(__file__).parent / "children" / "capturing.py"
@@ -83,15 +84,15 @@ class TestTheWish:
         ],
     )
     def test_it_has_a_folder_and_up_to_two_numbers(self, value: str, meant: CaptureRequest) -> None:
-        assert capture.parse_request({VARIABLE: value}) == meant
+        assert capture.parse_request({env.CAPTURE: value}) == meant
 
     def test_a_relative_folder_is_meant_where_the_server_started(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(tmp_path)
-        assert capture.parse_request({VARIABLE: "ids"}) == CaptureRequest(tmp_path / "ids")
+        assert capture.parse_request({env.CAPTURE: "ids"}) == CaptureRequest(tmp_path / "ids")
 
-    @pytest.mark.parametrize("environ", [{}, {VARIABLE: ""}], ids=["unset", "empty"])
+    @pytest.mark.parametrize("environ", [{}, {env.CAPTURE: ""}], ids=["unset", "empty"])
     def test_nothing_is_captured_and_nothing_said_unless_it_is_set(
         self, environ: dict[str, str], caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -103,14 +104,14 @@ class TestTheWish:
         [":", ":5", "ids:", "ids:0", "ids:-1", "ids:many", "ids:1:2:3", "ids:5:", "ids:1e3", "ids:²", "/a/:5:x"],
     )
     def test_a_malformed_one_is_one_line_and_no_capture(self, value: str, caplog: pytest.LogCaptureFixture) -> None:
-        assert capture.parse_request({VARIABLE: value}) is None
+        assert capture.parse_request({env.CAPTURE: value}) is None
         [record] = caplog.records
         assert value in record.getMessage()
         assert "expected DIR[:max_files][:min_tokens]" in record.getMessage()
 
     @given(st.text(max_size=40))
     def test_no_text_raises(self, value: str) -> None:
-        capture.parse_request({VARIABLE: value})
+        capture.parse_request({env.CAPTURE: value})
 
 
 class TestTheInstallation:

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from sglang_moe_ext import env
 from sglang_moe_ext.core import Table
 from sglang_moe_ext.engines.sglang import table_names
-from sglang_moe_ext.tables import merge, user_store
+from sglang_moe_ext.tables import merge
 from sglang_moe_ext.tables.merge import StoredTable
 from tests.engines.installed import REPO_ROOT
 from tests.serving.test_selection import H200, SHAPE, TRITON, config, known
@@ -29,8 +30,8 @@ import json, logging, sys
 from pathlib import Path
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.serving import selection, table_search
-from sglang_moe_ext.serving.selection import Ours
-from sglang_moe_ext.serving.table_search import Place
+from sglang_moe_ext.serving.selection import OurEntry
+from sglang_moe_ext.serving.table_search import TableDir
 from sglang_moe_ext.models.shape_string import parse_shape
 
 root, shape, triton, gpu = Path(sys.argv[1]), parse_shape(sys.argv[2]), sys.argv[3], specs.find("H200")
@@ -38,9 +39,9 @@ lines = []
 logging.getLogger("sglang_moe_ext.serving.table_search").addFilter(lambda record: lines.append(record.getMessage()))
 
 def looked_up():
-    found = table_search.gathered(shape, gpu.device_name, gpu, triton, [Place("your", root)])
-    chosen = [selection.chosen(found, tokens) for tokens in (1, 64, 4096)]
-    ours = [it for it in chosen if isinstance(it, Ours)]
+    found = table_search.search(shape, gpu.device_name, gpu, triton, [TableDir("your", root)])
+    chosen = [selection.select(found, tokens) for tokens in (1, 64, 4096)]
+    ours = [it for it in chosen if isinstance(it, OurEntry)]
     return [sorted({it.up.group_m for it in ours}), sorted({it.down.group_m for it in ours if it.down}), len(ours)]
 """
 """The marks of the entries that a layer would run for three numbers of tokens, and for how many it has any."""
@@ -124,7 +125,7 @@ def read_while_writing() -> list[dict[str, Any]]:
         assert reader.stdout is not None
         assert reader.stdout.readline() == "ready\n"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(user_store.VARIABLE, str(root / "store"))
+        patch.setenv(env.STORE, str(root / "store"))
         for mark in range(1, WRITES + 1):
             put(root, mark)
     (root / "all is written").touch()
@@ -158,7 +159,7 @@ def on_a_disk(kind: str) -> dict[str, Any] | None:
         if shutil.which("unshare") is None or subprocess.run([*inside, "true"], check=False).returncode != 0:
             return None
         asked = [*inside, *command(WRITER + FULL, root)]
-    environment = {**os.environ, user_store.VARIABLE: str(root / "store")}
+    environment = {**os.environ, env.STORE: str(root / "store")}
     done = subprocess.run(asked, capture_output=True, text=True, cwd=REPO_ROOT, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sglang_moe_ext import env
 from sglang_moe_ext.core import MoEShape
 from sglang_moe_ext.engines.sglang import table_names
 from sglang_moe_ext.serving import kernel_selection
@@ -120,7 +121,7 @@ def test_a_broken_table_is_passed_over_with_a_line(tmp_path: Path, caplog: pytes
 def test_a_variable_leaves_the_kernels_to_the_engine(
     value: str | None, is_on: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(kernel_selection.SWITCH, raising=False)
+    monkeypatch.delenv(env.KERNELS, raising=False)
     if value is not None:
-        monkeypatch.setenv(kernel_selection.SWITCH, value)
+        monkeypatch.setenv(env.KERNELS, value)
     assert kernel_selection.is_on() == is_on

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from sglang_moe_ext import package_data
+from sglang_moe_ext import env, package_data
 from sglang_moe_ext.engines.sglang import config_dir as directory
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.serving.sglang_hooks import table_dirs
-from sglang_moe_ext.tables import user_store
 
 CONFIG_MODULE = "srt/layers/moe/moe_runner/triton_utils/fused_moe_triton_config.py"
 
@@ -22,8 +21,8 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SglangInstallatio
     module = tmp_path / "sglang" / CONFIG_MODULE
     module.parent.mkdir(parents=True)
     module.touch()
-    monkeypatch.setenv(user_store.VARIABLE, str(tmp_path / "store"))
-    monkeypatch.delenv(directory.VARIABLE, raising=False)
+    monkeypatch.setenv(env.STORE, str(tmp_path / "store"))
+    monkeypatch.delenv(env.SGLANG_CONFIG_DIR, raising=False)
     return SglangInstallation("0.5.23", tmp_path / "sglang", "3.7.1")
 
 
@@ -50,7 +49,7 @@ def test_without_shipped_tables_the_others_are_left(
 def test_a_folder_that_the_user_names_to_the_engine_takes_the_place_of_its_own_and_is_asked_for(
     engine: SglangInstallation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(directory.VARIABLE, str(tmp_path / "named"))
+    monkeypatch.setenv(env.SGLANG_CONFIG_DIR, str(tmp_path / "named"))
     last = table_dirs(engine)[-1]
     assert (last.root, last.is_engines, last.is_asked_for) == (tmp_path / "named" / "configs", True, True)
 
@@ -58,7 +57,7 @@ def test_a_folder_that_the_user_names_to_the_engine_takes_the_place_of_its_own_a
 def test_our_own_overlay_is_not_what_a_user_asks_for(
     engine: SglangInstallation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(directory.VARIABLE, str(directory.place(engine)))
+    monkeypatch.setenv(env.SGLANG_CONFIG_DIR, str(directory.place(engine)))
     assert not table_dirs(engine)[-1].is_asked_for
 
 
@@ -69,8 +68,8 @@ def test_a_user_without_a_home_has_the_other_places(
     def nobody(_: int) -> Any:
         raise KeyError("no such user")
 
-    for variable in (user_store.VARIABLE, "XDG_DATA_HOME", "HOME"):
+    for variable in (env.STORE, "XDG_DATA_HOME", "HOME"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv(directory.VARIABLE, named)
+    monkeypatch.setenv(env.SGLANG_CONFIG_DIR, named)
     monkeypatch.setattr(pwd, "getpwuid", nobody)
     assert [place.name for place in table_dirs(engine)] == ["the shipped", "the engine's"]

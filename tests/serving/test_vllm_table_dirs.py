@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sglang_moe_ext import env
 from sglang_moe_ext.core import Gpu, MoEShape, Origin, Table, TileConfig
 from sglang_moe_ext.engines.sglang import table_names as sglangs
 from sglang_moe_ext.engines.vllm import table_names
@@ -15,8 +16,8 @@ from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.serving import selection, table_search
 from sglang_moe_ext.serving.selection import Choice, EngineDefault, EngineEntry, OurEntry
 from sglang_moe_ext.serving.table_search import TableDir
-from sglang_moe_ext.serving.vllm_hooks import VARIABLE, table_dirs
-from sglang_moe_ext.tables import config_table, files, provenance, user_store
+from sglang_moe_ext.serving.vllm_hooks import table_dirs
+from sglang_moe_ext.tables import config_table, files, provenance
 from sglang_moe_ext.tables.provenance import Provenance, ProvenanceEntry
 from tests.tables.generated import A_RUN
 
@@ -27,8 +28,8 @@ ENGINE = VllmInstallation("0.33.0", Path("/vllm"), TRITON)
 
 @pytest.fixture(autouse=True)
 def _store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(user_store.VARIABLE, str(tmp_path / "store"))
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setenv(env.STORE, str(tmp_path / "store"))
+    monkeypatch.delenv(env.VLLM_CONFIG_FOLDER, raising=False)
 
 
 def config(mark: int) -> TileConfig:
@@ -73,7 +74,7 @@ def furnished(tmp_path: Path) -> dict[str, TableDir]:
 def test_the_folder_that_the_user_names_comes_first_and_vllms_own_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "named"))
+    monkeypatch.setenv(env.VLLM_CONFIG_FOLDER, str(tmp_path / "named"))
     found = table_dirs(ENGINE)
     roots = [tmp_path / "named", tmp_path / "store/tables/vllm", ENGINE.configs_folder]
     assert [place.root for place in found if "tuned" not in str(place.root)] == roots

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sglang_moe_ext.engines.vllm.installation import VARIABLE, VllmInstallation
+from sglang_moe_ext import env
+from sglang_moe_ext.engines.vllm.installation import VllmInstallation
 from sglang_moe_ext.tables import files
 from sglang_moe_ext.tuning import install_target
 from sglang_moe_ext.tuning.install_target import InstallTarget
@@ -17,7 +18,7 @@ TRITON = "3.6.0"
 @pytest.fixture(autouse=True)
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SGLANG_MOE_EXT_STORE", str(tmp_path / "store"))
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(env.VLLM_CONFIG_FOLDER, raising=False)
     return tmp_path / "store" / "tables" / "vllm" / "triton_3_6_0"
 
 
@@ -45,7 +46,7 @@ def test_a_read_only_engine_leaves_them_in_the_store_that_the_plugin_serves(
 ) -> None:
     monkeypatch.setattr(files, "is_writable", lambda folder: False)
     found = chosen(engine)
-    assert (found.folder, found.environment) == (store, {VARIABLE: str(store)})
+    assert (found.folder, found.environment) == (store, {env.VLLM_CONFIG_FOLDER: str(store)})
     assert found.note is not None and "is read-only" in found.note
 
 
@@ -56,13 +57,13 @@ def test_an_overlay_is_the_store(engine: VllmInstallation, store: Path) -> None:
 def test_a_folder_that_the_user_names_to_vllm_is_where_it_looks_first(
     engine: VllmInstallation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "named"))
+    monkeypatch.setenv(env.VLLM_CONFIG_FOLDER, str(tmp_path / "named"))
     assert chosen(engine).folder == tmp_path / "named"
 
 
 def test_a_folder_to_save_to_comes_before_all(engine: VllmInstallation, tmp_path: Path) -> None:
     found = chosen(engine, to=tmp_path / "mine")
-    assert (found.folder, found.environment) == (tmp_path / "mine", {VARIABLE: str(tmp_path / "mine")})
+    assert (found.folder, found.environment) == (tmp_path / "mine", {env.VLLM_CONFIG_FOLDER: str(tmp_path / "mine")})
     assert not found.is_there
 
 

@@ -40,7 +40,7 @@ def kernel_file(engine: SglangInstallation) -> Path:
     return engine.kernel_file
 
 
-def asked(environment: Mapping[str, str]) -> lookup_probe.SglangProbe:
+def start_probe(environment: Mapping[str, str]) -> lookup_probe.SglangProbe:
     return lookup_probe.SglangProbe(environment)
 
 
@@ -57,7 +57,7 @@ def table_text(table: Table, triton: str) -> str:
     return config_table.to_json(table)
 
 
-def effective(config: TileConfig, quantization: Quantization) -> TileConfig:
+def effective_config(config: TileConfig, quantization: Quantization) -> TileConfig:
     return config
 
 
@@ -77,7 +77,7 @@ def why_not_tuned(quantization: Quantization, version: Version) -> str | None:
     return None
 
 
-def has_own_path(version: Version, sm: int) -> bool:
+def has_sorted_kernels(version: Version, sm: int) -> bool:
     return version >= kernel_sequence.FIRST_RELEASE and sm >= FIRST_SM
 
 
@@ -110,5 +110,5 @@ def run_layer(
     return runner.run(loaded, shape, tensors, up, down)
 
 
-def run_path(loaded: LoadedSglang, shape: MoEShape, tensors: LayerTensors, path: KernelPlan) -> torch.Tensor:
+def run_kernel_plan(loaded: LoadedSglang, shape: MoEShape, tensors: LayerTensors, path: KernelPlan) -> torch.Tensor:
     return sorted_layer.result(loaded, shape, tensors, path)

@@ -14,8 +14,6 @@ from sglang_moe_ext.engines.sglang import table_names as sglang_table_names
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.tables import user_store
 
-VARIABLE = "SGLANG_MOE_CONFIG_DIR"
-
 
 def place(engine: SglangInstallation) -> Path:
     """Where that engine's overlay lies: in the user's store, one for each release."""

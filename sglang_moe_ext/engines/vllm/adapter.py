@@ -34,7 +34,7 @@ def kernel_file(engine: VllmInstallation) -> Path:
     return engine.configs_folder.with_name("fused_moe.py")
 
 
-def asked(environment: Mapping[str, str]) -> lookup_probe.VllmProbe:
+def start_probe(environment: Mapping[str, str]) -> lookup_probe.VllmProbe:
     return lookup_probe.VllmProbe(environment)
 
 
@@ -51,7 +51,7 @@ def table_text(table: Table, triton: str) -> str:
     return config_table.to_json(table, triton_version=triton, with_split_k=True)
 
 
-def effective(config: TileConfig, quantization: Quantization) -> TileConfig:
+def effective_config(config: TileConfig, quantization: Quantization) -> TileConfig:
     """The launcher holds BLOCK_SIZE_K down to the block of the scales; the table says what runs."""
     block = quantization.block_shape
     return replace(config, block_k=min(config.block_k, *block)) if block and quantization.is_block_wise else config
@@ -77,7 +77,7 @@ def why_not_tuned(quantization: Quantization, version: Version) -> str | None:
     return "up to 0.32 it may hand the tiles of a table for weights of groups to a CUDA kernel, for few tokens"
 
 
-def has_own_path(version: Version, sm: int) -> bool:
+def has_sorted_kernels(version: Version, sm: int) -> bool:
     return False
 
 
@@ -109,5 +109,5 @@ def run_layer(
     return runner.run(loaded, shape, tensors, up, down)
 
 
-def run_path(loaded: LoadedVllm, shape: MoEShape, tensors: LayerTensors, path: KernelPlan) -> torch.Tensor:
+def run_kernel_plan(loaded: LoadedVllm, shape: MoEShape, tensors: LayerTensors, path: KernelPlan) -> torch.Tensor:
     raise EngineError(f"vLLM runs no kernels of ours: {path} is for SGLang")

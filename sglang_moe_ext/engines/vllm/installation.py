@@ -14,7 +14,6 @@ LAYER_MODULE = "vllm.model_executor.layers.fused_moe.fused_moe"
 """The lookup, the kernel and what launches it, in all releases from 0.20 to 0.33."""
 
 
-VARIABLE = "VLLM_TUNED_CONFIG_FOLDER"
 """Names one flat folder of tables, which comes before those that it ships; LoRA layers ask for other tables then."""
 
 

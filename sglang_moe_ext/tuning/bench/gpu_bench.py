@@ -168,7 +168,7 @@ class GpuBench:
     def _whole(self, batch: LayerBatch, runner: Runner) -> Callable[[int], torch.Tensor]:
         layer, adapter = self.layer, self.layer.adapter
         if isinstance(runner, KernelPlan):
-            return lambda turn: adapter.run_path(layer.engine, layer.shape, layer.whole(batch, turn), runner)
+            return lambda turn: adapter.run_kernel_plan(layer.engine, layer.shape, layer.whole(batch, turn), runner)
         up, down = runner["up"], runner["down"]
         return lambda turn: adapter.run_layer(layer.engine, layer.shape, layer.whole(batch, turn), up, down)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from sglang_moe_ext import SWITCH
+from sglang_moe_ext import env
 from sglang_moe_ext.core import Failure, MoEExtError
 from sglang_moe_ext.tuning.bench.messages import (
     BenchGemm,
@@ -68,7 +68,7 @@ def _is_fatal(error: Exception, bench: BenchLike) -> bool:
 def _serve(connection: Connection, make: Callable[[], BenchLike], environment: Mapping[str, str]) -> None:
     """Answer questions until the other side closes. What the GPU cannot forget ends the process."""
     os.environ.update(environment)
-    os.environ[SWITCH] = "1"  # what is measured is what was asked for, not what our guard makes of it
+    os.environ[env.DISABLE] = "1"  # what is measured is what was asked for, not what our guard makes of it
     os.setsid()  # Ctrl-C is the parent's to handle
     logging.basicConfig(level=logging.ERROR, format="%(message)s")  # of the engine and its libraries
     logging.getLogger("sglang_moe_ext").setLevel(logging.WARNING)

@@ -12,7 +12,7 @@ import time
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from sglang_moe_ext import SWITCH
+from sglang_moe_ext import env
 from sglang_moe_ext.core import CompileJob, Failure, Resources
 from sglang_moe_ext.tuning.compile.worker import CompileChild, ForkServer, ended
 
@@ -45,7 +45,7 @@ class CompileProcesses:
         self._environment = {
             "TRITON_CACHE_DIR": str(triton_cache or Path(self._scratch.name, "triton")),
             "TMPDIR": self._scratch.name,  # what a killed compiler leaves there goes with the pool
-            SWITCH: "1",  # what is compiled is what was asked for, not what our guard makes of it
+            env.DISABLE: "1",  # what is compiled is what was asked for, not what our guard makes of it
         }
         self._fork_server: ForkServer | None = None
         self._has_imported = False

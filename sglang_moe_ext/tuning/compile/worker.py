@@ -1,8 +1,8 @@
 """The processes that compile: a fork server that imports the kernel once, and the workers forked from it.
 
-The fork server answers on one socket: a descriptor asks for a worker that serves it, a pid for how that worker ended. The
-standard library's fork server is not it: a process has one, with the kernel and the environment first asked for; an
-import that hangs there cannot be ended; and each fork runs the caller's main module again.
+The fork server answers on one socket: a descriptor asks for a worker that serves it, a pid asks how that worker ended.
+The standard library's fork server does not fit: a process has one, with the kernel and the environment first asked
+for; an import that hangs there cannot be ended; and each fork runs the caller's main module again.
 """
 
 from __future__ import annotations

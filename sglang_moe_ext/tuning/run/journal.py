@@ -8,8 +8,8 @@ from collections.abc import Hashable, Sequence
 from io import FileIO
 from pathlib import Path
 
+from sglang_moe_ext import env
 from sglang_moe_ext.core import Failure, MoEExtError, StoreError
-from sglang_moe_ext.tables import user_store
 from sglang_moe_ext.tuning.bench import messages_json
 from sglang_moe_ext.tuning.bench.messages import Ask, BenchRequest, BenchResult
 from sglang_moe_ext.tuning.run import journal_reader
@@ -165,5 +165,5 @@ def cannot_write(path: Path, error: OSError) -> StoreError:
     """The error of a disk that refuses a part of a run."""
     return StoreError(
         f"cannot write {path}: {error.strerror or error}; make room and resume, "
-        f"or choose another place with {user_store.VARIABLE}"
+        f"or choose another place with {env.STORE}"
     )

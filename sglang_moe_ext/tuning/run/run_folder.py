@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from sglang_moe_ext import env
 from sglang_moe_ext.core import StoreError
 from sglang_moe_ext.tables import files, user_store
 from sglang_moe_ext.tuning.run import journal_reader
@@ -36,7 +37,7 @@ def root() -> Path:
     try:
         return user_store.root() / "runs"
     except RuntimeError as error:
-        raise StoreError(f"no place for runs: {error} Set {user_store.VARIABLE} to a folder") from error
+        raise StoreError(f"no place for runs: {error} Set {env.STORE} to a folder") from error
 
 
 def newest_first() -> list[Path]:

@@ -63,7 +63,7 @@ def measure_all(
     counted = _Counted(progress, sum(len({c.compile_key for c in of}) for task in tasks for of in task.listed.values()))
     _get_ready(executors, request, tasks, measuring)
     budget = Budget(measuring.budget_s, len(tasks), len(executors))
-    search_of = _Search(request, EFFORTS[measuring.effort], journal, budget, counted, measuring.with_own_path)
+    search_of = _Search(request, EFFORTS[measuring.effort], journal, budget, counted, measuring.with_sorted_kernels)
     screenings = run_tasks(
         executors,
         [partial(_screen, search_of, task) for task in tasks],
@@ -130,7 +130,7 @@ class _Search:
     journal: Journal
     budget: Budget
     counted: _Counted
-    with_own_path: bool
+    with_sorted_kernels: bool
 
     def fastest_keys(self, times: Times, count: int) -> dict[Projection, list[CompileKey]]:
         of_both = search.fastest_shared_keys
@@ -191,7 +191,7 @@ def _decide(
     chosen = final_comparison.confirm(
         shape, tokens, runnable, incumbent, ask, rounds=rounds, tried=screening.tried, failures=screening.failures
     )
-    if chosen is None or not of.with_own_path or of.budget.is_spent():
+    if chosen is None or not of.with_sorted_kernels or of.budget.is_spent():
         return chosen, None
     ups = [pair["up"] for pair in runnable]
     return chosen, sorted_kernels.compare_plans(shape, tokens, chosen.pair, ups, ask, rounds=rounds)

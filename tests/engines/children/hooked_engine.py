@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from sglang_moe_ext import SWITCH
+from sglang_moe_ext import env
 from sglang_moe_ext.core import MoEShape, Quantization
 from sglang_moe_ext.engines import running
 from sglang_moe_ext.engines.sglang import bootstrap, hook_points, installation, runner
@@ -228,7 +228,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     said["ways"]["load_plugins"] = by_load_plugins(engine, request["site"])
     said["deterministic"] = deterministic(engine)
     said["kept_out"] = {
-        SWITCH: kept_out(engine, SWITCH, "1"),
+        env.DISABLE: kept_out(engine, env.DISABLE, "1"),
         "SGLANG_PLUGINS": kept_out(engine, "SGLANG_PLUGINS", "another"),
     }
     said["let_in"] = not kept_out(engine, "SGLANG_PLUGINS", "another, sglang_moe_ext")

@@ -19,6 +19,8 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock
 
+from sglang_moe_ext import env
+
 LAYER = "vllm.model_executor.layers.fused_moe.fused_moe"
 NAMES = (
     "try_get_optimal_moe_config",
@@ -44,7 +46,6 @@ HIDDEN, TOP_K = 512, 3
 TILE = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "num_stages")
 STOCK = ((128, 1536, 2048), (128, 2048, 768), 8, None)
 """Qwen3-30B-A3B, for which every release ships a table for an H200, and we one that was measured in SGLang."""
-PLUGINS, SWITCH = "VLLM_PLUGINS", "SGLANG_MOE_EXT_DISABLE"
 
 
 class Lines(logging.Handler):
@@ -353,11 +354,11 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     said["launches"] = launches(engine, "NVIDIA GeForce RTX 4090")
     said["ways"] = {
         "late": engine.state_of(engine.load),
-        "switched off": engine.state_of(engine.load, **{SWITCH: "1"}),
-        "other plugins": engine.state_of(engine.load, **{PLUGINS: "another"}),
-        "named": engine.state_of(engine.load, **{PLUGINS: "another,sglang_moe_ext"}),
+        "switched off": engine.state_of(engine.load, **{env.DISABLE: "1"}),
+        "other plugins": engine.state_of(engine.load, **{env.VLLM_PLUGINS: "another"}),
+        "named": engine.state_of(engine.load, **{env.VLLM_PLUGINS: "another,sglang_moe_ext"}),
         "the startup file": engine.state_of(
-            lambda: plugin.attach_engine(layer, "the startup file"), **{PLUGINS: "another"}
+            lambda: plugin.attach_engine(layer, "the startup file"), **{env.VLLM_PLUGINS: "another"}
         ),
     }
     said["moved"] = {

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_moe_ext import startup
+from sglang_moe_ext import env, startup
 from sglang_moe_ext.engines.sglang import benchmark_scripts, installation
 from tests.engines.installed import REPO_ROOT
 
@@ -158,7 +158,7 @@ def start(site: Path, code: str, *, package: Path = REPO_ROOT, switch: str = "")
     (site / "a_package.pth").write_text(f"{package}\n", encoding="utf-8")
     begin = f"import site, sys; before = set(sys.modules); site.addsitedir({str(site)!r}); "
     command = [sys.executable, "-I", "-S", "-c", begin + code]
-    done = subprocess.run(command, capture_output=True, text=True, env={startup.SWITCH: switch}, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, env={env.DISABLE: switch}, check=True)
     return done.stdout, done.stderr
 
 
@@ -182,7 +182,7 @@ def test_upstreams_script_alone_is_hooked(tmp_path: Path, folder: str, before: s
 
 def test_a_start_loads_nothing_but_the_hook(tmp_path: Path) -> None:
     loaded = "sorted(name for name in set(sys.modules) - before if not name.startswith('encodings'))"
-    ours = ["sglang_moe_ext", "sglang_moe_ext.import_hook", "sglang_moe_ext.startup"]
+    ours = ["sglang_moe_ext", "sglang_moe_ext.env", "sglang_moe_ext.import_hook", "sglang_moe_ext.startup"]
     assert start(tmp_path, f"print({loaded})") == (f"{ours}\n", "")
 
 

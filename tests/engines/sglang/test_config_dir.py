@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_moe_ext import package_data
+from sglang_moe_ext import env, package_data
 from sglang_moe_ext.cli import overlay
 from sglang_moe_ext.core import EngineError, Origin, StoreError, Table, TableError, TableKey, TileConfig
 from sglang_moe_ext.engines import table_names
@@ -284,7 +284,7 @@ def test_a_folder_that_would_end_the_engines_lookup_is_named(tmp_path: Path) -> 
 def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SglangInstallation:
     """The real 0.5.15 with Triton 3.7.1, and a store of the user's own."""
     monkeypatch.setenv("SGLANG_MOE_EXT_STORE", str(tmp_path / "a store"))
-    monkeypatch.delenv(overlays.VARIABLE, raising=False)
+    monkeypatch.delenv(env.SGLANG_CONFIG_DIR, raising=False)
     engine = replace(unpacked("0.5.15"), triton="3.7.1")
     monkeypatch.setattr(installation, "find", lambda: engine)
     monkeypatch.setattr(installation, "running_triton", lambda: engine.triton)
@@ -302,9 +302,9 @@ def test_the_line_that_is_printed_sets_the_variable_in_a_shell(
 ) -> None:
     lines, document = said(capsys)
     (export,) = (line for line in lines if line.startswith("export "))
-    shell = f'{export}; printf %s "${overlays.VARIABLE}"'
+    shell = f'{export}; printf %s "${env.SGLANG_CONFIG_DIR}"'
     told = subprocess.run(["sh", "-c", shell], check=True, capture_output=True, text=True).stdout
-    assert document["environment"] == {overlays.VARIABLE: told}
+    assert document["environment"] == {env.SGLANG_CONFIG_DIR: told}
     assert Path(told, "configs", RUNNING).is_dir()
 
 
@@ -324,7 +324,7 @@ def test_tuning_writes_into_the_same_overlay(engine: SglangInstallation) -> None
 def test_a_variable_that_names_another_folder_is_not_overruled(
     engine: SglangInstallation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(overlays.VARIABLE, "/mine")
+    monkeypatch.setenv(env.SGLANG_CONFIG_DIR, "/mine")
     with pytest.raises(EngineError, match=r"SGLANG_MOE_CONFIG_DIR is /mine, .*unset it"):
         overlay.run(argparse.Namespace())
 
@@ -332,8 +332,8 @@ def test_a_variable_that_names_another_folder_is_not_overruled(
 def test_a_variable_that_names_the_overlay_is_as_it_should_be(
     engine: SglangInstallation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(overlays.VARIABLE, str(overlays.place(engine)))
-    assert said(capsys)[0][-1] == f"export {overlays.VARIABLE}={shlex.quote(str(overlays.place(engine)))}"
+    monkeypatch.setenv(env.SGLANG_CONFIG_DIR, str(overlays.place(engine)))
+    assert said(capsys)[0][-1] == f"export {env.SGLANG_CONFIG_DIR}={shlex.quote(str(overlays.place(engine)))}"
 
 
 def test_a_triton_of_its_own_build_gets_no_overlay(engine: SglangInstallation, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,7 +356,7 @@ _DOOR = "import argparse; from sglang_moe_ext.cli import overlay; overlay.run(ar
 def test_the_real_engine_takes_a_shipped_table_of_another_triton(version: str, tmp_path: Path) -> None:
     site = ENGINES_DIR / "sglang" / version
     environment = {**os.environ, "PYTHONPATH": f"{REPO_ROOT}{os.pathsep}{site}", "SGLANG_MOE_EXT_STORE": str(tmp_path)}
-    environment.pop(overlays.VARIABLE, None)
+    environment.pop(env.SGLANG_CONFIG_DIR, None)
     done = subprocess.run([sys.executable, "-c", _DOOR], env=environment, capture_output=True, text=True, check=True)
     variables = json.loads(done.stdout.splitlines()[-1])["environment"]
 
@@ -369,6 +369,6 @@ def test_the_real_engine_takes_a_shipped_table_of_another_triton(version: str, t
         parse_shape("E=65,N=1536,K=2048,topk=5,dtype=bfloat16"), [64], specs.find("NVIDIA H200")
     )
     answer = lookup_probe.ask(question, environment | variables)
-    folder = Path(variables[overlays.VARIABLE], "configs", sglang_table_names.version_folder(answer.triton))
+    folder = Path(variables[env.SGLANG_CONFIG_DIR], "configs", sglang_table_names.version_folder(answer.triton))
     assert folder / name in answer.files
     assert answer.up[64] == expected[config_table.nearest(expected, 64)]

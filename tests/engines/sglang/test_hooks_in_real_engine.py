@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import triton
 
-from sglang_moe_ext import SWITCH
+from sglang_moe_ext import env
 from sglang_moe_ext.core import MoEShape, Table, TileConfig
 from sglang_moe_ext.engines.config_dict import config_dict_of
 from sglang_moe_ext.engines.sglang import hook_points, table_names
 from sglang_moe_ext.engines.sglang.installation import parse_version
-from sglang_moe_ext.tables import config_table, files, provenance, user_store
+from sglang_moe_ext.tables import config_table, files, provenance
 from sglang_moe_ext.tables.provenance import Provenance, ProvenanceEntry
 from tests.engines.children import hooked_engine as child
 from tests.engines.installed import HOOKED_VERSIONS, REPO_ROOT, run_in_engine
@@ -66,7 +66,7 @@ def site() -> Path:
 @functools.cache
 def said(version: str) -> dict[str, Any]:
     request = {"packaging": str(REPO_ROOT / "packaging"), "site": str(site()), "device": DEVICE}
-    environment = {user_store.VARIABLE: str(store()), SWITCH: "", "SGLANG_PLUGINS": ""}
+    environment = {env.STORE: str(store()), env.DISABLE: "", "SGLANG_PLUGINS": ""}
     answer: dict[str, Any] = run_in_engine(version, CHILD, request, env=environment)
     return answer
 
@@ -189,7 +189,7 @@ def test_the_engines_own_loader_of_plugins_hooks_it(version: str) -> None:
 
 
 @every_version
-@pytest.mark.parametrize("variable", [SWITCH, "SGLANG_PLUGINS"])
+@pytest.mark.parametrize("variable", [env.DISABLE, "SGLANG_PLUGINS"])
 def test_a_variable_keeps_us_out(version: str, variable: str) -> None:
     assert said(version)["kept_out"][variable]
 
@@ -232,7 +232,7 @@ ASKED = [55296, 36864, 18432, 10240, 6144]
 def launched(version: str) -> dict[str, Any]:
     """No GPU refuses a launch here: a stand-in for the engine's kernel does, with the error that Triton raises."""
     request = {"packaging": str(REPO_ROOT / "packaging"), "tile": [16, 128, 64, 1, 4, 4, False], "limit": 8192}
-    answer: dict[str, Any] = run_in_engine(version, CHILD, request, env={"TRITON_INTERPRET": "1", SWITCH: ""})
+    answer: dict[str, Any] = run_in_engine(version, CHILD, request, env={"TRITON_INTERPRET": "1", env.DISABLE: ""})
     return answer
 
 

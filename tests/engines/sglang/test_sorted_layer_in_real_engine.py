@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import triton
 
-from sglang_moe_ext import SWITCH
+from sglang_moe_ext import env
 from sglang_moe_ext.core import TileConfig
 from sglang_moe_ext.engines.sglang import lookup_probe, table_names
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.serving import kernel_selection
 from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, UpConfig
-from sglang_moe_ext.tables import kernel_table, user_store
+from sglang_moe_ext.tables import kernel_table
 from sglang_moe_ext.tables.kernel_table import KernelEntry
 from tests.engines.children import own_path as child
 from tests.engines.installed import HOOKED_VERSIONS, REPO_ROOT, engine_environment, run_in_engine
@@ -53,7 +53,7 @@ def store() -> Path:
 
 @functools.cache
 def said(version: str) -> dict[str, Any]:
-    environment = {user_store.VARIABLE: str(store()), SWITCH: "", "SGLANG_PLUGINS": "", "TRITON_INTERPRET": "1"}
+    environment = {env.STORE: str(store()), env.DISABLE: "", "SGLANG_PLUGINS": "", "TRITON_INTERPRET": "1"}
     answer: dict[str, Any] = run_in_engine(version, CHILD, {"device": DEVICE}, env=environment)
     return answer
 
@@ -112,7 +112,7 @@ def test_a_kernel_that_failed_is_not_tried_again_and_a_line_says_why(version: st
 
 @every_version
 def test_an_engine_that_is_asked_says_where_our_path_runs_and_what_its_own_kernels_would_take(version: str) -> None:
-    environment = engine_environment(version) | {user_store.VARIABLE: str(store()), SWITCH: "", "SGLANG_PLUGINS": ""}
+    environment = engine_environment(version) | {env.STORE: str(store()), env.DISABLE: "", "SGLANG_PLUGINS": ""}
     question = lookup_probe.LookupRequest(
         child.SHAPES["16 bits"], [child.TOKENS // 3, child.TOKENS], specs.known_gpus()[DEVICE]
     )

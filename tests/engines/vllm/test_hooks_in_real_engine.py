@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 import triton
 
+from sglang_moe_ext import env
 from sglang_moe_ext.core import MoEShape, Origin, Quantization, Table, TileConfig
 from sglang_moe_ext.engines.config_dict import config_dict_of, launch_args
 from sglang_moe_ext.engines.sglang import table_names as sglangs
 from sglang_moe_ext.engines.table_names import TableNaming
 from sglang_moe_ext.engines.vllm import table_names
-from sglang_moe_ext.tables import config_table, files, provenance, user_store
+from sglang_moe_ext.tables import config_table, files, provenance
 from sglang_moe_ext.tables.provenance import Provenance, ProvenanceEntry
 from tests.engines.children import hooked_vllm as child
 from tests.engines.installed import REPO_ROOT, VLLM_VERSIONS, run_in_vllm, vllm_environment
@@ -125,7 +126,7 @@ def told(version: str) -> tuple[Path, dict[str, Any]]:
     root = Path(tempfile.mkdtemp(prefix="vllm_hooks_"))
     furnish(root)
     environment = vllm_environment(version, installed())
-    environment |= {user_store.VARIABLE: str(root / "store"), NAMED_FOLDER: str(root / "named")}
+    environment |= {env.STORE: str(root / "store"), NAMED_FOLDER: str(root / "named")}
     request = {"device": DEVICE, "store": str(root / "store"), "late": str(root / "late"), "override": OVERRIDE}
     request |= {"names": [name_asked(*case) for case in NAMES]}
     answer: dict[str, Any] = run_in_vllm(CHILD, request, environment)
@@ -374,8 +375,8 @@ def test_what_runs_smaller_is_said_once(version: str) -> None:
     [
         ("late", [True, "the entry point", False]),
         ("named", [True, "the entry point", False]),
-        ("switched off", [False, f"{child.SWITCH} is set", True]),
-        ("the startup file", [False, f"{child.PLUGINS}=another does not name sglang_moe_ext", True]),
+        ("switched off", [False, f"{env.DISABLE} is set", True]),
+        ("the startup file", [False, f"{env.VLLM_PLUGINS}=another does not name sglang_moe_ext", True]),
     ],
 )
 def test_each_way_in_and_each_switch_does_what_it_says(version: str, way: str, expected: list[Any]) -> None:

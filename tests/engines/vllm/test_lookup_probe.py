@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import triton
 
+from sglang_moe_ext import env
 from sglang_moe_ext.core import EngineError, MoEShape, Quantization, Table, TileConfig
 from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.engines.sglang.table_names import version_folder
 from sglang_moe_ext.engines.vllm import lookup_probe, table_names
 from sglang_moe_ext.gpu import specs
-from sglang_moe_ext.tables import config_table, files, user_store
+from sglang_moe_ext.tables import config_table, files
 from tests.engines.installed import REPO_ROOT, VLLM_VERSIONS, vllm_environment
 
 TOKENS = (1, 2, 3, 17, 64, 5000)
@@ -56,7 +57,7 @@ def served() -> LookupResult:
     store = Path(tempfile.mkdtemp(prefix="store-"))
     place = store / "tables" / "vllm" / version_folder(triton.__version__) / NAME
     files.write_together({place: config_table.to_json(TABLE)})
-    environment = vllm_environment("0.33.0") | {user_store.VARIABLE: str(store)}
+    environment = vllm_environment("0.33.0") | {env.STORE: str(store)}
     return lookup_probe.ask(LookupRequest(SHAPE, TOKENS, RTX_4090), environment, lookup_probe.AS_SERVED)
 
 

@@ -179,7 +179,7 @@ class EngineThatIsAsked:
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A pool and measuring processes that are real, of a kernel and a bench that are not."""
-    monkeypatch.setattr(session, "Setup", MakeKeyedBench)
+    monkeypatch.setattr(session, "BenchSetup", MakeKeyedBench)
     monkeypatch.setattr(session, "default_path", lambda: tmp_path / "compiled")
     monkeypatch.setenv("PYTHONPATH", str(REPO_ROOT))
 
@@ -221,7 +221,7 @@ def workers_of(monkeypatch: pytest.MonkeyPatch) -> list[BenchProcess]:
         made.append(BenchProcess(*given))
         return made[-1]
 
-    monkeypatch.setattr(session, "Worker", start)
+    monkeypatch.setattr(session, "BenchProcess", start)
     return made
 
 

@@ -1,0 +1,32 @@
+"""Every environment variable that this package reads, in one table.
+
+Each Python process of an environment imports this through the startup file, so it imports nothing but `os`.
+"""
+
+import os
+
+DISABLE = "SGLANG_MOE_EXT_DISABLE"
+KERNELS = "SGLANG_MOE_EXT_KERNELS"
+STORE = "SGLANG_MOE_EXT_STORE"
+CAPTURE = "SGLANG_MOE_EXT_CAPTURE"
+SGLANG_CONFIG_DIR = "SGLANG_MOE_CONFIG_DIR"
+VLLM_CONFIG_FOLDER = "VLLM_TUNED_CONFIG_FOLDER"
+SGLANG_PLUGINS = "SGLANG_PLUGINS"
+VLLM_PLUGINS = "VLLM_PLUGINS"
+
+MEANINGS = {
+    DISABLE: "`1`: nothing of this package runs in a server, nor in the engines' tuning scripts",
+    KERNELS: "`0`: a server runs the engine's kernels alone; tables and the guard stay active",
+    STORE: "your own store of tables, instead of `~/.local/share/sglang_moe_ext`",
+    CAPTURE: "`DIR[:max_files][:min_tokens]`: a server of SGLang writes its topk_ids there, for `tune --topk-ids-dir`",
+    SGLANG_CONFIG_DIR: "SGLang's own: it reads tables from this folder alone, and `tune` writes there where it is set",
+    VLLM_CONFIG_FOLDER: "vLLM's own: it reads tables from this folder first, and `tune` writes there where it is set",
+    SGLANG_PLUGINS: "SGLang's own list of plugins to load; one without `sglang_moe_ext` keeps this package out",
+    VLLM_PLUGINS: "vLLM's own list of plugins to load; one without `sglang_moe_ext` keeps this package out",
+}
+"""What each variable does, as the README's table states it."""
+
+
+def is_on(name: str) -> bool:
+    """Whether a switch is set to anything but 0."""
+    return os.environ.get(name, "0") not in ("", "0")
