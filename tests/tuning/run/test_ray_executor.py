@@ -195,7 +195,7 @@ from sglang_moe_ext.tuning.run import ray_executor
 ray.init(address="local", num_gpus=1, num_cpus=1, include_dashboard=False, object_store_memory=80 << 20,
          log_to_driver=False, logging_level="WARNING", _temp_dir=sys.argv[2])
 try:
-    ray_executor.executors(None, "NVIDIA L4", lambda cores, folder: (None, None))
+    ray_executor.ray_executors(None, "NVIDIA L4", lambda cores, folder: (None, None))
 except GpuError as error:
     print(error)
 ray.shutdown()
