@@ -198,7 +198,8 @@ def warp_specialized(race: Race) -> list[Candidate]:
 
     layer, rows = race.layer, race.sorted[128]
     made = []
-    for up in [WarpSpecializedUp(g, 4, lag) for lag in (0, 1, 2) for g in ((8, 16) if lag == 0 else (8,))]:
+    ups = [WarpSpecializedUp(g) for g in (2, 8)] + [WarpSpecializedUp(g, persistent=False) for g in (1, 8)]
+    for up in ups:
         out, scale = race.output(128, layer.inner, is_quantized=layer.scheme == "block")
 
         def launch(out: Tensor = out, scale: Tensor | None = scale, config: Any = up) -> None:
@@ -208,23 +209,22 @@ def warp_specialized(race: Race) -> list[Candidate]:
             )  # fmt: skip
 
         made.append(checked("up", str(up), launch, out, scale))
-    downs = [(WarpSpecializedDown("wide", 8, 4, lag), True) for lag in (0, 1, 2)]
-    downs += [(WarpSpecializedDown("wide", 8, 4), False), (WarpSpecializedDown("wide", 16, 4), True)]
+    downs = [WarpSpecializedDown("wide", g) for g in (4, 8, 16)] + [WarpSpecializedDown("wide", persistent=False)]
     if layer.scheme == "block":
-        downs += [(WarpSpecializedDown("pair", 8, 3), True), (WarpSpecializedDown("pair", 8, 3), False)]
+        downs += [WarpSpecializedDown("pair", g, 3, persistent) for g in (8, 16) for persistent in (True, False)]
     inner, inner_scale = race.inner[128]
     if layer.scheme == "block" and inner_scale is not None:
         inner_scale = inner_scale.T.contiguous().T
     out, _ = race.output(128, layer.hidden)
-    for down, has_tails in downs:
+    for down in downs:
 
-        def launch(config: Any = down, has_tails: bool = has_tails) -> None:
+        def launch(config: Any = down) -> None:
             launch_down(
-                inner, race.w2, out, rows.experts, rows.padded, config, sorted_token_ids=rows.ids if has_tails else None,
+                inner, race.w2, out, rows.experts, rows.padded, config, sorted_token_ids=rows.ids,
                 pairs=race.pairs, a_scale=inner_scale, weight_scale=race.s2,
             )  # fmt: skip
 
-        made.append(checked("down", f"{down}{'' if has_tails else ' no tails'}", launch, out, None))
+        made.append(checked("down", str(down), launch, out, None))
     return made
 
 
@@ -402,9 +402,8 @@ def check(layers: Sequence[str]) -> bool:
     asked = [
         {"layer": name, "changes": small, "routing": ["uniform"], "tokens": [300], "rounds": 1, "select": word}
         for name in layers
-        for word in ("128x(2x128) G8 s4 lag 0", "128x(2x128) G8 s4 lag 1", "128x256 G8 s4 lag 0", "128x256 G8 s4 lag 1",
-                     "2 CTAs")
-        if word != "2 CTAs" or LAYERS[name].scheme == "block"
+        for word in ("128x(2x128) G8 s4", "128x256 G8 s4", "2 CTAs of 128x128 G8")
+        if word in ("128x(2x128) G8 s4", "128x256 G8 s4") or LAYERS[name].scheme == "block"
     ]  # fmt: skip
     processes = [spawned(one) for one in asked]
     good = True

@@ -35,7 +35,7 @@ def tile_at(tile, tiles_m, tiles_n, group_m):  # type: ignore[no-untyped-def]
     """(m, n) of a tile: group_m rows of tiles go down a column before the next one, whose weights stay in L2."""
     per_group = group_m * tiles_n
     first_m = tile // per_group * group_m
-    height = min(tiles_m - first_m, group_m)
+    height = max(min(tiles_m - first_m, group_m), 1)
     within = tile % per_group
     return first_m + within % height, within // height
 
@@ -54,9 +54,27 @@ def first_block_here(expert_ids, blocks):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def is_tail(sorted_token_ids, tile_m, pairs):  # type: ignore[no-untyped-def]
+def expert_at(expert_ids, tile_m, tiles):  # type: ignore[no-untyped-def]
+    """The expert of a row of tiles; -1 where there is no tile at all, and nothing may be read."""
+    return gl.load(expert_ids + tile_m, mask=tiles > 0, other=-1)
+
+
+@gluon.jit
+def is_tail(sorted_token_ids, tile_m, tiles, pairs):  # type: ignore[no-untyped-def]
     """Whether the second half of the tile is padding only: an expert's padding is at the end of its last block."""
-    return gl.load(sorted_token_ids + tile_m * WHOLE_M + HALF_M) >= pairs
+    return gl.load(sorted_token_ids + tile_m * WHOLE_M + HALF_M, mask=tiles > 0, other=0) >= pairs
+
+
+@gluon.jit
+def tile_after(tile, tiles, tiles_m, tiles_n, group_m):  # type: ignore[no-untyped-def]
+    """(m, n) of this program's tile after `tile`, or of the last tile where that was its last one."""
+    return tile_at(max(min(tile + gl.num_programs(0), tiles - 1), 0), tiles_m, tiles_n, group_m)
+
+
+@gluon.jit
+def first_tile(tiles, tiles_m, tiles_n, group_m):  # type: ignore[no-untyped-def]
+    """(m, n) of this program's first tile, or of the last tile where it has none."""
+    return tile_at(max(min(gl.program_id(0), tiles - 1), 0), tiles_m, tiles_n, group_m)
 
 
 @gluon.jit

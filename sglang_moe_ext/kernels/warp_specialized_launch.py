@@ -124,12 +124,3 @@ def scheme_of(weights: Tensor, weight_scale: Tensor | None) -> str:
 def strides(scale: Tensor | None, dimensions: int) -> tuple[int, ...]:
     """Strides of a scale; zeros without one."""
     return (0,) * dimensions if scale is None else scale.stride()
-
-
-def possible_lag(lag: int, stages: int, k_steps: int) -> int:
-    """`lag`, or 0 where the consumers cannot keep it.
-
-    The barrier of the lag counts tiles by one bit, so the first consumer must not reach the lag's step of the next tile
-    before the second has begun this one: it leads by at most `stages` steps.
-    """
-    return lag if lag < stages and lag <= k_steps and k_steps + lag - 1 >= stages else 0

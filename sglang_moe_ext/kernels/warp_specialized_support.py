@@ -16,15 +16,16 @@ OLDEST_TRITON, FIRST_UNTRIED_TRITON = (3, 6), (3, 9)
 class WarpSpecializedUp:
     """Choices of the up kernels, whose tile is 128 rows by 2 x 128 columns.
 
-    `lag`: K steps by which the first consumer leads the second, so that one's epilogue is under the other's products.
+    Where `persistent`, one program a multiprocessor takes tile after tile; else each has one, which keeps tiles that
+    share weights together in time: better where K is long.
     """
 
     group_m: int = 8
     stages: int = 4
-    lag: int = 0
+    persistent: bool = True
 
     def __str__(self) -> str:
-        return f"warp-specialized 128x(2x128) G{self.group_m} s{self.stages} lag {self.lag}"
+        return f"warp-specialized 128x(2x128) G{self.group_m} s{self.stages}{'' if self.persistent else ' one tile each'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +38,11 @@ class WarpSpecializedDown:
     form: Literal["wide", "pair"] = "wide"
     group_m: int = 8
     stages: int = 4
-    lag: int = 0
+    persistent: bool = True
 
     def __str__(self) -> str:
         tile = "128x256" if self.form == "wide" else "2 CTAs of 128x128"
-        return f"warp-specialized {tile} G{self.group_m} s{self.stages} lag {self.lag}"
+        return f"warp-specialized {tile} G{self.group_m} s{self.stages}{'' if self.persistent else ' one tile each'}"
 
 
 def why_unsupported(sm: int, triton_version: str) -> str | None:

@@ -21,7 +21,9 @@ from sglang_moe_ext.kernels.warp_specialized import (
     HALF_M,
     WHOLE_M,
     drain,
+    expert_at,
     first_block_here,
+    first_tile,
     gather_rows,
     halves,
     is_tail,
@@ -31,6 +33,7 @@ from sglang_moe_ext.kernels.warp_specialized import (
     store_box,
     store_columns,
     sync_warps,
+    tile_after,
     tile_at,
 )
 from sglang_moe_ext.kernels.warp_specialized_launch import (
@@ -39,7 +42,6 @@ from sglang_moe_ext.kernels.warp_specialized_launch import (
     LEAST_SCALE,
     box,
     launch,
-    possible_lag,
     programs,
     scheme_of,
     strides,
@@ -56,60 +58,75 @@ def gather_producer(  # type: ignore[no-untyped-def]
     """Fill the ring with rows of A, as two halves of 64, and with BLOCK_N rows each of the gate and up weights."""
     # A row of a stage is 128 bytes: 8 threads copy 16 each.
     layout: gl.constexpr = gl.BlockedLayout([1, BLOCK_K // 8], [4, 8], [4, 1], [1, 0])
+    tiles = tiles_m * tiles_n
     n = 0
-    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+    ids_at = sorted_token_ids + gl.arange(0, HALF_M, gl.SliceLayout(1, layout))
+    along_k = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout)).expand_dims(0)
+    m, tile_n = first_tile(tiles, tiles_m, tiles_n, group_m)
+    expert = expert_at(expert_ids, first_m + m, tiles)
+    top = gl.load(ids_at + (first_m + m) * WHOLE_M, mask=tiles > 0, other=pairs)
+    low = gl.load(ids_at + (first_m + m) * WHOLE_M + HALF_M, mask=tiles > 0, other=pairs)
+    is_last_half = is_tail(sorted_token_ids, first_m + m, tiles, pairs)
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         m, tile_n = tile_at(tile, tiles_m, tiles_n, group_m)
-        tile_m = first_m + m
-        expert = gl.load(expert_ids + tile_m)
-        if expert >= 0:
-            ids = sorted_token_ids + tile_m * WHOLE_M + gl.arange(0, HALF_M, gl.SliceLayout(1, layout))
-            top = gl.load(ids)
-            low = gl.load(ids + HALF_M)
-            # Padding reads row 0: its results are never read.
-            top_row = gl.where(top < pairs, top // TOP_K, 0).to(gl.int64) * stride_a
-            low_row = gl.where(low < pairs, low // TOP_K, 0).to(gl.int64) * stride_a
-            along_k = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout)).expand_dims(0)
-            top_at = a_ptr + top_row.expand_dims(1) + along_k
-            low_at = a_ptr + low_row.expand_dims(1) + along_k
-            has_no_low = is_tail(sorted_token_ids, tile_m, pairs)
-            w_row = expert * 2 * columns + tile_n * BLOCK_N
-            for k in range(k_steps):
-                slot = (n + k) % STAGES
-                mbarrier.wait(empty.index(slot), ((n + k) // STAGES & 1) ^ 1)
-                mbarrier.expect(full.index(slot), 2 * w_desc.block_type.nbytes)
-                load_box(w_desc, [w_row, k * BLOCK_K], full.index(slot), w_ring.index(slot).slice(0, BLOCK_N, 0))
-                load_box(w_desc, [w_row + columns, k * BLOCK_K], full.index(slot), w_ring.index(slot).slice(BLOCK_N, BLOCK_N, 0))
-                gather_rows(a_ring.index(slot).slice(0, HALF_M, 0), top_at + k * BLOCK_K)
-                if not has_no_low:
-                    gather_rows(a_ring.index(slot).slice(HALF_M, HALF_M, 0), low_at + k * BLOCK_K)
-                async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
-            n += k_steps
+        # Padding reads row 0: its results are never read.
+        top_row = gl.where(top < pairs, top // TOP_K, 0).to(gl.int64) * stride_a
+        low_row = gl.where(low < pairs, low // TOP_K, 0).to(gl.int64) * stride_a
+        top_at = a_ptr + top_row.expand_dims(1) + along_k
+        low_at = a_ptr + low_row.expand_dims(1) + along_k
+        m_after, n_after = tile_after(tile, tiles, tiles_m, tiles_n, group_m)
+        expert_after = expert_at(expert_ids, first_m + m_after, tiles)
+        is_last_half_after = is_tail(sorted_token_ids, first_m + m_after, tiles, pairs)
+        top = gl.load(ids_at + (first_m + m_after) * WHOLE_M)
+        low = gl.load(ids_at + (first_m + m_after) * WHOLE_M + HALF_M)
+        w_row = expert * 2 * columns + tile_n * BLOCK_N
+        steps = k_steps
+        if expert < 0:
+            steps = 0
+        for k in range(steps):
+            slot = (n + k) % STAGES
+            mbarrier.wait(empty.index(slot), ((n + k) // STAGES & 1) ^ 1)
+            mbarrier.expect(full.index(slot), 2 * w_desc.block_type.nbytes)
+            load_box(w_desc, [w_row, k * BLOCK_K], full.index(slot), w_ring.index(slot).slice(0, BLOCK_N, 0))
+            load_box(
+                w_desc, [w_row + columns, k * BLOCK_K], full.index(slot), w_ring.index(slot).slice(BLOCK_N, BLOCK_N, 0)
+            )
+            gather_rows(a_ring.index(slot).slice(0, HALF_M, 0), top_at + k * BLOCK_K)
+            if not is_last_half:
+                gather_rows(a_ring.index(slot).slice(HALF_M, HALF_M, 0), low_at + k * BLOCK_K)
+            async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
+        n += steps
+        expert = expert_after
+        is_last_half = is_last_half_after
     async_copy.wait_group(0)
 
 
 @gluon.jit
 def up_consumer(  # type: ignore[no-untyped-def]
     c_desc, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, first_m, tiles_m, tiles_n, columns, k_steps, pairs,
-    stride_asm, stride_bse, stride_bsn, group_m, a_ring, w_ring, full, empty, ahead, c_ring,
+    stride_asm, stride_bse, stride_bsn, group_m, a_ring, w_ring, full, empty, c_ring,
     WHICH: gl.constexpr, BLOCK_N: gl.constexpr, MMA_K: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr,
-    LAG: gl.constexpr, IS_CHANNEL_SCALED: gl.constexpr,
+    IS_CHANNEL_SCALED: gl.constexpr,
 ):  # fmt: skip
     """16 bits, or float8 with one scale per row and per column: one product of 2 * BLOCK_N columns, scaled at the end."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 2 * BLOCK_N, MMA_K]
     )
+    tiles = tiles_m * tiles_n
     n = 0
-    turn = 0
-    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+    m, tile_n = first_tile(tiles, tiles_m, tiles_n, group_m)
+    expert = expert_at(expert_ids, first_m + m, tiles)
+    is_last_half = is_tail(sorted_token_ids, first_m + m, tiles, pairs)
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         m, tile_n = tile_at(tile, tiles_m, tiles_n, group_m)
-        tile_m = first_m + m
-        expert = gl.load(expert_ids + tile_m)
+        row = (first_m + m) * WHOLE_M + WHICH * HALF_M
+        m_after, n_after = tile_after(tile, tiles, tiles_m, tiles_n, group_m)
+        expert_after = expert_at(expert_ids, first_m + m_after, tiles)
+        is_last_half_after = is_tail(sorted_token_ids, first_m + m_after, tiles, pairs)
         if expert >= 0:
             is_padding = False
             if WHICH == 1:
-                is_padding = is_tail(sorted_token_ids, tile_m, pairs)
-                if LAG > 0:
-                    mbarrier.wait(ahead, turn)
+                is_padding = is_last_half
             if not is_padding:
                 acc = gl.zeros((HALF_M, 2 * BLOCK_N), gl.float32, mma)
                 for k in range(k_steps):
@@ -122,12 +139,8 @@ def up_consumer(  # type: ignore[no-untyped-def]
                     acc = hopper.warpgroup_mma_wait(1, deps=(acc, a, w))[0]
                     if k > 0:  # the product before this one has been read
                         mbarrier.arrive(empty.index((n + k - 1) % STAGES))
-                    if WHICH == 0 and LAG > 0:  # noqa: SIM102 - a constant, and a value of the device
-                        if k == LAG - 1:
-                            mbarrier.arrive(ahead)
                 acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
                 mbarrier.arrive(empty.index((n + k_steps - 1) % STAGES))
-                row = tile_m * WHOLE_M + WHICH * HALF_M
                 if IS_CHANNEL_SCALED:
                     ids = gl.load(sorted_token_ids + row + gl.arange(0, HALF_M, gl.SliceLayout(1, mma)))
                     a_scale = gl.load(a_scale_ptr + gl.where(ids < pairs, ids // TOP_K, 0) * stride_asm)
@@ -140,7 +153,8 @@ def up_consumer(  # type: ignore[no-untyped-def]
             else:
                 drain(n, k_steps, full, empty, STAGES)
             n += k_steps
-            turn ^= 1
+        expert = expert_after
+        is_last_half = is_last_half_after
     tma.store_wait(0)
 
 
@@ -148,7 +162,7 @@ def up_consumer(  # type: ignore[no-untyped-def]
 def up_kernel(  # type: ignore[no-untyped-def]
     a_ptr, w_desc, c_desc, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, num_tokens_post_padded, pairs, columns,
     K, stride_a, stride_asm, stride_bse, stride_bsn, group_m,
-    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr,
     IS_CHANNEL_SCALED: gl.constexpr, EXPERTS_ELSEWHERE: gl.constexpr, REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -164,20 +178,19 @@ def up_kernel(  # type: ignore[no-untyped-def]
     c_ring = gl.allocate_shared_memory(c_desc.dtype, [4, HALF_M, BLOCK_N // 2], c_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    ahead = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=129)  # 128 threads' copies, and the one that expects the bytes of TMA
         mbarrier.init(empty.index(s), count=2)
-    mbarrier.init(ahead, count=1)
     hopper.fence_async_shared()
     tiles_here = tiles_m - first_m
+    first_m = min(first_m, max(tiles_m - 1, 0))
     gl.warp_specialize([
         (up_consumer, (c_desc, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, first_m, tiles_here, tiles_n,
                        columns, k_steps, pairs, stride_asm, stride_bse, stride_bsn, group_m, a_ring, w_ring, full, empty,
-                       ahead, c_ring, 0, BLOCK_N, MMA_K, TOP_K, STAGES, LAG, IS_CHANNEL_SCALED)),
+                       c_ring, 0, BLOCK_N, MMA_K, TOP_K, STAGES, IS_CHANNEL_SCALED)),
         (up_consumer, (c_desc, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, first_m, tiles_here, tiles_n,
                        columns, k_steps, pairs, stride_asm, stride_bse, stride_bsn, group_m, a_ring, w_ring, full, empty,
-                       ahead, c_ring, 1, BLOCK_N, MMA_K, TOP_K, STAGES, LAG, IS_CHANNEL_SCALED)),
+                       c_ring, 1, BLOCK_N, MMA_K, TOP_K, STAGES, IS_CHANNEL_SCALED)),
         (gather_producer, (a_ptr, w_desc, sorted_token_ids, expert_ids, first_m, tiles_here, tiles_n, columns, k_steps,
                            pairs, stride_a, group_m, a_ring, w_ring, full, empty, BLOCK_N, BLOCK_K, TOP_K, STAGES)),
     ], [4, 4], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
@@ -187,71 +200,88 @@ def up_kernel(  # type: ignore[no-untyped-def]
 def up_block_consumer(  # type: ignore[no-untyped-def]
     c_desc, c_scale_ptr, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, first_m, tiles_m, tiles_n, k_steps,
     pairs, stride_asm, stride_ask, stride_bse, stride_bsn, stride_bsk, stride_csm, stride_csn, group_m,
-    a_ring, w_ring, full, empty, ahead, c_ring,
-    WHICH: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr, LEAST: gl.constexpr,
+    a_ring, w_ring, full, empty, c_ring,
+    WHICH: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr, LEAST: gl.constexpr,
     LARGEST: gl.constexpr,
 ):  # fmt: skip
     """Float8 in blocks of 128. One partial product is live: gate's is promoted before up's is asked for, while the
     other consumer has the tensor core."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     by_row: gl.constexpr = gl.SliceLayout(1, mma)
+    tiles = tiles_m * tiles_n
     n = 0
-    turn = 0
-    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+    # What the next tile needs is loaded during this one: a wait for each load would cost a step of products.
+    m, tile_n = first_tile(tiles, tiles_m, tiles_n, group_m)
+    expert = expert_at(expert_ids, first_m + m, tiles)
+    is_last_half = is_tail(sorted_token_ids, first_m + m, tiles, pairs)
+    ids_at = sorted_token_ids + WHICH * HALF_M + gl.arange(0, HALF_M, by_row)
+    ids = gl.load(ids_at + (first_m + m) * WHOLE_M, mask=tiles > 0, other=pairs)
+    a_scale_at = a_scale_ptr + gl.where(ids < pairs, ids // TOP_K, 0) * stride_asm
+    w_scale_at = w_scale_ptr + max(expert, 0).to(gl.int64) * stride_bse + tile_n * stride_bsn
+    a_scale = gl.load(a_scale_at)
+    gate_scale = gl.load(w_scale_at)
+    up_scale = gl.load(w_scale_at + tiles_n * stride_bsn)
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         m, tile_n = tile_at(tile, tiles_m, tiles_n, group_m)
-        tile_m = first_m + m
-        expert = gl.load(expert_ids + tile_m)
-        if expert >= 0:
-            is_padding = False
-            if WHICH == 1:
-                is_padding = is_tail(sorted_token_ids, tile_m, pairs)
-                if LAG > 0:
-                    mbarrier.wait(ahead, turn)
-            if not is_padding:
-                row = tile_m * WHOLE_M + WHICH * HALF_M
-                rows = row + gl.arange(0, HALF_M, by_row)
-                ids = gl.load(sorted_token_ids + rows)
-                a_scale_at = a_scale_ptr + gl.where(ids < pairs, ids // TOP_K, 0) * stride_asm
-                gate_scale_at = w_scale_ptr + expert.to(gl.int64) * stride_bse + tile_n * stride_bsn
-                up_scale_at = gate_scale_at + tiles_n * stride_bsn
-                gate = gl.zeros((HALF_M, 128), gl.float32, mma)
-                up = gl.zeros((HALF_M, 128), gl.float32, mma)
-                part = gl.zeros((HALF_M, 128), gl.float32, mma)
-                never = k_steps < 0
-                for k in range(k_steps):
-                    a_scale = gl.load(a_scale_at + k * stride_ask)  # under way while the stage is awaited
-                    gate_scale = gl.load(gate_scale_at + k * stride_bsk)
-                    up_scale = gl.load(up_scale_at + k * stride_bsk)
-                    slot = (n + k) % STAGES
-                    mbarrier.wait(full.index(slot), (n + k) // STAGES & 1)
-                    hopper.fence_async_shared()  # cp.async wrote A through the generic proxy
-                    a = a_ring.index(slot).slice(WHICH * HALF_M, HALF_M, 0)
-                    w_gate = w_ring.index(slot).slice(0, 128, 0).permute((1, 0))
-                    w_up = w_ring.index(slot).slice(128, 128, 0).permute((1, 0))
-                    part = hopper.warpgroup_mma(a, w_gate, part, use_acc=never, is_async=True)
-                    part = hopper.warpgroup_mma_wait(0, deps=(part, a, w_gate))[0]
-                    gate = pinned(gate + part * (a_scale * gate_scale).expand_dims(1))
-                    part = hopper.warpgroup_mma(a, w_up, part, use_acc=never, is_async=True)
-                    part = hopper.warpgroup_mma_wait(0, deps=(part, a, w_up))[0]
-                    mbarrier.arrive(empty.index(slot))
-                    if WHICH == 0 and LAG > 0:  # noqa: SIM102 - a constant, and a value of the device
-                        if k == LAG - 1:
-                            mbarrier.arrive(ahead)
-                    up += part * (a_scale * up_scale).expand_dims(1)
-                inner = silu_mul(gate, up)
-                top = gl.maximum(gl.max(gl.abs(inner), 1), LEAST)
-                gl.store(c_scale_ptr + rows.to(gl.int64) * stride_csm + tile_n * stride_csn, top / LARGEST)
-                inner = inner * (LARGEST / top).expand_dims(1)
-                tma.store_wait(0)
-                sync_warps()  # one thread issued the store of the tile before and waited for it
-                c_ring.index(WHICH).store(inner.to(c_desc.dtype))
-                hopper.fence_async_shared()
-                sync_warps()
-                store_box(c_desc, [row, tile_n * 128], c_ring.index(WHICH))
-            else:
-                drain(n, k_steps, full, empty, STAGES)
-            n += k_steps
-            turn ^= 1
+        row = (first_m + m) * WHOLE_M + WHICH * HALF_M
+        m_after, n_after = tile_after(tile, tiles, tiles_m, tiles_n, group_m)
+        expert_after = expert_at(expert_ids, first_m + m_after, tiles)
+        is_last_half_after = is_tail(sorted_token_ids, first_m + m_after, tiles, pairs)
+        ids_after = gl.load(ids_at + (first_m + m_after) * WHOLE_M)
+        is_padding = False
+        if WHICH == 1:
+            is_padding = is_last_half
+        gate = gl.zeros((HALF_M, 128), gl.float32, mma)
+        up = gl.zeros((HALF_M, 128), gl.float32, mma)
+        part = gl.zeros((HALF_M, 128), gl.float32, mma)
+        never = k_steps < 0
+        steps = k_steps
+        if expert < 0:
+            steps = 0
+        if is_padding:
+            drain(n, steps, full, empty, STAGES)
+        else:
+            for k in range(steps):
+                after = min(k + 1, k_steps - 1)
+                a_scale_after = gl.load(a_scale_at + after * stride_ask)
+                gate_scale_after = gl.load(w_scale_at + after * stride_bsk)
+                up_scale_after = gl.load(w_scale_at + tiles_n * stride_bsn + after * stride_bsk)
+                slot = (n + k) % STAGES
+                mbarrier.wait(full.index(slot), (n + k) // STAGES & 1)
+                hopper.fence_async_shared()  # cp.async wrote A through the generic proxy
+                a = a_ring.index(slot).slice(WHICH * HALF_M, HALF_M, 0)
+                w_gate = w_ring.index(slot).slice(0, 128, 0).permute((1, 0))
+                w_up = w_ring.index(slot).slice(128, 128, 0).permute((1, 0))
+                part = hopper.warpgroup_mma(a, w_gate, part, use_acc=never, is_async=True)
+                part = hopper.warpgroup_mma_wait(0, deps=(part, a, w_gate))[0]
+                gate = pinned(gate + part * (a_scale * gate_scale).expand_dims(1))
+                part = hopper.warpgroup_mma(a, w_up, part, use_acc=never, is_async=True)
+                part = hopper.warpgroup_mma_wait(0, deps=(part, a, w_up))[0]
+                mbarrier.arrive(empty.index(slot))
+                up += part * (a_scale * up_scale).expand_dims(1)
+                a_scale = a_scale_after
+                gate_scale = gate_scale_after
+                up_scale = up_scale_after
+        n += steps
+        a_scale_at = a_scale_ptr + gl.where(ids_after < pairs, ids_after // TOP_K, 0) * stride_asm
+        w_scale_at = w_scale_ptr + max(expert_after, 0).to(gl.int64) * stride_bse + n_after * stride_bsn
+        a_scale = gl.load(a_scale_at)
+        gate_scale = gl.load(w_scale_at)
+        up_scale = gl.load(w_scale_at + tiles_n * stride_bsn)
+        if not is_padding and steps > 0:
+            inner = silu_mul(gate, up)
+            top = gl.maximum(gl.max(gl.abs(inner), 1), LEAST)
+            rows = row + gl.arange(0, HALF_M, by_row)
+            gl.store(c_scale_ptr + rows.to(gl.int64) * stride_csm + tile_n * stride_csn, top / LARGEST)
+            inner = inner * (LARGEST / top).expand_dims(1)
+            tma.store_wait(0)
+            sync_warps()  # one thread issued the store of the tile before and waited for it
+            c_ring.index(WHICH).store(inner.to(c_desc.dtype))
+            hopper.fence_async_shared()
+            sync_warps()
+            store_box(c_desc, [row, tile_n * 128], c_ring.index(WHICH))
+        expert = expert_after
+        is_last_half = is_last_half_after
     tma.store_wait(0)
 
 
@@ -259,7 +289,7 @@ def up_block_consumer(  # type: ignore[no-untyped-def]
 def up_block_kernel(  # type: ignore[no-untyped-def]
     a_ptr, w_desc, c_desc, c_scale_ptr, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, num_tokens_post_padded,
     pairs, columns, K, stride_a, stride_asm, stride_ask, stride_bse, stride_bsn, stride_bsk, stride_csm, stride_csn,
-    group_m, TOP_K: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr, LEAST: gl.constexpr, LARGEST: gl.constexpr,
+    group_m, TOP_K: gl.constexpr, STAGES: gl.constexpr, LEAST: gl.constexpr, LARGEST: gl.constexpr,
     EXPERTS_ELSEWHERE: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     tiles_m = gl.load(num_tokens_post_padded) // WHOLE_M
@@ -273,22 +303,21 @@ def up_block_kernel(  # type: ignore[no-untyped-def]
     c_ring = gl.allocate_shared_memory(c_desc.dtype, [2, HALF_M, 128], c_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    ahead = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=129)  # 128 threads' copies, and the one that expects the bytes of TMA
         mbarrier.init(empty.index(s), count=2)
-    mbarrier.init(ahead, count=1)
     hopper.fence_async_shared()
     tiles_here = tiles_m - first_m
+    first_m = min(first_m, max(tiles_m - 1, 0))
     gl.warp_specialize([
         (up_block_consumer, (c_desc, c_scale_ptr, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, first_m,
                              tiles_here, tiles_n, k_steps, pairs, stride_asm, stride_ask, stride_bse, stride_bsn,
-                             stride_bsk, stride_csm, stride_csn, group_m, a_ring, w_ring, full, empty, ahead, c_ring, 0,
-                             TOP_K, STAGES, LAG, LEAST, LARGEST)),
+                             stride_bsk, stride_csm, stride_csn, group_m, a_ring, w_ring, full, empty, c_ring, 0,
+                             TOP_K, STAGES, LEAST, LARGEST)),
         (up_block_consumer, (c_desc, c_scale_ptr, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, first_m,
                              tiles_here, tiles_n, k_steps, pairs, stride_asm, stride_ask, stride_bse, stride_bsn,
-                             stride_bsk, stride_csm, stride_csn, group_m, a_ring, w_ring, full, empty, ahead, c_ring, 1,
-                             TOP_K, STAGES, LAG, LEAST, LARGEST)),
+                             stride_bsk, stride_csm, stride_csn, group_m, a_ring, w_ring, full, empty, c_ring, 1,
+                             TOP_K, STAGES, LEAST, LARGEST)),
         (gather_producer, (a_ptr, w_desc, sorted_token_ids, expert_ids, first_m, tiles_here, tiles_n, columns, k_steps,
                            pairs, stride_a, group_m, a_ring, w_ring, full, empty, 128, 128, TOP_K, STAGES)),
     ], [4, 4], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
@@ -331,7 +360,8 @@ def launch_up(
         a, weights, out, sorted_token_ids, expert_ids, num_tokens_post_padded, config, pairs=pairs, top_k=top_k,
         a_scale=a_scale, weight_scale=weight_scale, out_scale=out_scale, experts_elsewhere=experts_elsewhere,
     )  # fmt: skip
-    launch(kernel, programs(a.device, expert_ids.numel() * (out.shape[1] // BLOCK)), arguments)
+    tiles = expert_ids.numel() * (out.shape[1] // BLOCK)
+    launch(kernel, programs(a.device, tiles) if config.persistent else tiles, arguments)
 
 
 def up_arguments(
@@ -374,10 +404,9 @@ def up_arguments(
         "group_m": config.group_m,
         "TOP_K": top_k,
         "STAGES": config.stages,
-        "LAG": possible_lag(config.lag, config.stages, k_steps),
         "EXPERTS_ELSEWHERE": experts_elsewhere,
-        "REGISTERS": 232,
-        "PRODUCER_REGISTERS": 40,
+        "REGISTERS": 224,
+        "PRODUCER_REGISTERS": 56,
         "num_warps": 4,
     }
     if scheme == "block":

@@ -292,7 +292,11 @@ class Language:
     reshape = staticmethod(lambda x, shape: _value(x).reshape(shape))
 
     @staticmethod
-    def load(pointer: Pointer, mask: Tensor | None = None, other: Any = 0) -> Any:
+    def load(pointer: Pointer, mask: Tensor | bool | None = None, other: Any = 0) -> Any:
+        if isinstance(mask, bool):  # one for all
+            if not mask:
+                return _Integer(other) if isinstance(pointer.offset, int) else torch.full_like(pointer.offset, other)
+            mask = None
         offset = pointer.offset if mask is None else torch.where(mask, pointer.offset, 0)
         found = pointer.storage[offset]
         if found.dim() == 0 and not found.is_floating_point():

@@ -127,7 +127,7 @@ def down_error(
     config: WarpSpecializedDown,
     kernels: Any = None,
     seed: int = 0,
-    has_tails: bool = True,
+    
     **options: Any,
 ) -> float:
     """Largest error of the down projection in the simulator, relative to the largest result. Padding of A is NaN."""
@@ -138,7 +138,7 @@ def down_error(
     out = torch.full((rows.ids.numel(), columns), float("nan")).to(RESULT[kind])
     kernel, arguments = down_arguments(
         given["a"], given["weights"], out, rows.experts, rows.padded, config,
-        sorted_token_ids=rows.ids if has_tails else None, pairs=rows.pairs, a_scale=given["a_scale"],
+        sorted_token_ids=rows.ids, pairs=rows.pairs, a_scale=given["a_scale"],
         weight_scale=given["weight_scale"], experts_elsewhere=bool((rows.experts < 0).any()),
     )  # fmt: skip
     views = {"a_desc": given["a"], "b_desc": given["weights"].view(-1, k), "c_desc": out}
