@@ -414,8 +414,8 @@ def launch_down(
     num_tokens_post_padded: Tensor,
     config: WarpSpecializedDown,
     *,
-    sorted_token_ids: Tensor | None = None,
-    pairs: int = 0,
+    sorted_token_ids: Tensor,
+    pairs: int,
     a_scale: Tensor | None = None,
     weight_scale: Tensor | None = None,
     experts_elsewhere: bool = False,
@@ -424,7 +424,7 @@ def launch_down(
 
     Args:
         expert_ids: int32, one per block of 128 rows; tiles of expert -1 are skipped, their rows are not written.
-        sorted_token_ids: int32 [rows] with `pairs`: where given, blocks with at most 64 rows take half the products.
+        sorted_token_ids, pairs: as of launch_up. Where a block has at most 64 rows, half the products are left out.
         a_scale: float32 [rows, K / 128], or [rows, 1] per channel; any strides.
         weight_scale: float32 [E, N / 128, K / 128], or [E, N, 1] per channel.
         experts_elsewhere: whether leading blocks may be of expert -1; they are then skipped at once.
@@ -450,7 +450,7 @@ def down_arguments(
     num_tokens_post_padded: Tensor,
     config: WarpSpecializedDown,
     *,
-    sorted_token_ids: Tensor | None,
+    sorted_token_ids: Tensor,
     pairs: int,
     a_scale: Tensor | None,
     weight_scale: Tensor | None,
@@ -512,4 +512,6 @@ def _check(a: Tensor, weights: Tensor, out: Tensor, scheme: str, a_scale: Tensor
     if scheme == "block" and k % BLOCK:
         raise MoEExtError(f"K = {k} with block-wise scales: expected whole blocks of {BLOCK}")
     if is_pair and scheme != "block":
-        raise MoEExtError(f'the form "pair" is for block-wise float8, these weights are scaled by {scheme}: take "wide"')
+        raise MoEExtError(
+            f'the form "pair" is for block-wise float8, these weights are scaled by {scheme}: take "wide"'
+        )

@@ -100,7 +100,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def scheme_of(weights: Tensor, weight_scale: Tensor | None) -> str:
-    """"none", "block" (128 x 128) or "channel", read from the shape of `weight_scale`.
+    """ "none", "block" (128 x 128) or "channel", read from the shape of `weight_scale`.
 
     Raises: MoEExtError for any other scheme.
     """

@@ -25,7 +25,9 @@ class WarpSpecializedUp:
     persistent: bool = True
 
     def __str__(self) -> str:
-        return f"warp-specialized 128x(2x128) G{self.group_m} s{self.stages}{'' if self.persistent else ' one tile each'}"
+        return (
+            f"warp-specialized 128x(2x128) G{self.group_m} s{self.stages}{'' if self.persistent else ' one tile each'}"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 Block-wise float8 is quantized 1 x 128 in the epilogue. The weights stay as the engine has them, [E, 2 * columns, K],
 gate rows first. Four producer warps gather A with cp.async (Hopper's TMA cannot gather); one of their threads asks TMA
-for the weights. A stage is full when all 128 threads' copies and the bytes of TMA have landed.
+for the weights. A stage is full when the producer has seen its copies land and the bytes of TMA are there.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def gather_producer(  # type: ignore[no-untyped-def]
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Fill the ring with rows of A, as two halves of 64, and with BLOCK_N rows each of the gate and up weights."""
+    DELAY: gl.constexpr = 2  # steps after which a stage's copies are awaited, and the stage is said to be full
     # A row of a stage is 128 bytes: 8 threads copy 16 each.
     layout: gl.constexpr = gl.BlockedLayout([1, BLOCK_K // 8], [4, 8], [4, 1], [1, 0])
     tiles = tiles_m * tiles_n
@@ -94,11 +95,19 @@ def gather_producer(  # type: ignore[no-untyped-def]
             gather_rows(a_ring.index(slot).slice(0, HALF_M, 0), top_at + k * BLOCK_K)
             if not is_last_half:
                 gather_rows(a_ring.index(slot).slice(HALF_M, HALF_M, 0), low_at + k * BLOCK_K)
-            async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
+            async_copy.commit_group()
+            if n + k >= DELAY:
+                async_copy.wait_group(DELAY)
+                hopper.fence_async_shared()  # wgmma reads through another proxy than cp.async writes
+                mbarrier.arrive(full.index((n + k - DELAY) % STAGES))
         n += steps
         expert = expert_after
         is_last_half = is_last_half_after
     async_copy.wait_group(0)
+    hopper.fence_async_shared()
+    for late in gl.static_range(DELAY):
+        if n >= DELAY - late:
+            mbarrier.arrive(full.index((n - DELAY + late) % STAGES))
 
 
 @gluon.jit
@@ -132,7 +141,6 @@ def up_consumer(  # type: ignore[no-untyped-def]
                 for k in range(k_steps):
                     slot = (n + k) % STAGES
                     mbarrier.wait(full.index(slot), (n + k) // STAGES & 1)
-                    hopper.fence_async_shared()  # cp.async wrote A through the generic proxy
                     a = a_ring.index(slot).slice(WHICH * HALF_M, HALF_M, 0)
                     w = w_ring.index(slot).permute((1, 0))
                     acc = hopper.warpgroup_mma(a, w, acc, use_acc=k > 0, is_async=True)
@@ -179,7 +187,7 @@ def up_kernel(  # type: ignore[no-untyped-def]
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
-        mbarrier.init(full.index(s), count=129)  # 128 threads' copies, and the one that expects the bytes of TMA
+        mbarrier.init(full.index(s), count=2)  # the rows of A, and the bytes of TMA
         mbarrier.init(empty.index(s), count=2)
     hopper.fence_async_shared()
     tiles_here = tiles_m - first_m
@@ -248,7 +256,6 @@ def up_block_consumer(  # type: ignore[no-untyped-def]
                 up_scale_after = gl.load(w_scale_at + tiles_n * stride_bsn + after * stride_bsk)
                 slot = (n + k) % STAGES
                 mbarrier.wait(full.index(slot), (n + k) // STAGES & 1)
-                hopper.fence_async_shared()  # cp.async wrote A through the generic proxy
                 a = a_ring.index(slot).slice(WHICH * HALF_M, HALF_M, 0)
                 w_gate = w_ring.index(slot).slice(0, 128, 0).permute((1, 0))
                 w_up = w_ring.index(slot).slice(128, 128, 0).permute((1, 0))
@@ -304,7 +311,7 @@ def up_block_kernel(  # type: ignore[no-untyped-def]
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
-        mbarrier.init(full.index(s), count=129)  # 128 threads' copies, and the one that expects the bytes of TMA
+        mbarrier.init(full.index(s), count=2)  # the rows of A, and the bytes of TMA
         mbarrier.init(empty.index(s), count=2)
     hopper.fence_async_shared()
     tiles_here = tiles_m - first_m

@@ -25,7 +25,6 @@ from sglang_moe_ext.kernels import warp_specialized, warp_specialized_down, warp
 
 TIMEOUT_S = 20.0
 """Of a wait. A run takes a fraction of a second; only a deadlock takes longer."""
-GATHER_THREADS = 128
 
 
 class SimulationError(Exception):
@@ -38,6 +37,9 @@ class Cta:
     def __init__(self, program: int, programs: int, seed: int, timeout_s: float) -> None:
         self.program, self.programs, self.timeout_s = program, programs, timeout_s
         self.dice = random.Random(seed)
+        self.is_lazy = seed % 2 == 0
+        self.partitions = 1
+        self.waiting: list[Callable[[], bool]] = []
         self.changed = threading.Condition()
         self.pending: list[Callable[[], None]] = []
         self.partition = threading.local()
@@ -48,7 +50,7 @@ class Cta:
     def _hardware(self) -> None:
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.pending or self.is_done)
+                self.changed.wait_for(lambda: self.is_done or self._may_work())
                 if not self.pending:
                     return
                 job = self.pending.pop(self.dice.randrange(len(self.pending)))
@@ -58,6 +60,19 @@ class Cta:
                     self.failures.append(error)
                 self.changed.notify_all()
 
+    def _may_work(self) -> bool:
+        """On even seeds only when no partition can go on without it: as late as may be."""
+        if not self.is_lazy or self.failures:
+            return bool(self.pending)
+        stuck = len(self.waiting) >= self.partitions and not any(test() for test in self.waiting)
+        return bool(self.pending) and stuck
+
+    def left(self) -> None:
+        """A partition has ended."""
+        with self.changed:
+            self.partitions -= 1
+            self.changed.notify_all()
+
     def later(self, job: Callable[[], None]) -> None:
         with self.changed:
             self.pending.append(job)
@@ -65,7 +80,10 @@ class Cta:
 
     def wait_until(self, test: Callable[[], bool], what: str) -> None:
         with self.changed:
+            self.waiting.append(test)
+            self.changed.notify_all()
             came = self.changed.wait_for(lambda: test() or bool(self.failures), self.timeout_s)
+            self.waiting.remove(test)
         if self.failures or not came:
             raise SimulationError(f"deadlock in {what}" if not self.failures else f"stopped in {what}")
 
@@ -166,6 +184,12 @@ class Product:
         product = self.a.data.float() @ self.b.data.float()
         self.value = product + _value(self.acc) if self.use_acc else product
 
+    def __mul__(self, other: Any) -> Any:
+        return _value(self) * other
+
+    def __rmul__(self, other: Any) -> Any:
+        return other * _value(self)
+
 
 def _value(x: Any) -> Any:
     if isinstance(x, Product):
@@ -212,20 +236,24 @@ def gather_rows(memory: SharedMemory, pointer: Pointer) -> None:
 
 class AsyncCopy:
     @staticmethod
-    def mbarrier_arrive(barrier: Barrier, increment_count: bool = True) -> None:
+    def commit_group() -> None:
         copies = _cta.own("copies")
         jobs, copies[:] = list(copies), []
+        token = {"done": False}
+        _cta.own("groups").append(token)
 
         def land() -> None:
             for job in jobs:
                 job()
-            barrier.arrive(GATHER_THREADS)
+            token["done"] = True
 
         _cta.later(land)
 
     @staticmethod
     def wait_group(groups: int) -> None:
-        pass
+        """All groups but the last `groups` have landed."""
+        committed = _cta.own("groups")
+        _cta.wait_until(lambda: all(token["done"] for token in committed[: len(committed) - groups]), "wait_group")
 
 
 class MBarrier:
@@ -322,12 +350,15 @@ class Language:
                 with _cta.changed:
                     _cta.failures.append(error)
                     _cta.changed.notify_all()
+            _cta.left()
 
+        _cta.partitions = len(partitions)
         threads = [threading.Thread(target=run, args=partition) for partition in partitions]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        _cta.partitions = 1
         if _cta.failures:
             raise _cta.failures[0]
 
@@ -349,6 +380,8 @@ STAND_INS: dict[str, Any] = {
     "mbarrier": MBarrier,
     "hopper": Hopper,
     "async_copy": AsyncCopy,
+    "max": lambda *values: _Integer(max(values)),
+    "min": lambda *values: _Integer(min(values)),
     "sync_warps": lambda: None,
     "load_box": load_box,
     "store_box": store_box,

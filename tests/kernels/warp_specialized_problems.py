@@ -127,7 +127,6 @@ def down_error(
     config: WarpSpecializedDown,
     kernels: Any = None,
     seed: int = 0,
-    
     **options: Any,
 ) -> float:
     """Largest error of the down projection in the simulator, relative to the largest result. Padding of A is NaN."""
