@@ -143,16 +143,17 @@ class Race:
     def rows_of(self, block: int) -> Tensor:
         """Real rows of sampled blocks."""
         rows = self.sorted[block]
-        picked = torch.linspace(0, len(rows.experts) - 1, SAMPLED_BLOCKS, device="cuda").long().unique()
-        at = (picked[:, None] * block + torch.arange(block, device="cuda")).flatten()
-        return at[rows.ids[at] < self.pairs]
+        picked = torch.linspace(0, len(rows.experts) - 1, SAMPLED_BLOCKS, device="cuda").long().unique()  # type: ignore[no-untyped-call]
+        at: Tensor = (picked[:, None] * block + torch.arange(block, device="cuda")).flatten()
+        is_real: Tensor = rows.ids[at] < self.pairs
+        return at[is_real]
 
     def wanted(self, stage: str, block: int, at: Tensor) -> Tensor:
         """float32 results of these rows."""
         rows = self.sorted[block]
         owners = rows.experts[at // block]
         out = []
-        for expert in owners.unique_consecutive().tolist():
+        for expert in dict.fromkeys(owners.tolist()):
             mine = at[owners == expert]
             if stage == "up":
                 tokens = (rows.ids[mine] // self.layer.top_k).long()
@@ -219,13 +220,13 @@ def warp_specialized(race: Race) -> list[Candidate]:
     out, _ = race.output(128, layer.hidden)
     for down in downs:
 
-        def launch(config: Any = down) -> None:
+        def launch_second(config: Any = down) -> None:
             launch_down(
                 inner, race.w2, out, rows.experts, rows.padded, config, sorted_token_ids=rows.ids, pairs=race.pairs,
                 a_scale=inner_scale, weight_scale=race.s2,
             )  # fmt: skip
 
-        made.append(checked("down", str(down), launch, out, None))
+        made.append(checked("down", str(down), launch_second, out, None))
     return made
 
 
@@ -279,7 +280,7 @@ def triton(race: Race) -> list[Candidate]:
         inner, inner_scale = race.inner[down.block_m]
         out, _ = race.output(down.block_m, layer.hidden)
 
-        def launch(
+        def launch_second(
             out: Tensor = out, config: Any = down, rows: Sorted = rows, inner: Tensor = inner,
             inner_scale: Tensor | None = inner_scale,
         ) -> None:  # fmt: skip
@@ -288,7 +289,7 @@ def triton(race: Race) -> list[Candidate]:
                 scales=None if race.s2 is None else Scales(scheme, inner_scale, race.s2),
             )  # fmt: skip
 
-        made.append(Candidate("down", f"Triton {down}", launch))
+        made.append(Candidate("down", f"Triton {down}", launch_second))
     return made
 
 
@@ -328,7 +329,7 @@ def race_layer(layer: Layer, tokens: int, routing: str, rounds: int, weights: An
     race = Race(layer, tokens, routing, weights)
     candidates = [c for make in (warp_specialized, triton, deep_gemm) for c in make(race) if select in c.name]
     errors: dict[int, float | str] = {}
-    running = []
+    running: list[Candidate] = []
     for candidate in candidates:
         try:
             if candidate.poison is not None and candidate.values is not None:
@@ -345,16 +346,16 @@ def race_layer(layer: Layer, tokens: int, routing: str, rounds: int, weights: An
                 candidate.launch()
             torch.cuda.synchronize()
             running.append(candidate)
-        except Exception as error:  # noqa: BLE001 - costs this candidate alone
+        except Exception as error:  # noqa: BLE001, PERF203 - costs this candidate alone
             print(f"left out: {candidate.name}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr)
     flushed = torch.empty(FLUSHED_BYTES // 4, device="cuda", dtype=torch.int32)
     samples: list[list[float]] = [[] for _ in running]
     for round_ in range(rounds + 1):
-        torch.cuda._sleep(3_000_000)  # the queue fills meanwhile: no launch is waited for
+        torch.cuda._sleep(3_000_000)  # type: ignore[no-untyped-call] # the queue fills meanwhile: no launch is waited for
         events = []
         for candidate in running:
             flushed.fill_(round_)
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
             candidate.launch()
             end.record()

@@ -128,13 +128,13 @@ def store_piece(c_desc, buffer, row, column, values):  # type: ignore[no-untyped
     store_box(c_desc, [row, column], buffer)
 
 
-@gluon.jit
+@gluon.jit  # type: ignore[untyped-decorator]
 def halves(x, COLUMNS: gl.constexpr):  # type: ignore[no-untyped-def]
     """The left and right COLUMNS of x [64, 2 * COLUMNS]. Both lie in the same threads: nothing moves."""
     return gl.split(gl.permute(gl.reshape(x, (HALF_M, 2, COLUMNS)), (0, 2, 1)))
 
 
-@gluon.jit
+@gluon.jit  # type: ignore[untyped-decorator]
 def store_columns(c_desc, buffers, WHICH: gl.constexpr, row, column, values):  # type: ignore[no-untyped-def]
     """Store [64, 128] in two boxes of 64 columns."""
     left, right = halves(values, BOX_N)
@@ -142,7 +142,7 @@ def store_columns(c_desc, buffers, WHICH: gl.constexpr, row, column, values):  #
     store_piece(c_desc, buffers.index(2 * WHICH + 1), row, column + BOX_N, right)
 
 
-@gluon.jit
+@gluon.jit  # type: ignore[untyped-decorator]
 def drain(first, steps, full, empty, STAGES: gl.constexpr):  # type: ignore[no-untyped-def]
     """Give back the stages of a tile without reading them."""
     for k in range(steps):

@@ -44,7 +44,7 @@ from sglang_moe_ext.kernels.warp_specialized_launch import (
 from sglang_moe_ext.kernels.warp_specialized_support import WarpSpecializedDown
 
 
-@gluon.jit
+@gluon.jit  # type: ignore[untyped-decorator]
 def tma_producer(  # type: ignore[no-untyped-def]
     a_desc, b_desc, expert_ids, first_m, tiles_m, tiles_n, N, k_steps, group_m, a_ring, b_ring, full, empty,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
@@ -56,7 +56,7 @@ def tma_producer(  # type: ignore[no-untyped-def]
     expert = expert_at(expert_ids, first_m + m, tiles)
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         m, tile_n = tile_at(tile, tiles_m, tiles_n, group_m)
-        m_after, n_after = tile_after(tile, tiles, tiles_m, tiles_n, group_m)
+        m_after, _ = tile_after(tile, tiles, tiles_m, tiles_n, group_m)
         expert_after = expert_at(expert_ids, first_m + m_after, tiles)
         if expert >= 0:
             b_row = expert * N + tile_n * BLOCK_N
@@ -70,7 +70,7 @@ def tma_producer(  # type: ignore[no-untyped-def]
         expert = expert_after
 
 
-@gluon.jit
+@gluon.jit  # type: ignore[untyped-decorator]
 def down_consumer(  # type: ignore[no-untyped-def]
     c_desc, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, first_m, tiles_m, tiles_n, N, k_steps, pairs,
     stride_asm, stride_bse, stride_bsn, group_m, a_ring, b_ring, full, empty, c_ring,
@@ -87,7 +87,7 @@ def down_consumer(  # type: ignore[no-untyped-def]
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         m, tile_n = tile_at(tile, tiles_m, tiles_n, group_m)
         row = (first_m + m) * WHOLE_M + WHICH * HALF_M
-        m_after, n_after = tile_after(tile, tiles, tiles_m, tiles_n, group_m)
+        m_after, _ = tile_after(tile, tiles, tiles_m, tiles_n, group_m)
         expert_after = expert_at(expert_ids, first_m + m_after, tiles)
         is_last_half_after = is_tail(sorted_token_ids, first_m + m_after, tiles, pairs)
         if expert >= 0:
@@ -126,7 +126,7 @@ def down_consumer(  # type: ignore[no-untyped-def]
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit  # type: ignore[untyped-decorator]
 def down_kernel(  # type: ignore[no-untyped-def]
     a_desc, b_desc, c_desc, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, num_tokens_post_padded, pairs, N, K,
     stride_asm, stride_bse, stride_bsn, group_m,
@@ -153,18 +153,18 @@ def down_kernel(  # type: ignore[no-untyped-def]
     tiles_here = tiles_m - first_m
     first_m = min(first_m, max(tiles_m - 1, 0))
     gl.warp_specialize([
-        (down_consumer, (c_desc, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, first_m, tiles_here, tiles_n, N,
-                         k_steps, pairs, stride_asm, stride_bse, stride_bsn, group_m, a_ring, b_ring, full, empty,
+        (down_consumer, (c_desc, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, first_m, tiles_here, tiles_n,
+                         N, k_steps, pairs, stride_asm, stride_bse, stride_bsn, group_m, a_ring, b_ring, full, empty,
                          c_ring, 0, MMA_K, STAGES, IS_CHANNEL_SCALED)),
-        (down_consumer, (c_desc, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, first_m, tiles_here, tiles_n, N,
-                         k_steps, pairs, stride_asm, stride_bse, stride_bsn, group_m, a_ring, b_ring, full, empty,
+        (down_consumer, (c_desc, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, first_m, tiles_here, tiles_n,
+                         N, k_steps, pairs, stride_asm, stride_bse, stride_bsn, group_m, a_ring, b_ring, full, empty,
                          c_ring, 1, MMA_K, STAGES, IS_CHANNEL_SCALED)),
         (tma_producer, (a_desc, b_desc, expert_ids, first_m, tiles_here, tiles_n, N, k_steps, group_m, a_ring, b_ring,
                         full, empty, 256, BLOCK_K, STAGES)),
     ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
 
-@gluon.jit
+@gluon.jit  # type: ignore[untyped-decorator]
 def half_row(tile_m, is_half, WHICH: gl.constexpr):  # type: ignore[no-untyped-def]
     """The first row that consumer WHICH multiplies: in a tail both take the first 64."""
     row = tile_m * WHOLE_M + WHICH * HALF_M
@@ -173,7 +173,7 @@ def half_row(tile_m, is_half, WHICH: gl.constexpr):  # type: ignore[no-untyped-d
     return row
 
 
-@gluon.jit
+@gluon.jit  # type: ignore[untyped-decorator]
 def down_block_consumer(  # type: ignore[no-untyped-def]
     c_desc, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, first_m, tiles_m, tiles_n, N, k_steps, pairs,
     stride_asm, stride_ask, stride_bse, stride_bsn, stride_bsk, group_m, a_ring, b_ring, full, empty, c_ring,
@@ -265,7 +265,7 @@ def down_block_consumer(  # type: ignore[no-untyped-def]
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit  # type: ignore[untyped-decorator]
 def down_block_kernel(  # type: ignore[no-untyped-def]
     a_desc, b_desc, c_desc, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, num_tokens_post_padded, pairs, N, K,
     stride_asm, stride_ask, stride_bse, stride_bsn, stride_bsk, group_m,
@@ -301,7 +301,7 @@ def down_block_kernel(  # type: ignore[no-untyped-def]
     ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
 
-@gluon.jit
+@gluon.jit  # type: ignore[untyped-decorator]
 def pair_consumer(  # type: ignore[no-untyped-def]
     c_desc, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, first_m, tiles_m, tiles_n, k_steps, pairs,
     stride_asm, stride_ask, stride_bse, stride_bsn, stride_bsk, group_m, a_ring, b_ring, full, empty, c_ring,
@@ -370,7 +370,7 @@ def pair_consumer(  # type: ignore[no-untyped-def]
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit  # type: ignore[untyped-decorator]
 def down_pair_kernel(  # type: ignore[no-untyped-def]
     a_desc, b_desc, c_desc, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, num_tokens_post_padded, pairs, N, K,
     stride_asm, stride_ask, stride_bse, stride_bsn, stride_bsk, group_m,

@@ -32,9 +32,10 @@ class WarpSpecializedUp:
 
 @dataclass(frozen=True, slots=True)
 class WarpSpecializedDown:
-    """Choices of the down kernels: `form` "wide" has tiles of 128x256; "pair" runs two CTAs of 128x128 a multiprocessor.
+    """Choices of the down kernels.
 
-    "pair" is for block-wise float8 alone.
+    `form`: "wide" has tiles of 128x256; "pair", for block-wise float8 alone, has two programs a multiprocessor, with
+    tiles of 128x128 and 3 stages at most.
     """
 
     form: Literal["wide", "pair"] = "wide"
@@ -48,7 +49,7 @@ class WarpSpecializedDown:
 
 
 def why_unsupported(sm: int, triton_version: str) -> str | None:
-    """None where the kernels can be tried; else the reason, for a log line. Whether Gluon imports is asked separately."""
+    """None where the kernels can be tried, else the reason, for a log line. Ask `why_not_importable` next."""
     if sm != SM:
         return f"the warp-specialized kernels are for sm_{SM}, this GPU is sm_{sm}"
     found = re.match(r"(\d+)\.(\d+)", triton_version)

@@ -49,7 +49,7 @@ from sglang_moe_ext.kernels.warp_specialized_launch import (
 from sglang_moe_ext.kernels.warp_specialized_support import WarpSpecializedUp
 
 
-@gluon.jit
+@gluon.jit  # type: ignore[untyped-decorator]
 def gather_producer(  # type: ignore[no-untyped-def]
     a_ptr, w_desc, sorted_token_ids, expert_ids, first_m, tiles_m, tiles_n, columns, k_steps, pairs, stride_a, group_m,
     a_ring, w_ring, full, empty,
@@ -75,7 +75,7 @@ def gather_producer(  # type: ignore[no-untyped-def]
         low_row = gl.where(low < pairs, low // TOP_K, 0).to(gl.int64) * stride_a
         top_at = a_ptr + top_row.expand_dims(1) + along_k
         low_at = a_ptr + low_row.expand_dims(1) + along_k
-        m_after, n_after = tile_after(tile, tiles, tiles_m, tiles_n, group_m)
+        m_after, _ = tile_after(tile, tiles, tiles_m, tiles_n, group_m)
         expert_after = expert_at(expert_ids, first_m + m_after, tiles)
         is_last_half_after = is_tail(sorted_token_ids, first_m + m_after, tiles, pairs)
         top = gl.load(ids_at + (first_m + m_after) * WHOLE_M)
@@ -110,14 +110,14 @@ def gather_producer(  # type: ignore[no-untyped-def]
             mbarrier.arrive(full.index((n - DELAY + late) % STAGES))
 
 
-@gluon.jit
+@gluon.jit  # type: ignore[untyped-decorator]
 def up_consumer(  # type: ignore[no-untyped-def]
     c_desc, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, first_m, tiles_m, tiles_n, columns, k_steps, pairs,
     stride_asm, stride_bse, stride_bsn, group_m, a_ring, w_ring, full, empty, c_ring,
     WHICH: gl.constexpr, BLOCK_N: gl.constexpr, MMA_K: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr,
     IS_CHANNEL_SCALED: gl.constexpr,
 ):  # fmt: skip
-    """16 bits, or float8 with one scale per row and per column: one product of 2 * BLOCK_N columns, scaled at the end."""
+    """16 bits, or float8 with a scale per row and per column: one product of 2 * BLOCK_N columns, scaled at the end."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 2 * BLOCK_N, MMA_K]
     )
@@ -129,7 +129,7 @@ def up_consumer(  # type: ignore[no-untyped-def]
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         m, tile_n = tile_at(tile, tiles_m, tiles_n, group_m)
         row = (first_m + m) * WHOLE_M + WHICH * HALF_M
-        m_after, n_after = tile_after(tile, tiles, tiles_m, tiles_n, group_m)
+        m_after, _ = tile_after(tile, tiles, tiles_m, tiles_n, group_m)
         expert_after = expert_at(expert_ids, first_m + m_after, tiles)
         is_last_half_after = is_tail(sorted_token_ids, first_m + m_after, tiles, pairs)
         if expert >= 0:
@@ -166,10 +166,10 @@ def up_consumer(  # type: ignore[no-untyped-def]
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit  # type: ignore[untyped-decorator]
 def up_kernel(  # type: ignore[no-untyped-def]
-    a_ptr, w_desc, c_desc, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, num_tokens_post_padded, pairs, columns,
-    K, stride_a, stride_asm, stride_bse, stride_bsn, group_m,
+    a_ptr, w_desc, c_desc, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, num_tokens_post_padded, pairs,
+    columns, K, stride_a, stride_asm, stride_bse, stride_bsn, group_m,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr,
     IS_CHANNEL_SCALED: gl.constexpr, EXPERTS_ELSEWHERE: gl.constexpr, REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
@@ -194,17 +194,17 @@ def up_kernel(  # type: ignore[no-untyped-def]
     first_m = min(first_m, max(tiles_m - 1, 0))
     gl.warp_specialize([
         (up_consumer, (c_desc, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, first_m, tiles_here, tiles_n,
-                       columns, k_steps, pairs, stride_asm, stride_bse, stride_bsn, group_m, a_ring, w_ring, full, empty,
-                       c_ring, 0, BLOCK_N, MMA_K, TOP_K, STAGES, IS_CHANNEL_SCALED)),
+                       columns, k_steps, pairs, stride_asm, stride_bse, stride_bsn, group_m, a_ring, w_ring, full,
+                       empty, c_ring, 0, BLOCK_N, MMA_K, TOP_K, STAGES, IS_CHANNEL_SCALED)),
         (up_consumer, (c_desc, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, first_m, tiles_here, tiles_n,
-                       columns, k_steps, pairs, stride_asm, stride_bse, stride_bsn, group_m, a_ring, w_ring, full, empty,
-                       c_ring, 1, BLOCK_N, MMA_K, TOP_K, STAGES, IS_CHANNEL_SCALED)),
+                       columns, k_steps, pairs, stride_asm, stride_bse, stride_bsn, group_m, a_ring, w_ring, full,
+                       empty, c_ring, 1, BLOCK_N, MMA_K, TOP_K, STAGES, IS_CHANNEL_SCALED)),
         (gather_producer, (a_ptr, w_desc, sorted_token_ids, expert_ids, first_m, tiles_here, tiles_n, columns, k_steps,
                            pairs, stride_a, group_m, a_ring, w_ring, full, empty, BLOCK_N, BLOCK_K, TOP_K, STAGES)),
     ], [4, 4], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
 
-@gluon.jit
+@gluon.jit  # type: ignore[untyped-decorator]
 def up_block_consumer(  # type: ignore[no-untyped-def]
     c_desc, c_scale_ptr, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, first_m, tiles_m, tiles_n, k_steps,
     pairs, stride_asm, stride_ask, stride_bse, stride_bsn, stride_bsk, stride_csm, stride_csn, group_m,
@@ -292,7 +292,7 @@ def up_block_consumer(  # type: ignore[no-untyped-def]
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit  # type: ignore[untyped-decorator]
 def up_block_kernel(  # type: ignore[no-untyped-def]
     a_ptr, w_desc, c_desc, c_scale_ptr, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, num_tokens_post_padded,
     pairs, columns, K, stride_a, stride_asm, stride_ask, stride_bse, stride_bsn, stride_bsk, stride_csm, stride_csn,
@@ -393,7 +393,6 @@ def up_arguments(
     columns = out.shape[1]
     block_k = BLOCK // a.element_size()
     _check(a, weights, out, scheme, a_scale, out_scale)
-    k_steps = k // block_k
     asm, ask = strides(a_scale, 2)
     bse, bsn, bsk = strides(weight_scale, 3)
     w_desc = box(weights.view(-1, k), BLOCK, block_k)
@@ -453,6 +452,6 @@ def _check(
     sized = out_scale is not None and tuple(out_scale.shape) == (out.shape[0], columns // BLOCK)
     if quantizes != sized or (out.dtype == torch.float8_e4m3fn) != quantizes:
         raise MoEExtError(
-            f"out {out.dtype} with out_scale {None if out_scale is None else tuple(out_scale.shape)}: block-wise float8 "
-            f"writes float8_e4m3fn and scales [rows, columns / {BLOCK}], other schemes 16 bits and no scales"
+            f"out {out.dtype} with out_scale {None if out_scale is None else tuple(out_scale.shape)}: expected "
+            f"float8_e4m3fn and [rows, columns / {BLOCK}] for block-wise float8, 16 bits and None for other schemes"
         )

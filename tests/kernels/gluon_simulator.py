@@ -13,7 +13,6 @@ import random
 import threading
 import types
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -59,6 +58,9 @@ class Cta:
                 except SimulationError as error:
                     self.failures.append(error)
                 self.changed.notify_all()
+
+    def is_idle(self) -> bool:
+        return not self.pending
 
     def _may_work(self) -> bool:
         """On even seeds only when no partition can go on without it: as late as may be."""
@@ -418,13 +420,13 @@ def run(
 
     Raises: SimulationError where the kernel breaks a rule.
     """
-    global _cta
+    global _cta  # noqa: PLW0603 - the stand-ins are called as Triton's, with no CTA among their arguments
     torch.Tensor.expand_dims = torch.Tensor.unsqueeze  # type: ignore[attr-defined]
     for program in range(programs):
         _cta = Cta(program, programs, seed + program, timeout_s)
         try:
             kernel(**arguments)
-            _cta.wait_until(lambda: not _cta.pending, "the end")
+            _cta.wait_until(_cta.is_idle, "the end")
         finally:
             with _cta.changed:
                 _cta.is_done = True
@@ -433,7 +435,7 @@ def run(
 
 
 def as_stand_ins(arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of a launch for `run`: descriptors over `tensors`, by name; other tensors as pointers to their storage."""
+    """Arguments of a launch for `run`: descriptors over `tensors`, by name; other tensors as pointers."""
     options = {"num_warps", "maxnreg"}
     made: dict[str, Any] = {}
     for name, value in arguments.items():
@@ -442,8 +444,6 @@ def as_stand_ins(arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
         if name in tensors:
             made[name] = Descriptor(tensors[name], value.block_shape)
         elif isinstance(value, Tensor):
-            with suppress(RuntimeError):
-                value = value.view(value.shape)
             made[name] = Pointer(_storage(value))
         else:
             made[name] = value

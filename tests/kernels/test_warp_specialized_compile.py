@@ -13,7 +13,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs Triton's compiler, not its interpreter", allow_module_level=True)
 pytest.importorskip("triton.experimental.gluon")
 
-from warp_specialized_offline import compiled, down, local_accesses, machine_code, up
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from warp_specialized_offline import barriers_chosen_outside, compiled, down, local_accesses, machine_code, up
 
 from sglang_moe_ext.kernels.compiled import resources_of
 from sglang_moe_ext.kernels.warp_specialized_support import WarpSpecializedDown, WarpSpecializedUp, why_unsupported
@@ -60,40 +63,44 @@ def test_products_are_asynchronous_and_registers_are_moved_to_the_consumers(name
     assert ("LDGSTS" in sass) == name.startswith("up")
 
 
+@pytest.mark.parametrize(("projection", "config"), [(up, UP), (down, PAIR)], ids=["up", "pair"])
+def test_looking_for_experts_of_this_rank_costs_at_most_some_words_a_tile(projection: Any, config: Any) -> None:
+    """None with Triton 3.6.0 and 3.7.1; 32 and 48 bytes with 3.8.0, outside the loops over k."""
+    assert resources_of(compiled(*projection("block", config, elsewhere=True))).spill_bytes <= 48
+
+
 def test_two_ctas_of_the_pair_fit_on_a_multiprocessor() -> None:
     assert 2 * (resources_of(binary("down-pair")).smem_bytes + RESERVED) <= SMEM_PER_MULTIPROCESSOR
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_no_loop_carries_two_names_of_one_value(name: str) -> None:
-    """Triton 3.6.0 made one of them: every stage of a tile was given back as its first, and the GPU hung."""
-    ttgir = binary(name).asm["ttgir"]
-    loops = re.findall(r"scf\.for (%\w+).*?iter_args\((.*?)\)", ttgir)
-    assert loops
-    for _, carried in loops:
-        starts = [pair.split(" = ")[1] for pair in carried.split(", ") if " = " in pair]
-        values = [start for start in starts if not start.startswith(("%c", "%cst", "%true", "%false"))]
-        assert len(values) == len(set(values))
+def test_each_barrier_of_a_step_is_chosen_by_that_step(name: str) -> None:
+    loops, outside = barriers_chosen_outside(binary(name).asm["ttgir"])
+    assert loops >= 2
+    assert not outside
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_each_stage_is_waited_for_and_given_back_by_the_number_of_its_step(name: str) -> None:
-    """A barrier in a loop over k is chosen by a value of that loop: not by one that stays the same for a whole tile."""
-    ttgir = binary(name).asm["ttgir"]
-    checked = 0
-    for loop in re.finditer(r"^( *)(?:%\S+ = )?scf\.for %k(?:_\d+)? = .*?^\1}", ttgir, re.MULTILINE | re.DOTALL):
-        body = loop[0]
-        counter = re.search(r"scf\.for (%\w+) =", body)
-        assert counter is not None
-        varying = {counter[1]}
-        for result, operands in re.findall(r"(%\S+?)(?::\d+)? = [\w.]+ (.*?) :", body):
-            if varying & set(re.findall(r"%\w+", operands)):
-                varying.add(result)
-        barriers = re.findall(r"ttng\.(?:wait_barrier|arrive_barrier|barrier_expect) (%\w+)", body)
-        assert barriers
-        assert set(barriers) <= varying
-        checked += 1
-    assert checked >= 2
+@gluon.jit
+def two_names_of_one_value(tiles, steps):  # type: ignore[no-untyped-def]
+    """What hung: `last` and `slot` are one before the inner loop, which assigns both."""
+    barriers = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(4):
+        mbarrier.init(barriers.index(s), count=1)
+    slot = 0
+    for _ in range(tiles):
+        last = slot
+        for k in range(steps):
+            mbarrier.wait(barriers.index(slot), k & 1)
+            mbarrier.arrive(barriers.index(last))
+            last = slot
+            slot = (slot + 1) % 4
+
+
+def test_the_pattern_that_hung_is_seen() -> None:
+    kernel = compiled(two_names_of_one_value, {"tiles": 5, "steps": 7, "num_warps": 4})
+    loops, outside = barriers_chosen_outside(kernel.asm["ttgir"])
+    assert loops == 1
+    assert len(outside) == 1
 
 
 def test_one_binary_serves_every_batch() -> None:

@@ -103,7 +103,8 @@ FAULTS = {
         replaced("(n + k) // STAGES & 1)", "((n + k) // STAGES & 1) ^ 1)"),
     ),
     "the producer does not wait for an empty stage": (
-        "down", "bf16", "tma_producer", replaced("mbarrier.wait(empty.index(slot)", "(lambda *_: None)(empty.index(slot)"),
+        "down", "bf16", "tma_producer",
+        replaced("mbarrier.wait(empty.index(slot)", "(lambda *_: None)(empty.index(slot)"),
     ),
     "a product is promoted before it was awaited": (
         "up", "block", "up_block_consumer",

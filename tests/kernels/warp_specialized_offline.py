@@ -86,6 +86,26 @@ def local_accesses(sass: str) -> int:
     return len(re.findall(r"\b(?:LDL|STL)\b", sass))
 
 
+def barriers_chosen_outside(ttgir: str) -> tuple[int, set[str]]:
+    """How many loops over k there are, and their barriers that are the same in every step of such a loop.
+
+    Triton 3.6 to 3.8 make one of two names of one value that a loop assigns both (`last = slot` before it): each stage
+    was given back as the tile's first, and the GPU hung. Python's meaning, and so the simulator, does not show it.
+    """
+    loops, outside = 0, set()
+    for loop in re.finditer(r"^( *)(?:%\S+ = )?scf\.for %k(?:_\d+)? = .*?^\1}", ttgir, re.MULTILINE | re.DOTALL):
+        head, *body = loop[0].splitlines()
+        varying = {re.findall(r"scf\.for (%\w+)", head)[0], *re.findall(r"(%\w+) = %\w+(?=[,)])", head)[1:]}
+        varying |= set(re.findall(r"iter_args\((%\w+)", head))
+        for line in body:
+            made = re.match(r" *(%\w+)(?::\d+)? = (.*)", line)
+            if made is not None and varying & set(re.findall(r"%\w+", made[2])):
+                varying.add(made[1])
+        used = set(re.findall(r"ttng\.(?:wait_barrier|arrive_barrier|barrier_expect) (%\w+)", loop[0]))
+        loops, outside = loops + 1, outside | (used - varying)
+    return loops, outside
+
+
 def _result(kind: str) -> torch.dtype:
     return torch.float16 if kind == "fp16" else torch.bfloat16
 

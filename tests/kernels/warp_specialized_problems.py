@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from sglang_moe_ext.kernels.warp_specialized_down import down_arguments
+from sglang_moe_ext.kernels.warp_specialized_down import down_arguments, launch_down
 from sglang_moe_ext.kernels.warp_specialized_support import WarpSpecializedDown, WarpSpecializedUp
-from sglang_moe_ext.kernels.warp_specialized_up import up_arguments
+from sglang_moe_ext.kernels.warp_specialized_up import launch_up, up_arguments
 
 BLOCK = 128
 STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "block": torch.float8_e4m3fn, "channel": torch.float8_e4m3fn}
@@ -97,7 +97,7 @@ def up_error(
     seed: int = 0,
     **options: Any,
 ) -> float:
-    """Largest error of the up projection in the simulator, relative to the largest result."""
+    """Largest error of the up projection relative to the largest result: simulated, or on a GPU (`kernels`)."""
     experts, top_k = 4, rows.pairs // tokens
     given = operands(kind, tokens, experts, 2 * inner, k)
     real_a, real_weights = given.pop("real_a"), given.pop("real_weights")
@@ -109,7 +109,18 @@ def up_error(
         a_scale=given["a_scale"], weight_scale=given["weight_scale"], out_scale=out_scale,
         experts_elsewhere=bool((rows.experts < 0).any()),
     )  # fmt: skip
-    _simulate(kernel, arguments, {"w_desc": given["weights"].view(-1, k), "c_desc": out}, kernels, seed, options)
+    if kernels == "gpu":
+        c, c_scale = out.cuda(), None if out_scale is None else out_scale.T.cuda().T
+        launch_up(
+            given["a"].cuda(), given["weights"].cuda(), c, rows.ids.cuda(), rows.experts.cuda(), rows.padded.cuda(),
+            config, pairs=rows.pairs, top_k=top_k, a_scale=_to_gpu(given["a_scale"]),
+            weight_scale=_to_gpu(given["weight_scale"]), out_scale=c_scale,
+            experts_elsewhere=bool((rows.experts < 0).any()),
+        )  # fmt: skip
+        out, out_scale = c.cpu(), None if c_scale is None else c_scale.cpu()
+    else:
+        views = {"w_desc": given["weights"].view(-1, k), "c_desc": out}
+        _simulate(kernel, arguments, views, kernels, seed, options)
     wanted = torch.zeros(out.shape)
     for row in rows.real.nonzero().flatten().tolist():
         y = real_weights[rows.experts[row // BLOCK]] @ real_a[rows.ids[row] // top_k]
@@ -129,7 +140,7 @@ def down_error(
     seed: int = 0,
     **options: Any,
 ) -> float:
-    """Largest error of the down projection in the simulator, relative to the largest result. Padding of A is NaN."""
+    """Largest error of the down projection relative to the largest result; as up_error. Padding of A is huge or NaN."""
     experts = 4
     given = operands(kind, rows.ids.numel(), experts, columns, k)
     real_a, real_weights = given.pop("real_a"), given.pop("real_weights")
@@ -140,8 +151,17 @@ def down_error(
         sorted_token_ids=rows.ids, pairs=rows.pairs, a_scale=given["a_scale"],
         weight_scale=given["weight_scale"], experts_elsewhere=bool((rows.experts < 0).any()),
     )  # fmt: skip
-    views = {"a_desc": given["a"], "b_desc": given["weights"].view(-1, k), "c_desc": out}
-    _simulate(kernel, arguments, views, kernels, seed, options)
+    if kernels == "gpu":
+        c = out.cuda()
+        launch_down(
+            given["a"].cuda(), given["weights"].cuda(), c, rows.experts.cuda(), rows.padded.cuda(), config,
+            sorted_token_ids=rows.ids.cuda(), pairs=rows.pairs, a_scale=_to_gpu(given["a_scale"]),
+            weight_scale=_to_gpu(given["weight_scale"]), experts_elsewhere=bool((rows.experts < 0).any()),
+        )  # fmt: skip
+        out = c.cpu()
+    else:
+        views = {"a_desc": given["a"], "b_desc": given["weights"].view(-1, k), "c_desc": out}
+        _simulate(kernel, arguments, views, kernels, seed, options)
     wanted = torch.zeros(out.shape)
     for row in rows.real.nonzero().flatten().tolist():
         wanted[row] = real_weights[rows.experts[row // BLOCK]] @ real_a[row]
@@ -154,6 +174,10 @@ def _simulate(
     kernels = kernels or gluon_simulator.simulated()
     stand_ins = gluon_simulator.as_stand_ins(arguments, views)
     gluon_simulator.run(getattr(kernels, kernel.fn.__name__), stand_ins, programs=2, seed=seed, **options)
+
+
+def _to_gpu(scale: Tensor | None) -> Tensor | None:
+    return None if scale is None else scale.cuda()
 
 
 def _error(got: Tensor, wanted: Tensor, real: Tensor) -> float:
