@@ -2,8 +2,8 @@
 
 `up`: SwiGLU(hidden @ w1.T) times the router's weight, straight from topk_ids. `down`: act @ w2.T, summed over a token's
 experts in a fixed order, so that the same inputs give the same bits. Weights are read in the form the engines store
-them; activations stay in 16 bits in every scheme, which is more precise than quantising them, and costs nothing while
-the weights' bytes are the limit. `reference.moe_layer` is the meaning.
+them. Activations stay in 16 bits, but for float8 on the matrix units: there they are quantised inside, by groups of
+BLOCK_K, which are those of the scheme or finer. `reference.moe_layer` is the meaning.
 
 Nothing here waits, and the grid depends on shapes alone, so a CUDA graph can hold both launches.
 """
@@ -55,21 +55,34 @@ class Routed:
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Between the launches: `act` in the activations' dtype; `plan` int16, for `down`, where the pairs are grouped."""
+    """Between the launches: `act` in the activations' dtype; `plan` int16, for `down`, where the pairs are grouped.
+
+    Where `down` is split: `parts` float32 [split, tokens, hidden_size], and how many of each have `arrived`, int32.
+    """
 
     act: Tensor
-    plan: Tensor | None
+    plan: Tensor | None = None
+    parts: Tensor | None = None
+    arrived: Tensor | None = None
 
 
 def workspace(hidden: Tensor, w1: Tensor, topk_ids: Tensor, config: FewTokensConfig) -> Workspace:
     """Uninitialised, of the sizes that both launches take; nothing in it outlives the layer."""
     pairs, experts, columns = topk_ids.numel(), w1.shape[0], w1.shape[1] // 2
-    if not config.grouped:
-        return Workspace(hidden.new_empty(pairs, columns), None)
-    candidates = min(pairs, experts)
-    rows = config.up.rows
-    act = hidden.new_empty(candidates * rows, columns)
-    return Workspace(act, hidden.new_empty(1 + candidates * (2 + rows // 16), dtype=torch.int16))
+    rows, plan, parts, arrived = pairs, None, None, None
+    if config.grouped:
+        candidates, tile_rows = min(pairs, experts), config.up.rows
+        rows = candidates * tile_rows
+        plan = hidden.new_empty(1 + candidates * (2 + -(-tile_rows // 16)), dtype=torch.int16)
+    if config.down.split > 1:
+        parts = hidden.new_empty(config.down.split, *hidden.shape, dtype=torch.float32)
+        arrived = hidden.new_empty(_results(config, *hidden.shape), dtype=torch.int32)
+    return Workspace(hidden.new_empty(rows, columns), plan, parts, arrived)
+
+
+def _results(config: FewTokensConfig, tokens: int, hidden_size: int) -> int:
+    """Tiles of `down`, not counting parts."""
+    return -(-hidden_size // config.down.columns) * (1 if config.grouped else tokens)
 
 
 def few_tokens_layer(
@@ -113,7 +126,7 @@ def few_tokens_up(
     tiles = -(-arguments["columns"] // config.up.columns)
     programs = arguments["candidates"] + 1 if config.grouped else routed.ids.numel()
     if programs and hidden.shape[0]:
-        launch(up_kernel, (tiles, programs), arguments)
+        launch(up_kernel, (programs, tiles), arguments)
 
 
 def few_tokens_down(
@@ -132,7 +145,7 @@ def few_tokens_down(
     arguments = down_arguments(between, w2, routed, out, config, routed_scaling_factor=routed_scaling_factor)
     tiles = -(-out.shape[1] // config.down.columns)
     if out.shape[0]:
-        launch(down_kernel, (tiles, 1 if config.grouped else out.shape[0]), arguments)
+        launch(down_kernel, (1 if config.grouped else out.shape[0], tiles, config.down.split), arguments)
 
 
 def up_arguments(
@@ -161,8 +174,10 @@ def up_arguments(
         "routed_weights_ptr": routed.weights,
         "act_ptr": between.act,
         "plan_ptr": between.plan,
+        "arrived_ptr": between.arrived,
         "tokens": tokens,
         "candidates": min(ids.numel(), experts) if config.grouped else 0,
+        "counters": 0 if between.arrived is None else between.arrived.numel(),
         "K": k,
         "columns": twice // 2,
         "stride_x": hidden.stride(0),
@@ -200,6 +215,8 @@ def down_arguments(
         "scale_ptr": w2.scale,
         "ids_ptr": ids,
         "plan_ptr": between.plan,
+        "arrived_ptr": between.arrived,
+        "parts_ptr": between.parts,
         "out_ptr": out,
         "tokens": tokens,
         "K": k,
@@ -272,6 +289,7 @@ def _down_constants(
         **_scaling(quantisation, dtype),
         "EVEN_K": k % tile.block_k == 0,
         "PDL": pdl,
+        "SPLIT": tile.split,
         "PREFETCHED": tile.prefetched if pdl else 0,
         "LINES": triton.next_power_of_2(-(-row_bytes // 128)),
         "ROW_BYTES": row_bytes,

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from sglang_moe_ext.core import Quantisation
 
-ROWS = (1, 16, 32, 64)
-"""Tokens of a tile: 1 multiplies on the vector units, more on the matrix units, whose smallest operand is 16 wide."""
+ROWS = (1, 8, 16, 32, 64)
+"""Tokens of a tile: 1 multiplies on the vector units, more on the matrix units, whose smallest operand is 8 wide."""
 COLUMNS = (4, 8, 16, 32, 64, 128)
 BLOCK_K = (32, 64, 128, 256, 512, 1024)
 NUM_WARPS = (1, 2, 4, 8)
 NUM_STAGES = (1, 2, 3, 4, 5, 6, 8)
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 MOST_PREFETCHED = 32
 FIRST_PDL_SM = 90
 """Programmatic dependent launch came with Hopper."""
@@ -34,9 +35,10 @@ class UpTile:
 
 @dataclass(frozen=True, slots=True)
 class DownTile:
-    """What one program of `down` makes: `columns` of the result.
+    """What one program of `down` makes: `columns` of the result, or of a part of it.
 
-    `prefetched`: slots of its first token whose weights it brings to L2 while it waits for `up`; needs dependent launch.
+    `split`: programs that share the experts of a result; the last to end adds up. `prefetched`: slots of its first
+    token whose weights it brings to L2 while it waits for `up`, where there is programmatic dependent launch.
     """
 
     rows: int
@@ -44,11 +46,13 @@ class DownTile:
     block_k: int
     num_warps: int
     num_stages: int
+    split: int = 1
     prefetched: int = 0
 
     def __str__(self) -> str:
+        split = f" split {self.split}" if self.split > 1 else ""
         prefetch = f" p{self.prefetched}" if self.prefetched else ""
-        return f"{self.rows}x{self.columns}x{self.block_k} w{self.num_warps} s{self.num_stages}{prefetch}"
+        return f"{self.rows}x{self.columns}x{self.block_k} w{self.num_warps} s{self.num_stages}{split}{prefetch}"
 
 
 Tile = UpTile | DownTile
@@ -133,8 +137,12 @@ def _scales_fit(config: FewTokensConfig, problem: Problem) -> bool:
     return True
 
 
+def _split_has_experts(config: FewTokensConfig, problem: Problem) -> bool:
+    return config.down.split in SPLITS and (config.grouped or config.down.split <= problem.top_k)
+
+
 def _prefetch_is_bounded(config: FewTokensConfig, problem: Problem) -> bool:
-    return 0 <= config.down.prefetched <= min(MOST_PREFETCHED, problem.top_k)
+    return 0 <= config.down.prefetched <= min(MOST_PREFETCHED, problem.top_k // config.down.split)
 
 
 RULES = (
@@ -143,7 +151,12 @@ RULES = (
     Rule("grouped", "grouped, both tiles have the same rows, as many as there are tokens", _groups_fit),
     Rule("single", "a pair alone in its tile needs no more than 16 rows", _single_rows_are_narrow),
     Rule("scales", "a step along K, or a tile's columns, span more than one scale", _scales_fit),
-    Rule("prefetch", "more slots are prefetched than a token has", _prefetch_is_bounded),
+    Rule(
+        "split",
+        "down is split into more parts than a token has experts, or into a number not tried",
+        _split_has_experts,
+    ),
+    Rule("prefetch", "more slots are prefetched than a part of a token has", _prefetch_is_bounded),
 )
 """The only statement of what a configuration may be; the launchers and the tuner both read it."""
 

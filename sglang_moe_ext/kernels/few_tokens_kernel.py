@@ -16,26 +16,35 @@ WORD = tl.constexpr(16)
 LINE_BYTES = tl.constexpr(128)
 
 
-@triton.jit(do_not_specialize=("tokens", "candidates"))  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=("tokens", "candidates", "counters"))  # type: ignore[untyped-decorator]
 def up_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, w_ptr, scale_ptr, ids_ptr, routed_weights_ptr, act_ptr, plan_ptr, tokens, candidates, K, columns,
+    x_ptr, w_ptr, scale_ptr, ids_ptr, routed_weights_ptr, act_ptr, plan_ptr, arrived_ptr, tokens, candidates, counters,
+    K, columns,
     stride_x, stride_we, stride_wn, stride_se, stride_sn, stride_sk,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr, GROUPED: tl.constexpr, BY_EXPERT: tl.constexpr, PLAN_CHUNK: tl.constexpr,
     STORED: tl.constexpr, SCALING: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr,
     EVEN_K: tl.constexpr, WEIGHS_INPUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid [tiles of columns, pairs], or grouped [tiles of columns, 1 + candidates], of which the first plans."""
+    """Grid [pairs, tiles of columns], or grouped [1 + candidates, tiles of columns], of which the first plans.
+
+    Programs of one expert run together where pairs share it, so that its weights come from memory once.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    tile = tl.program_id(0)
+    tile = tl.program_id(1)
+    if arrived_ptr is not None:
+        if tile == 0 and tl.program_id(0) == 0:
+            for start in range(0, counters, 128):
+                at = start + tl.arange(0, 128)
+                tl.store(arrived_ptr + at, tl.zeros((128,), tl.int32), mask=at < counters)
     row = tl.arange(0, ROWS)
     if GROUPED:
         slot = tl.arange(0, SLOTS)
         pairs = row[:, None] * TOP_K + slot[None, :]
         there = (row < tokens)[:, None] & (slot < TOP_K)[None, :]
         ids = tl.load(ids_ptr + pairs, mask=there, other=-1).to(tl.int32)
-        candidate = tl.program_id(1) - 1
+        candidate = tl.program_id(0) - 1
         if candidate < 0:
             if tile == 0:
                 _plan(ids, pairs, ids_ptr, plan_ptr, candidates, ROWS, SLOTS, PLAN_CHUNK, BY_EXPERT)
@@ -54,7 +63,7 @@ def up_kernel(  # type: ignore[no-untyped-def]
         routed = tl.load(routed_weights_ptr + pairs, mask=is_hit, other=0.0).to(tl.float32)
         routed = tl.sum(routed, axis=1)
     else:
-        pair = tl.program_id(1)
+        pair = tl.program_id(0)
         expert = tl.load(ids_ptr + pair).to(tl.int32)
         if expert < 0:
             return
@@ -67,7 +76,7 @@ def up_kernel(  # type: ignore[no-untyped-def]
         scale_ptr += expert.to(tl.int64) * stride_se
 
     if ROWS == 1:
-        pair = tl.program_id(1)
+        pair = tl.program_id(0)
         gate, up = _vector_pair(
             x_ptr + (pair // TOP_K).to(tl.int64) * stride_x, w_ptr, scale_ptr, tile * COLUMNS, K, columns,
             stride_wn, stride_sn, stride_sk, COLUMNS, BLOCK_K, STAGES, STORED, SCALING, GROUP_N, GROUP_K, EVEN_K,
@@ -89,27 +98,34 @@ def up_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=("tokens",))  # type: ignore[untyped-decorator]
 def down_kernel(  # type: ignore[no-untyped-def]
-    act_ptr, w_ptr, scale_ptr, ids_ptr, plan_ptr, out_ptr, tokens, K, columns, routed_scaling_factor,
+    act_ptr, w_ptr, scale_ptr, ids_ptr, plan_ptr, arrived_ptr, parts_ptr, out_ptr, tokens, K, columns,
+    routed_scaling_factor,
     stride_out, stride_we, stride_wn, stride_se, stride_sn, stride_sk,
     TOP_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr,
     STAGES: tl.constexpr, GROUPED: tl.constexpr, STORED: tl.constexpr, SCALING: tl.constexpr,
     GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
-    PREFETCHED: tl.constexpr, LINES: tl.constexpr, ROW_BYTES: tl.constexpr,
+    SPLIT: tl.constexpr, PREFETCHED: tl.constexpr, LINES: tl.constexpr, ROW_BYTES: tl.constexpr,
 ):  # fmt: skip
-    """Grid [tiles of columns, tokens], or grouped [tiles of columns, 1]. K goes through all experts, one by one."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    """Grid [tokens, tiles of columns, parts], grouped [1, tiles of columns, parts].
+
+    K goes through the experts of a part, one by one. Of several parts the last to end adds all up, in their order.
+    """
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     w_row = tl.minimum(column, columns - 1)
-    first_pair = tl.program_id(1) * TOP_K
+    part = tl.program_id(2)
+    first_pair = tl.program_id(0) * TOP_K
     w_ptrs = w_ptr + w_row.to(tl.int64)[:, None] * stride_wn
     if PDL:
         for slot in tl.static_range(PREFETCHED):
-            ahead = tl.maximum(tl.load(ids_ptr + first_pair + slot).to(tl.int64), 0)
+            ahead_ptr = ids_ptr + first_pair + TOP_K * part // SPLIT + slot
+            ahead = tl.maximum(tl.load(ahead_ptr).to(tl.int64), 0)
             _prefetch(w_ptrs + ahead * stride_we, LINES, ROW_BYTES)
         tl.extra.cuda.gdc_wait()
+    turns = TOP_K
     if GROUPED:
-        steps = tl.load(plan_ptr).to(tl.int32) * STEPS
-    else:
-        steps = TOP_K * STEPS
+        turns = tl.load(plan_ptr).to(tl.int32)
+    begin = turns * part // SPLIT * STEPS
+    end = turns * (part + 1) // SPLIT * STEPS
     LOW_STRIDE: tl.constexpr = ids_ptr.dtype.element_ty.primitive_bitwidth // WORD
     low_ids_ptr = ids_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
     depth = tl.arange(0, BLOCK_K)
@@ -121,11 +137,11 @@ def down_kernel(  # type: ignore[no-untyped-def]
         total = tl.zeros((COLUMNS, BLOCK_K), tl.float32)
     else:
         acc = tl.zeros((COLUMNS, ROWS), tl.float32)
-    for step in tl.range(0, steps, num_stages=STAGES):
+    for step in tl.range(begin, end, num_stages=STAGES):
         turn = step // STEPS
         k = step % STEPS * BLOCK_K
         if GROUPED:
-            entry_ptr = plan_ptr + 1 + turn * (2 + ROWS // WORD)
+            entry_ptr = plan_ptr + 1 + turn * (2 + (ROWS + WORD - 1) // WORD)
             first_row = tl.load(entry_ptr).to(tl.int64) * ROWS
             expert = tl.load(entry_ptr + 1).to(tl.int64)
             is_here = expert >= 0
@@ -157,22 +173,37 @@ def down_kernel(  # type: ignore[no-untyped-def]
             a_ptrs = act_ptr + (first_row + row)[:, None] * K + (k + depth)[None, :]
             a_mask = used[:, None] if EVEN_K else used[:, None] & (k + depth < K)[None, :]
             a = tl.load(a_ptrs, mask=a_mask, other=0.0)
-            real = _real(w, STORED, act_ptr.dtype.element_ty)
-            if SCALING != "none":
+            if STORED == "float8":
+                a, a_scale = _quantized(a, w.dtype)
+                scale = tl.load(scale_ptr + expert * stride_se + k // GROUP_K * stride_sk)
+                acc += tl.dot(w, a.T) * (scale[:, None] * a_scale[None, :])
+            elif SCALING != "none":
                 scale = tl.load(scale_ptr + expert * stride_se + k // GROUP_K * stride_sk).to(tl.float32)
-                acc += tl.dot(real, a.T) * scale[:, None]
+                acc += tl.dot(_real(w, STORED, a.dtype), a.T) * scale[:, None]
             else:
-                acc = tl.dot(real, a.T, acc)
-    is_column = column < columns
+                acc = tl.dot(_real(w, STORED, a.dtype), a.T, acc)
     if ROWS == 1:
-        sums = (tl.sum(total, axis=1) * routed_scaling_factor).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + tl.program_id(1).to(tl.int64) * stride_out + column, sums, mask=is_column)
+        acc = tl.sum(total, axis=1)[:, None]
+    token = (tl.program_id(0) + row).to(tl.int64)
+    is_token = row < tokens if GROUPED else row == 0
+    is_here = is_token[None, :] & (column < columns)[:, None]
+    out_ptrs = out_ptr + token[None, :] * stride_out + column[:, None]
+    if SPLIT == 1:
+        tl.store(out_ptrs, (acc * routed_scaling_factor).to(out_ptr.dtype.element_ty), mask=is_here)
     else:
-        token = tl.program_id(1) + row
-        is_token = row < tokens if GROUPED else row == 0
-        out_ptrs = out_ptr + token.to(tl.int64)[None, :] * stride_out + column[:, None]
-        sums = (acc * routed_scaling_factor).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptrs, sums, mask=is_token[None, :] & is_column[:, None])
+        size = tokens.to(tl.int64) * columns
+        part_ptrs = parts_ptr + token[None, :] * columns + column[:, None]
+        tl.store(part_ptrs + part * size, acc, mask=is_here)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(
+            arrived_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), 1, sem="acq_rel", scope="gpu"
+        )
+        if arrived == SPLIT - 1:
+            tl.debug_barrier()
+            sums = tl.zeros((COLUMNS, ROWS), tl.float32)
+            for other in tl.static_range(SPLIT):
+                sums += tl.load(part_ptrs + other * size, mask=is_here, other=0.0, cache_modifier=".cg")
+            tl.store(out_ptrs, (sums * routed_scaling_factor).to(out_ptr.dtype.element_ty), mask=is_here)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -195,10 +226,10 @@ def _plan(  # type: ignore[no-untyped-def]
         used = tl.max(is_hit.to(tl.int32), axis=1)
         is_active = is_candidate & (first != NOBODY if BY_EXPERT else first == candidate)
         rank = count + tl.cumsum(is_active.to(tl.int32), axis=0) - 1
-        entry_ptrs = plan_ptr + 1 + rank * (2 + ROWS // WORD)
+        entry_ptrs = plan_ptr + 1 + rank * (2 + (ROWS + WORD - 1) // WORD)
         tl.store(entry_ptrs, candidate.to(tl.int16), mask=is_active)
         tl.store(entry_ptrs + 1, expert.to(tl.int16), mask=is_active)
-        for word in tl.static_range(ROWS // WORD):
+        for word in tl.static_range((ROWS + WORD - 1) // WORD):
             bits = tl.where((row // WORD == word)[:, None], used << (row % WORD)[:, None], 0)
             tl.store(entry_ptrs + 2 + word, tl.sum(bits, axis=0).to(tl.int16), mask=is_active)
         count += tl.sum(is_active.to(tl.int32), axis=0)
@@ -209,7 +240,7 @@ def _plan(  # type: ignore[no-untyped-def]
 def _users(word_ptr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
     """One bit for each token that takes the expert."""
     users = tl.load(word_ptr).to(tl.int64) & 0xFFFF
-    for word in tl.static_range(1, ROWS // WORD):
+    for word in tl.static_range(1, (ROWS + WORD - 1) // WORD):
         users |= (tl.load(word_ptr + word).to(tl.int64) & 0xFFFF) << (WORD * word)
     return users
 
@@ -291,16 +322,31 @@ def _matrix_pair(  # type: ignore[no-untyped-def]
             w = tl.load(w_ptrs + stored_k)
         else:
             x = tl.load(x_ptrs + k, mask=used[:, None] & (k + depth < K)[None, :], other=0.0)
-            w = tl.load(w_ptrs + stored_k, mask=(stored_k + stored_depth < _stored_length(K, STORED))[None, :], other=0.0)
-        w = _real(w, STORED, x_ptrs.dtype.element_ty)
-        if SCALING == "block" or SCALING == "group":
+            w = tl.load(
+                w_ptrs + stored_k, mask=(stored_k + stored_depth < _stored_length(K, STORED))[None, :], other=0.0
+            )
+        if STORED == "float8":
+            x, x_scale = _quantized(x, w.dtype)
+            product = tl.dot(w, x.T) * x_scale[None, :]
+            if SCALING == "block":
+                product *= tl.load(scale_ptrs + k // GROUP_K * stride_sk)[:, None]
+            acc += product
+        elif SCALING == "group":
             scale = tl.load(scale_ptrs + k // GROUP_K * stride_sk).to(tl.float32)
-            acc += tl.dot(w, x.T) * scale[:, None]
+            acc += tl.dot(_real(w, STORED, x.dtype), x.T) * scale[:, None]
         else:
-            acc = tl.dot(w, x.T, acc)
+            acc = tl.dot(_real(w, STORED, x.dtype), x.T, acc)
     if SCALING == "row":
         acc *= tl.load(scale_ptrs)[:, None]
     return tl.split(tl.permute(tl.reshape(acc, (2, COLUMNS, ROWS)), (1, 2, 0)))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _quantized(rows, dtype: tl.constexpr, LEAST: tl.constexpr = 1e-10, LARGEST: tl.constexpr = 448.0):  # type: ignore[no-untyped-def]
+    """float8 [ROWS, BLOCK_K] and the scale of each row: of a group of the scheme, or of a part of a token's row."""
+    rows = rows.to(tl.float32)
+    amax = tl.maximum(tl.max(tl.abs(rows), axis=1), LEAST)
+    return (rows * (LARGEST / amax)[:, None]).to(dtype), amax / LARGEST  # the conversion saturates
 
 
 @triton.jit  # type: ignore[untyped-decorator]
