@@ -54,6 +54,9 @@ _ENGINE_DOWN = ((32, 128, 3), (64, 64, 4), (64, 128, 2), (64, 128, 3), (64, 128,
 """BLOCK_SIZE_N, BLOCK_SIZE_K and num_stages, of 16 rows and 4 warps."""
 
 
+Tiles = tuple[tuple[int, ...], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Data:
     """One batch: hidden, ids, router's weights."""
@@ -66,7 +69,6 @@ class Data:
 def few_tokens_space(shape: MoEShape, tokens: int) -> Iterator[FewTokensConfig]:
     """Tiles to try: a base of each family, then other ups beside its down, then other downs beside its up."""
     is_byte = shape.quantisation.weight_bits <= 8
-    wide = 128 if is_byte else 64
     vector_up = [
         UpTile(1, *tile)
         for tile in (
@@ -81,25 +83,38 @@ def few_tokens_space(shape: MoEShape, tokens: int) -> Iterator[FewTokensConfig]:
             (16, 256, 4, 4, 4), (16, 512, 4, 4), (8, 256, 4, 4, 2), (32, 256, 8, 3, 4), (8, 256, 2, 4, 2),
         )
     ]  # fmt: skip
-    matrix_up = (
-        (32, wide, 4, 4), (32, wide, 4, 6), (32, 128, 4, 3), (32, 128, 4, 5), (16, 128, 4, 4), (16, 128, 4, 6),
-        (16, 128, 2, 5), (64, 64, 4, 4), (64, 128, 4, 3), (16, 256, 4, 3), (32, 256, 4, 3), (64, 128, 8, 3),
-        (64, 64, 4, 6), (64, 128, 4, 4),
-    )  # fmt: skip
-    matrix_down = (
-        (64, 128, 4, 4, 4), (16, 256, 4, 4, 1), (64, 128, 4, 4, 1), (64, 128, 4, 4, 2), (64, 128, 4, 4, 8),
-        (64, 128, 4, 3, 12), (64, 64, 4, 6, 8), (32, 128, 4, 4, 2), (32, 128, 4, 4, 4), (32, 128, 4, 6, 8),
-        (128, 64, 4, 4, 8), (128, 128, 8, 3, 8), (64, 256, 4, 3, 8), (64, 64, 4, 6, 4), (64, 128, 4, 3, 16),
-    )  # fmt: skip
+    if is_byte:
+        # 64 rows and four warps would be wgmma, which takes converted weights from registers in another order.
+        matrix_up: Tiles = (
+            (32, 128, 4, 4), (16, 128, 4, 4), (16, 128, 2, 5), (16, 128, 4, 6), (32, 128, 4, 6), (64, 128, 8, 4),
+            (32, 128, 8, 4), (16, 128, 2, 8), (32, 128, 2, 4), (8, 128, 2, 6), (8, 128, 1, 6), (64, 128, 4, 4),
+            (32, 128, 2, 6), (16, 64, 2, 8),
+        )  # fmt: skip
+        matrix_down: Tiles = (
+            (32, 128, 4, 4, 4), (32, 128, 4, 4, 2), (32, 128, 4, 4, 1), (64, 128, 4, 4, 4), (64, 128, 4, 4, 8),
+            (64, 128, 8, 4, 8), (32, 128, 2, 6, 4), (32, 128, 4, 6, 8), (16, 128, 2, 6, 4), (16, 128, 2, 6, 2),
+            (16, 128, 2, 6, 1), (64, 128, 2, 4, 8), (32, 128, 2, 4, 8), (64, 128, 4, 4, 2), (32, 128, 4, 4, 12),
+            (64, 128, 2, 4, 16),
+        )  # fmt: skip
+    else:
+        matrix_up = (
+            (32, 64, 4, 4), (32, 64, 4, 6), (32, 128, 4, 3), (32, 128, 4, 5), (16, 128, 4, 4), (16, 128, 4, 6),
+            (64, 64, 4, 4), (64, 128, 4, 3), (64, 64, 4, 6), (64, 128, 4, 4), (32, 128, 4, 4), (16, 64, 4, 8),
+        )  # fmt: skip
+        matrix_down = (
+            (64, 128, 4, 4, 4), (16, 256, 4, 4, 1), (64, 128, 4, 4, 2), (64, 128, 4, 4, 8), (64, 64, 4, 6, 8),
+            (32, 128, 4, 6, 4), (64, 256, 4, 3, 8), (64, 64, 4, 6, 4), (64, 128, 4, 3, 16), (64, 128, 4, 3, 12),
+        )  # fmt: skip
     families: list[tuple[list[UpTile], list[DownTile], bool]] = []
     if tokens <= 8:
-        families.append((vector_up[:2] if is_byte else vector_up, vector_down, False))
-        for rows in (16,) if is_byte else (8, 16):
+        if not is_byte:
+            families.append((vector_up, vector_down, False))
+        for rows in (8,) if is_byte else (8, 16):
             downs = [DownTile(rows, *tile) for tile in matrix_down]
             families.append(([UpTile(rows, *tile) for tile in matrix_up], downs, False))
     if tokens > 1:
-        # Eight rows are no operand of wgmma in Triton, and float8 is multiplied in 16 bits without it.
-        rows = next(rows for rows in (16, 32, 64) if rows >= tokens)
+        # Eight rows are no operand of wgmma in Triton.
+        rows = next(rows for rows in ((8, 16, 32, 64) if is_byte else (16, 32, 64)) if rows >= tokens)
         downs = [DownTile(rows, *tile) for tile in matrix_down]
         families.append(([UpTile(rows, *tile) for tile in matrix_up], downs, True))
     problem = problem_of(shape, tokens)

@@ -168,7 +168,7 @@ def up_arguments(
     strides = _scale_strides(w1.scale)
     return {
         "x_ptr": hidden,
-        "w_ptr": stored,
+        "w_ptr": stored.view(torch.uint8) if stored.dtype == torch.float8_e4m3fn else stored,
         "scale_ptr": w1.scale,
         "ids_ptr": ids,
         "routed_weights_ptr": routed.weights,
@@ -211,7 +211,7 @@ def down_arguments(
     strides = _scale_strides(w2.scale)
     return {
         "act_ptr": act,
-        "w_ptr": stored,
+        "w_ptr": stored.view(torch.uint8) if stored.dtype == torch.float8_e4m3fn else stored,
         "scale_ptr": w2.scale,
         "ids_ptr": ids,
         "plan_ptr": between.plan,
@@ -256,7 +256,7 @@ def _up_constants(
         "GROUPED": config.grouped,
         "BY_EXPERT": experts <= tokens * top_k,
         "PLAN_CHUNK": max(2, _PLANNED_AT_ONCE // (tile.rows * slots)),
-        **_scaling(quantisation, dtype),
+        **_scaling(quantisation, dtype, sm, tile.rows),
         "EVEN_K": k % tile.block_k == 0,
         "PDL": has_dependent_launch(sm),
         "num_warps": tile.num_warps,
@@ -286,7 +286,7 @@ def _down_constants(
         "STEPS": -(-k // tile.block_k),
         "STAGES": tile.num_stages,
         "GROUPED": config.grouped,
-        **_scaling(quantisation, dtype),
+        **_scaling(quantisation, dtype, sm, tile.rows),
         "EVEN_K": k % tile.block_k == 0,
         "PDL": pdl,
         "SPLIT": tile.split,
@@ -304,9 +304,11 @@ def has_dependent_launch(sm: int) -> bool:
     return sm >= FIRST_PDL_SM and hasattr(tl.extra, "cuda") and hasattr(tl.extra.cuda, "gdc_wait")
 
 
-def _scaling(quantisation: Quantisation, dtype: torch.dtype) -> dict[str, Any]:
+def _scaling(quantisation: Quantisation, dtype: torch.dtype, sm: int, rows: int) -> dict[str, Any]:
     """STORED, SCALING, GROUP_N and GROUP_K of the device code."""
     stored = "int4" if quantisation.weight_bits == 4 else _STORED[dtype]
+    if stored == "float8" and sm and (rows > 1 or sm < _FIRST_FLOAT8_SM):
+        stored = "float8_bits"
     if quantisation.scheme is None:
         return {"STORED": stored, "SCALING": "none", "GROUP_N": 1, "GROUP_K": 1}
     if quantisation.block_shape is None:
@@ -336,8 +338,6 @@ def _check_config(config: FewTokensConfig, problem: Problem, dtype: torch.dtype,
         raise MoEExtError(f"{config} for {problem}: this configuration is refused: {broken[0].why}; take another tile")
     if dtype not in _STORED:
         raise MoEExtError(f"weights of {dtype}: expected one of {', '.join(map(str, _STORED))}; take the engine's path")
-    if dtype == torch.float8_e4m3fn and 0 < sm < _FIRST_FLOAT8_SM:
-        raise MoEExtError(f"sm_{sm} has no float8_e4m3: expected sm_{_FIRST_FLOAT8_SM}; take the engine's path")
 
 
 def _check_tensors(rows: Tensor, weights: ExpertWeights, routed: Routed, k: int) -> None:
