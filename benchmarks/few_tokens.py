@@ -47,10 +47,8 @@ _ENGINE_UP = (
     (64, 128, 2),
     (64, 128, 4),
     (64, 128, 5),
-    (128, 64, 4),
-    (64, 256, 2),
 )
-_ENGINE_DOWN = ((32, 128, 3), (64, 64, 4), (64, 128, 2), (64, 128, 3), (64, 128, 4), (128, 128, 2), (128, 64, 3))
+_ENGINE_DOWN = ((64, 128, 3), (64, 128, 2), (64, 128, 4), (32, 128, 3), (128, 128, 2), (128, 64, 3))
 """BLOCK_SIZE_N, BLOCK_SIZE_K and num_stages, of 16 rows and 4 warps."""
 
 
@@ -70,61 +68,61 @@ def few_tokens_space(shape: MoEShape, tokens: int) -> Iterator[FewTokensConfig]:
     """Tiles to try: a base of each family, then other ups beside its down, then other downs beside its up."""
     is_byte = shape.quantisation.weight_bits <= 8
     vector_up = [
-        UpTile(1, *tile)
-        for tile in (
-            (16, 256, 4, 3), (8, 256, 2, 4), (4, 512, 4, 3), (8, 512, 4, 3), (16, 256, 4, 5), (8, 256, 4, 3),
-            (16, 512, 8, 3), (8, 256, 2, 6), (32, 256, 8, 3), (16, 256, 2, 3),
-        )
-    ]  # fmt: skip
+        UpTile(1, *tile) for tile in ((16, 256, 4, 3), (8, 512, 4, 3), (4, 512, 4, 3), (8, 256, 2, 6), (16, 256, 4, 5))
+    ]
     vector_down = [
         DownTile(1, *tile)
-        for tile in (
-            (8, 512, 4, 3), (16, 256, 4, 4), (8, 256, 4, 4), (8, 512, 4, 3, 2), (16, 512, 4, 3, 2), (16, 256, 4, 4, 2),
-            (16, 256, 4, 4, 4), (16, 512, 4, 4), (8, 256, 4, 4, 2), (32, 256, 8, 3, 4), (8, 256, 2, 4, 2),
-        )
-    ]  # fmt: skip
+        for tile in ((16, 256, 4, 4), (8, 512, 4, 3), (16, 512, 4, 3, 2), (16, 512, 4, 4), (8, 256, 4, 4))
+    ]
     if is_byte:
-        # 64 rows and four warps would be wgmma, which takes converted weights from registers in another order.
         matrix_up: Tiles = (
-            (32, 128, 4, 4), (16, 128, 4, 4), (16, 128, 2, 5), (16, 128, 4, 6), (32, 128, 4, 6), (64, 128, 8, 4),
-            (32, 128, 8, 4), (16, 128, 2, 8), (32, 128, 2, 4), (8, 128, 2, 6), (8, 128, 1, 6), (64, 128, 4, 4),
-            (32, 128, 2, 6), (16, 64, 2, 8),
+            (32, 128, 4, 4), (16, 128, 2, 5), (8, 128, 1, 6), (64, 128, 4, 4), (32, 128, 4, 6), (64, 128, 8, 4),
+            (16, 128, 4, 4), (32, 128, 2, 4), (64, 128, 4, 3),
         )  # fmt: skip
         matrix_down: Tiles = (
-            (32, 128, 4, 4, 4), (32, 128, 4, 4, 2), (32, 128, 4, 4, 1), (64, 128, 4, 4, 4), (64, 128, 4, 4, 8),
-            (64, 128, 8, 4, 8), (32, 128, 2, 6, 4), (32, 128, 4, 6, 8), (16, 128, 2, 6, 4), (16, 128, 2, 6, 2),
-            (16, 128, 2, 6, 1), (64, 128, 2, 4, 8), (32, 128, 2, 4, 8), (64, 128, 4, 4, 2), (32, 128, 4, 4, 12),
-            (64, 128, 2, 4, 16),
+            (64, 128, 4, 4, 4), (64, 128, 4, 4, 8), (64, 128, 4, 4, 2), (32, 128, 4, 4, 4), (32, 128, 2, 4, 8),
+            (128, 128, 4, 4, 8), (64, 128, 4, 4, 12), (128, 128, 8, 4, 16), (32, 128, 4, 4, 12),
         )  # fmt: skip
     else:
         matrix_up = (
-            (32, 64, 4, 4), (32, 64, 4, 6), (32, 128, 4, 3), (32, 128, 4, 5), (16, 128, 4, 4), (16, 128, 4, 6),
-            (64, 64, 4, 4), (64, 128, 4, 3), (64, 64, 4, 6), (64, 128, 4, 4), (32, 128, 4, 4), (16, 64, 4, 8),
+            (32, 128, 4, 3), (32, 64, 4, 6), (32, 128, 4, 5), (32, 128, 4, 4), (16, 128, 4, 4), (64, 64, 4, 4),
         )  # fmt: skip
         matrix_down = (
-            (64, 128, 4, 4, 4), (16, 256, 4, 4, 1), (64, 128, 4, 4, 2), (64, 128, 4, 4, 8), (64, 64, 4, 6, 8),
-            (32, 128, 4, 6, 4), (64, 256, 4, 3, 8), (64, 64, 4, 6, 4), (64, 128, 4, 3, 16), (64, 128, 4, 3, 12),
+            (64, 128, 4, 4, 4), (64, 128, 4, 4, 8), (64, 64, 4, 6, 4), (64, 256, 4, 3, 8), (64, 128, 4, 4, 2),
+            (64, 128, 4, 3, 12),
         )  # fmt: skip
-    families: list[tuple[list[UpTile], list[DownTile], bool]] = []
-    if tokens <= 8:
-        if not is_byte:
-            families.append((vector_up, vector_down, False))
-        for rows in (8,) if is_byte else (8, 16):
-            downs = [DownTile(rows, *tile) for tile in matrix_down]
-            families.append(([UpTile(rows, *tile) for tile in matrix_up], downs, False))
-    if tokens > 1:
-        # Eight rows are no operand of wgmma in Triton.
-        rows = next(rows for rows in ((8, 16, 32, 64) if is_byte else (16, 32, 64)) if rows >= tokens)
-        downs = [DownTile(rows, *tile) for tile in matrix_down]
-        families.append(([UpTile(rows, *tile) for tile in matrix_up], downs, True))
     problem = problem_of(shape, tokens)
-    for ups, downs, grouped in families:
+    for ups, downs, grouped in _families(tokens, is_byte, (vector_up, vector_down), (matrix_up, matrix_down)):
         for up in ups:
             if not refusals(config := FewTokensConfig(up, downs[0], grouped), problem):
                 yield config
         for down in downs[1:]:
             if not refusals(config := FewTokensConfig(ups[0], down, grouped), problem):
                 yield config
+
+
+def _families(
+    tokens: int, is_byte: bool, vector: tuple[list[UpTile], list[DownTile]], matrix: tuple[Tiles, Tiles]
+) -> list[tuple[list[UpTile], list[DownTile], bool]]:
+    vector_up, vector_down = vector
+    matrix_up, matrix_down = matrix
+    families: list[tuple[list[UpTile], list[DownTile], bool]] = []
+    if tokens <= 8:
+        if not is_byte:
+            families.append((vector_up, vector_down, False))
+        for rows in (8, 16):
+            downs = [DownTile(rows, *tile) for tile in matrix_down]
+            families.append(([UpTile(rows, *tile) for tile in matrix_up], downs, False))
+    if tokens > 1:
+        # Eight rows are no operand of wgmma in Triton.
+        for rows in [rows for rows in (8, 16, 32) if rows >= tokens][: 2 if is_byte and tokens <= 8 else 1]:
+            if rows > 8 or is_byte:
+                downs = [DownTile(rows, *tile) for tile in matrix_down]
+                families.append(([UpTile(rows, *tile) for tile in matrix_up], downs, True))
+        if tokens <= 8 and not is_byte:
+            downs = [DownTile(16, *tile) for tile in matrix_down]
+            families.append(([UpTile(16, *tile) for tile in matrix_up], downs, True))
+    return families
 
 
 def problem_of(shape: MoEShape, tokens: int) -> Problem:
@@ -310,7 +308,7 @@ class Racer:
         for name, run in runs.items():
             try:
                 graphs[name] = self.graph(run, sets)
-            except Exception as error:  # noqa: BLE001 - each costs this candidate alone
+            except Exception as error:  # noqa: BLE001, PERF203 - each costs this candidate alone
                 print(f"  left out: {name}: {type(error).__name__}: {str(error)[:150]}", flush=True)
         times = self.timed(list(graphs.values()), sets, rounds)
         return {name: median(us) for name, us in zip(graphs, times, strict=True)}
@@ -433,9 +431,11 @@ def measure(name: str, tokens: Sequence[int], arguments: argparse.Namespace) -> 
     count = engines_ahead(shape, tokens, arguments.sm)
     print(f"{name}: {count} of the engine after {time.monotonic() - began:.0f} s", flush=True)
     if arguments.lock:
-        fcntl.flock(arguments.lock.open("w"), fcntl.LOCK_EX)  # until this process ends
+        held = arguments.lock.open("w")
+        fcntl.flock(held, fcntl.LOCK_EX)
     racer, rows = Racer(shape), []
     print(f"{name}: ready after {time.monotonic() - began:.0f} s", flush=True)
+    print(_HEADER, flush=True)
     for m in tokens:
         sets = racer.data(m)
         pair, engine_screens = racer.best_engine(m, sets)
@@ -451,6 +451,10 @@ def measure(name: str, tokens: Sequence[int], arguments: argparse.Namespace) -> 
         few_tokens._up_constants.cache_clear()
         alone = racer.graph(partial(racer.ours, replace(fastest, down=replace(fastest.down, prefetched=0))), sets)
         few_tokens.has_dependent_launch = with_pdl
+        wide_range_us = None
+        if shape.quantisation.scheme and m in (1, 8):
+            wide = racer.graph(partial(racer.ours, replace(fastest, wide_range=True)), sets)
+            wide_range_us = median(racer.timed([wide], sets, arguments.rounds)[0])
         few_tokens._down_constants.cache_clear()
         few_tokens._up_constants.cache_clear()
         no_pdl = median(racer.timed([alone], sets, arguments.rounds)[0])
@@ -461,22 +465,46 @@ def measure(name: str, tokens: Sequence[int], arguments: argparse.Namespace) -> 
         engine_error, engine_of_scheme = racer.errors(racer.engines(*pair, sets[1]), sets[1])
         row = {
             "layer": name, "m": m, "engine_us": engine_us, "ours_us": ours_us, "ratio": engine_us / ours_us,
-            "no_pdl_us": no_pdl, "up_us": up_us, "down_us": down_us, "tbs": read / ours_us / 1e6, "error": error, "error_of_scheme": of_scheme,
-            "engine_error": engine_error, "engine_error_of_scheme": engine_of_scheme,
-            "bits": racer.replay_gives_the_eager_bits(fastest, sets), "config": str(fastest),
-            "engine": f"up {pair[0]}, down {pair[1]}", "finalists": {n: median(us) for n, us in times.items()},
+            "no_pdl_us": no_pdl, "wide_range_us": wide_range_us, "up_us": up_us, "down_us": down_us,
+            "tbs": read / ours_us / 1e6, "error": error, "error_of_scheme": of_scheme, "engine_error": engine_error,
+            "engine_error_of_scheme": engine_of_scheme, "bits": racer.replay_gives_the_eager_bits(fastest, sets),
+            "config": str(fastest), "engine": f"up {pair[0]}, down {pair[1]}",
+            "finalists": {n: median(us) for n, us in times.items()},
             "screens": screens, "engine_screens": engine_screens,
         }  # fmt: skip
         rows.append(row)
-        print(
-            f"| {name} | {m} | {ours_us:.1f} | {engine_us:.1f} | {row['ratio']:.3f} | {row['tbs']:.2f} TB/s | no PDL {no_pdl:.1f} "
-            f"up {up_us:.1f} down {down_us:.1f} "
-            f"| {error:.1e} {of_scheme:.1e} engine {engine_error:.1e} {engine_of_scheme:.1e} | {row['bits']} | {fastest} "
-            f"| {row['engine']} | " + "; ".join(f"{median(us):.1f} {n}" for n, us in times.items() if n != "engine"),
-            flush=True,
-        )
+        print(_cells(row), flush=True)
         torch.cuda.empty_cache()
+    if arguments.lock:
+        held.close()
     return rows
+
+
+_HEADER = """\
+| layer | M | ours us | engine us | ratio | TB/s | up, down alone | no PDL us | wide range us | error: exact, \
+of the scheme | engine's | graph gives the eager bits | ours | engine |
+|---|---:|---:|---:|---:|---:|---|---:|---:|---|---|---|---|---|"""
+
+
+def _cells(row: dict[str, Any]) -> str:
+    wide = row["wide_range_us"]
+    cells = (
+        row["layer"],
+        str(row["m"]),
+        f"{row['ours_us']:.1f}",
+        f"{row['engine_us']:.1f}",
+        f"{row['ratio']:.3f}x",
+        f"{row['tbs']:.2f}",
+        f"{row['up_us']:.1f}, {row['down_us']:.1f}",
+        f"{row['no_pdl_us']:.1f}",
+        "" if wide is None else f"{wide:.1f}",
+        f"{row['error']:.1e}, {row['error_of_scheme']:.1e}",
+        f"{row['engine_error']:.1e}, {row['engine_error_of_scheme']:.1e}",
+        str(row["bits"]),
+        row["config"].removeprefix("FEW TOKENS "),
+        row["engine"],
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def _expert_bytes(shape: MoEShape) -> int:

@@ -1,9 +1,11 @@
 """A MoE layer for few tokens in two launches: no sort, no scatter, no sum pass.
 
 `up`: SwiGLU(hidden @ w1.T) times the router's weight, straight from topk_ids. `down`: act @ w2.T, summed over a token's
-experts in a fixed order, so that the same inputs give the same bits. Weights are read in the form the engines store
-them. Activations stay in 16 bits, but for float8 on the matrix units: there they are quantised inside, by groups of
-BLOCK_K, which are those of the scheme or finer. `reference.moe_layer` is the meaning.
+experts in a fixed order, so that the same inputs give the same bits. `reference.moe_layer` is the meaning.
+
+Weights are read in the form the engines store them. Activations are not quantised in any scheme: that is nearer to
+what the weights mean, and the weights' bytes are the limit. On the matrix units float8 is multiplied as float16, to
+which the hardware converts it; there a bfloat16 activation beyond 65504 is inf, unless `wide_range` is configured.
 
 Nothing here waits, and the grid depends on shapes alone, so a CUDA graph can hold both launches.
 """
@@ -27,6 +29,7 @@ from sglang_moe_ext.kernels.launching import launch
 _PLANNED_AT_ONCE = 2048
 """Elements of the comparison of ids with candidates that one step of the plan holds in registers."""
 _FIRST_FLOAT8_SM = 89
+_NOT_QUANTIZED = Quantisation()
 _STORED = {
     torch.bfloat16: "same",
     torch.float16: "same",
@@ -42,7 +45,7 @@ class ExpertWeights:
 
     values: Tensor
     scale: Tensor | None = None
-    quantisation: Quantisation = Quantisation()
+    quantisation: Quantisation = _NOT_QUANTIZED
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,7 @@ def few_tokens_layer(
         weighs_input: the router's weight multiplies gate and up instead of the activation.
 
     Raises:
-        MoEExtError: the tensors or the configuration do not go together, or the GPU has no float8.
+        MoEExtError: the tensors or the configuration do not go together.
     """
     between = workspace(hidden, w1.values, routed.ids, config)
     few_tokens_up(hidden, w1, routed, between, config, weighs_input=weighs_input)
@@ -256,7 +259,7 @@ def _up_constants(
         "GROUPED": config.grouped,
         "BY_EXPERT": experts <= tokens * top_k,
         "PLAN_CHUNK": max(2, _PLANNED_AT_ONCE // (tile.rows * slots)),
-        **_scaling(quantisation, dtype, sm, tile.rows),
+        **_scaling(quantisation, dtype, sm, wide_range=config.wide_range and tile.rows > 1),
         "EVEN_K": k % tile.block_k == 0,
         "PDL": has_dependent_launch(sm),
         "num_warps": tile.num_warps,
@@ -286,7 +289,7 @@ def _down_constants(
         "STEPS": -(-k // tile.block_k),
         "STAGES": tile.num_stages,
         "GROUPED": config.grouped,
-        **_scaling(quantisation, dtype, sm, tile.rows),
+        **_scaling(quantisation, dtype, sm, wide_range=config.wide_range and tile.rows > 1),
         "EVEN_K": k % tile.block_k == 0,
         "PDL": pdl,
         "SPLIT": tile.split,
@@ -304,10 +307,10 @@ def has_dependent_launch(sm: int) -> bool:
     return sm >= FIRST_PDL_SM and hasattr(tl.extra, "cuda") and hasattr(tl.extra.cuda, "gdc_wait")
 
 
-def _scaling(quantisation: Quantisation, dtype: torch.dtype, sm: int, rows: int) -> dict[str, Any]:
+def _scaling(quantisation: Quantisation, dtype: torch.dtype, sm: int, *, wide_range: bool) -> dict[str, Any]:
     """STORED, SCALING, GROUP_N and GROUP_K of the device code."""
     stored = "int4" if quantisation.weight_bits == 4 else _STORED[dtype]
-    if stored == "float8" and sm and (rows > 1 or sm < _FIRST_FLOAT8_SM):
+    if stored == "float8" and sm and (sm < _FIRST_FLOAT8_SM or wide_range):
         stored = "float8_bits"
     if quantisation.scheme is None:
         return {"STORED": stored, "SCALING": "none", "GROUP_N": 1, "GROUP_K": 1}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sglang_moe_ext.core import Quantisation
 
-ROWS = (1, 8, 16, 32, 64)
+ROWS = (1, 8, 16, 32)
 """Tokens of a tile: 1 multiplies on the vector units, more on the matrix units, whose smallest operand is 8 wide."""
 COLUMNS = (4, 8, 16, 32, 64, 128)
 BLOCK_K = (32, 64, 128, 256, 512, 1024)
@@ -60,14 +60,19 @@ Tile = UpTile | DownTile
 
 @dataclass(frozen=True, slots=True)
 class FewTokensConfig:
-    """Both launches. `grouped`: the tokens of one expert share a tile; else each pair, or each token, has its own."""
+    """Both launches. `grouped`: the tokens of one expert share a tile; else each pair, or each token, has its own.
+
+    `wide_range`: float8 weights are multiplied as bfloat16, so that activations may exceed 65504, where float16 is inf.
+    """
 
     up: UpTile
     down: DownTile
     grouped: bool = False
+    wide_range: bool = False
 
     def __str__(self) -> str:
-        return f"FEW TOKENS up {self.up}, down {self.down}{' grouped' if self.grouped else ''}"
+        notes = f"{' grouped' if self.grouped else ''}{' wide range' if self.wide_range else ''}"
+        return f"FEW TOKENS up {self.up}, down {self.down}{notes}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,3 +169,56 @@ RULES = (
 def refusals(config: FewTokensConfig, problem: Problem) -> tuple[Rule, ...]:
     """The rules that this configuration breaks."""
     return tuple(rule for rule in RULES if not rule.keeps(config, problem))
+
+
+_16_BITS = {
+    1: (
+        FewTokensConfig(UpTile(1, 16, 256, 4, 3), DownTile(1, 16, 256, 4, 4)),
+        FewTokensConfig(UpTile(16, 32, 128, 4, 3), DownTile(1, 8, 512, 4, 3)),
+    ),
+    2: (
+        FewTokensConfig(UpTile(8, 32, 128, 4, 3), DownTile(1, 8, 512, 4, 3)),
+        FewTokensConfig(UpTile(1, 4, 512, 4, 3), DownTile(1, 8, 512, 4, 3)),
+    ),
+    4: (
+        FewTokensConfig(UpTile(1, 8, 512, 4, 3), DownTile(1, 16, 512, 4, 4, prefetched=1)),
+        FewTokensConfig(UpTile(16, 32, 128, 4, 5), DownTile(16, 64, 128, 4, 4, split=4), grouped=True),
+    ),
+    16: (
+        FewTokensConfig(UpTile(16, 32, 128, 4, 4), DownTile(16, 64, 128, 4, 4, split=8), grouped=True),
+        FewTokensConfig(UpTile(16, 32, 128, 4, 4), DownTile(16, 64, 256, 4, 3, split=8), grouped=True),
+    ),
+    32: (
+        FewTokensConfig(UpTile(32, 32, 128, 4, 3), DownTile(32, 64, 256, 4, 3, split=8), grouped=True),
+        FewTokensConfig(UpTile(32, 32, 128, 4, 5), DownTile(32, 64, 128, 4, 4, split=4), grouped=True),
+    ),
+}
+_8_BITS = {
+    1: (
+        FewTokensConfig(UpTile(8, 16, 128, 2, 5), DownTile(8, 64, 128, 4, 4, split=8)),
+        FewTokensConfig(UpTile(8, 8, 128, 1, 6), DownTile(8, 64, 128, 4, 4, split=2)),
+    ),
+    2: (
+        FewTokensConfig(UpTile(8, 32, 128, 4, 4), DownTile(8, 64, 128, 4, 4, split=4)),
+        FewTokensConfig(UpTile(8, 8, 128, 1, 6), DownTile(8, 64, 128, 4, 4, split=2)),
+    ),
+    4: (
+        FewTokensConfig(UpTile(8, 64, 128, 4, 4), DownTile(8, 128, 128, 4, 4, split=8)),
+        FewTokensConfig(UpTile(8, 16, 128, 2, 5), DownTile(8, 64, 128, 4, 4, split=8, prefetched=1), grouped=True),
+    ),
+    8: (
+        FewTokensConfig(UpTile(8, 16, 128, 2, 5), DownTile(8, 128, 128, 4, 4, split=8)),
+        FewTokensConfig(UpTile(8, 32, 128, 2, 4), DownTile(8, 64, 128, 4, 4, split=8, prefetched=1), grouped=True),
+    ),
+}
+
+
+def contenders(problem: Problem) -> tuple[FewTokensConfig, ...]:
+    """What to race for these tokens, the likeliest first; none where the path never won.
+
+    The fastest of `benchmarks/few_tokens.py` for four layers: H100, SGLang 0.5.15, Triton 3.6.0, 2026-11-26.
+    """
+    by_tokens = _16_BITS if problem.quantisation.weight_bits == 16 else _8_BITS
+    nearest = next((most for most in by_tokens if problem.tokens <= most), None)
+    chosen = () if nearest is None else by_tokens[nearest]
+    return tuple(config for config in chosen if not refusals(config, problem))

@@ -33,7 +33,7 @@ def up_kernel(  # type: ignore[no-untyped-def]
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(1)
-    if arrived_ptr is not None:
+    if arrived_ptr is not None:  # noqa: SIM102 - decided at compile time
         if tile == 0 and tl.program_id(0) == 0:
             for start in range(0, counters, 128):
                 at = start + tl.arange(0, 128)
@@ -173,6 +173,8 @@ def down_kernel(  # type: ignore[no-untyped-def]
             a_ptrs = act_ptr + (first_row + row)[:, None] * K + (k + depth)[None, :]
             a_mask = used[:, None] if EVEN_K else used[:, None] & (k + depth < K)[None, :]
             a = tl.load(a_ptrs, mask=a_mask, other=0.0)
+            if STORED == "float8":
+                a = a.to(tl.float16)
             if SCALING != "none":
                 scale = tl.load(scale_ptr + expert * stride_se + k // GROUP_K * stride_sk).to(tl.float32)
                 acc += tl.dot(_real(w, STORED, a.dtype), a.T) * scale[:, None]
@@ -229,7 +231,7 @@ def _plan(  # type: ignore[no-untyped-def]
             bits = tl.where((row // WORD == word)[:, None], used << (row % WORD)[:, None], 0)
             tl.store(entry_ptrs + 2 + word, tl.sum(bits, axis=0).to(tl.int16), mask=is_active)
         count += tl.sum(is_active.to(tl.int32), axis=0)
-    tl.store(plan_ptr, count.to(tl.int16))
+    tl.store(plan_ptr, tl.cast(count, tl.int16))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -321,7 +323,9 @@ def _matrix_pair(  # type: ignore[no-untyped-def]
             w = tl.load(
                 w_ptrs + stored_k, mask=(stored_k + stored_depth < _stored_length(K, STORED))[None, :], other=0.0
             )
-        if SCALING == "block" or SCALING == "group":
+        if STORED == "float8":
+            x = x.to(tl.float16)  # what the hardware makes of float8; bfloat16 would cost four times the conversion
+        if SCALING != "none" and SCALING != "row":  # noqa: PLR1714 - Triton knows no sets
             scale = tl.load(scale_ptrs + k // GROUP_K * stride_sk).to(tl.float32)
             acc += tl.dot(_real(w, STORED, x.dtype), x.T) * scale[:, None]
         else:
