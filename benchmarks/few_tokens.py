@@ -5,7 +5,7 @@ usage, from the repository root: python -m benchmarks.few_tokens [--layers NAME 
 
 Ours: the fastest of the tiles in `few_tokens_space`. Tuned engine: the fastest pair of a scan of the engine's tiles,
 those of our H200 tables among them. Routing: uniform and Zipf in turn.
-Errors are relative, against float32 with the stored weights, with activations as they are and quantised as the scheme
+Errors are relative, against float32 with the stored weights, with activations as they are and quantized as the scheme
 says. "Bits": a graph that is replayed on other data gives what the eager launches give.
 """
 
@@ -27,16 +27,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from sglang_moe_ext.core import MoEExtError, MoEShape, Quantisation, TileConfig
-from sglang_moe_ext.kernels.few_tokens_config import DownTile, FewTokensConfig, Problem, UpTile, refusals
+from sglang_moe_ext.core import MoEExtError, MoEShape, Quantization, TileConfig
+from sglang_moe_ext.kernels.few_tokens_config import DownTile, FewTokensConfig, FewTokensProblem, UpTile, refusals
 
-_BLOCK = Quantisation("fp8_w8a8", (128, 128))
+_BLOCK = Quantization("fp8_w8a8", (128, 128))
 LAYERS = {
     "GLM-4.7-Flash bf16": MoEShape(65, 1536, 2048, 5, fused_shared=1),
     "Qwen3-30B-A3B bf16": MoEShape(128, 768, 2048, 8),
     "Qwen3-30B-A3B fp8 block": MoEShape(128, 768, 2048, 8, _BLOCK),
     "DeepSeek-V3 TP8 fp8 block": MoEShape(257, 256, 7168, 9, _BLOCK, fused_shared=1),
-    "Qwen3-30B-A3B fp8 channel": MoEShape(128, 768, 2048, 8, Quantisation("fp8_w8a8", per_channel=True)),
+    "Qwen3-30B-A3B fp8 channel": MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", per_channel=True)),
 }
 TOKENS = (1, 2, 4, 8, 16, 32)
 _SETS, _SCREEN_ROUNDS, _SEED = 4, 5, 3000
@@ -66,7 +66,7 @@ class Data:
 
 def few_tokens_space(shape: MoEShape, tokens: int) -> Iterator[FewTokensConfig]:
     """Tiles to try: a base of each family, then other ups beside its down, then other downs beside its up."""
-    is_byte = shape.quantisation.weight_bits <= 8
+    is_byte = shape.quantization.weight_bits <= 8
     vector_up = [
         UpTile(1, *tile) for tile in ((16, 256, 4, 3), (8, 512, 4, 3), (4, 512, 4, 3), (8, 256, 2, 6), (16, 256, 4, 5))
     ]
@@ -125,9 +125,9 @@ def _families(
     return families
 
 
-def problem_of(shape: MoEShape, tokens: int) -> Problem:
+def problem_of(shape: MoEShape, tokens: int) -> FewTokensProblem:
     """What the rules look at."""
-    return Problem(tokens, shape.top_k, shape.intermediate_size, shape.hidden_size, shape.quantisation)
+    return FewTokensProblem(tokens, shape.top_k, shape.intermediate_size, shape.hidden_size, shape.quantization)
 
 
 def compiled_ahead(shape: MoEShape, tokens: Sequence[int], sm: int) -> int:
@@ -156,11 +156,11 @@ def compiled_ahead(shape: MoEShape, tokens: Sequence[int], sm: int) -> int:
 def engines_ahead(shape: MoEShape, tokens: Sequence[int], sm: int) -> int:
     """The same for the engine's tiles."""
     from sglang_moe_ext.engines.sglang import installation
-    from sglang_moe_ext.tuning import candidates
-    from sglang_moe_ext.tuning.compile import compile_all
-    from sglang_moe_ext.tuning.compile_cache import CompileCache
-    from sglang_moe_ext.tuning.questions import Pair
-    from sglang_moe_ext.tuning.sources import kernel_source
+    from sglang_moe_ext.tuning.bench.messages import Pair
+    from sglang_moe_ext.tuning.compile.cache import CompileCache
+    from sglang_moe_ext.tuning.compile.kernel_source import kernel_source
+    from sglang_moe_ext.tuning.compile.pool import compile_all
+    from sglang_moe_ext.tuning.search import candidates
 
     ups, downs = engine_tiles(shape)
     pairs: list[Pair] = [{"up": ups[0], "down": down} for down in downs]
@@ -174,11 +174,11 @@ def engines_ahead(shape: MoEShape, tokens: Sequence[int], sm: int) -> int:
 
 def engine_tiles(shape: MoEShape) -> tuple[list[TileConfig], list[TileConfig]]:
     """The scan: ups and downs, with TMA where the engine's is right."""
-    block = shape.quantisation.block_shape
+    block = shape.quantization.block_shape
     is_whole = {k for k in (64, 128, 256) if block is None or block[1] % k == 0}
     ups = [TileConfig(16, n, k, 1, 4, stages) for n, k, stages in _ENGINE_UP if k in is_whole]
     downs = [TileConfig(16, n, k, 1, 4, stages) for n, k, stages in _ENGINE_DOWN if k in is_whole]
-    if block is not None or shape.quantisation.scheme is None:
+    if block is not None or shape.quantization.scheme is None:
         downs += [replace(tile, use_tma=True) for tile in downs]
     return ups, downs
 
@@ -217,12 +217,12 @@ def _empty_weights(shape: MoEShape, projection: Any) -> Any:
     from sglang_moe_ext.kernels.few_tokens import ExpertWeights
 
     columns, k = shape.gemm(projection)
-    quantisation = shape.quantisation
-    if quantisation.scheme is None:
+    quantization = shape.quantization
+    if quantization.scheme is None:
         return ExpertWeights(torch.empty(shape.experts, columns, k, dtype=getattr(torch, shape.dtype)))
-    n, d = quantisation.block_shape or (1, k)
+    n, d = quantization.block_shape or (1, k)
     scale = torch.empty(shape.experts, columns // n, k // d, dtype=torch.float32)
-    return ExpertWeights(torch.empty(shape.experts, columns, k, dtype=torch.float8_e4m3fn), scale, quantisation)
+    return ExpertWeights(torch.empty(shape.experts, columns, k, dtype=torch.float8_e4m3fn), scale, quantization)
 
 
 class Racer:
@@ -231,16 +231,16 @@ class Racer:
     def __init__(self, shape: MoEShape) -> None:
         import torch
 
-        from sglang_moe_ext.engines.sglang import kernel
+        from sglang_moe_ext.engines.sglang import runner
         from sglang_moe_ext.kernels.few_tokens import ExpertWeights
-        from sglang_moe_ext.tuning import routing
-        from sglang_moe_ext.tuning.layer import Layer
-        from sglang_moe_ext.tuning.timing import Stopwatch, cuda_queue
+        from sglang_moe_ext.tuning.bench import routing
+        from sglang_moe_ext.tuning.bench.layer import BenchedLayer
+        from sglang_moe_ext.tuning.bench.timer import Stopwatch, cuda_queue
 
-        self.shape, self.engine = shape, kernel.load()
-        self.layer = Layer(self.engine, shape, routing.SOURCES["mixed"], _SEED)
+        self.shape, self.engine = shape, runner.load()
+        self.layer = BenchedLayer(self.engine, shape, routing.SOURCES["mixed"], _SEED)
         self.w1, self.w2 = (
-            ExpertWeights(weights.stored, weights.scale, shape.quantisation)
+            ExpertWeights(weights.stored, weights.scale, shape.quantization)
             for weights in (self.layer.weights["up"], self.layer.weights["down"])
         )
         read = torch.ones(32 << 20, dtype=torch.float32, device="cuda")
@@ -259,13 +259,13 @@ class Racer:
 
     def engines(self, up: TileConfig, down: TileConfig, data: Data) -> Any:
         """[tokens, hidden] by the engine's layer."""
-        from sglang_moe_ext.engines.sglang import whole_layer
+        from sglang_moe_ext.engines.sglang import runner
         from sglang_moe_ext.engines.tensors import LayerTensors
 
         tensors = LayerTensors(
             data.hidden, self.w1.values, self.w2.values, self.w1.scale, self.w2.scale, data.weights, data.ids
         )
-        return whole_layer.run(self.engine, self.shape, tensors, up, down)
+        return runner.run(self.engine, self.shape, tensors, up, down)
 
     def ours(self, config: FewTokensConfig, data: Data) -> Any:
         """[tokens, hidden] by the two launches."""
@@ -353,11 +353,11 @@ class Racer:
         return best, {str(c): round(us, 2) for c, us in (screens | seconds).items()}
 
     def errors(self, out: Any, data: Data) -> tuple[float, float]:
-        """Against float32 with activations as they are, and as the scheme quantises them."""
+        """Against float32 with activations as they are, and as the scheme quantizes them."""
         from sglang_moe_ext.kernels import reference
 
         scheme = reference.moe_layer(
-            data.hidden, self.w1.values, self.w2.values, data.weights, data.ids, quantisation=self.shape.quantisation,
+            data.hidden, self.w1.values, self.w2.values, data.weights, data.ids, quantization=self.shape.quantization,
             w1_scale=self.w1.scale, w2_scale=self.w2.scale,
         )  # fmt: skip
         return reference.relative_error(out, self._exact(data)), reference.relative_error(out, scheme)
@@ -365,9 +365,9 @@ class Racer:
     def _exact(self, data: Data) -> Any:
         import torch
 
-        from sglang_moe_ext.kernels.scales import Scales, real_weights
+        from sglang_moe_ext.kernels.quantize import Scales, real_weights
 
-        scales = [None if w.scale is None else Scales(w.quantisation, None, w.scale) for w in (self.w1, self.w2)]
+        scales = [None if w.scale is None else Scales(w.quantization, None, w.scale) for w in (self.w1, self.w2)]
         out = torch.zeros(data.hidden.shape, dtype=torch.float32, device="cuda")
         for token, ids in enumerate(data.ids.tolist()):
             for slot, expert in enumerate(ids):
@@ -452,7 +452,7 @@ def measure(name: str, tokens: Sequence[int], arguments: argparse.Namespace) -> 
         alone = racer.graph(partial(racer.ours, replace(fastest, down=replace(fastest.down, prefetched=0))), sets)
         few_tokens.has_dependent_launch = with_pdl
         wide_range_us = None
-        if shape.quantisation.scheme and m in (1, 8):
+        if shape.quantization.scheme and m in (1, 8):
             wide = racer.graph(partial(racer.ours, replace(fastest, wide_range=True)), sets)
             wide_range_us = median(racer.timed([wide], sets, arguments.rounds)[0])
         few_tokens._down_constants.cache_clear()
@@ -508,7 +508,7 @@ def _cells(row: dict[str, Any]) -> str:
 
 
 def _expert_bytes(shape: MoEShape) -> int:
-    return 3 * shape.intermediate_size * shape.hidden_size * shape.quantisation.weight_bits // 8
+    return 3 * shape.intermediate_size * shape.hidden_size * shape.quantization.weight_bits // 8
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 `up`: SwiGLU(hidden @ w1.T) times the router's weight, straight from topk_ids. `down`: act @ w2.T, summed over a token's
 experts in a fixed order, so that the same inputs give the same bits. `reference.moe_layer` is the meaning.
 
-Weights are read in the form the engines store them. Activations are not quantised in any scheme: that is nearer to
+Weights are read in the form the engines store them. Activations are not quantized in any scheme: that is nearer to
 what the weights mean, and the weights' bytes are the limit. On the matrix units float8 is multiplied as float16, to
 which the hardware converts it; there a bfloat16 activation beyond 65504 is inf, unless `wide_range` is configured.
 
@@ -21,15 +21,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sglang_moe_ext.core import MoEExtError, Quantisation
-from sglang_moe_ext.kernels.few_tokens_config import FIRST_PDL_SM, FewTokensConfig, Problem, refusals
+from sglang_moe_ext.core import MoEExtError, Quantization
+from sglang_moe_ext.kernels.few_tokens_config import FIRST_PDL_SM, FewTokensConfig, FewTokensProblem, refusals
 from sglang_moe_ext.kernels.few_tokens_kernel import down_kernel, up_kernel
-from sglang_moe_ext.kernels.launching import launch
+from sglang_moe_ext.kernels.launcher import launch
 
 _PLANNED_AT_ONCE = 2048
 """Elements of the comparison of ids with candidates that one step of the plan holds in registers."""
 _FIRST_FLOAT8_SM = 89
-_NOT_QUANTIZED = Quantisation()
+_NOT_QUANTIZED = Quantization()
 _STORED = {
     torch.bfloat16: "same",
     torch.float16: "same",
@@ -45,7 +45,7 @@ class ExpertWeights:
 
     values: Tensor
     scale: Tensor | None = None
-    quantisation: Quantisation = _NOT_QUANTIZED
+    quantization: Quantization = _NOT_QUANTIZED
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +167,7 @@ def up_arguments(
     experts, twice, _ = stored.shape
     _check_tensors(hidden, w1, routed, k)
     sm = _sm(hidden.device) if sm is None else sm
-    fixed = _up_constants(config, w1.quantisation, stored.dtype, tokens, ids.shape[1], experts, twice // 2, k, sm)
+    fixed = _up_constants(config, w1.quantization, stored.dtype, tokens, ids.shape[1], experts, twice // 2, k, sm)
     strides = _scale_strides(w1.scale)
     return {
         "x_ptr": hidden,
@@ -210,7 +210,7 @@ def down_arguments(
     k = act.shape[1]
     _check_tensors(out, w2, routed, k)
     sm = _sm(out.device) if sm is None else sm
-    fixed = _down_constants(config, w2.quantisation, stored.dtype, tokens, ids.shape[1], columns, k, sm)
+    fixed = _down_constants(config, w2.quantization, stored.dtype, tokens, ids.shape[1], columns, k, sm)
     strides = _scale_strides(w2.scale)
     return {
         "act_ptr": act,
@@ -238,7 +238,7 @@ def down_arguments(
 @lru_cache(maxsize=4096)
 def _up_constants(
     config: FewTokensConfig,
-    quantisation: Quantisation,
+    quantization: Quantization,
     dtype: torch.dtype,
     tokens: int,
     top_k: int,
@@ -247,7 +247,7 @@ def _up_constants(
     k: int,
     sm: int,
 ) -> dict[str, Any]:
-    _check_config(config, Problem(tokens, top_k, columns, k, quantisation), dtype, sm)
+    _check_config(config, FewTokensProblem(tokens, top_k, columns, k, quantization), dtype, sm)
     tile, slots = config.up, triton.next_power_of_2(top_k)
     return {
         "TOP_K": top_k,
@@ -259,7 +259,7 @@ def _up_constants(
         "GROUPED": config.grouped,
         "BY_EXPERT": experts <= tokens * top_k,
         "PLAN_CHUNK": max(2, _PLANNED_AT_ONCE // (tile.rows * slots)),
-        **_scaling(quantisation, dtype, sm, wide_range=config.wide_range and tile.rows > 1),
+        **_scaling(quantization, dtype, sm, wide_range=config.wide_range and tile.rows > 1),
         "EVEN_K": k % tile.block_k == 0,
         "PDL": has_dependent_launch(sm),
         "num_warps": tile.num_warps,
@@ -270,7 +270,7 @@ def _up_constants(
 @lru_cache(maxsize=4096)
 def _down_constants(
     config: FewTokensConfig,
-    quantisation: Quantisation,
+    quantization: Quantization,
     dtype: torch.dtype,
     tokens: int,
     top_k: int,
@@ -278,9 +278,9 @@ def _down_constants(
     k: int,
     sm: int,
 ) -> dict[str, Any]:
-    _check_config(config, Problem(tokens, top_k, k, columns, quantisation), dtype, sm)
+    _check_config(config, FewTokensProblem(tokens, top_k, k, columns, quantization), dtype, sm)
     tile, pdl = config.down, has_dependent_launch(sm)
-    row_bytes = k // 2 if quantisation.weight_bits == 4 else k * dtype.itemsize
+    row_bytes = k // 2 if quantization.weight_bits == 4 else k * dtype.itemsize
     return {
         "TOP_K": top_k,
         "ROWS": tile.rows,
@@ -289,7 +289,7 @@ def _down_constants(
         "STEPS": -(-k // tile.block_k),
         "STAGES": tile.num_stages,
         "GROUPED": config.grouped,
-        **_scaling(quantisation, dtype, sm, wide_range=config.wide_range and tile.rows > 1),
+        **_scaling(quantization, dtype, sm, wide_range=config.wide_range and tile.rows > 1),
         "EVEN_K": k % tile.block_k == 0,
         "PDL": pdl,
         "SPLIT": tile.split,
@@ -307,16 +307,16 @@ def has_dependent_launch(sm: int) -> bool:
     return sm >= FIRST_PDL_SM and hasattr(tl.extra, "cuda") and hasattr(tl.extra.cuda, "gdc_wait")
 
 
-def _scaling(quantisation: Quantisation, dtype: torch.dtype, sm: int, *, wide_range: bool) -> dict[str, Any]:
+def _scaling(quantization: Quantization, dtype: torch.dtype, sm: int, *, wide_range: bool) -> dict[str, Any]:
     """STORED, SCALING, GROUP_N and GROUP_K of the device code."""
-    stored = "int4" if quantisation.weight_bits == 4 else _STORED[dtype]
+    stored = "int4" if quantization.weight_bits == 4 else _STORED[dtype]
     if stored == "float8" and sm and (sm < _FIRST_FLOAT8_SM or wide_range):
         stored = "float8_bits"
-    if quantisation.scheme is None:
+    if quantization.scheme is None:
         return {"STORED": stored, "SCALING": "none", "GROUP_N": 1, "GROUP_K": 1}
-    if quantisation.block_shape is None:
+    if quantization.block_shape is None:
         return {"STORED": stored, "SCALING": "row", "GROUP_N": 1, "GROUP_K": 1}
-    group_n, group_k = quantisation.block_shape
+    group_n, group_k = quantization.block_shape
     return {
         "STORED": stored,
         "SCALING": "block" if group_n else "group",
@@ -335,7 +335,7 @@ def _scale_strides(scale: Tensor | None) -> tuple[int, int, int]:
     return strides[0], strides[1], strides[2] if scale.shape[2] > 1 else 0
 
 
-def _check_config(config: FewTokensConfig, problem: Problem, dtype: torch.dtype, sm: int) -> None:
+def _check_config(config: FewTokensConfig, problem: FewTokensProblem, dtype: torch.dtype, sm: int) -> None:
     broken = refusals(config, problem)
     if broken:
         raise MoEExtError(f"{config} for {problem}: this configuration is refused: {broken[0].why}; take another tile")
@@ -346,7 +346,7 @@ def _check_config(config: FewTokensConfig, problem: Problem, dtype: torch.dtype,
 def _check_tensors(rows: Tensor, weights: ExpertWeights, routed: Routed, k: int) -> None:
     """`rows`: [tokens, hidden_size] of the layer's input or of its result."""
     ids, stored = routed.ids, weights.values
-    stored_k = k // 2 if weights.quantisation.weight_bits == 4 else k
+    stored_k = k // 2 if weights.quantization.weight_bits == 4 else k
     if ids.shape != routed.weights.shape or ids.shape[0] != rows.shape[0] or stored.shape[2] != stored_k:
         raise MoEExtError(
             f"rows {tuple(rows.shape)}, weights {tuple(stored.shape)}, ids {tuple(ids.shape)}, router's weights "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sglang_moe_ext.core import Quantisation
+from sglang_moe_ext.core import Quantization
 
 ROWS = (1, 8, 16, 32)
 """Tokens of a tile: 1 multiplies on the vector units, more on the matrix units, whose smallest operand is 8 wide."""
@@ -76,14 +76,14 @@ class FewTokensConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class FewTokensProblem:
     """What the rules look at."""
 
     tokens: int
     top_k: int
     intermediate_size: int
     hidden_size: int
-    quantisation: Quantisation
+    quantization: Quantization
 
     @property
     def pairs(self) -> int:
@@ -97,14 +97,14 @@ class Rule:
 
     name: str
     why: str
-    keeps: Callable[[FewTokensConfig, Problem], bool]
+    keeps: Callable[[FewTokensConfig, FewTokensProblem], bool]
 
 
 def _tiles(config: FewTokensConfig) -> tuple[Tile, Tile]:
     return config.up, config.down
 
 
-def _sizes_are_known(config: FewTokensConfig, problem: Problem) -> bool:
+def _sizes_are_known(config: FewTokensConfig, problem: FewTokensProblem) -> bool:
     return all(
         tile.rows in ROWS
         and tile.columns in COLUMNS
@@ -115,22 +115,22 @@ def _sizes_are_known(config: FewTokensConfig, problem: Problem) -> bool:
     )
 
 
-def _feeds_the_matrix_units(config: FewTokensConfig, problem: Problem) -> bool:
+def _feeds_the_matrix_units(config: FewTokensConfig, problem: FewTokensProblem) -> bool:
     up, down = config.up, config.down
     return (up.rows == 1 or 2 * up.columns >= 16) and (down.rows == 1 or down.columns >= 16)
 
 
-def _groups_fit(config: FewTokensConfig, problem: Problem) -> bool:
+def _groups_fit(config: FewTokensConfig, problem: FewTokensProblem) -> bool:
     return not config.grouped or 1 < config.up.rows == config.down.rows >= problem.tokens
 
 
-def _single_rows_are_narrow(config: FewTokensConfig, problem: Problem) -> bool:
+def _single_rows_are_narrow(config: FewTokensConfig, problem: FewTokensProblem) -> bool:
     return config.grouped or all(tile.rows <= 16 for tile in _tiles(config))
 
 
-def _scales_fit(config: FewTokensConfig, problem: Problem) -> bool:
+def _scales_fit(config: FewTokensConfig, problem: FewTokensProblem) -> bool:
     """A step of the matrix units has one scale a row; the vector units take one a value of blocks, in one row."""
-    block = problem.quantisation.block_shape
+    block = problem.quantization.block_shape
     if block is None:
         return True
     group_n, group_k = block
@@ -142,11 +142,11 @@ def _scales_fit(config: FewTokensConfig, problem: Problem) -> bool:
     return True
 
 
-def _split_has_experts(config: FewTokensConfig, problem: Problem) -> bool:
+def _split_has_experts(config: FewTokensConfig, problem: FewTokensProblem) -> bool:
     return config.down.split in SPLITS and (config.grouped or config.down.split <= problem.top_k)
 
 
-def _prefetch_is_bounded(config: FewTokensConfig, problem: Problem) -> bool:
+def _prefetch_is_bounded(config: FewTokensConfig, problem: FewTokensProblem) -> bool:
     return 0 <= config.down.prefetched <= min(MOST_PREFETCHED, problem.top_k // config.down.split)
 
 
@@ -166,7 +166,7 @@ RULES = (
 """The only statement of what a configuration may be; the launchers and the tuner both read it."""
 
 
-def refusals(config: FewTokensConfig, problem: Problem) -> tuple[Rule, ...]:
+def refusals(config: FewTokensConfig, problem: FewTokensProblem) -> tuple[Rule, ...]:
     """The rules that this configuration breaks."""
     return tuple(rule for rule in RULES if not rule.keeps(config, problem))
 
@@ -213,12 +213,12 @@ _8_BITS = {
 }
 
 
-def contenders(problem: Problem) -> tuple[FewTokensConfig, ...]:
+def contenders(problem: FewTokensProblem) -> tuple[FewTokensConfig, ...]:
     """What to race for these tokens, the likeliest first; none where the path never won.
 
     The fastest of `benchmarks/few_tokens.py` for four layers: H100, SGLang 0.5.15, Triton 3.6.0, 2026-11-26.
     """
-    by_tokens = _16_BITS if problem.quantisation.weight_bits == 16 else _8_BITS
+    by_tokens = _16_BITS if problem.quantization.weight_bits == 16 else _8_BITS
     nearest = next((most for most in by_tokens if problem.tokens <= most), None)
     chosen = () if nearest is None else by_tokens[nearest]
     return tuple(config for config in chosen if not refusals(config, problem))

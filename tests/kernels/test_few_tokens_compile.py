@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from offline_down import compiled
 
-from sglang_moe_ext.core import Quantisation
+from sglang_moe_ext.core import Quantization
 from sglang_moe_ext.kernels.compiled import resources_of
 from sglang_moe_ext.kernels.few_tokens import ExpertWeights, Routed, down_arguments, up_arguments, workspace
 from sglang_moe_ext.kernels.few_tokens_config import DownTile, FewTokensConfig, UpTile
@@ -22,11 +22,11 @@ from sglang_moe_ext.kernels.few_tokens_kernel import down_kernel, up_kernel
 
 EXPERTS, HIDDEN, INNER, TOP_K = 128, 2048, 768, 8
 SCHEMES = {
-    "bf16": (torch.bfloat16, Quantisation()),
-    "fp8-block": (torch.float8_e4m3fn, Quantisation("fp8_w8a8", (128, 128))),
-    "fp8-channel": (torch.float8_e4m3fn, Quantisation("fp8_w8a8", per_channel=True)),
-    "int8-group": (torch.uint8, Quantisation("int8_w8a16", (0, 128))),
-    "int4-group": (torch.uint8, Quantisation("int4_w4a16", (0, 128))),
+    "bf16": (torch.bfloat16, Quantization()),
+    "fp8-block": (torch.float8_e4m3fn, Quantization("fp8_w8a8", (128, 128))),
+    "fp8-channel": (torch.float8_e4m3fn, Quantization("fp8_w8a8", per_channel=True)),
+    "int8-group": (torch.uint8, Quantization("int8_w8a16", (0, 128))),
+    "int4-group": (torch.uint8, Quantization("int4_w4a16", (0, 128))),
 }
 VECTOR = FewTokensConfig(UpTile(1, 16, 128, 4, 4), DownTile(1, 16, 128, 4, 4, split=2, prefetched=1))
 MATRIX = FewTokensConfig(UpTile(8, 32, 128, 4, 4), DownTile(8, 64, 128, 4, 4, split=4, prefetched=1))
@@ -40,16 +40,16 @@ MOST_REGISTERS = 168
 
 def kernels(sm: int, scheme: str, config: FewTokensConfig, tokens: int) -> tuple[Any, Any]:
     """`up` and `down`, of Qwen3-30B-A3B."""
-    dtype, quantisation = SCHEMES[scheme]
-    packed = 2 if quantisation.weight_bits == 4 else 1
+    dtype, quantization = SCHEMES[scheme]
+    packed = 2 if quantization.weight_bits == 4 else 1
 
     def weights(rows: int, k: int) -> ExpertWeights:
         values = torch.empty(EXPERTS, rows, k // packed, dtype=dtype)
-        if quantisation.scheme is None:
+        if quantization.scheme is None:
             return ExpertWeights(values)
-        n, d = quantisation.block_shape or (1, k)
+        n, d = quantization.block_shape or (1, k)
         scale_dtype = torch.bfloat16 if packed == 2 or n == 0 else torch.float32
-        return ExpertWeights(values, torch.empty(EXPERTS, rows // max(n, 1), k // d, dtype=scale_dtype), quantisation)
+        return ExpertWeights(values, torch.empty(EXPERTS, rows // max(n, 1), k // d, dtype=scale_dtype), quantization)
 
     with torch.device("meta"):
         hidden = torch.empty(tokens, HIDDEN, dtype=torch.bfloat16)

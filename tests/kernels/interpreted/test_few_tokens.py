@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sglang_moe_ext.core import MoEExtError, Quantisation
+from sglang_moe_ext.core import MoEExtError, Quantization
 from sglang_moe_ext.kernels.few_tokens import (
     ExpertWeights,
     Routed,
@@ -19,19 +19,19 @@ from sglang_moe_ext.kernels.few_tokens import (
     workspace,
 )
 from sglang_moe_ext.kernels.few_tokens_config import DownTile, FewTokensConfig, UpTile
+from sglang_moe_ext.kernels.quantize import Scales, quantize_weights, real_weights
 from sglang_moe_ext.kernels.reference import relative_error
-from sglang_moe_ext.kernels.scales import Scales, quantise_weights, real_weights
 
 NAN = float("nan")
 SCHEMES = {
-    "bf16": (torch.bfloat16, Quantisation()),
-    "fp16": (torch.float16, Quantisation()),
-    "fp8-block": (torch.bfloat16, Quantisation("fp8_w8a8", (32, 32))),
-    "fp8-channel": (torch.bfloat16, Quantisation("fp8_w8a8", per_channel=True)),
-    "fp8-tensor": (torch.bfloat16, Quantisation("fp8_w8a8")),
-    "int8-group": (torch.bfloat16, Quantisation("int8_w8a16", (0, 32))),
-    "int8-channel": (torch.bfloat16, Quantisation("int8_w8a16", per_channel=True)),
-    "int4-group": (torch.float16, Quantisation("int4_w4a16", (0, 32))),
+    "bf16": (torch.bfloat16, Quantization()),
+    "fp16": (torch.float16, Quantization()),
+    "fp8-block": (torch.bfloat16, Quantization("fp8_w8a8", (32, 32))),
+    "fp8-channel": (torch.bfloat16, Quantization("fp8_w8a8", per_channel=True)),
+    "fp8-tensor": (torch.bfloat16, Quantization("fp8_w8a8")),
+    "int8-group": (torch.bfloat16, Quantization("int8_w8a16", (0, 32))),
+    "int8-channel": (torch.bfloat16, Quantization("int8_w8a16", per_channel=True)),
+    "int4-group": (torch.float16, Quantization("int4_w4a16", (0, 32))),
 }
 VECTOR = FewTokensConfig(UpTile(1, 8, 32, 1, 2), DownTile(1, 8, 32, 1, 2))
 MATRIX = FewTokensConfig(UpTile(8, 16, 32, 1, 2), DownTile(16, 16, 32, 1, 2))
@@ -61,16 +61,16 @@ def case(
     elsewhere: bool = False,
 ) -> Case:
     torch.manual_seed(tokens * 100 + top_k)
-    dtype, quantisation = SCHEMES[scheme]
+    dtype, quantization = SCHEMES[scheme]
     # Experts of different size: one taken for another shows.
     size = torch.arange(1, experts + 1).view(-1, 1, 1) / experts
     weights = [
         (torch.randn(experts, rows, k) / k**0.5 * size).to(dtype) for rows, k in ((2 * inner, hidden), (hidden, inner))
     ]
-    if quantisation.scheme is None:
+    if quantization.scheme is None:
         w1, w2 = (ExpertWeights(values) for values in weights)
     else:
-        w1, w2 = (ExpertWeights(*quantise_weights(values, quantisation), quantisation) for values in weights)
+        w1, w2 = (ExpertWeights(*quantize_weights(values, quantization), quantization) for values in weights)
     ids = torch.rand(tokens, experts).topk(top_k, dim=1).indices.int()
     if elsewhere:
         ids[torch.rand(ids.shape) < 0.4] = -1
@@ -98,7 +98,7 @@ def result(given: Case, config: FewTokensConfig, *, factor: float = 1.0, weighs_
 def expected(given: Case, *, factor: float = 1.0, weighs_input: bool = False) -> Tensor:
     """float32, activations never rounded."""
     out = torch.zeros(given.hidden.shape)
-    scales = [None if w.scale is None else Scales(w.quantisation, None, w.scale) for w in (given.w1, given.w2)]
+    scales = [None if w.scale is None else Scales(w.quantization, None, w.scale) for w in (given.w1, given.w2)]
     for token, ids in enumerate(given.routed.ids.tolist()):
         for slot, expert in enumerate(ids):
             if expert < 0:
