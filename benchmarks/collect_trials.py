@@ -23,7 +23,7 @@ from sglang_moe_ext.core import PROJECTIONS, Gpu, MoEExtError, MoEShape, Quantiz
 from sglang_moe_ext.engines.sglang import installation
 from sglang_moe_ext.tuning.bench import routing
 from sglang_moe_ext.tuning.bench.gpu_bench import BenchSetup
-from sglang_moe_ext.tuning.bench.messages import Ask, BenchGemm, CheckAccuracy, GemmTimes, Pair
+from sglang_moe_ext.tuning.bench.messages import BenchGemm, CheckAccuracy, GemmTimes, Measure, Pair
 from sglang_moe_ext.tuning.bench.worker import BenchProcess
 from sglang_moe_ext.tuning.compile.cache import CompileCache
 from sglang_moe_ext.tuning.compile.kernel_source import kernel_source
@@ -65,7 +65,7 @@ def compiled(chosen: dict[int, list[TileConfig]], shape: MoEShape, gpu: Gpu, tri
     return len(compile_all(source, list(jobs), cache=CompileCache(None), triton_cache=triton_cache))
 
 
-def trials(chosen: dict[int, list[TileConfig]], ask: Ask, seconds: float) -> Iterator[Record]:
+def trials(chosen: dict[int, list[TileConfig]], measure: Measure, seconds: float) -> Iterator[Record]:
     """A record of each trial; no new batch size is begun after so many seconds."""
     until = time.monotonic() + seconds
     for tokens, configs in chosen.items():
@@ -73,7 +73,7 @@ def trials(chosen: dict[int, list[TileConfig]], ask: Ask, seconds: float) -> Ite
             return
         for config in configs:
             for projection in PROJECTIONS:
-                answer = ask(BenchGemm(tokens, projection, config.compile_key, (config.group_m,), SAMPLES))
+                answer = measure(BenchGemm(tokens, projection, config.compile_key, (config.group_m,), SAMPLES))
                 record: Record = {
                     "tokens": tokens,
                     "projection": projection,
@@ -98,7 +98,7 @@ def collect(name: str, gpu: Gpu, per_batch: int, seconds: float, out: Path) -> N
             begun = time.monotonic()
             count = failures = 0
             with (out / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-                for record in trials(chosen, worker.ask, seconds):
+                for record in trials(chosen, worker.measure, seconds):
                     file.write(json.dumps(record) + "\n")
                     count += 1
                     failures += "failure" in record
@@ -106,7 +106,7 @@ def collect(name: str, gpu: Gpu, per_batch: int, seconds: float, out: Path) -> N
             config = chosen[1024][0]
             pair: Pair = {"up": config, "down": config}
             for tokens in CHECKED:
-                print(f"{name} {tokens} relative error {worker.ask(CheckAccuracy(tokens, pair))}", flush=True)
+                print(f"{name} {tokens} relative error {worker.measure(CheckAccuracy(tokens, pair))}", flush=True)
         finally:
             worker.close()
 

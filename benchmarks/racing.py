@@ -13,7 +13,7 @@ from sglang_moe_ext.engines.sglang import installation
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tuning.bench.gpu_bench import BenchSetup
-from sglang_moe_ext.tuning.bench.messages import Accuracy, Ask, CheckAccuracy, Pair
+from sglang_moe_ext.tuning.bench.messages import Accuracy, CheckAccuracy, Measure, Pair
 from sglang_moe_ext.tuning.bench.routing import RoutingSource
 from sglang_moe_ext.tuning.bench.worker import BenchProcess
 from sglang_moe_ext.tuning.compile.cache import CompileCache
@@ -137,7 +137,7 @@ def raced(track: Track, choices: Mapping[str, Mapping[int, Pair]], rounds: int =
         compile_all(source, jobs, cache=CompileCache(None), triton_cache=Path(triton_cache))
         worker = BenchProcess(BenchSetup(track.shape, track.routing, track.seed, Path(triton_cache)))
         try:
-            return {m: compare(m, of_m, worker.ask, rounds) for m, of_m in by_tokens.items()}
+            return {m: compare(m, of_m, worker.measure, rounds) for m, of_m in by_tokens.items()}
         finally:
             worker.close()
 
@@ -148,24 +148,24 @@ def _by_tokens(choices: Mapping[str, Mapping[int, Pair]]) -> dict[int, dict[str,
     return {m: {name: of_choice[m] for name, of_choice in choices.items() if m in of_choice} for m in tokens}
 
 
-def compare(tokens: int, choices: Mapping[str, Pair], ask: Ask, rounds: int) -> Outcome:
+def compare(tokens: int, choices: Mapping[str, Pair], measure: Measure, rounds: int) -> Outcome:
     """Race those that run, the first choice first and last; check each. A Failure is told, and stops no other."""
-    first, *rivals = choices.values()
-    heat = final_comparison.interleave(tokens, first, rivals, ask, rounds=rounds)
+    first, *challengers = choices.values()
+    compared = final_comparison.interleave(tokens, first, challengers, measure, rounds=rounds)
     runners: dict[str, Runner] = {}
-    for (name, pair), result in zip(choices.items(), (heat.incumbent, *heat.rivals), strict=True):
+    for (name, pair), result in zip(choices.items(), (compared.incumbent, *compared.challengers), strict=True):
         match result:
             case final_comparison.ComparedLayer(samples):
-                runners[name] = Runner(pair, samples, _error(tokens, pair, ask))
+                runners[name] = Runner(pair, samples, _error(tokens, pair, measure))
             case Failure():
                 runners[name] = Runner(pair, result)
-    raced = heat.raced
+    raced = compared.times
     return Outcome(runners) if raced is None else Outcome(runners, raced.routings, raced.throttled)
 
 
-def _error(tokens: int, pair: Pair, ask: Ask) -> float | None:
-    answer = ask(CheckAccuracy(tokens, pair))
-    return answer.error if isinstance(answer, Accuracy) else None
+def _error(tokens: int, pair: Pair, measure: Measure) -> float | None:
+    result = measure(CheckAccuracy(tokens, pair))
+    return result.error if isinstance(result, Accuracy) else None
 
 
 def geomean(outcomes: Mapping[int, Outcome], of: str, to: str) -> float:

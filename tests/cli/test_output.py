@@ -57,7 +57,7 @@ def outcome(*results: MeasuredChoice) -> TuneOutcome:
     kernel = KernelSource("sglang 0.5.23", "kernel", "0", is_engines_own=True)
     by_tokens = {16_384 - place: result for place, result in enumerate(results)}
     return TuneOutcome(
-        results=by_tokens, paths={}, written=(), refused={}, destination=None, answer=None, kernel=kernel
+        results=by_tokens, plans={}, written=(), refused={}, destination=None, answer=None, kernel=kernel
     )
 
 

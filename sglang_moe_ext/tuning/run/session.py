@@ -1,4 +1,4 @@
-"""A measuring run: its folder with the journal, its GPUs with a compile pool beside them, and what they find."""
+"""A measuring run: its folder with the journal, its GPUs with their compile pool, and the results."""
 
 from __future__ import annotations
 

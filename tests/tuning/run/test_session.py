@@ -109,7 +109,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(killed: Killed, tmp_path
 
 def test_a_run_that_was_killed_asks_nothing_that_one_that_was_not_would_not(killed: Killed, tmp_path: Path) -> None:
     _, executor = uninterrupted(tmp_path)
-    assert set(killed.asked) == {repr(question) for question in executor.asked}
+    assert set(killed.asked) == {repr(request) for request in executor.asked}
 
 
 def test_a_run_that_was_killed_stays_one_run(killed: Killed) -> None:
@@ -172,8 +172,8 @@ def test_a_named_run_of_another_seed_is_refused_with_both_seeds() -> None:
 class EngineThatIsAsked:
     """What the engine runs today, without an engine."""
 
-    def answer(self, question: lookup_probe.LookupRequest) -> SimpleNamespace:
-        return SimpleNamespace(**{of: dict.fromkeys(question.tokens, config) for of, config in TODAY.items()})
+    def answer(self, request: lookup_probe.LookupRequest) -> SimpleNamespace:
+        return SimpleNamespace(**{of: dict.fromkeys(request.tokens, config) for of, config in TODAY.items()})
 
 
 @pytest.fixture

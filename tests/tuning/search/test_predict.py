@@ -25,15 +25,15 @@ FAULTS = {
 
 
 class TableCompiler:
-    """Gives every job the answer of `answer`, and remembers what it was asked."""
+    """Gives every job the result of `result`, and remembers what it was asked."""
 
-    def __init__(self, answer: Callable[[CompileJob], Resources | Failure]) -> None:
-        self.answer = answer
+    def __init__(self, result: Callable[[CompileJob], Resources | Failure]) -> None:
+        self.result = result
         self.asked: list[CompileJob] = []
 
     def __call__(self, jobs: Sequence[CompileJob]) -> Compiled:
         self.asked.extend(jobs)
-        return {job: self.answer(job) for job in jobs}
+        return {job: self.measure(job) for job in jobs}
 
 
 def predicted(compiler: TableCompiler, tokens: Sequence[int] = TOKENS) -> dict[int, predict.PredictedConfig]:

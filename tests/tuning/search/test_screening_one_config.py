@@ -1,4 +1,4 @@
-"""Where one configuration serves both GEMMs: which binaries are timed again, and what comes to the rematch."""
+"""Where one configuration serves both GEMMs: which binaries are timed again, and what comes to the final comparison."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_slow_down_gemm_makes_a_fast_up_gemm_no_finalist() -> None:
 
 @functools.cache
 def measured() -> dict[int, MeasuredChoice]:
-    """What a run for vLLM chooses on a GPU whose answers follow from a formula."""
+    """What a run for vLLM chooses on a GPU whose results follow from a formula."""
     request = replace(request_of("glm_4_7_flash_bf16", TOKENS), engine="vllm", shape=MoEShape(64, 1536, 2048, 4))
     kept = plan.prune_space(request.shape, request.gpu, request.adapter).kept
     tasks = search_loop.largest_first({m: candidates.list_for_request(request, MEASURING, kept, m) for m in TOKENS})
