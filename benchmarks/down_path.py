@@ -80,7 +80,7 @@ class Racer:
 
     def __init__(self, shape: MoEShape, cache: Path) -> None:
         self.shape = shape
-        self._bench: GpuBench = BenchSetup(shape, routing.SOURCES["mixed"], _SEED, cache)()
+        self._bench: GpuBench = BenchSetup(shape, routing.SOURCES["mixed"], _SEED, cache, "sglang")()
         self._stages = Stopwatch(cuda_queue())
 
     def _ask(self, question: BenchRequest) -> BenchResult:

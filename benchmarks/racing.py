@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sglang_moe_ext.core import EngineError, Failure, Gpu, GpuError, MoEShape
+from sglang_moe_ext.engines.registry import SGLANG
 from sglang_moe_ext.engines.sglang import installation
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.gpu import specs
@@ -19,6 +20,7 @@ from sglang_moe_ext.tuning.bench.worker import BenchProcess
 from sglang_moe_ext.tuning.compile.cache import CompileCache
 from sglang_moe_ext.tuning.compile.kernel_source import kernel_source
 from sglang_moe_ext.tuning.compile.pool import compile_all
+from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.request import TuneRequest
 from sglang_moe_ext.tuning.search import candidates, final_comparison, statistics
 from sglang_moe_ext.tuning.search.statistics import Interval
@@ -131,11 +133,11 @@ def raced(track: Track, choices: Mapping[str, Mapping[int, Pair]], rounds: int =
             job
             for m, of_m in by_tokens.items()
             for pair in of_m.values()
-            for job in candidates.pair_jobs(pair, track.shape, m, track.gpu.sm)
+            for job in candidates.pair_jobs(pair, Problem(track.shape, track.gpu, "sglang"), m)
         ]
-        source = kernel_source(installation.find())
+        source = kernel_source(SGLANG.find(), SGLANG)
         compile_all(source, jobs, cache=CompileCache(None), triton_cache=Path(triton_cache))
-        worker = BenchProcess(BenchSetup(track.shape, track.routing, track.seed, Path(triton_cache)))
+        worker = BenchProcess(BenchSetup(track.shape, track.routing, track.seed, Path(triton_cache), "sglang"))
         try:
             return {m: compare(m, of_m, worker.measure, rounds) for m, of_m in by_tokens.items()}
         finally:

@@ -131,7 +131,7 @@ def run(
 
 
 def _jobs(request: TuneRequest, tokens: int, pair: Pair) -> list[CompileJob]:
-    return candidates.pair_jobs(pair, request.shape, tokens, request.gpu.sm, request.adapter)
+    return candidates.pair_jobs(pair, request.problem, tokens)
 
 
 def _trouble(request: TuneRequest, tokens: int, executor: Executor, pair: Pair) -> Failure | None:

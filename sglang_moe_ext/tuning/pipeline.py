@@ -84,7 +84,7 @@ def run(request: TuneRequest, progress: Progress) -> TuneOutcome:
     destination = target_of(request, engine)
     source = kernel_source(engine, request.adapter)
     triton = installed.running_triton() or ""
-    kept = plan.prune_space(request.shape, request.gpu, request.adapter).kept
+    kept = plan.prune_space(request.problem).kept
     for place in itertools.chain.from_iterable(of.values() for of in _table_files(request, destination, triton)):
         merge.read(place)  # what cannot be merged is better known before the work than after it
     kernel_table.read(_plans_file(request, triton))
@@ -166,11 +166,9 @@ def _predict(
     cache = CompileCache(default_path())
     return predict.predict_table(
         kept,
-        request.shape,
-        request.gpu,
+        request.problem,
         request.tokens,
         lambda jobs: compile_all(source, jobs, cache=cache, progress=lambda done, of: progress("compiling", done, of)),
-        request.adapter,
     )
 
 

@@ -25,6 +25,7 @@ from sglang_moe_ext.tuning.bench.messages import (
     Pair,
 )
 from sglang_moe_ext.tuning.bench.routing import MIXED
+from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.request import MeasureOptions, TuneRequest
 from sglang_moe_ext.tuning.run import journal, journal_reader, search_loop
 from sglang_moe_ext.tuning.run.executor import Executor
@@ -60,9 +61,8 @@ def request_of(
     return TuneRequest(
         model=layer,
         architecture="",
-        shape=LAYERS[layer],
+        problem=Problem(LAYERS[layer], GPU, "sglang"),
         vllm_shape=None,
-        gpu=GPU,
         gpu_is_here=True,
         tokens=tuple(tokens),
         measuring=measuring,
@@ -77,7 +77,7 @@ def tasks_of(
     layer: str, tokens: Sequence[int] = plan.DEFAULT_TOKENS, measuring: MeasureOptions = MEASURING
 ) -> list[SearchTask]:
     request = request_of(layer, tokens, measuring)
-    kept = plan.prune_space(request.shape, GPU).kept
+    kept = plan.prune_space(request.problem).kept
     return search_loop.largest_first({m: candidates.list_for_request(request, measuring, kept, m) for m in tokens})
 
 

@@ -46,7 +46,7 @@ class BenchSetup:
     routing: RoutingSource
     seed: int
     triton_cache: Path
-    engine: EngineName = "sglang"
+    engine: EngineName
 
     def __call__(self) -> GpuBench:
         """Make it, in the process that is to measure."""

@@ -93,9 +93,7 @@ def _get_ready(
     """Where a budget runs, wait until there is something to spend it on: engines take long to import."""
     if measuring.budget_s is None:
         return
-    first = candidates.screening_jobs(tasks[0].listed, request.shape, tasks[0].tokens, request.gpu.sm, request.adapter)[
-        0
-    ]
+    first = candidates.screening_jobs(tasks[0].listed, request.problem, tasks[0].tokens)[0]
     for executor in executors:
         with suppress(MoEExtError):  # the tasks will meet it, and have others to turn to
             executor.binary(first)
@@ -154,17 +152,17 @@ def _binary(executor: Executor, job: CompileJob) -> Resources | Failure:
 
 
 def _screen(of: _Search, task: SearchTask, executor: Executor) -> Screening:
-    shape, gpu, engine = of.request.shape, of.request.gpu, of.request.adapter
-    executor.want(candidates.screening_jobs(task.listed, shape, task.tokens, gpu.sm, engine))
+    problem = of.request.problem
+    executor.want(candidates.screening_jobs(task.listed, problem, task.tokens))
 
     def clean(projection: Projection, key: CompileKey) -> Failure | None:
-        job = candidates.screening_job(shape, task.tokens, projection, key, gpu.sm, engine)
-        return candidates.misfit(job, _binary(executor, job), gpu)
+        job = candidates.screening_job(problem, task.tokens, projection, key)
+        return candidates.misfit(job, _binary(executor, job), problem.gpu)
 
     measure = of.counted(of.journal.through(executor.measure))
     screening = search.screen(task.tokens, task.listed, of.effort, measure, clean, of.budget.share(), of.fastest_keys)
     for pair in of.finalists(screening, of.effort.finalists):
-        executor.want(candidates.pair_jobs(pair, shape, task.tokens, gpu.sm, engine))
+        executor.want(candidates.pair_jobs(pair, problem, task.tokens))
     return screening
 
 
@@ -176,8 +174,8 @@ def _decide(
     if not pairs:
         log.warning("M=%d: left out: no candidate ran (%s)", tokens, ", ".join(screening.failures) or "none was timed")
         return None, None
-    shape, sm, engine = of.request.shape, of.request.gpu.sm, of.request.adapter
-    jobs = [candidates.pair_jobs(pair, shape, tokens, sm, engine) for pair in (incumbent, *pairs)]
+    shape, problem = of.request.shape, of.request.problem
+    jobs = [candidates.pair_jobs(pair, problem, tokens) for pair in (incumbent, *pairs)]
     executor.want(job for of_pair in jobs for job in of_pair)  # another executor may have screened
     runnable: list[Pair] = []
     for pair, of_pair in zip((incumbent, *pairs), jobs, strict=True):

@@ -15,6 +15,7 @@ from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEExtError, Pr
 from sglang_moe_ext.tuning.bench.messages import BenchGemm, BenchLayers, BenchRequest, BenchResult, CheckAccuracy, Pair
 from sglang_moe_ext.tuning.bench.routing import UNIFORM
 from sglang_moe_ext.tuning.bench.worker import BenchProcess
+from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.run import journal, search_loop
 from sglang_moe_ext.tuning.run.executor import Executor, LocalExecutor
 from sglang_moe_ext.tuning.run.journal import Journal
@@ -203,7 +204,7 @@ def test_a_binary_that_cannot_run_is_never_timed(needs: Resources | Failure, tmp
 
 def test_a_pair_whose_own_binary_does_not_compile_is_not_raced(tmp_path: Path) -> None:
     winner = alone()[64].pair
-    failing = set(candidates.pair_jobs(winner, SHAPE, 64, GPU.sm))
+    failing = set(candidates.pair_jobs(winner, Problem(SHAPE, GPU, "sglang"), 64))
     executor = ReplayingStation(formula, needs=lambda job: UNFIT["does not compile"] if job in failing else FITS)
     results = found(new_journal(tmp_path), executor)
     assert results[64].pair not in (winner, TODAY)
