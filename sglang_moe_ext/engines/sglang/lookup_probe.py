@@ -6,6 +6,7 @@ import inspect
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 from sglang_moe_ext.core import MoEExtError
@@ -35,7 +36,8 @@ def ask(
     Raises:
         EngineError: the engine could not be asked, or its lookup raised.
     """
-    return SglangProbe(environment, who).answer(question)
+    with closing(SglangProbe(environment, who)) as probe:
+        return probe.answer(question)
 
 
 def _pretend(config: Any, device_name: str, smem_bytes: int) -> None:

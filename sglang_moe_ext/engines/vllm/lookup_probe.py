@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 from sglang_moe_ext.core import MoEExtError
@@ -36,7 +37,8 @@ def ask(
     Raises:
         EngineError: the engine could not be asked, or its lookup raised.
     """
-    return VllmProbe(environment, who).answer(question)
+    with closing(VllmProbe(environment, who)) as probe:
+        return probe.answer(question)
 
 
 def import_engine() -> tuple[VllmInstallation, Any]:
