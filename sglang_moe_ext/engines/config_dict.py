@@ -56,12 +56,12 @@ def drop_tma(entry: Mapping[str, Any]) -> ConfigDict:
 
 
 class ConfigWithPlan(ConfigDict):
-    """An entry of the down GEMM that carries our path along.
+    """An entry of the down GEMM that carries our kernel plan along.
 
     The engine hands it from its lookup to its sequence of kernels as it is; its copies, and the engine's own kernels,
     know the entry alone.
     """
 
-    def __init__(self, entry: Mapping[str, Any], path: KernelPlan) -> None:
+    def __init__(self, entry: Mapping[str, Any], plan: KernelPlan) -> None:
         super().__init__(entry)
-        self.path = path
+        self.plan = plan

@@ -33,7 +33,7 @@ class OurEntry:
     up: TileConfig
     down: TileConfig | None
     most_block_m: int
-    place: str
+    table_dir: str
     path: Path
     entry: int
     origin: str
@@ -41,7 +41,7 @@ class OurEntry:
     @property
     def why(self) -> str:
         """The same for all entries of one table: a log says it once."""
-        return f"{self.place} table {self.path} ({self.origin})"
+        return f"{self.table_dir} table {self.path} ({self.origin})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,37 +69,37 @@ def covers(table: Table, tokens: int) -> bool:
     return key <= _FARTHEST * tokens
 
 
-def select(shelf: FoundTables, tokens: int) -> Choice:
-    """What was asked for, then measured before predicted, this GPU and this Triton before others, then by place."""
-    read = _read_by_engine(shelf)
+def select(tables: FoundTables, tokens: int) -> Choice:
+    """What was asked for, then measured before predicted, this GPU and this Triton before others, then by folder."""
+    read = _read_by_engine(tables)
     theirs = read if read is not None and read.known is None else None
-    fitting = [one for one in shelf.candidates if one.up and (one is theirs or covers(one.up, tokens))]
+    fitting = [one for one in tables.candidates if one.up and (one is theirs or covers(one.up, tokens))]
     if not fitting:
         # Not the number: this is logged once for all of them.
-        why = "no table is for this many tokens" if any(one.up for one in shelf.candidates) else "there is no table"
+        why = "no table is for this many tokens" if any(one.up for one in tables.candidates) else "there is no table"
         return EngineEntry(why) if read is None else EngineDefault(why)
-    # The first of equals: candidates lie in the order of places.
+    # The first of equals: candidates lie in the order of table_dirs.
     best = min(fitting, key=lambda one: _rank(one, tokens))
     if best is theirs:
         return EngineEntry(f"its own table {best.path.parent.name}/{best.path.name} stands before any of ours")
     return _of(best, tokens)
 
 
-def _read_by_engine(shelf: FoundTables) -> TableCandidate | None:
-    """What the engine's own lookup takes of its places, for this GPU's name.
+def _read_by_engine(tables: FoundTables) -> TableCandidate | None:
+    """What the engine's own lookup takes of its folders, for this GPU's name.
 
     Where Tritons have folders, its Triton's table or else the newest; where they have none, the first that there is.
     """
-    own = [one for one in shelf.candidates if one.place.is_engines and not one.is_alias]
-    exact = next((one for one in own if one.is_exact_triton and not one.place.is_flat), None)
+    own = [one for one in tables.candidates if one.table_dir.is_engines and not one.is_alias]
+    exact = next((one for one in own if one.is_exact_triton and not one.table_dir.is_flat), None)
     return exact or (own[0] if own else None)
 
 
-def best_table(shelf: FoundTables) -> TableCandidate | None:
+def best_table(tables: FoundTables) -> TableCandidate | None:
     """The table that stands before all others, whatever the number of tokens; None where that is the engine's own."""
-    found = [one for one in shelf.candidates if one.up]
+    found = [one for one in tables.candidates if one.up]
     best = min(found, key=lambda one: _rank(one, next(iter(one.up))), default=None)
-    return None if best is not None and best is _read_by_engine(shelf) and best.known is None else best
+    return None if best is not None and best is _read_by_engine(tables) and best.known is None else best
 
 
 def _origin(candidate: TableCandidate, tokens: int) -> str:
@@ -108,7 +108,7 @@ def _origin(candidate: TableCandidate, tokens: int) -> str:
 
 def _rank(candidate: TableCandidate, tokens: int) -> tuple[int, ...]:
     standing = _STANDING.get(_origin(candidate, tokens), 0)
-    return not candidate.place.is_asked_for, standing, candidate.is_alias, not candidate.is_exact_triton
+    return not candidate.table_dir.is_asked_for, standing, candidate.is_alias, not candidate.is_exact_triton
 
 
 def _of(candidate: TableCandidate, tokens: int) -> OurEntry:
@@ -125,7 +125,7 @@ def _of(candidate: TableCandidate, tokens: int) -> OurEntry:
         up,
         down,
         most_block_m,
-        place=candidate.place.name,
+        table_dir=candidate.table_dir.name,
         path=candidate.path,
         entry=config_table.nearest(candidate.up, tokens),
         origin=f"{_origin(candidate, tokens)}{device}{triton}",
@@ -149,33 +149,33 @@ class RunningEngine(Protocol):
 class TableSelector:
     """Reads the tables of a layer when it first asks."""
 
-    def __init__(self, engine: RunningEngine, places: Callable[[], Sequence[TableDir]]) -> None:
-        self._engine, self._places = engine, places
-        self._shelves: dict[LookupLayer, FoundTables | None] = {}
+    def __init__(self, engine: RunningEngine, table_dirs: Callable[[], Sequence[TableDir]]) -> None:
+        self._engine, self._table_dirs = engine, table_dirs
+        self._tables: dict[LookupLayer, FoundTables | None] = {}
         self._said: set[tuple[LookupLayer, str]] = set()
 
     def of(self, layer: LookupLayer, tokens: int) -> Choice:
         """Which configuration runs, before any guard looks at it."""
         if self._engine.is_deterministic():
             return EngineEntry("deterministic inference reads no table")
-        found = self.known_shelf(layer)
+        found = self.tables(layer)
         if found is None:
             return EngineEntry("no tables are known for this kind of layer or GPU")
         return select(found, tokens)
 
-    def known_shelf(self, layer: LookupLayer) -> FoundTables | None:
+    def tables(self, layer: LookupLayer) -> FoundTables | None:
         """The tables for it, read once."""
-        if layer not in self._shelves:
-            self._shelves[layer] = self.shelf(layer)
-        return self._shelves[layer]
+        if layer not in self._tables:
+            self._tables[layer] = self.search(layer)
+        return self._tables[layer]
 
-    def shelf(self, layer: LookupLayer, *, any_layer: bool = False) -> FoundTables | None:
+    def search(self, layer: LookupLayer, *, any_layer: bool = False) -> FoundTables | None:
         """The tables for it, read now; None where it is of a kind, or on a GPU, that has none."""
         shape, device_name, triton = layer.shape(), self._engine.device_name(), self._engine.triton
         if shape is None or device_name is None or triton is None:
             return None
         gpu = running.running_gpu(device_name)
-        return table_search.search(shape, device_name, gpu, triton, self._places(), any_layer=any_layer)
+        return table_search.search(shape, device_name, gpu, triton, self._table_dirs(), any_layer=any_layer)
 
     def say(self, layer: LookupLayer, choice: Choice) -> None:
         """One line for each reason of each layer."""
@@ -185,7 +185,7 @@ class TableSelector:
 
     def forget(self) -> None:
         """Read all tables anew."""
-        self._shelves.clear()
+        self._tables.clear()
 
 
 def describe(choice: Choice) -> str:

@@ -26,18 +26,18 @@ _MOST_ANSWERS = 65536
 class ServedConfigs:
     """What the engine's lookup returns, in parts; both entries are copied before they leave.
 
-    `path`: what runs instead of the engine's own kernels, which both entries are for.
+    `plan`: what runs instead of the engine's own kernels, which both entries are for.
     """
 
     up: ConfigDict
     down: ConfigDict | None
     most_block_m: int | None
-    path: KernelPlan | None = None
+    plan: KernelPlan | None = None
 
     def down_to_hand_on(self) -> ConfigDict | None:
         """A fresh entry of the down GEMM."""
-        if self.down is not None and self.path is not None:
-            return ConfigWithPlan(self.down, self.path)
+        if self.down is not None and self.plan is not None:
+            return ConfigWithPlan(self.down, self.plan)
         return None if self.down is None else self.down.copy()
 
 
@@ -59,11 +59,11 @@ class ConfigResolver:
     """Finds answers: reads the tables of a layer when it first asks, and says in a line what it found."""
 
     def __init__(
-        self, engine: SglangHookPoints, places: Callable[[], Sequence[TableDir]], at_first_call: Callable[[], None]
+        self, engine: SglangHookPoints, table_dirs: Callable[[], Sequence[TableDir]], at_first_call: Callable[[], None]
     ) -> None:
-        self._engine, self._choices = engine, TableSelector(engine, places)
+        self._engine, self._choices = engine, TableSelector(engine, table_dirs)
         self._at_first_call: Callable[[], None] | None = at_first_call
-        self._paths, self.answers = KernelPlans(engine, places, self._choices.known_shelf), Answers()
+        self._plans, self.answers = KernelPlans(engine, table_dirs, self._choices.tables), Answers()
         self._guards: dict[str, ConfigGuard] = {}
 
     def __call__(self, call: SglangCall, original: Callable[[], Any]) -> ServedConfigs:
@@ -86,8 +86,8 @@ class ConfigResolver:
                 answer = self._of_engine(call, original)
         if not call.wants_down:  # whoever asks so hands the entry to the kernel as it is, and that knows no USE_TMA
             answer = replace(answer, up=config_dict.drop_tma(answer.up))
-        elif (path := self.path(call.layer, call.tokens)) is not None:
-            answer = _behind(path, answer)
+        elif (plan := self.plan(call.layer, call.tokens)) is not None:
+            answer = _behind(plan, answer)
         return self._safe(answer, call.layer)
 
     def _default(self, call: SglangCall) -> ServedConfigs:
@@ -110,13 +110,13 @@ class ConfigResolver:
         """Which configuration runs, before the guard looks at it."""
         return self._choices.of(layer, tokens)
 
-    def path(self, layer: LookupLayer, tokens: int) -> KernelPlan | None:
+    def plan(self, layer: LookupLayer, tokens: int) -> KernelPlan | None:
         """What runs in place of the engine's own kernels, before anything is known of the batch but its size."""
-        return self._paths.of(layer, tokens)
+        return self._plans.select(layer, tokens)
 
     def decline_plan(self, w1_shape: tuple[int, ...], w2_shape: tuple[int, ...]) -> None:
-        """Never again choose our path for layers of such weights."""
-        if self._paths.decline(w1_shape, w2_shape):
+        """Never again choose our kernels for layers of such weights."""
+        if self._plans.decline(w1_shape, w2_shape):
             self.answers.clear()
 
     def _safe(self, answer: ServedConfigs, layer: LookupLayer) -> ServedConfigs:
@@ -130,13 +130,13 @@ class ConfigResolver:
         return replace(answer, up=guard.safe(answer.up, shape, "up"), down=down)
 
 
-def _behind(path: KernelPlan, answer: ServedConfigs) -> ServedConfigs:
-    """The path, with entries for the engine's own kernels where it may not run: for its blocks of the sort."""
-    if answer.up["BLOCK_SIZE_M"] == path.block_m and answer.down is not None:
-        return replace(answer, path=path)
-    known = path.up if isinstance(path.up, TileConfig) else config_dict.tile_of(answer.up)
-    entry = config_dict.config_dict_of(replace(known, block_m=path.block_m, use_tma=False))
-    return ServedConfigs(entry, dict(entry), path.block_m, path)
+def _behind(plan: KernelPlan, answer: ServedConfigs) -> ServedConfigs:
+    """The plan, with entries for the engine's own kernels where it may not run: for its blocks of the sort."""
+    if answer.up["BLOCK_SIZE_M"] == plan.block_m and answer.down is not None:
+        return replace(answer, plan=plan)
+    known = plan.up if isinstance(plan.up, TileConfig) else config_dict.tile_of(answer.up)
+    entry = config_dict.config_dict_of(replace(known, block_m=plan.block_m, use_tma=False))
+    return ServedConfigs(entry, dict(entry), plan.block_m, plan)
 
 
 def from_engine(returned: Any, wants_down: bool) -> ServedConfigs:

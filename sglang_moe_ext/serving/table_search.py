@@ -43,7 +43,7 @@ class TableCandidate:
     where all of it was made for another layer.
     """
 
-    place: TableDir
+    table_dir: TableDir
     path: Path
     device_name: str
     is_alias: bool
@@ -55,7 +55,7 @@ class TableCandidate:
     @property
     def made_with(self) -> str:
         """The folder of the Triton that it was made with."""
-        return _made_with(self.place, self.path.parent, self.known)
+        return _made_with(self.table_dir, self.path.parent, self.known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def search(
     device_name: str,
     gpu: Gpu | None,
     triton: str,
-    places: Sequence[TableDir],
+    table_dirs: Sequence[TableDir],
     *,
     any_layer: bool = False,
 ) -> FoundTables:
@@ -83,10 +83,10 @@ def search(
     running = table_names.version_folder(triton)
     found = [
         candidate
-        for place in places
-        for name in _told_apart(names, shape, place.dialect)
-        for folder in _folders(place)
-        if (candidate := _candidate(place, folder, shape, name, name != device_name, running, any_layer=any_layer))
+        for table_dir in table_dirs
+        for name in _told_apart(names, shape, table_dir.dialect)
+        for folder in _folders(table_dir)
+        if (candidate := _candidate(table_dir, folder, shape, name, name != device_name, running, any_layer=any_layer))
         is not None
     ]
     return FoundTables(tuple(found))
@@ -98,21 +98,28 @@ def _told_apart(names: Sequence[str], shape: MoEShape, dialect: TableNaming) -> 
     return list(reversed(first.values()))
 
 
-def _folders(place: TableDir) -> list[Path]:
+def _folders(table_dir: TableDir) -> list[Path]:
     """Newest Triton first, as the engine searches them."""
-    if place.is_flat:
-        return [place.root]
+    if table_dir.is_flat:
+        return [table_dir.root]
     try:
-        folders = [folder for folder in place.root.iterdir() if table_names.is_version_folder(folder.name)]
+        folders = [folder for folder in table_dir.root.iterdir() if table_names.is_version_folder(folder.name)]
     except OSError:
         return []  # a place that is missing or closed has no tables
     return sorted(folders, key=lambda folder: [int(part) for part in folder.name.split("_")[1:]], reverse=True)
 
 
 def _candidate(
-    place: TableDir, folder: Path, shape: MoEShape, device_name: str, is_alias: bool, running: str, *, any_layer: bool
+    table_dir: TableDir,
+    folder: Path,
+    shape: MoEShape,
+    device_name: str,
+    is_alias: bool,
+    running: str,
+    *,
+    any_layer: bool,
 ) -> TableCandidate | None:
-    dialect = place.dialect
+    dialect = table_dir.dialect
     path = folder / dialect.file_name(dialect.key(shape, device_name))
     try:
         if not path.exists():
@@ -127,12 +134,12 @@ def _candidate(
         log.warning("sglang-moe-ext passes over a table: %s", error)
         return None
     up = up if any_layer else _of_layer(up, known, shape)
-    is_exact = _made_with(place, folder, known) == running
-    return TableCandidate(place, path, device_name, is_alias, is_exact, up, known, down)
+    is_exact = _made_with(table_dir, folder, known) == running
+    return TableCandidate(table_dir, path, device_name, is_alias, is_exact, up, known, down)
 
 
-def _made_with(place: TableDir, folder: Path, known: Provenance | None) -> str:
-    if not place.is_flat:
+def _made_with(table_dir: TableDir, folder: Path, known: Provenance | None) -> str:
+    if not table_dir.is_flat:
         return folder.name
     run = None if known is None else next((entry.run for entry in known.entries.values()), None)
     return "an unknown Triton" if run is None or not run.triton else table_names.version_folder(run.triton)

@@ -62,10 +62,10 @@ def install_hooks(layer: ModuleType, way: str) -> VllmTableResolver:
     """
     engine = hook_points.locate(layer)
     line = ActivityLine(engine, way)
-    overlay = VllmTableResolver(engine, lambda: table_dirs(engine.engine), line.looked_up)
+    resolver = VllmTableResolver(engine, lambda: table_dirs(engine.engine), line.looked_up)
     replaced = [
-        (engine.lookup, vllm_lookup_hook.lookup_hook(engine, overlay)),
-        (engine.table, vllm_lookup_hook.table_hook(engine, overlay)),
+        (engine.lookup, vllm_lookup_hook.lookup_hook(engine, resolver)),
+        (engine.table, vllm_lookup_hook.table_hook(engine, resolver)),
     ]
     launchers = (engine.launch, engine.launch_groups)
     replaced += [(function, guard.launch_hook(_launcher(engine, function))) for function in launchers]
@@ -74,7 +74,7 @@ def install_hooks(layer: ModuleType, way: str) -> VllmTableResolver:
         running.replace(_THEIRS, original, ours)
     type.__setattr__(engine.kernel, "__init__", built)
     _speak_through_the_engine()
-    return overlay
+    return resolver
 
 
 def _launcher(engine: VllmHookPoints, function: Callable[..., Any]) -> GuardedLauncher:
@@ -116,7 +116,7 @@ class ActivityLine:
             return
         self._said.add(what)
         release = self._engine.engine
-        folders = ", ".join(str(place.root) for place in table_dirs(release) if os.path.isdir(place.root))
+        folders = ", ".join(str(table_dir.root) for table_dir in table_dirs(release) if os.path.isdir(table_dir.root))
         active = f"{__version__} is active in vLLM {release.version_text}, by {self._way}"
         log.info("sglang-moe-ext %s, with the tables in %s: %s", active, folders, what)
 

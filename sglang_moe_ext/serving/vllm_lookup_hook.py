@@ -44,9 +44,9 @@ class VllmTableResolver:
     """Answers the engine's question for a table, and remembers what its lookup made of that."""
 
     def __init__(
-        self, engine: VllmHookPoints, places: Callable[[], Sequence[TableDir]], at_first_call: Callable[[], None]
+        self, engine: VllmHookPoints, table_dirs: Callable[[], Sequence[TableDir]], at_first_call: Callable[[], None]
     ) -> None:
-        self._engine, self._choices, self._at_first_call = engine, TableSelector(engine, places), at_first_call
+        self._engine, self._choices, self._at_first_call = engine, TableSelector(engine, table_dirs), at_first_call
         self._asking = threading.local()
         self.answers: dict[Key, ConfigDict] = {}
 
@@ -97,8 +97,8 @@ class VllmTableResolver:
     def _whole(self, named: LookupLayer, own: Callable[[], Rows]) -> Rows:
         if self._engine.is_deterministic():
             return own()
-        shelf = self._choices.shelf(named, any_layer=True)
-        table = None if shelf is None else selection.best_table(shelf)
+        tables = self._choices.search(named, any_layer=True)
+        table = None if tables is None else selection.best_table(tables)
         return _unless_broken(own) if table is None else {m: config_dict_of(config) for m, config in table.up.items()}
 
     def forget(self) -> None:
@@ -116,7 +116,7 @@ def _unless_broken(own: Callable[[], Rows]) -> Rows:
         return None
 
 
-def table_hook(engine: VllmHookPoints, overlay: VllmTableResolver) -> Callable[..., Any]:
+def table_hook(engine: VllmHookPoints, resolver: VllmTableResolver) -> Callable[..., Any]:
     """A function to stand where `engine.table` stood, before its cache. It never raises where that would not have."""
     original = engine.table
 
@@ -134,13 +134,13 @@ def table_hook(engine: VllmHookPoints, overlay: VllmTableResolver) -> Callable[.
 
         try:
             block = (block_n, block_k) if block_n and block_k else None
-            return overlay.rows(lookup_args.layer_from_name(E, N, dtype, block), own)
+            return resolver.rows(lookup_args.layer_from_name(E, N, dtype, block), own)
         except Exception as error:  # whatever is broken here, the engine's own lookup runs
             warn_once(f"the engine's own tables are taken, ours failed: {type(error).__name__}: {error}")
             return own()
 
     def cache_clear() -> None:
-        overlay.forget()
+        resolver.forget()
         original.cache_clear()
 
     named = vars(get_moe_configs)
@@ -149,9 +149,9 @@ def table_hook(engine: VllmHookPoints, overlay: VllmTableResolver) -> Callable[.
     return get_moe_configs
 
 
-def lookup_hook(engine: VllmHookPoints, overlay: VllmTableResolver) -> Callable[..., Any]:
+def lookup_hook(engine: VllmHookPoints, resolver: VllmTableResolver) -> Callable[..., Any]:
     """A function to stand where `engine.lookup` stood. It never raises where that would not have."""
-    original, answers = engine.lookup, overlay.answers
+    original, answers = engine.lookup, resolver.answers
 
     @functools.wraps(original)
     def try_get_optimal_moe_config(
@@ -174,6 +174,6 @@ def lookup_hook(engine: VllmHookPoints, overlay: VllmTableResolver) -> Callable[
             return own()
         if rest or named or engine.override():
             return own()
-        return (answer or overlay.answered(key, own)).copy()
+        return (answer or resolver.answered(key, own)).copy()
 
     return try_get_optimal_moe_config

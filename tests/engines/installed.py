@@ -17,7 +17,7 @@ HOOKED_VERSIONS = ("0.5.5", *ENGINE_VERSIONS)
 VLLM_VERSIONS = ("0.20.2", "0.25.1", "0.33.0")
 _RUN = (
     "import runpy, sys; from sglang_moe_ext.engines.sglang import bootstrap; bootstrap.allow_absent_operators(); "
-    "runpy.run_kernel_plan(sys.argv[1], run_name='__main__')"
+    "runpy.run_path(sys.argv[1], run_name='__main__')"
 )
 """The compiled operators that 0.5.8 and 0.5.10 import cannot be loaded without a GPU driver."""
 
