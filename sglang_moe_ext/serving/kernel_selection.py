@@ -63,7 +63,7 @@ class KernelPlans:
         return is_new
 
     def _load(self, layer: LookupLayer) -> KernelTable:
-        shape, device_name, triton = layer.shape(), self._engine.device_name(), self._engine.triton
+        shape, device_name, triton = layer.shape, self._engine.device_name(), self._engine.triton
         if not is_on() or self._engine.sequence is None or shape is None or device_name is None or triton is None:
             return {}
         gpu, tables = running.running_gpu(device_name), self._tables_of(layer)

@@ -19,8 +19,9 @@ from sglang_moe_ext.engines.sglang import hook_points, kernel_sequence
 from sglang_moe_ext.engines.sglang import kernel_sequence as known_sequence
 from sglang_moe_ext.engines.sglang.hook_points import SglangHookPoints
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
-from sglang_moe_ext.serving import guard, sglang_lookup_hook
-from sglang_moe_ext.serving.guard import GuardedLauncher, warn_once
+from sglang_moe_ext.serving import launch_guard, sglang_lookup_hook
+from sglang_moe_ext.serving.guard import warn_once
+from sglang_moe_ext.serving.launch_guard import GuardedLauncher
 from sglang_moe_ext.serving.table_search import TableDir
 from sglang_moe_ext.tables import user_store
 
@@ -104,7 +105,7 @@ def install_hooks(layer: ModuleType, way: str) -> sglang_lookup_hook.ConfigResol
     launcher = GuardedLauncher(engine.launch, hook_points.CONFIG_POSITION, engine.override)
     replaced = [
         (engine.lookup, sglang_lookup_hook.lookup_hook(engine, resolver)),
-        (engine.launch, guard.launch_hook(launcher)),
+        (engine.launch, launch_guard.launch_hook(launcher)),
     ]
     if engine.sequence is not None:
         replaced.append((engine.sequence, sequence_hook(engine, engine.sequence, resolver.decline_plan)))

@@ -263,11 +263,11 @@ def test_the_arguments_of_a_call_are_one_of_our_shapes(
     dtype: str | None, block: list[int] | None, per_channel: bool, shape: MoEShape
 ) -> None:
     w1 = (8, 2 * shape.intermediate_size, 512)
-    assert lookup_layer(w1, W2, 2, dtype, block, per_channel).shape() == shape
+    assert lookup_layer(w1, W2, 2, dtype, block, per_channel).shape == shape
 
 
 def test_a_layer_without_a_gate_is_told_by_its_rows() -> None:
-    shape = lookup_layer((8, 256, 512), W2, 2, None, None, False).shape()
+    shape = lookup_layer((8, 256, 512), W2, 2, None, None, False).shape
     assert shape is not None
     assert not shape.gated
 
