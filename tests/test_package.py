@@ -23,7 +23,8 @@ ATTACHED = {
     "engines.": "config_dict installed launch_rules launch_shape lookup_args running sglang table_names",
     "engines.sglang.": "hook_points installation kernel_sequence support table_names",
     "gpu.": "shared_memory specs",
-    "serving.": "attach guard kernel_selection launch_guard plugin selection sglang_hooks sglang_lookup_hook table_search",
+    "serving.": "attach guard kernel_selection launch_guard plugin selection sglang_hooks sglang_lookup_hook "
+    "table_search",
     "tables.": "config_table files kernel_table provenance user_store",
 }
 """By package, the modules of ours that a server has once its engine's layer is hooked."""

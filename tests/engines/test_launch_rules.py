@@ -1,7 +1,7 @@
 """The rules of launches against the engines' own kernels, run in Triton's interpreter over a grid of tiles a scheme.
 
-The rules must be exact: what breaks one computes wrong results, and what keeps them all computes right ones. What Triton
-cannot compile, the interpreter runs; those rules are held against the compiler.
+The rules must be exact: what breaks one computes wrong results, and what keeps them all computes right ones. The
+interpreter also runs what Triton cannot compile; those rules are held against the compiler.
 """
 
 from __future__ import annotations
