@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 from benchmarks.vs_upstream.report import here
 from sglang_moe_ext.core import EngineError, Failure, MoEExtError, MoEShape, Quantization
+from sglang_moe_ext.engines.lookup_probe import LookupRequest
 from sglang_moe_ext.engines.sglang import lookup_probe, sorted_layer
 from sglang_moe_ext.gpu.roofline import pair_floor_us
 from sglang_moe_ext.sorted_kernels import KernelPlan
@@ -213,10 +214,9 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     document: dict[str, Any] = {}
     for name in arguments.layers:
         shape = LAYERS[name]
-        question = lookup_probe.LookupRequest(shape, arguments.batch_size)
+        question = LookupRequest(shape, arguments.batch_size)
         shipped, tuned = (
-            verify_install.pairs_of(lookup_probe.ask(question, who=who))
-            for who in (lookup_probe.ALONE, lookup_probe.AS_SERVED)
+            verify_install.pairs_of(who.ask(question)) for who in (lookup_probe.ALONE, lookup_probe.AS_SERVED)
         )
         print(f"\n## {name}\n\n{_HEADER}", flush=True)
         with tempfile.TemporaryDirectory() as cache:

@@ -153,20 +153,26 @@ def compiled_ahead(shape: MoEShape, tokens: Sequence[int], sm: int) -> int:
     return len(jobs)
 
 
-def engines_ahead(shape: MoEShape, tokens: Sequence[int], sm: int) -> int:
+def engines_ahead(shape: MoEShape, tokens: Sequence[int]) -> int:
     """The same for the engine's tiles."""
+    from sglang_moe_ext.engines.registry import SGLANG
     from sglang_moe_ext.engines.sglang import installation
+    from sglang_moe_ext.gpu import specs
     from sglang_moe_ext.tuning.bench.messages import Pair
     from sglang_moe_ext.tuning.compile.cache import CompileCache
     from sglang_moe_ext.tuning.compile.kernel_source import kernel_source
     from sglang_moe_ext.tuning.compile.pool import compile_all
+    from sglang_moe_ext.tuning.problem import Problem
     from sglang_moe_ext.tuning.search import candidates
 
     ups, downs = engine_tiles(shape)
     pairs: list[Pair] = [{"up": ups[0], "down": down} for down in downs]
     pairs += [{"up": up, "down": down} for up in ups for down in (downs[0], replace(downs[0], use_tma=True))]
-    jobs = {job for m in tokens for pair in pairs for job in candidates.pair_jobs(pair, shape, m, sm)}
-    source = kernel_source(installation.find())
+    gpu = specs.detect()
+    assert gpu is not None  # the benchmark needs one
+    problem = Problem(shape, gpu, "sglang")
+    jobs = {job for m in tokens for pair in pairs for job in candidates.pair_jobs(pair, problem, m)}
+    source = kernel_source(installation.find(), SGLANG)
     folder = Path(os.environ["TRITON_CACHE_DIR"])
     compile_all(source, list(jobs), cache=CompileCache(None), workers=6, triton_cache=folder)
     return len(jobs)
@@ -231,6 +237,7 @@ class Racer:
     def __init__(self, shape: MoEShape) -> None:
         import torch
 
+        from sglang_moe_ext.engines.registry import SGLANG
         from sglang_moe_ext.engines.sglang import runner
         from sglang_moe_ext.kernels.few_tokens import ExpertWeights
         from sglang_moe_ext.tuning.bench import routing
@@ -238,7 +245,7 @@ class Racer:
         from sglang_moe_ext.tuning.bench.timer import Stopwatch, cuda_queue
 
         self.shape, self.engine = shape, runner.load()
-        self.layer = BenchedLayer(self.engine, shape, routing.SOURCES["mixed"], _SEED)
+        self.layer = BenchedLayer(self.engine, shape, routing.SOURCES["mixed"], _SEED, adapter=SGLANG)
         self.w1, self.w2 = (
             ExpertWeights(weights.stored, weights.scale, shape.quantization)
             for weights in (self.layer.weights["up"], self.layer.weights["down"])
@@ -428,7 +435,7 @@ def measure(name: str, tokens: Sequence[int], arguments: argparse.Namespace) -> 
     began = time.monotonic()
     count = compiled_ahead(shape, tokens, arguments.sm)
     print(f"{name}: {count} binaries of ours after {time.monotonic() - began:.0f} s", flush=True)
-    count = engines_ahead(shape, tokens, arguments.sm)
+    count = engines_ahead(shape, tokens)
     print(f"{name}: {count} of the engine after {time.monotonic() - began:.0f} s", flush=True)
     if arguments.lock:
         held = arguments.lock.open("w")

@@ -83,9 +83,7 @@ def examine(patient: LayerUnderTest, tokens: Sequence[int], deterministic: bool)
         EngineError: it could not be asked.
     """
     pretend = None if patient.is_here else patient.gpu
-    answer = vllm_lookup_probe.ask(
-        LookupRequest(patient.shape, tokens, pretend, deterministic), who=vllm_lookup_probe.AS_SERVED
-    )
+    answer = vllm_lookup_probe.AS_SERVED.ask(LookupRequest(patient.shape, tokens, pretend, deterministic))
     print(f"{patient.name}: {patient.shape}")
     print(f"{patient.gpu.device_name} ({patient.where}), vLLM {answer.engine_version}, Triton {answer.triton}")
     print(f"sglang-moe-ext in a server of this environment: {answer.plugin}")
@@ -206,7 +204,7 @@ def _why(file: Path | None, key: TableKey, tokens: int, triton: str, determinist
     return f"{entry}; {made_for}; {_origin(file, nearest)}"
 
 
-def findings(patient: LayerUnderTest, answer: sglang_lookup_probe.LookupResult, deterministic: bool) -> list[Finding]:
+def findings(patient: LayerUnderTest, answer: LookupResult, deterministic: bool) -> list[Finding]:
     """What the answer means, for both GEMMs at each M."""
     device = patient.gpu.device_name
     files = {file.name: file for file in answer.files}
@@ -235,10 +233,8 @@ def findings(patient: LayerUnderTest, answer: sglang_lookup_probe.LookupResult, 
 def _examine(patient: LayerUnderTest, arguments: argparse.Namespace, server: RunningServer | None) -> Mapping[str, Any]:
     tokens = layer_args.tokens_of(arguments, DEFAULT_TOKENS)
     deterministic = arguments.enable_deterministic_inference
-    question = sglang_lookup_probe.LookupRequest(
-        patient.shape, tokens, None if patient.is_here else patient.gpu, deterministic
-    )
-    answer = sglang_lookup_probe.ask(question, who=sglang_lookup_probe.AS_SERVED)
+    question = LookupRequest(patient.shape, tokens, None if patient.is_here else patient.gpu, deterministic)
+    answer = sglang_lookup_probe.AS_SERVED.ask(question)
     found = findings(patient, answer, deterministic)
     print(f"{patient.name}: {patient.shape}")
     print(f"{patient.gpu.device_name} ({patient.where}), SGLang {answer.engine_version}, Triton {answer.triton}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import select
 import signal
@@ -12,15 +11,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from sglang_moe_ext import env
-from sglang_moe_ext.core import EngineError, Gpu, MoEShape, TileConfig
-from sglang_moe_ext.engines import lookup_args, probe_child
+from sglang_moe_ext.core import EngineError, Gpu, MoEShape, Projection, TileConfig
+from sglang_moe_ext.engines import lookup_args, probe_server
 from sglang_moe_ext.engines.config_dict import tile_of
 from sglang_moe_ext.engines.lookup_args import LookupLayer
+from sglang_moe_ext.untrusted import show
 
 TIMEOUT_S = 300.0
 
@@ -38,13 +39,25 @@ class LookupRequest:
     deterministic: bool = False
 
 
+Written = Mapping[str, Any]
+"""An entry as a table has it, before anything is made of it; its values may be anything."""
+
+
 @dataclass(frozen=True, slots=True)
 class LookupResult:
     """What the engine takes for each M, the files it opened for that, and what it said.
 
-    `down` is None where the down projection runs the entry of `up`, as it always does in vLLM. Of an engine that was
-    asked AS_SERVED, `plugin` says what became of our hooks, `whys` at which M they decided, and `paths` where our own
-    kernels run in place of the engine's, which all else is about.
+    `down` is None if the down projection runs the entry of `up`, as it always does in vLLM unless the guard changes it.
+
+    An engine that was asked AS_SERVED says more:
+
+    - `plugin`: the state of our hooks;
+    - `whys`: at which M they decided, and why;
+    - `paths`: the kernel plan that runs in place of the engine's kernels, which all else is about;
+    - `written`, `fitted`: where an entry was changed before its launch, by M and projection, the entry as it was
+      written and why another one runs;
+    - `alone`: the up entry that the engine's own lookup takes without our hooks, or in `alone_errors` what it raises;
+    - `remarks`: what is odd about the files and variables that the lookup depends on.
     """
 
     engine_version: str
@@ -57,15 +70,47 @@ class LookupResult:
     plugin: str | None = None
     whys: Mapping[int, str] = field(default_factory=dict)
     paths: Mapping[int, str] = field(default_factory=dict)
+    written: Mapping[int, Mapping[Projection, Written]] = field(default_factory=dict)
+    fitted: Mapping[int, Mapping[Projection, str]] = field(default_factory=dict)
+    alone: Mapping[int, Written] = field(default_factory=dict)
+    alone_errors: Mapping[int, str] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeModule:
-    """The module that asks an engine: alone, or with our hooks as a server has them."""
+    """The child process that asks an engine: `python -m MODULE ARGUMENTS`.
+
+    `is_alone`: without our hooks; else with them, as a server has them.
+    """
 
     engine: str
     module: str
+    arguments: tuple[str, ...]
     is_alone: bool
+
+    def start(self, environment: Mapping[str, str] | None = None) -> ProbeProcess:
+        """A process that is ready to be asked, under that environment or our own."""
+        return ProbeProcess(self, environment)
+
+    def ask(self, request: LookupRequest, environment: Mapping[str, str] | None = None) -> LookupResult:
+        """What the engine takes, asked in a process that is started for it.
+
+        Raises:
+            EngineError: the engine could not be asked, or its lookup raised.
+        """
+        with closing(self.start(environment)) as probe:
+            return probe.answer(request)
+
+
+def engine_alone(engine: str, module: str) -> ProbeModule:
+    """The probe of an engine without our hooks."""
+    return ProbeModule(engine, module, (), is_alone=True)
+
+
+def engine_as_served(engine: str, name: str) -> ProbeModule:
+    """The probe of an engine with our hooks."""
+    return ProbeModule(engine, "sglang_moe_ext.serving.lookup_probe", (name,), is_alone=False)
 
 
 def request_of(question: LookupRequest) -> dict[str, Any]:
@@ -108,7 +153,7 @@ class ProbeProcess:
 
     def __init__(self, who: ProbeModule, environment: Mapping[str, str] | None = None) -> None:
         """`environment`: of the process (SGLANG_MOE_CONFIG_DIR, PYTHONPATH), by default our own."""
-        self._engine, self._module = who.engine, who.module
+        self._engine, self._who = who.engine, who
         theirs = dict(os.environ if environment is None else environment)
         self._environment = theirs | {env.DISABLE: "1"} if who.is_alone else theirs
         self._open = contextlib.ExitStack()
@@ -128,10 +173,11 @@ class ProbeProcess:
                     "-W",
                     "ignore",
                     "-m",
-                    probe_child.__name__,
-                    self._module,
+                    probe_server.__name__,
+                    self._who.module,
                     str(os.getpid()),
                     str(telling),
+                    *self._who.arguments,
                 ],
                 stdin=subprocess.PIPE,
                 stdout=self._said,
@@ -160,12 +206,12 @@ class ProbeProcess:
         if exit_code != 0:
             reason = complaints.strip().splitlines() or [f"exit status {exit_code}"]
             self.close()
-            raise EngineError(f"{self._engine}'s own table lookup failed: {reason[-1]}")
+            raise EngineError(f"{self._engine}'s own table lookup failed: {show(reason[-1], 400)}")
         try:
             return _answer(json.loads(said.strip().splitlines()[-1]))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise EngineError(
-                f"{self._engine} takes an entry that is no configuration: {type(error).__name__} {error}"
+                f"{self._engine} takes an entry that is no configuration: {type(error).__name__} {show(error)}"
             ) from error
 
     def _exchange(self, request: str) -> int:
@@ -207,27 +253,9 @@ def _answer(said: Mapping[str, Any]) -> LookupResult:
         plugin=said.get("plugin"),
         whys={int(m): str(why) for m, why in said.get("whys", {}).items()},
         paths={int(m): str(path) for m, path in said.get("paths", {}).items()},
+        written={int(m): dict(entries) for m, entries in said.get("written", {}).items()},
+        fitted={int(m): dict(entries) for m, entries in said.get("fitted", {}).items()},
+        alone={int(m): dict(entry) for m, entry in said.get("alone", {}).items()},
+        alone_errors={int(m): str(error) for m, error in said.get("alone_errors", {}).items()},
+        remarks=tuple(map(str, said.get("remarks", ()))),
     )
-
-
-class LogCapture(logging.Handler):
-    """The lines that a logger gets from now on, and the JSON files that the process opens, whatever is said of them."""
-
-    def __init__(self, logger: logging.Logger) -> None:
-        super().__init__(logging.INFO)
-        self.lines: list[str] = []
-        self._opened: list[str] = []
-        logger.setLevel(logging.INFO)
-        logger.addHandler(self)
-        sys.addaudithook(self._note)
-
-    @property
-    def files(self) -> list[str]:
-        return list(dict.fromkeys(self._opened))
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-    def _note(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open" and str(arguments[0]).endswith(".json"):
-            self._opened.append(str(arguments[0]))
