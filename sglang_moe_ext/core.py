@@ -1,11 +1,13 @@
-"""The nouns that every part of the project speaks in, and the errors that users see; imports nothing of ours."""
+"""The dataclasses that every part of the project shares, and the errors that users see."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-Scheme = Literal["fp8_w8a8", "int8_w8a8", "int8_w8a16", "int4_w4a16"]
+from sglang_moe_ext.schemes import Scales, SchemeRow, find_row
+from sglang_moe_ext.schemes import Scheme as Scheme  # noqa: PLC0414 (exported)
+
 ActivationDtype = Literal["bfloat16", "float16"]
 Projection = Literal["up", "down"]
 Origin = Literal["measured", "transferred", "predicted"]
@@ -53,20 +55,28 @@ class Quantization:
     per_channel: bool = False
 
     @property
+    def row(self) -> SchemeRow:
+        """The facts of its scheme."""
+        return find_row(self.scheme)
+
+    @property
+    def scales(self) -> Scales:
+        """What one scale covers."""
+        if self.scheme is None:
+            return "none"
+        if self.block_shape is not None:
+            return "block" if self.is_block_wise else "group"
+        return "channel" if self.per_channel else "tensor"
+
+    @property
     def weight_bits(self) -> int:
         """Bits of one weight."""
-        match self.scheme:
-            case None:
-                return 16
-            case "int4_w4a16":
-                return 4
-            case _:
-                return 8
+        return self.row.weight_bits
 
     @property
     def activation_bits(self) -> int:
         """Bits of one activation as the GEMM reads it."""
-        return 8 if self.scheme in ("fp8_w8a8", "int8_w8a8") else 16
+        return self.row.activation_bits
 
     @property
     def is_block_wise(self) -> bool:
@@ -77,8 +87,8 @@ class Quantization:
         if self.scheme is None:
             return "not quantized"
         if self.block_shape is not None:
-            return f"{self.scheme} {'block' if self.is_block_wise else 'group'} {list(self.block_shape)}"
-        return f"{self.scheme} per {'channel' if self.per_channel else 'tensor'}"
+            return f"{self.scheme} {self.scales} {list(self.block_shape)}"
+        return f"{self.scheme} per {self.scales}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ REPO_ROOT = Path(__file__).resolve().parents[1]
 NEVER_MOVED = {"torch", "triton", "transformers", "sglang", "vllm", "numpy"}
 HEAVY = {"torch", "triton", "transformers", "rich", "numpy"}
 ATTACHED = {
-    "": "core engines env gpu import_hook package_data serving sorted_kernels startup tables",
+    "": "core engines env gpu import_hook package_data schemes serving sorted_kernels startup tables",
     "engines.": "config_dict installed lookup_args running sglang table_names",
     "engines.sglang.": "config_dir hook_points installation kernel_sequence support table_names",
     "gpu.": "shared_memory specs",

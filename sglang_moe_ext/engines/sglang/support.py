@@ -81,9 +81,7 @@ def down_tma_is_right(quantization: Quantization) -> bool:
     order of the pairs: nothing to win, and WRONG once the activation, told that rows lie in the order of the experts,
     leaves out rows: those of experts elsewhere, and since 0.5.23 all that pad a block.
     """
-    if quantization.scheme is None or quantization.is_block_wise:
-        return True
-    return quantization.scheme == "int8_w8a16" and quantization.block_shape is None
+    return quantization.scales in quantization.row.down_tma
 
 
 def up_tma_is_right(quantization: Quantization, version: tuple[int, int, int]) -> bool:

@@ -31,8 +31,8 @@ class PlanRule:
 
 def _is_multiplied(shape: MoEShape, _: int) -> bool:
     quantization = shape.quantization
-    is_scaled = quantization.per_channel or quantization.block_shape == (_GROUP, _GROUP)
-    return quantization.scheme is None or (quantization.scheme == "fp8_w8a8" and is_scaled)
+    has_whole_groups = not quantization.is_block_wise or quantization.block_shape == (_GROUP, _GROUP)
+    return quantization.scales in quantization.row.sorted_kernels and has_whole_groups
 
 
 RULES = (
