@@ -9,6 +9,8 @@ from sglang_moe_ext.schemes import Scales, SchemeRow, find_row
 from sglang_moe_ext.schemes import Scheme as Scheme  # noqa: PLC0414 (exported)
 
 ActivationDtype = Literal["bfloat16", "float16"]
+CheckpointDtype = Literal["bfloat16", "float16", "float32"]
+"""Engines serve a checkpoint in float32 in one of 16 bits; which one is theirs to choose."""
 Projection = Literal["up", "down"]
 Origin = Literal["measured", "transferred", "predicted"]
 """How an entry came to be: timed on the GPU it is for, timed there in another engine, or ranked by a model of the GPU.
@@ -44,15 +46,32 @@ class EngineError(MoEExtError):
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointFormat:
+    """What a checkpoint says of its quantized experts beyond the scheme: engines choose a backend by it.
+
+    `method` as config.json names it, in lower case with underscores. `group` is the stored group size, before a split
+    makes an engine halve it.
+    """
+
+    method: str
+    bits: int = 8
+    group: int | None = None
+    symmetric: bool = True
+    activation_order: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Quantization:
     """How the expert weights are stored. No scheme: they are not quantized.
 
-    `block_shape` is (N, K) of the weights that share one scale; (0, group) for groups along K alone.
+    `block_shape` is (N, K) of the weights that share one scale; (0, group) for groups along K alone. `checkpoint` takes
+    no part in comparisons: kernels and tables do not depend on it. It is None where a user stated the layer.
     """
 
     scheme: Scheme | None = None
     block_shape: tuple[int, int] | None = None
     per_channel: bool = False
+    checkpoint: CheckpointFormat | None = field(default=None, compare=False)
 
     @property
     def row(self) -> SchemeRow:
@@ -92,8 +111,19 @@ class Quantization:
 
 
 @dataclass(frozen=True, slots=True)
+class OlderReading:
+    """What SGLang before that release makes of a checkpoint that newer ones read as its config.json means."""
+
+    before: tuple[int, int, int]
+    quantization: Quantization
+
+
+@dataclass(frozen=True, slots=True)
 class MoEModel:
-    """The experts of a checkpoint, as its config.json states them: before an engine fuses, shards or pads."""
+    """The experts of a checkpoint, as its config.json states them: before an engine fuses, shards or pads.
+
+    `zero_experts` are choices of the router that have no weights. `older_readings` are in the order of releases.
+    """
 
     name: str
     architecture: str
@@ -104,8 +134,10 @@ class MoEModel:
     shared_experts: int = 0
     gated: bool = True
     quantization: Quantization = field(default_factory=Quantization)
-    dtype: ActivationDtype = "bfloat16"
+    dtype: CheckpointDtype = "bfloat16"
     source: str = ""
+    zero_experts: int = 0
+    older_readings: tuple[OlderReading, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +159,8 @@ class MoEShape:
 
     w1 is [experts, 2 * intermediate_size, hidden_size] ([experts, intermediate_size, hidden_size] when not gated),
     w2 is [experts, hidden_size, intermediate_size]; `experts` and `top_k` include the `fused_shared` experts, which lie
-    last and which every token takes.
+    last and which every token takes. `zero_experts` are ids behind the routed ones that a router may give and that
+    compute nothing.
     """
 
     experts: int
@@ -139,6 +172,7 @@ class MoEShape:
     gated: bool = True
     ep: int = 1
     fused_shared: int = 0
+    zero_experts: int = 0
 
     def gemm(self, projection: Projection) -> tuple[int, int]:
         """(N, K) of one expert's GEMM: output columns and reduction length."""

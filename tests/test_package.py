@@ -20,7 +20,7 @@ NEVER_MOVED = {"torch", "triton", "transformers", "sglang", "vllm", "numpy"}
 HEAVY = {"torch", "triton", "transformers", "rich", "numpy"}
 ATTACHED = {
     "": "core engines env gpu import_hook package_data schemes serving sorted_kernels startup tables",
-    "engines.": "config_dict installed lookup_args running sglang table_names",
+    "engines.": "config_dict installed lookup_args running sglang table_names weight_only",
     "engines.sglang.": "config_dir hook_points installation kernel_sequence support table_names",
     "gpu.": "shared_memory specs",
     "serving.": "attach guard kernel_selection plugin selection sglang_hooks sglang_lookup_hook table_search",
