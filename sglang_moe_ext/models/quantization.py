@@ -145,10 +145,10 @@ def _older_readings(config: Section, quantization: Quantization, source: str) ->
         whole = METHODS[found[1]](found[0], modules, source)
     except ModelError:  # what the list leaves out was never looked at
         return
-    if whole != quantization:
-        yield OlderReading(FIRST_SGLANG_WITH_IGNORED_EXPERTS, whole)
     covers = expert_modules.cover_by_substring_of_child(entries)
     older = Quantization() if expert_modules.excludes_experts(modules, covers, source) else whole
+    if {whole, older} != {quantization}:
+        yield OlderReading(FIRST_SGLANG_WITH_IGNORED_EXPERTS, whole)
     if older != quantization:
         yield OlderReading(FIRST_SGLANG_WITH_QUANTIZED_CHILDREN, older)
 
