@@ -141,12 +141,12 @@ def _older_readings(config: Section, quantization: Quantization, source: str) ->
     if not entries:
         return
     modules = expert_modules.locate_modules(config, entries)
+    covers = expert_modules.cover_by_substring_of_child(entries)
     try:
         whole = METHODS[found[1]](found[0], modules, source)
-    except ModelError:  # what the list leaves out was never looked at
+        older = Quantization() if expert_modules.excludes_experts(modules, covers, source) else whole
+    except ModelError:  # an older release would refuse, or mix, what newer ones read: not an answer about these
         return
-    covers = expert_modules.cover_by_substring_of_child(entries)
-    older = Quantization() if expert_modules.excludes_experts(modules, covers, source) else whole
     if {whole, older} != {quantization}:
         yield OlderReading(FIRST_SGLANG_WITH_IGNORED_EXPERTS, whole)
     if older != quantization:
