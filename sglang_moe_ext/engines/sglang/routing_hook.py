@@ -56,14 +56,17 @@ class RoutingBatch:
         return self.ids.numel() * self.ids.element_size()
 
     def rows(self) -> tuple[int, bytes]:
-        """(experts a token, int32 ids of the rows that are no padding). Waits for the copy, and for nothing else."""
+        """(experts a token, int32 ids of the rows with work). Waits for the copy, and for nothing else.
+
+        A row of -1 alone pads a batch; among others, -1 stands for a choice without weights (LongCat's zero experts).
+        """
         import torch
 
         if self.copied is not None:
             while _is_making_graphs():  # a wait in any thread spoils the graph that another captures
                 time.sleep(_PAUSE_S)
             self.copied.synchronize()
-        ids = self.ids[(self.ids >= 0).all(dim=1)].to(torch.int32).contiguous()
+        ids = self.ids[(self.ids >= 0).any(dim=1)].to(torch.int32).contiguous()
         return ids.shape[1], ids.numpy().tobytes()
 
 

@@ -94,7 +94,7 @@ def launch(
         **{row.launch_flag: row.name == scheme for row in SCHEMES.values()},
         per_channel_quant=shape.quantization.per_channel,
         block_shape=None if block is None else list(block),
-        filter_expert=shape.ep > 1,
+        filter_expert=shape.ep > 1 or shape.zero_experts > 0,
         a_use_tma=config.use_tma and projection == "down",
         b_use_tma=config.use_tma,
         c_sorted=writes_sorted,
@@ -139,7 +139,7 @@ def run(engine: LoadedSglang, shape: MoEShape, tensors: LayerTensors, up: TileCo
         w1_scale=tensors.w1_scale,
         w2_scale=tensors.w2_scale,
         block_shape=None if block is None else list(block),
-        filter_expert=shape.ep > 1,
+        filter_expert=shape.ep > 1 or shape.zero_experts > 0,
     )
     return out
 
