@@ -1,4 +1,4 @@
-"""`sglang-moe-ext capture`: ask a running server which experts its prompts take, and keep that for `tune`."""
+"""`sglang-moe-ext capture`: ask a running server which experts its prompts take, and store that for `tune`."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def _prompt(line: str) -> str:
     return next((text for text in texts if isinstance(text, str) and text), line)
 
 
-def _served(server: Server, arguments: argparse.Namespace) -> tuple[str, MoEModel]:
-    """The name to tune by, and what it means."""
+def _find_model(server: Server, arguments: argparse.Namespace) -> tuple[str, MoEModel]:
+    """(the name to give to `tune`, the model)."""
     if arguments.model:
         return arguments.model, resolve(arguments.model, trust_remote_code=arguments.trust_remote_code)
     name = server_info.ask_model_path(server)
@@ -91,7 +91,7 @@ def _ask(server: Server, texts: list[str], max_tokens: int, top_k: int) -> list[
     gathered: list[bytearray] = []
     with console.Bar() as bar:
         for done, text in enumerate(texts, 1):
-            layers = server_routing.layers_of(server_routing.generate(server, text, max_tokens), top_k)
+            layers = server_routing.split_layers(server_routing.generate(server, text, max_tokens), top_k)
             gathered = gathered or [bytearray() for _ in layers]
             if layers and len(layers) != len(gathered):
                 raise EngineError(f"the server returns {len(layers)} layers for prompt {done}, {len(gathered)} before")
@@ -105,7 +105,7 @@ def tables(gathered: list[bytearray], model: MoEModel) -> Iterator[RoutingTable]
     """One of each MoE layer.
 
     Raises:
-        EngineError: this model cannot have it.
+        EngineError: the model cannot have such ids.
     """
     layers = [bytes(rows) for rows in gathered]
     for layer in server_routing.routing_layers(layers):
@@ -135,7 +135,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise MoEExtError(f"--max-tokens and --timeout: expected positive numbers, of at most {LONGEST_S:.0f} seconds")
     texts = prompts(arguments.prompts)
     server = server_routing.connect(arguments.url, arguments.api_key, arguments.timeout)
-    name, model = _served(server, arguments)
+    name, model = _find_model(server, arguments)
     found = list(tables(_ask(server, texts, arguments.max_tokens, model.top_k), model))
     if not found:
         raise EngineError(f"{arguments.url} returned no layer with experts: it ran none, or each prompt has one token")
@@ -145,7 +145,7 @@ def run(arguments: argparse.Namespace) -> None:
     command = shlex.join(words)
     print(f"{len(found)} layers of {model.name}, {rows} tokens of {len(texts)} prompts: {arguments.output_dir}")
     if rows < FEW_ROWS:
-        print(f"a batch of {FEW_ROWS} tokens repeats them: more prompts, or longer ones, tell more")
+        print(f"a batch of {FEW_ROWS} tokens repeats them: use more or longer prompts for a truer routing")
     print(f"next, with the server's --tp-size and --ep-size: {command}")
     written = [str(file) for file in files]
     print(json.dumps({"model": name, "layers": len(found), "tokens": rows, "files": written, "next": command}))

@@ -35,7 +35,7 @@ class _Overrides:
                 return
             yield name
 
-    def of_pattern(self, name: str) -> str | None:
+    def match_pattern(self, name: str) -> str | None:
         return next((key for pattern, key in self.patterns if pattern.fullmatch(name)), None)
 
 
@@ -49,7 +49,7 @@ def parse_auto_round(section: Section, modules: ExpertModules, source: str) -> Q
         raise refuse_other_kernel(f"auto-round {show(data_type)}", source)
     overrides, blocks = _parse_overrides(section, source), _blocks(section)
     found = Counter(
-        _of_layer(names, section, overrides, blocks, source)
+        _read_layer(names, section, overrides, blocks, source)
         for names in expert_modules.within_time(modules.layers, source)
     )
     if len(found) > 1:
@@ -79,13 +79,13 @@ def _blocks(section: Section) -> tuple[str, ...]:
     return tuple(name for name in stated if isinstance(name, str)) if isinstance(stated, (list, tuple)) else ()
 
 
-def _of_layer(
+def _read_layer(
     names: tuple[str, ...], section: Section, overrides: _Overrides, blocks: tuple[str, ...], source: str
 ) -> Quantization:
     is_quantized = not blocks or any(name.startswith(block) for name in names for block in blocks)
     keys = next((list(found) for name in names if (found := tuple(overrides.below(name)))), [])
     if not keys:
-        matched = next((key for name in names if (key := overrides.of_pattern(name)) is not None), None)
+        matched = next((key for name in names if (key := overrides.match_pattern(name)) is not None), None)
         keys = [] if matched is None else [matched]
     kinds = {_quantization(section, overrides.stated[key], is_quantized, source) for key in keys}
     if len(kinds) > 1:

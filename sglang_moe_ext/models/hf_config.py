@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from sglang_moe_ext import untrusted
 from sglang_moe_ext.core import CheckpointDtype, ModelError, MoEModel, MoEShape
 from sglang_moe_ext.models.config_fields import Section, lineages, read_field, refusal, show, whole_number
 from sglang_moe_ext.models.families import (
@@ -92,7 +93,7 @@ _ZERO_EXPERTS: Names = ("zero_expert_num",)
 
 
 def from_config(config: Section, *, name: str, source: str) -> MoEModel:
-    """Raises: ModelError when the model is dense, a number is missing or impossible, or the kernel is not its own."""
+    """Raises: ModelError when the model is dense, a number is missing or impossible, or another kernel runs it."""
     config = merge_block_configs(config, name=name, source=source)
     experts = locate_experts(config)
     if experts is None:
@@ -108,7 +109,7 @@ def from_config(config: Section, *, name: str, source: str) -> MoEModel:
     hidden_places = (experts.section, experts.root)
     hidden_size = _number(experts, experts.family.hidden, "hidden size", source, places=hidden_places)
     model = MoEModel(
-        name=name,
+        name=untrusted.show(name),
         architecture=_architecture(experts),
         routed_experts=routed,
         top_k=top_k,

@@ -65,7 +65,7 @@ def _locate_section(config: Section, source: str) -> tuple[Mapping[str, object],
             stated = read_field(part, name)
             if stated is None or stated == {}:
                 continue
-            section = _opened(stated)
+            section = _open_section(stated)
             if section is None:
                 raise refusal(
                     source, f"{name} is {show(stated)}, expected an object; correct it, or state the layer with --shape"
@@ -86,7 +86,7 @@ def _parse_section(config: Section, section: Mapping[str, object], method: str, 
     return METHODS[method](section, modules, source)
 
 
-def _opened(stated: object) -> Mapping[str, object] | None:
+def _open_section(stated: object) -> Mapping[str, object] | None:
     """The section as a mapping, also when a library has already made an object of it."""
     to_dict = None if isinstance(stated, Mapping) else read_field(stated, "to_dict")
     try:

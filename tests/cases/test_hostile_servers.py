@@ -422,6 +422,10 @@ class TestExpertsThatComputeNothing:
         width, rows = routing_hook.RoutingBatch(0, ids, None).rows()
         assert (width, list(struct.unpack("=4i", rows))) == (2, [3, REMOTE, 1, 2])
 
+    def test_18_a_row_with_nothing_but_shared_experts_is_padding(self) -> None:
+        ids = torch.tensor([[3, 15], [REMOTE, 15]])
+        assert routing_hook.RoutingBatch(0, ids, None, fused_shared=1).rows() == (2, struct.pack("=2i", 3, 15))
+
     def test_18_one_ranks_mask_is_called_that(self, tmp_path: Path) -> None:
         torch.save(torch.tensor([[3, REMOTE]]), tmp_path / NAME)
         with pytest.raises(ModelError, match="experts of other ranks"):
@@ -437,4 +441,4 @@ def test_routing_that_is_returned_is_still_read(serve: Any) -> None:
     ids = base64.b64encode(struct.pack("=4i", 3, 4, 5, 6)).decode()
     about = {"meta_info": {"prompt_tokens": 2, "completion_tokens": 1, "routed_experts": ids}}
     server = Server(serve(says(answered(json.dumps(about).encode()))).url)
-    assert server_routing.layers_of(generate(server), 2) == [struct.pack("=4i", 3, 4, 5, 6)]
+    assert server_routing.split_layers(generate(server), 2) == [struct.pack("=4i", 3, 4, 5, 6)]

@@ -297,7 +297,7 @@ def test_each_layer_comes_out_as_it_went_in(sizes: tuple[int, int, int], data: s
     rows, layers, top_k = sizes
     numbers = st.lists(st.integers(0, 500), min_size=rows * layers * top_k, max_size=rows * layers * top_k)
     ids = torch.tensor(data.draw(numbers), dtype=torch.int32).view(rows, layers, top_k)
-    found = server_routing.layers_of(answered(ids.numpy().tobytes(), rows, 1), top_k)
+    found = server_routing.split_layers(answered(ids.numpy().tobytes(), rows, 1), top_k)
     assert found == [ids[:, layer].contiguous().numpy().tobytes() for layer in range(layers)]
 
 
@@ -322,7 +322,7 @@ JSON = st.recursive(
 @given(JSON)
 def test_no_answer_is_anything_but_routing_or_an_error_of_ours(answer: object) -> None:
     try:
-        server_routing.layers_of(answer, TOP_K)
+        server_routing.split_layers(answer, TOP_K)
     except EngineError as error:
         assert str(error)
 

@@ -1,7 +1,7 @@
-"""Ask a running SGLang which model it serves, how that is split, and what of its flags decides about tables.
+"""Asks a running SGLang which model it serves, how it splits the experts, and which flags decide about tables.
 
 `/get_server_info` in 0.5.5, `/server_info` as well in 0.5.8 to 0.5.23 (entrypoints/http_server.py): one JSON object
-with the server's arguments by name, as it resolved them, and its version. It tells neither the GPU nor the plugins.
+with the server's arguments by name, as it resolved them, and its version. It tells neither its GPU nor its plugins.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class RunningServer:
 
 
 def ask(url: str, api_key: str | None = None) -> RunningServer:
-    """What the server at that address says.
+    """Ask the server at that address.
 
     Raises:
         EngineError: nothing answers there, or something else than an SGLang server.
@@ -80,7 +80,7 @@ def _ask_document(server: Server) -> object:
 
 
 def parse(document: object, url: str) -> RunningServer:
-    """What that answer of the server at `url` means.
+    """Read the answer of the server at `url`.
 
     Raises:
         EngineError: it is not an SGLang server's.
@@ -145,10 +145,10 @@ class _Answer:
 
 
 def flags(server: RunningServer, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The server's answers, by the names of the flags that say the same of a layer; `given`: what the user says of it.
+    """The server's answers, by the names of the flags that state the same; `given`: the flags that the user has given.
 
     Raises:
-        ModelError: the user says what the server does, or the model's path is none of this machine's.
+        ModelError: a flag states what the server answers, or this machine does not have the model's path.
     """
     answers = {
         "shape": None,
@@ -183,7 +183,7 @@ def _dtype(server: RunningServer, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def why_no_table(server: RunningServer) -> str | None:
-    """Why that server reads no table, beyond what its `--moe-runner-backend` decides; None: it does."""
+    """Why that server reads no table, apart from its `--moe-runner-backend`; None: it does."""
     if server.device != "cuda":
         return f"that server runs on {server.device}; tables are for GPUs"
     if server.moe_a2a_backend != "none":
@@ -192,17 +192,17 @@ def why_no_table(server: RunningServer) -> str | None:
 
 
 def report(server: RunningServer, version_here: str) -> list[str]:
-    """What to know of that server before what follows is read, in lines."""
+    """Lines to print before the findings: what the server runs, and what it does not tell."""
     split = f"--tp-size {server.parallelism.tp} --ep-size {server.parallelism.ep}"
     quantized = f" --quantization {server.quantization}" if server.quantization else ""
     is_same = server.version_text == version_here
     old = parse_version(server.version_text) < _FIRST_WITH_PLUGINS
     return [
         f"{server.url}: SGLang {server.version_text} serves {server.model_path} on {server.device}, {split}{quantized}",
-        f"what follows is what the SGLang {version_here} here takes, with the Triton, tables and settings of here"
-        + ("" if is_same else f"; that server has another release, {server.version_text}, and may take something else"),
-        "whether sglang-moe-ext is active in that server it does not tell"
-        + (", and before 0.5.11 the startup file alone brings it in" if old else "")
+        f"the findings below are of the SGLang {version_here} of this environment, with its Triton, tables and settings"
+        + ("" if is_same else f"; that server is SGLang {server.version_text}, which may take something else"),
+        "the server does not tell whether sglang-moe-ext is active in it"
+        + (", and before 0.5.11 the startup file alone loads it" if old else "")
         + ': look for "sglang-moe-ext ... is active" in its log',
-        *([] if server.is_local else ["nor does it tell its GPU: without --gpu, this machine's is meant"]),
+        *([] if server.is_local else ["it does not tell its GPU either: without --gpu, this machine's is taken"]),
     ]

@@ -1,9 +1,9 @@
-"""What a server answers of its routing: `return_routed_experts` of its native `/generate`, and how the ids lie in it.
+"""Asks a server for the routing of its prompts: `return_routed_experts` of `/generate`, and how the ids lie in it.
 
 Since 0.5.7, on a server started with --enable-return-routed-experts (0.5.8: managers/detokenizer_manager.py and
 layers/moe/routed_experts_capturer.py; 0.5.12 and after: state_capturer/routed_experts.py). meta_info["routed_experts"]
 is the base64 text of int32 [prompt and generated tokens - 1, num_hidden_layers, num_experts_per_tok]: experts of all
-ranks, without the fused shared ones, zeros alone in a layer that routes nothing. Without the flag it is not there.
+ranks, without the fused shared ones, only zeros in a layer without experts. Without the flag the field is missing.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def generate(server: Server, prompt: str, max_tokens: int) -> object:
     return server.ask("/generate", {"text": prompt, "sampling_params": sampling, "return_routed_experts": True})
 
 
-def layers_of(answer: object, top_k: int) -> list[bytes]:
+def split_layers(answer: object, top_k: int) -> list[bytes]:
     """int32 [tokens, top_k] of each layer, dense ones among them, from one answer of `/generate`.
 
     Raises:

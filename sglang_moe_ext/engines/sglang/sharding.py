@@ -1,4 +1,4 @@
-"""How SGLang cuts a model's experts onto ranks: what E, N and top-k a rank's kernel sees."""
+"""How SGLang splits a model's experts over ranks: the E, N and top-k that a rank's kernel sees."""
 
 from __future__ import annotations
 

@@ -56,18 +56,18 @@ def _needs_fp8_units(layer: ServedLayer) -> bool:
     return layer.shape.quantization.scheme == "fp8_w8a8" and layer.gpu.sm < _FIRST_FP8_SM
 
 
-def _of_fp8_without_units(layer: ServedLayer) -> str | None:
+def _explain_fp8(layer: ServedLayer) -> str | None:
     return (
         f"{layer.gpu.device_name} (sm_{layer.gpu.sm}) has no fp8 matrix units, which begin with sm_{_FIRST_FP8_SM}: "
         "Triton refuses the kernel there"
     )
 
 
-def _of_weight_only(layer: ServedLayer) -> str | None:
+def _explain_weight_only(layer: ServedLayer) -> str | None:
     """Its own methods choose by the checkpoint; the flag is asked by one of them."""
     match layer.stored:
         case CheckpointFormat(method="compressed_tensors"):
-            return _of_compressed_tensors(layer, layer.stored)
+            return _explain_compressed_tensors(layer, layer.stored)
         case CheckpointFormat(method="moe_wna16"):
             return None
         case CheckpointFormat(method="gptq"):
@@ -83,7 +83,7 @@ def _of_weight_only(layer: ServedLayer) -> str | None:
 _WNA16 = "--quantization moe_wna16 makes an AWQ or symmetric GPTQ checkpoint run Triton"
 
 
-def _of_compressed_tensors(layer: ServedLayer, stored: CheckpointFormat) -> str | None:
+def _explain_compressed_tensors(layer: ServedLayer, stored: CheckpointFormat) -> str | None:
     is_readable = (
         stored.bits == 4 and stored.group in _TRITON_GROUPS and stored.symmetric and not stored.activation_order
     )
@@ -100,15 +100,15 @@ def _of_compressed_tensors(layer: ServedLayer, stored: CheckpointFormat) -> str 
     return f"weights of {stored.bits} bits run Marlin, which reads no table{advice}"
 
 
-def _of_other_flag(layer: ServedLayer) -> str | None:
+def _explain_flag(layer: ServedLayer) -> str | None:
     return f"--moe-runner-backend {layer.backend} reads no table; triton does"
 
 
 _KINDS: tuple[tuple[Callable[[ServedLayer], bool], Callable[[ServedLayer], str | None]], ...] = (
-    (_needs_fp8_units, _of_fp8_without_units),
-    (lambda layer: is_weight_only(layer.shape.quantization), _of_weight_only),
+    (_needs_fp8_units, _explain_fp8),
+    (lambda layer: is_weight_only(layer.shape.quantization), _explain_weight_only),
     (lambda layer: layer.backend == _READS_TABLES, lambda layer: None),
-    (lambda layer: layer.backend != AUTO, _of_other_flag),
+    (lambda layer: layer.backend != AUTO, _explain_flag),
     (
         lambda layer: layer.architecture == "GptOssForCausalLM",
         lambda layer: (
@@ -146,7 +146,7 @@ def down_tma_is_right(quantization: Quantization) -> bool:
     """Whether a down GEMM with USE_TMA computes what it computes without.
 
     It reads its rows by descriptor, so the layer keeps them in the order of the experts, padded to whole blocks whose
-    rows nobody wrote. fused_moe_kernel then reads
+    rows are not written. fused_moe_kernel then reads
 
     - rows of 16 bits (no scheme, int8_w8a16 per channel): right, no scale goes with a row. The kernel asserts
       block-wise fp8 there, which a compiled kernel checks under TRITON_DEBUG alone;

@@ -1,4 +1,4 @@
-"""How vLLM cuts a model's experts onto ranks; it fuses no shared experts into the routed ones."""
+"""How vLLM splits a model's experts over ranks; it fuses no shared experts into the routed ones."""
 
 from __future__ import annotations
 

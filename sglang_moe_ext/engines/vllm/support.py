@@ -1,4 +1,4 @@
-"""Where vLLM runs another MoE backend than its Triton one, which alone reads a table, as long as nobody chooses one."""
+"""Where `--moe-backend auto` of vLLM takes another backend than Triton, which alone reads a table."""
 
 from __future__ import annotations
 
@@ -95,9 +95,9 @@ _PARTS = ("experts", "fallback_experts")
 
 
 def read_tables(experts: object) -> bool:
-    """True where some method of theirs, or of the experts that they choose from, names the lookup.
+    """True where a method of these experts, or of the experts that they choose from, names the lookup.
 
-    One that a subclass has replaced counts: better a table in vain than one called useless that is not.
+    A method that a subclass replaces counts as well: an unused table is better than a useful one called useless.
     """
     parts = [experts, *(part for name in _PARTS if (part := getattr(experts, name, None)) is not None)]
     return any(LOOKUP in names for part in parts for names in _names(type(part)))

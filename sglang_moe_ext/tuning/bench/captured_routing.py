@@ -1,4 +1,4 @@
-"""Routing that a server really had: its dumped topk_ids, cut to the tokens of a batch and the experts of one rank."""
+"""Routing captured from a server: its dumped topk_ids, cut to the tokens of a batch and the experts of one rank."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ def read(folder: Path, shape: MoEShape) -> tuple[str, list[torch.Tensor]]:
     """
     digests: dict[str, str] = {}
     tables: list[torch.Tensor] = []
-    paths = _dumps(folder)
+    paths = _list_files(folder)
     for path in random.Random(0).sample(paths, len(paths)):  # early files alone would be early requests alone
-        content = _content(path)
+        content = _read_file(path)
         digests[path.name] = hashlib.sha256(content).hexdigest()
         if sum(map(len, tables)) < _ENOUGH_ROWS:
-            named = _ours(path, content) if path.suffix == _OURS else _upstreams(path, content)
-            tables += [_ids(tensor, name, shape) for name, tensor in named.items()]
+            named = _parse_safetensors(path, content) if path.suffix == _OURS else _parse_torch_file(path, content)
+            tables += [_check_ids(tensor, name, shape) for name, tensor in named.items()]
     tables = [table for table in tables if len(table)]
     if not tables:
         raise MoEExtError(f"{folder}: its dumps have no tokens; dump topk_ids again while the server has requests")
     return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()[:12], tables
 
 
-def _dumps(folder: Path) -> list[Path]:
+def _list_files(folder: Path) -> list[Path]:
     try:
         paths = [path for path in folder.iterdir() if path.suffix == _OURS or _UPSTREAMS.fullmatch(path.name)]
         found = sorted(path for path in paths if path.is_file())
@@ -70,7 +70,7 @@ def _dumps(folder: Path) -> list[Path]:
     return found
 
 
-def _content(path: Path) -> bytes:
+def _read_file(path: Path) -> bytes:
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise MoEExtError(f"{path} is larger than {_MOST_BYTES >> 30} GiB: expected topk_ids alone; remove it")
@@ -79,7 +79,7 @@ def _content(path: Path) -> bytes:
         raise MoEExtError(f"cannot read {path}: {error.strerror}; remove it, or capture it again") from error
 
 
-def _upstreams(path: Path, content: bytes) -> dict[str, torch.Tensor]:
+def _parse_torch_file(path: Path, content: bytes) -> dict[str, torch.Tensor]:
     import torch
 
     try:
@@ -108,7 +108,7 @@ def _is_plain(tensor: object) -> bool:
     return tensor.device.type == "cpu" and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
-def _ours(path: Path, content: bytes) -> dict[str, torch.Tensor]:
+def _parse_safetensors(path: Path, content: bytes) -> dict[str, torch.Tensor]:
     try:
         from safetensors import torch as safetensors
     except ImportError as error:
@@ -125,7 +125,7 @@ def _ours(path: Path, content: bytes) -> dict[str, torch.Tensor]:
     return {f"{path} ({show(key, 60)})": value for key, value in ids.items()}
 
 
-def _ids(tensor: torch.Tensor, name: str, shape: MoEShape) -> torch.Tensor:
+def _check_ids(tensor: torch.Tensor, name: str, shape: MoEShape) -> torch.Tensor:
     """Its rows, int32, with the fused shared experts added where the dump lacks them, and without padding."""
     import torch
 
