@@ -18,6 +18,7 @@ from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.engines.sglang import installation, missing_config_log, server_info, support
 from sglang_moe_ext.engines.sglang import lookup_probe as sglang_lookup_probe
 from sglang_moe_ext.engines.sglang import table_names as sglang_table_names
+from sglang_moe_ext.engines.sglang.installation import parse_version
 from sglang_moe_ext.engines.sglang.server_info import RunningServer
 from sglang_moe_ext.engines.vllm import installation as vllm_installation
 from sglang_moe_ext.engines.vllm import lookup_probe as vllm_lookup_probe
@@ -238,7 +239,13 @@ def _examine(patient: LayerUnderTest, arguments: argparse.Namespace, server: Run
     found = findings(patient, answer, deterministic)
     print(f"{patient.name}: {patient.shape}")
     print(f"{patient.gpu.device_name} ({patient.where}), SGLang {answer.engine_version}, Triton {answer.triton}")
-    warning = support.why_no_table(arguments.moe_runner_backend, patient.shape, patient.gpu, patient.architecture)
+    warning = support.why_no_table(
+        arguments.moe_runner_backend,
+        patient.shape,
+        patient.gpu,
+        patient.architecture,
+        parse_version(answer.engine_version),
+    )
     warning = (server and server_info.why_no_table(server)) or warning
     if warning:
         print(f"NO TABLE IS READ, whatever follows: {warning}")

@@ -9,6 +9,7 @@ from sglang_moe_ext.core import Gpu, GpuError, ModelError, MoEModel, MoEShape, P
 from sglang_moe_ext.engines.adapter import EngineName
 from sglang_moe_ext.engines.registry import ENGINES, SGLANG, VLLM
 from sglang_moe_ext.engines.sglang import installation, missing_config_log, sharding
+from sglang_moe_ext.engines.vllm import installation as vllm_installation
 from sglang_moe_ext.engines.vllm import sharding as vllm_sharding
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.models import builtin_models, parse_dtype_flag, parse_shape, resolve
@@ -87,7 +88,8 @@ def _model(arguments: argparse.Namespace) -> MoEModel:
     quantization = parse_dtype_flag(
         arguments.dtype, checkpoint=found.quantization, per_channel=arguments.per_channel_quant
     )
-    model = replace(found, quantization=quantization)
+    is_stated = arguments.dtype != "auto" or arguments.per_channel_quant
+    model = replace(found, quantization=quantization, older_readings=() if is_stated else found.older_readings)
     if arguments.dtype in ("fp16", "float16"):
         model = replace(model, dtype="float16")
     return model
@@ -99,7 +101,7 @@ def _of_model_in_vllm(arguments: argparse.Namespace) -> LayerArgs:
     if arguments.ep_size not in (1, ranks):
         raise ModelError(f"--ep-size {arguments.ep_size}: vLLM splits experts over all {ranks} ranks, or not at all")
     ep = ranks if arguments.enable_expert_parallel else arguments.ep_size
-    shape = vllm_sharding.launched_shape(model, Parallelism(ranks, ep))
+    shape = vllm_sharding.launched_shape(model, Parallelism(ranks, ep), engine_version=_vllm_version())
     return LayerArgs(model.name, shape, model.architecture, shape)
 
 
@@ -119,7 +121,7 @@ def _of_model(arguments: argparse.Namespace) -> LayerArgs:
 
 def _vllm_shape(model: MoEModel, parallelism: Parallelism) -> MoEShape | None:
     try:
-        return vllm_sharding.launched_shape(model, parallelism)
+        return vllm_sharding.launched_shape(model, parallelism, engine_version=_vllm_version())
     except ModelError:
         return None
 
@@ -127,6 +129,11 @@ def _vllm_shape(model: MoEModel, parallelism: Parallelism) -> MoEShape | None:
 def _engine_version() -> tuple[int, int, int]:
     engine = installation.find()
     return sharding.NEWEST if engine is None else engine.version
+
+
+def _vllm_version() -> tuple[int, int, int]:
+    engine = vllm_installation.find()
+    return vllm_sharding.NEWEST if engine is None else engine.version
 
 
 def _from_log(line: str) -> LayerArgs:

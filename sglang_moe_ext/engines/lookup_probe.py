@@ -116,7 +116,7 @@ def engine_as_served(engine: str, name: str) -> ProbeModule:
 def request_of(question: LookupRequest) -> dict[str, Any]:
     """The question as the child reads it."""
     shape, pretend = question.shape, question.pretend
-    packed = lookup_args.INT4_WEIGHTS_PER_BYTE if shape.quantization.scheme == "int4_w4a16" else 1
+    packed = shape.quantization.row.weights_per_element
     block = shape.quantization.block_shape
     return {
         "experts": shape.experts,

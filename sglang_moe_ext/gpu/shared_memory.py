@@ -19,7 +19,7 @@ def smem_bytes(config: TileConfig, shape: MoEShape, sm: int) -> int:
     Held against the compiler on the grid in tests/data/compiled.
     """
     quantization = shape.quantization
-    swapped = quantization.scheme == "fp8_w8a8" and sm == 90 and config.block_m < _WGMMA_ROWS <= config.block_n
+    swapped = quantization.row.swaps_operands and sm == 90 and config.block_m < _WGMMA_ROWS <= config.block_n
     wgmma = sm in (90, 100, 103) and (config.block_m >= _WGMMA_ROWS or swapped)
     weight_bytes = quantization.weight_bits / 8
     stage = config.block_k * (config.block_m * operand_bytes(shape) + config.block_n * weight_bytes)

@@ -72,6 +72,7 @@ def _record(stated: dict[str, object]) -> BuiltinModel:
         shared_experts=cast(int, stated["shared_experts"]),
         gated=cast(bool, stated["gated"]),
         quantization=quantizations[0],
+        zero_experts=cast(int, stated.get("zero_experts", 0)),
         source=f"built in, checked {stated['checked']}: {stated['source']}",
     )
     return BuiltinModel(

@@ -92,7 +92,7 @@ _DEPARTURES = (
         text_comes_first=True,
     ),
     Family(
-        keys=("nemotron_h", "NemotronHForCausalLM"),
+        keys=("nemotron_h", "NemotronHForCausalLM", "nemotron_h_puzzle", "NemotronHPuzzleForCausalLM"),
         why="experts without a gate (relu2), in the latent space where there is one; the shared one has its own width",
         gated=False,
         shared=(),

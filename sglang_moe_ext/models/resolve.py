@@ -7,15 +7,15 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from logging import ERROR
 from pathlib import Path
 
 from sglang_moe_ext.core import ModelError, MoEModel
+from sglang_moe_ext.models import mistral_native
 from sglang_moe_ext.models.builtin import builtin_records, find_builtin
 from sglang_moe_ext.models.config_fields import CONFIG_CLASS_ERRORS, Section, refusal, show
 from sglang_moe_ext.models.hf_config import from_config, leaves_to_its_class
-from sglang_moe_ext.models.quantization import quantization_from_config
+from sglang_moe_ext.models.quantization import read_quantization
 
 GO_ON = "give a folder that has its config.json, or state the experts with --shape"
 
@@ -106,13 +106,18 @@ def resolve(model: str, *, trust_remote_code: bool = False, section: str | None 
         return _resolve_section(model, section)
     if os.path.isfile(os.path.join(path, CONFIG)):
         return _resolve_folder(Path(path), trust_remote_code=trust_remote_code)
+    if os.path.isfile(os.path.join(path, mistral_native.FILE_NAME)):
+        return _resolve_file(Path(path, mistral_native.FILE_NAME), trust_remote_code=trust_remote_code)
     if os.path.isfile(path):
         return _resolve_file(Path(path), trust_remote_code=trust_remote_code)
     builtin = find_builtin(model)
     if builtin is not None:
         return builtin
     if os.path.isdir(path):
-        raise refusal(model, f"the folder has no {CONFIG}; give the folder of a checkpoint, or --shape")
+        raise refusal(
+            model,
+            f"the folder has no {CONFIG}, nor {mistral_native.FILE_NAME}; give the folder of a checkpoint, or --shape",
+        )
     if HUB_ID.fullmatch(model) is None:
         raise _unknown(model)
     return _resolve_hub(model, trust_remote_code=trust_remote_code)
@@ -154,9 +159,12 @@ def _resolve_folder(folder: Path, *, trust_remote_code: bool) -> MoEModel:
 
 
 def _resolve_file(path: Path, *, trust_remote_code: bool) -> MoEModel:
+    parsed = _parsed(path)
+    is_native = path.name == mistral_native.FILE_NAME
+    raw = mistral_native.to_hf_config(parsed, str(path)) if is_native else _with_modelopt(parsed, path.parent)
     return _resolve_raw(
-        _with_modelopt(_parsed(path), path.parent),
-        name=path.resolve().parent.name if path.name == CONFIG else path.stem,
+        raw,
+        name=path.resolve().parent.name if is_native or path.name == CONFIG else path.stem,
         source=str(path),
         of_class=lambda: config_of_class(str(path), trust_remote_code=trust_remote_code),
     )
@@ -184,7 +192,7 @@ def _resolve_raw(raw: dict[str, object], *, name: str, source: str, of_class: Ca
     except ModelError as of_transformers:
         return _without_its_class(raw, of_transformers, name=name, source=source)
     model = from_config(config, name=name, source=source)
-    return replace(model, quantization=quantization_from_config(raw, source=source))
+    return read_quantization(model, raw, source=source)
 
 
 def _without_its_class(raw: dict[str, object], of_transformers: ModelError, *, name: str, source: str) -> MoEModel:
