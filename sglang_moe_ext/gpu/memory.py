@@ -25,5 +25,5 @@ def why_too_large(shape: MoEShape, gpu: Gpu, moe_layers: int | None) -> str | No
     parts = f"{layers} layers of {layer / GIB:.1f} GiB" if layers > 1 else "one layer"
     return (
         f"the experts of one rank take {layer * layers / GIB:.0f} GiB ({parts}), and {gpu.device_name} has "
-        f"{memory:.0f} GiB: no server can hold them; use more ranks (--tp-size) or weights with fewer bits"
+        f"{memory:.0f} GiB: they do not fit; use more ranks (--tp-size) or weights with fewer bits"
     )
