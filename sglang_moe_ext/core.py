@@ -138,6 +138,7 @@ class MoEModel:
     source: str = ""
     zero_experts: int = 0
     older_readings: tuple[OlderReading, ...] = ()
+    moe_layers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +240,10 @@ Table = dict[int, TileConfig]
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """What a kernel can rely on. Bandwidth in GB/s, dense rates in TFLOP/s; `device_name` as torch.cuda reports it."""
+    """What a kernel can rely on. Bandwidth in GB/s, dense rates in TFLOP/s; `device_name` as torch.cuda reports it.
+
+    `memory_gib` is at least what a process can have; None where it is not known.
+    """
 
     device_name: str
     sm: int
@@ -251,6 +255,7 @@ class Gpu:
     fp8_tflops: float | None
     l2_mib: float
     source: str
+    memory_gib: float | None = None
 
     def tflops(self, activation_bits: int) -> float:
         """Dense rate of the matrix units for operands of that width."""

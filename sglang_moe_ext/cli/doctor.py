@@ -13,9 +13,9 @@ from typing import Any, Literal
 from sglang_moe_ext.cli import console, layer_args
 from sglang_moe_ext.cli.layer_args import LayerArgs
 from sglang_moe_ext.core import EngineError, Gpu, GpuError, ModelError, MoEShape, TableError, TableKey
-from sglang_moe_ext.engines import table_names
+from sglang_moe_ext.engines import missing_config_log, table_names
 from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
-from sglang_moe_ext.engines.sglang import installation, missing_config_log, server_info, support
+from sglang_moe_ext.engines.sglang import installation, server_info, support
 from sglang_moe_ext.engines.sglang import lookup_probe as sglang_lookup_probe
 from sglang_moe_ext.engines.sglang import table_names as sglang_table_names
 from sglang_moe_ext.engines.sglang.installation import parse_version

@@ -58,6 +58,7 @@ def request_of(arguments: argparse.Namespace, command: str) -> TuneRequest:
     if measure_args.is_comparison(arguments) and arguments.ray is None and specs.detect() is None:
         measure_args.refuse_without_measuring(arguments, "this machine has no GPU: run it where the GPU is")
     gpu, is_here = layer_args.gpu_of(arguments, layer)
+    layer_args.print_memory_note(layer, gpu)
     adapter = ENGINES[arguments.engine]
     engine = adapter.find()
     if engine is not None and (why := adapter.why_not_tuned(layer.shape.quantization, engine.version)):

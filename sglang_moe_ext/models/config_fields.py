@@ -39,6 +39,11 @@ def show(value: object) -> str:
     return f"'{shown}'" if isinstance(value, str) else shown
 
 
+def describe_error(error: Exception) -> str:
+    """The error's class and message, short."""
+    return f"{type(error).__name__}: {show(str(error))}"
+
+
 def refusal(source: str, complaint: str) -> ModelError:
     """An error in one printable line, also where its parts come from a stranger's file."""
     line = "".join(letter if letter.isprintable() else " " for letter in f"{source}: {complaint}")

@@ -150,7 +150,7 @@ def test_a_kernel_that_reads_no_table_is_not_tuned(capsys: pytest.CaptureFixture
 
 
 def test_the_warning_line_of_sglang_is_no_layer_of_vllm(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--from-log reads SGLang's warning" in error_of(capsys, "--engine", "vllm", "--from-log", "x")
+    assert "--from-log: the text names no table" in error_of(capsys, "--engine", "vllm", "--from-log", "x")
 
 
 SECTIONED = {
