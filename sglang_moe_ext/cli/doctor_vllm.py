@@ -1,0 +1,53 @@
+"""Ask the vLLM of this environment which configurations a layer takes, and explain its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sglang_moe_ext.cli.doctor_examination import Examination, Finding
+from sglang_moe_ext.cli.doctor_layers import LayerUnderTest
+from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
+from sglang_moe_ext.engines.vllm import lookup_probe, support, table_names
+from sglang_moe_ext.tables import config_table, provenance
+
+
+def examine(layer: LayerUnderTest, tokens: Sequence[int], *, deterministic: bool) -> Examination:
+    """What a server of this environment takes for the layer.
+
+    Raises:
+        EngineError: vLLM could not be asked.
+    """
+    request = LookupRequest(layer.shape, tokens, layer.pretended_gpu, deterministic)
+    answer = lookup_probe.ask(request, who=lookup_probe.AS_SERVED)
+    whys = {m: answer.whys.get(m) or _why(layer, answer, m, deterministic) for m in answer.up}
+    return Examination(
+        layer=layer,
+        engine="vLLM",
+        engine_version=answer.engine_version,
+        triton=answer.triton,
+        plugin=answer.plugin,
+        no_table=support.why_no_table(layer.shape, layer.gpu, layer.architecture),
+        is_deterministic=deterministic,
+        files=answer.files,
+        findings=tuple(Finding(m, "both", str(config), whys[m]) for m, config in answer.up.items()),
+    )
+
+
+def _why(layer: LayerUnderTest, answer: LookupResult, tokens: int, deterministic: bool) -> str:
+    """Why vLLM takes what is its own choice."""
+    if deterministic:
+        return "the engine's default: batch invariance reads no table"
+    name = table_names.file_name(table_names.table_key(layer.shape, layer.gpu.device_name))
+    file = next((file for file in answer.files if file.name == name and _is_engines(file, answer)), None)
+    if file is None:
+        return f"the engine's default: no table {name}"
+    nearest = config_table.nearest(config_table.read(file), tokens)
+    entry = "its own entry" if nearest == tokens else f"nearest entry {nearest}"
+    known = provenance.read(file)
+    return f"{entry}; {(known and known.origin(nearest)) or 'origin unknown: shipped with the engine, or yours'}"
+
+
+def _is_engines(file: Path, answer: LookupResult) -> bool:
+    """Whether the engine's own lookup opened the file, which its log then names."""
+    return any(str(file) in line for line in answer.log)
