@@ -49,9 +49,8 @@ def _show(done: Reinstalled) -> None:
     if not done.written and not done.kept:
         print(f"no table for Triton {done.triton} in {user_store.root()}")
     for folder, count in done.other_tritons.items():
-        tables = f"{count} table{'s' if count > 1 else ''}"
         print(
-            f"{tables} made with Triton {reinstall.triton_of(folder)} stay in the store: a server of "
+            f"not installed, made with Triton {reinstall.triton_of(folder)}: {count} in the store; a server of "
             f"{ENGINES[done.engine].TITLE} with the plugin reads them (`sglang-moe-ext doctor` shows it); "
             f"for entries tuned with Triton {done.triton}, run `sglang-moe-ext tune` again"
         )

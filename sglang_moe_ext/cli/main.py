@@ -8,17 +8,34 @@ import sys
 from collections.abc import Sequence
 
 from sglang_moe_ext import __version__
-from sglang_moe_ext.cli import capture, command, doctor, export, install, overlay, patch, tune
+from sglang_moe_ext.cli import (
+    capture,
+    check_tables,
+    clean,
+    command,
+    doctor,
+    export,
+    import_tables,
+    install,
+    list_tables,
+    overlay,
+    patch,
+    tune,
+)
 from sglang_moe_ext.cli.command import EXIT_STATUS, PROGRAM
 
 COMMANDS = (
     tune.COMMAND,
     doctor.COMMAND,
+    list_tables.COMMAND,
+    check_tables.COMMAND,
+    import_tables.COMMAND,
     install.COMMAND,
     export.COMMAND,
     capture.COMMAND,
     overlay.COMMAND,
     patch.COMMAND,
+    clean.COMMAND,
 )
 """In the order of the help and of the README."""
 
