@@ -67,8 +67,13 @@ def test_the_wheel_asks_for_nothing_but_extras(wheel: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["sglang_moe_ext_startup.pth", "sglang_moe_ext/py.typed", "sglang_moe_ext/models/models.json"],
-    ids=["startup file", "type marker", "model facts"],
+    [
+        "sglang_moe_ext_startup.pth",
+        "sglang_moe_ext/py.typed",
+        "sglang_moe_ext/models/models.json",
+        "sglang_moe_ext/_docs/index.md",
+    ],
+    ids=["startup file", "type marker", "model facts", "documentation"],
 )
 def test_the_wheel_carries(wheel: Path, name: str) -> None:
     with zipfile.ZipFile(wheel) as archive:
@@ -128,8 +133,8 @@ def test_a_hooked_server_has_loaded_no_module_of_ours_but_these() -> None:
     assert {name for name in loaded if name.startswith("sglang_moe_ext")} == expected
 
 
-def test_the_table_of_models_in_the_readme_is_what_the_code_says() -> None:
-    command = [sys.executable, "tools/readme_models.py", "--check"]
+def test_the_table_of_models_in_the_documentation_is_what_the_code_says() -> None:
+    command = [sys.executable, "tools/model_table.py", "--check"]
     environment = {"PYTHONPATH": str(REPO_ROOT), "PATH": ""}
     done = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
@@ -139,6 +144,7 @@ PUBLIC = {
     "sglang_moe_ext.startup": ["install"],
     "sglang_moe_ext.tune": ["main"],
     "sglang_moe_ext.export": ["main"],
+    "sglang_moe_ext.api": ["resolve", "predict", "measure", "lookup", "install"],
     "sglang_moe_ext.cli.main": ["main"],
     "sglang_moe_ext.serving.plugin": ["register_sglang", "register_vllm", "attach_patched"],
 }

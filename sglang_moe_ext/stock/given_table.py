@@ -114,9 +114,9 @@ def fitting_layers(key: TableKey, engine: EngineName) -> list[FittingLayer]:
     """The layers of built-in models that ask for a table of that name: a name tells no hidden size and no top-k."""
     found: dict[MoEShape, list[str]] = {}
     for record in builtin_records():
-        as_named = Quantization(key.scheme, key.block_shape, key.per_channel)
-        # A name leaves something open, such as the group of int4, which the checkpoint's own quantization states.
-        for quantization in dict.fromkeys((*record.quantizations, as_named)):
+        # A name does not tell the group of int4, which only a checkpoint's own quantization states.
+        as_named = [Quantization(key.scheme, key.block_shape, key.per_channel)] if key.scheme != "int4_w4a16" else []
+        for quantization in dict.fromkeys((*record.quantizations, *as_named)):
             launch = _launch_that_asks_for(key, replace(record.model, quantization=quantization), engine)
             if launch is not None:
                 parallelism, shape = launch
