@@ -39,6 +39,11 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def _with_engine(arguments: argparse.Namespace) -> argparse.Namespace:
+    """The flags with the engine that they mean."""
+    return argparse.Namespace(**{**vars(arguments), "engine": engine_choice.choose(arguments.engine)})
+
+
 def request_of(arguments: argparse.Namespace, command: str) -> TuneRequest:
     """What the flags ask for.
 
@@ -46,8 +51,7 @@ def request_of(arguments: argparse.Namespace, command: str) -> TuneRequest:
         MoEExtError: they make no sense together, or name nothing known.
     """
     measure_args.check(arguments)
-    arguments = argparse.Namespace(**{**vars(arguments), "engine": engine_choice.choose(arguments.engine)})
-    layer = layer_args.parse_layer(arguments)
+    layer = layer_args.parse_layer(arguments := _with_engine(arguments))
     if measure_args.is_comparison(arguments) and arguments.ray is None and specs.detect() is None:
         measure_args.refuse_without_measuring(arguments, "this machine has no GPU: run it where the GPU is")
     gpu, is_here = layer_args.gpu_of(arguments, layer)
