@@ -6,9 +6,10 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_moe_ext.cli import console, engine_choice, layer_args, measure_args, output
+from sglang_moe_ext.cli import console, engine_choice, layer_args, measure_args, output, today
 from sglang_moe_ext.cli.command import Command, configure
 from sglang_moe_ext.core import Gpu, MoEExtError
+from sglang_moe_ext.engines.lookup_probe import LookupResult
 from sglang_moe_ext.engines.registry import ENGINES
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tuning import compare_configs, config_args, install_target, pipeline
@@ -94,14 +95,25 @@ def _say_plan(request: TuneRequest, plan: TunePlan) -> None:
         print(f"  {engine}: {name}")
     console.show(output.candidates(plan))
     console.show(output.forecast(plan))
+    _say_today(request, plan.today)
     doing = "measure" if plan.measures else "predict"
     sizes = f"{len(plan.rows)} batch size{'s' if len(plan.rows) > 1 else ''}"
     print(f"will {doing} {sizes} with {plan.binaries} binaries, in about {plan.estimated_s:.0f} s")
 
 
+def _say_today(request: TuneRequest, answer: LookupResult | None) -> None:
+    """Whose configurations `today` means."""
+    if answer is None:
+        print(f"today: unknown, since {request.adapter.TITLE} is not installed here to be asked")
+        return
+    for line in today.describe(today.sources(request, answer)):
+        print(line)
+
+
 def _say_outcome(request: TuneRequest, outcome: pipeline.TuneOutcome) -> None:
     engine = request.adapter.TITLE
     console.show(output.results(request, outcome))
+    _say_today(request, outcome.today)
     if not outcome.kernel.is_engines_own:
         print(f"no {engine} is installed here: compiled from this package's own kernel, which has the same tiles")
     if output.origin(outcome) == "predicted":
