@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -78,6 +79,24 @@ def test_the_wheel_asks_for_nothing_but_extras(wheel: Path) -> None:
 def test_the_wheel_carries(wheel: Path, name: str) -> None:
     with zipfile.ZipFile(wheel) as archive:
         assert name in archive.namelist()
+
+
+def test_the_source_distribution_carries_documentation_and_tests(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", tmp_path]
+    subprocess.run(command, cwd=REPO_ROOT, check=True, capture_output=True)
+    (built,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"README.md", "CONTRIBUTING.md", "docs/index.md", "docs/benchmarks/tuning.md", "tests/conftest.py"} <= names
+
+
+def test_the_metadata_name_every_supported_python_and_no_placeholder(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = archive.read(name).decode()
+    classifiers = [line.rpartition(" :: ")[2] for line in metadata.splitlines() if "Python :: 3." in line]
+    assert classifiers == ["3.10", "3.11", "3.12", "3.13"]
+    assert "example.com" not in metadata and "TODO" not in metadata
 
 
 def test_the_wheel_carries_no_tests_and_names_its_entry_points(wheel: Path) -> None:
