@@ -268,6 +268,29 @@ def document(request: TuneRequest, outcome: TuneOutcome) -> Mapping[str, Any]:
     }
 
 
+def gains(request: TuneRequest, outcome: TuneOutcome) -> dict[int, float]:
+    """By number of tokens, how much faster the new configuration is than today's; where today's cannot run, nothing."""
+    before = incumbents(request, outcome)
+    found: dict[int, float] = {}
+    for m, result in outcome.results.items():
+        match result:
+            case MeasuredChoice() if math.isfinite(result.incumbent_us):
+                found[m] = result.gain.value
+            case PredictedConfig() if m in before:
+                found[m] = before[m][1] / result.us
+    return found
+
+
+def gain_line(found: Mapping[int, float], origin: Origin) -> str | None:
+    """All gains in one line for people; None where there is nothing to compare with."""
+    if not found:
+        return None
+    mean = math.exp(sum(map(math.log, found.values())) / len(found))
+    best = max(found, key=lambda m: found[m])
+    sizes = f"{len(found)} batch size{'s' if len(found) > 1 else ''}"
+    return f"{origin} gain over today: {mean:.2f}x, the geometric mean of {sizes}; most {found[best]:.2f}x at M={best}"
+
+
 def _predictions(request: TuneRequest, outcome: TuneOutcome) -> list[Mapping[str, Any]]:
     before = incumbents(request, outcome)
     return [

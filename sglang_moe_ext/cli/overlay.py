@@ -14,6 +14,7 @@ from sglang_moe_ext.cli.command import Command
 from sglang_moe_ext.core import EngineError, MoEExtError
 from sglang_moe_ext.engines.sglang import config_dir, config_dir_tables, installation
 from sglang_moe_ext.engines.sglang.config_dir_tables import Outcome, Sources
+from sglang_moe_ext.engines.vllm import installation as vllm
 from sglang_moe_ext.tuning import install_target
 
 
@@ -34,6 +35,11 @@ def run(arguments: argparse.Namespace) -> Mapping[str, Any]:
         MoEExtError: there is no engine, the variable is set to another folder, or the overlay cannot be written.
     """
     engine, triton = installation.find(), installation.running_triton()
+    if engine is None and vllm.find() is not None:
+        raise EngineError(
+            "overlay is for SGLang, which is not installed here; a vLLM with the plugin reads your store, and "
+            f"one without it the folder that {env.VLLM_CONFIG_FOLDER} names: sglang-moe-ext install --output-dir FOLDER"
+        )
     if engine is None or triton is None:
         raise EngineError("SGLang and Triton are not both installed here: run overlay where the server runs")
     root = config_dir.place(engine).absolute()

@@ -38,7 +38,9 @@ def run(arguments: argparse.Namespace) -> Mapping[str, Any]:
     """
     engine = installation.find()
     if engine is None:
-        raise EngineError("SGLang is not installed in this environment: run patch where the server runs")
+        raise EngineError(
+            "SGLang is not installed in this environment: run patch where the server runs; vLLM needs no patch"
+        )
     patch = source_patch.find(engine)
     changed = False
     if arguments.apply:

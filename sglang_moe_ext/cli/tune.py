@@ -6,12 +6,14 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from sglang_moe_ext import env
 from sglang_moe_ext.cli import console, engine_choice, layer_args, measure_args, output, today
 from sglang_moe_ext.cli.command import Command, configure
-from sglang_moe_ext.core import Gpu, MoEExtError
+from sglang_moe_ext.core import Gpu, MoEExtError, StoreError
 from sglang_moe_ext.engines.lookup_probe import LookupResult
 from sglang_moe_ext.engines.registry import ENGINES
 from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.tables import files, user_store
 from sglang_moe_ext.tuning import compare_configs, config_args, install_target, pipeline
 from sglang_moe_ext.tuning.plan import DEFAULT_TOKENS, TunePlan
 from sglang_moe_ext.tuning.problem import Problem
@@ -114,6 +116,8 @@ def _say_outcome(request: TuneRequest, outcome: pipeline.TuneOutcome) -> None:
     engine = request.adapter.TITLE
     console.show(output.results(request, outcome))
     _say_today(request, outcome.today)
+    if gain := output.gain_line(output.gains(request, outcome), output.origin(outcome)):
+        print(gain)
     if not outcome.kernel.is_engines_own:
         print(f"no {engine} is installed here: compiled from this package's own kernel, which has the same tiles")
     if output.origin(outcome) == "predicted":
@@ -171,10 +175,18 @@ def run(arguments: argparse.Namespace) -> Mapping[str, Any]:
             plan = pipeline.make_plan(request, bar)
         _say_plan(request, plan)
         return output.plan_document(request, plan)
+    _check_store()
     with console.Bar() as bar:
         outcome = pipeline.run(request, bar)
     _say_outcome(request, outcome)
     return output.document(request, outcome)
+
+
+def _check_store() -> None:
+    """Raises StoreError, before any work, where the user's own store cannot be written."""
+    store = user_store.root()
+    if not files.is_writable(store):
+        raise StoreError(f"cannot write your own store {store}: name a folder that can be written with {env.STORE}")
 
 
 def _stopped(arguments: argparse.Namespace) -> str:

@@ -15,9 +15,13 @@ from typing import Any
 import pytest
 
 import sglang_moe_ext
-from sglang_moe_ext.cli import command, main
+from sglang_moe_ext.cli import command, engine_choice, main, tune
 from sglang_moe_ext.cli.command import Command
 from sglang_moe_ext.core import StoreError
+from sglang_moe_ext.engines.sglang import installation as sglang
+from sglang_moe_ext.engines.sglang.installation import SglangInstallation
+from sglang_moe_ext.engines.vllm import installation as vllm
+from sglang_moe_ext.engines.vllm.installation import VllmInstallation
 from sglang_moe_ext.gpu import specs
 
 REPO_ROOT = Path(sglang_moe_ext.__file__).parents[1]
@@ -162,6 +166,52 @@ def test_a_full_disk_under_standard_output_is_one_line(flags: tuple[str, ...]) -
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1] == "error: cannot write to standard output: No space left on device"
+
+
+@pytest.fixture
+def vllm_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    engine = VllmInstallation("0.33.0", tmp_path / "vllm", "3.7.1")
+    monkeypatch.setattr(vllm, "find", lambda: engine)
+    monkeypatch.setattr(sglang, "find", lambda: None)
+
+
+GIVEN = ("--model", "GLM-4.7-Flash", "--gpu", "H200")
+
+
+def engine_of(*flags: str) -> str:
+    return tune.request_of(tune.parser().parse_args([*GIVEN, *flags]), "").engine
+
+
+def test_tune_means_vllm_where_vllm_alone_is_installed(vllm_alone: None) -> None:
+    assert engine_of() == "vllm"
+
+
+def test_tune_means_sglang_where_both_are_installed(
+    vllm_alone: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sglang, "find", lambda: SglangInstallation("0.5.23", tmp_path, "3.7.1"))
+    assert (engine_of(), engine_of("--engine", "vllm")) == ("sglang", "vllm")
+    assert engine_choice.describe_choice(None) == "for SGLang: vLLM is installed here as well, and --engine chooses"
+
+
+def test_tune_means_sglang_where_neither_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "find", lambda: None)
+    monkeypatch.setattr(sglang, "find", lambda: None)
+    assert engine_of() == "sglang"
+
+
+def test_overlay_says_what_a_user_of_vllm_does_instead(vllm_alone: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["overlay"]) == 1
+    assert "VLLM_TUNED_CONFIG_FOLDER" in capsys.readouterr().err
+
+
+def test_a_store_that_cannot_be_written_is_named_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sglang_moe_ext.tables.files.is_writable", lambda folder: False)
+    monkeypatch.setattr("sglang_moe_ext.tuning.pipeline.run", lambda *_: pytest.fail("work was begun"))
+    assert main.main(["tune", *GIVEN, "--quiet"]) == 1
+    assert "SGLANG_MOE_EXT_STORE" in capsys.readouterr().err
 
 
 def test_the_help_states_every_exit_status() -> None:

@@ -114,6 +114,12 @@ def test_a_predicted_table_stands_beside_what_ran_before() -> None:
         assert cells[5] == f"{float(cells[2]) / 100:.2f}x"
 
 
+def test_a_predicted_gain_is_called_predicted() -> None:
+    found = outcome(answer())
+    line = output.gain_line(output.gains(REQUEST, found), output.origin(found))
+    assert line is not None and line.startswith("predicted gain over today: ")
+
+
 def test_without_an_engine_there_is_no_today() -> None:
     assert [list(row)[1:3] for row in output.results(REQUEST, outcome(None)).rows] == [["-", "-"]] * 3
 
