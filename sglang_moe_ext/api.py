@@ -33,10 +33,7 @@ from sglang_moe_ext.tuning.search.screening import EffortName
 
 __all__ = ["Layer", "install", "lookup", "measure", "predict", "resolve"]
 
-_PROBES = {
-    "sglang": (sglang_lookup_probe.ask, sglang_lookup_probe.AS_SERVED, sglang_lookup_probe.ALONE),
-    "vllm": (vllm_lookup_probe.ask, vllm_lookup_probe.AS_SERVED, vllm_lookup_probe.ALONE),
-}
+_PROBES = {"sglang": sglang_lookup_probe, "vllm": vllm_lookup_probe}
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,9 +222,10 @@ def lookup(
     sglang_moe_ext.core.EngineError: SGLang's own table lookup failed: SGLang is not installed in this environment
     """
     found, is_here = _gpu(gpu)
-    ask, served, alone = _PROBES[layer.engine]
+    probe = _PROBES[layer.engine]
     request = LookupRequest(layer.shape, list(tokens), None if is_here else found)
-    return ask(request, who=served if with_plugin else alone)
+    answer: LookupResult = probe.ask(request, who=probe.AS_SERVED if with_plugin else probe.ALONE)
+    return answer
 
 
 def install(engine: EngineName = "sglang", *, where: Install = "engine", output_dir: Path | None = None) -> Reinstalled:

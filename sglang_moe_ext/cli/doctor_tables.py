@@ -29,7 +29,13 @@ def find_problems(layer: LayerUnderTest, engine: EngineName) -> tuple[str, ...]:
         if (folder / name).exists()
         for problem in _problems_of(folder / name, engine, read_by_engine=table_dir.is_engines)
     )
-    return (*_problems_of_variable(engine, tuple(names)), *of_tables)
+    of_names = (
+        problem
+        for table_dir in inventory.table_dirs(engine)
+        for folder in _folders(table_dir)
+        for problem in _problems_of_spelling(layer, engine, folder)
+    )
+    return (*_problems_of_variable(engine, names), *of_tables, *of_names)
 
 
 def _folders(table_dir: TableDir) -> list[Path]:
@@ -59,20 +65,37 @@ def error_of_sglang(path: Path) -> str | None:
     return None
 
 
-_LEVELS = ("{name}", "triton_*/{name}", "triton_*/configs/{name}")
+_LEVELS = ("{name}", "configs/{name}", "triton_*/{name}", "triton_*/configs/{name}")
 """Where the table of a folder that the user arranged otherwise may lie."""
 
 
 def _problems_of_variable(engine: EngineName, names: Sequence[str]) -> Iterator[str]:
-    folder = os.environ.get(env.SGLANG_CONFIG_DIR)
-    if engine == "sglang" and folder and not (Path(folder) / "configs").is_dir():
+    named = os.environ.get(env.SGLANG_CONFIG_DIR)
+    if engine != "sglang" or not named:
+        return
+    folder = Path(named)
+    if not (folder / "configs").is_dir():
+        what = "has no folder configs" if folder.is_dir() else "is not there"
         yield (
-            f"{env.SGLANG_CONFIG_DIR}={folder} has no folder configs: SGLang alone ends with FileNotFoundError at the "
-            "first lookup that finds no table; unset it, or put the triton_X_Y_Z folders into a folder configs there"
+            f"{env.SGLANG_CONFIG_DIR}={folder} {what}: SGLang alone ends with FileNotFoundError at the first lookup "
+            "that finds no table; unset it, or put the triton_X_Y_Z folders into a folder configs there"
         )
-        found = (path for name in names for level in _LEVELS for path in _glob(Path(folder), level.format(name=name)))
-        for path in found:
-            yield f"{path} is not read: expected it as {Path(folder) / 'configs' / 'triton_X_Y_Z' / path.name}"
+    if not any(_glob(folder, f"configs/triton_*/{name}") for name in names):
+        for path in (path for name in names for level in _LEVELS for path in _glob(folder, level.format(name=name))):
+            yield f"{path} is not read: expected it as {folder / 'configs' / 'triton_X_Y_Z' / path.name}"
+
+
+def _problems_of_spelling(layer: LayerUnderTest, engine: EngineName, folder: Path) -> Iterator[str]:
+    """A table that is there under the name that the other engine asks for."""
+    key = ENGINES[engine].table_key(layer.shape, layer.gpu.device_name, down=False)
+    asked = ENGINES[engine].file_name(key)
+    for other in ENGINES.values():
+        spelt = other.file_name(key)
+        if spelt != asked and (folder / spelt).exists() and not (folder / asked).exists():
+            yield (
+                f"{folder / spelt} is not read: {other.TITLE} spells names so, and {ENGINES[engine].TITLE} asks for "
+                f"{asked}; rename it, or use sglang-moe-ext import"
+            )
 
 
 def _glob(folder: Path, pattern: str) -> list[Path]:

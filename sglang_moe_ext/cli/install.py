@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from sglang_moe_ext import api
 from sglang_moe_ext.cli import engine_choice
 from sglang_moe_ext.cli.command import Command
 from sglang_moe_ext.engines.registry import ENGINES
@@ -30,7 +31,7 @@ def run(arguments: argparse.Namespace) -> Mapping[str, Any]:
     if said := engine_choice.describe_choice(arguments.engine):
         print(said)
     engine = engine_choice.choose(arguments.engine)
-    done = reinstall.reinstall(engine, arguments.install, arguments.output_dir)
+    done = api.install(engine, where=arguments.install, output_dir=arguments.output_dir)
     _show(done)
     return {
         "engine": engine,

@@ -120,6 +120,36 @@ def test_a_variable_that_points_too_deep_is_named_with_the_file_that_is_meant(
     assert not_read.startswith(f"{path} is not read: expected it as {tmp_path / 'moe/configs'}")
 
 
+@pytest.mark.parametrize(
+    ("level", "folder", "count"), [("moe/configs", "moe", 1), ("moe/triton_3_7_1/configs", "moe", 2)], ids=str
+)
+def test_a_table_one_level_off_is_named(
+    level: str, folder: str, count: int, tmp_path: Path, examined: Examined, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / level / NAME
+    path.parent.mkdir(parents=True)
+    path.write_text(config_table.to_json({64: FITS}))
+    monkeypatch.setenv("SGLANG_MOE_CONFIG_DIR", str(tmp_path / folder))
+    problems = examined(DEFAULT)["problems"]
+    assert len(problems) == count and problems[-1].startswith(f"{path} is not read")
+
+
+def test_a_folder_that_is_not_there_is_named(
+    tmp_path: Path, examined: Examined, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_MOE_CONFIG_DIR", str(tmp_path / "nothing"))
+    (problem,) = examined(DEFAULT)["problems"]
+    assert f"SGLANG_MOE_CONFIG_DIR={tmp_path / 'nothing'} is not there" in problem
+
+
+def test_a_table_in_the_other_engines_spelling_is_named(tmp_path: Path, examined: Examined) -> None:
+    misspelt = tmp_path / "store/tables/sglang/triton_3_7_1" / NAME.replace("128, 128", "128,128")
+    misspelt.parent.mkdir(parents=True)
+    misspelt.write_text(config_table.to_json({64: FITS}))
+    (problem,) = examined(DEFAULT)["problems"]
+    assert problem.startswith(f"{misspelt} is not read: vLLM spells names so, and SGLang asks for {NAME}")
+
+
 def test_people_see_problems_too(table: Path, examined: Examined, capsys: pytest.CaptureFixture[str]) -> None:
     table.write_text("{")
     examined(DEFAULT)
