@@ -25,6 +25,8 @@ from sglang_moe_ext.stock.importing import IMPORTED
 from sglang_moe_ext.tables import config_table, provenance, user_store
 from sglang_moe_ext.tables.provenance import Provenance, ProvenanceEntry
 
+_LEFT_TO_THE_ENGINE = "the engine's own table"
+
 
 @dataclass(frozen=True, slots=True)
 class BrokenTable:
@@ -41,8 +43,8 @@ class ListedTable:
 
     `origins`: how many of its entries are of each origin. `gain`: geometric mean of what its entries were measured to
     gain over what ran before, None where none was. `served`: at how many of its entries a server of this environment
-    in which the plugin is active takes this table; None where that cannot be told. `shadowed_by`: what it takes at the
-    others, `the engine's own table` where the lookup is left to the engine.
+    in which the plugin is active takes this table, or a copy of it; None where that cannot be told. `shadowed_by`: what
+    it takes at the others, `the engine's own table` where the lookup is left to the engine.
     """
 
     engine: EngineName
@@ -117,7 +119,7 @@ def _listed(
     run = next((entry.run for entry in entries.values()), None)
     shape = None if run is None else _shape(run.shape)
     taken = None if shape is None or triton is None else _taken(key, shape, table, triton, dirs)
-    others = {} if taken is None else {m: taker for m, taker in taken.items() if taker != str(path)}
+    others = {} if taken is None else {m: taker for m, taker in taken.items() if not _is_same(taker, path, table)}
     in_folder = path.parent.name.removeprefix("triton_").replace("_", ".")
     return ListedTable(
         engine=engine,
@@ -132,6 +134,13 @@ def _listed(
         served=None if taken is None else len(taken) - len(others),
         shadowed_by=tuple(dict.fromkeys(others.values())),
     )
+
+
+def _is_same(taker: str, path: Path, table: Table) -> bool:
+    """Whether a server takes this very table, or a copy of it that comes first."""
+    if taker == str(path):
+        return True
+    return taker != _LEFT_TO_THE_ENGINE and config_table.read(Path(taker)) == table
 
 
 def _shape(text: str) -> MoEShape | None:
@@ -171,7 +180,7 @@ def _taken(
         return None
     found = table_search.search(shape, gpu.device_name, gpu, triton, dirs)
     chosen = {m: selection.select(found, m) for m in table}
-    return {m: str(one.path) if isinstance(one, OurEntry) else "the engine's own table" for m, one in chosen.items()}
+    return {m: str(one.path) if isinstance(one, OurEntry) else _LEFT_TO_THE_ENGINE for m, one in chosen.items()}
 
 
 def engines() -> list[EngineName]:

@@ -109,6 +109,13 @@ class TestList:
         (one,) = said("list")["tables"]
         assert one["shadowed_by"] == ["the engine's own table"]
 
+    def test_a_copy_in_the_engine_is_not_shadowed_by_the_same_table_of_the_store(
+        self, engine: Path, store: Path, said: Said
+    ) -> None:
+        for folder in (engine, store / "tables/sglang/triton_3_7_1"):
+            put(folder / NAME, {64: SMALL}, "measured")
+        assert [(it["served"], it["shadowed_by"]) for it in said("list")["tables"]] == [(1, []), (1, [])]
+
     def test_tables_of_the_engine_are_listed_on_request(self, engine: Path, said: Said) -> None:
         put(engine / NAME, {64: SMALL})
         assert said("list")["tables"] == []
