@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from sglang_moe_ext.cli import console
+from sglang_moe_ext.cli.command import Command
 from sglang_moe_ext.core import EngineError, ModelError, MoEExtError, MoEModel
 from sglang_moe_ext.engines.sglang import server_info, server_routing
 from sglang_moe_ext.engines.sglang.server_client import LONGEST_S, Server
@@ -125,8 +127,8 @@ def _write(folder: Path, found: list[RoutingTable]) -> list[Path]:
         raise MoEExtError(f"cannot write {folder}: {error.strerror}; choose another --output-dir") from error
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Ask the server about each prompt; the last line printed is JSON.
+def run(arguments: argparse.Namespace) -> Mapping[str, Any]:
+    """Ask the server about each prompt, and give the document of what was written.
 
     Raises:
         MoEExtError: the server does not answer with routing, or a file cannot be read or written.
@@ -141,11 +143,29 @@ def run(arguments: argparse.Namespace) -> None:
         raise EngineError(f"{arguments.url} returned no layer with experts: it ran none, or each prompt has one token")
     files = _write(arguments.output_dir, found)
     rows = found[0].rows
-    words = ["python", "-m", "sglang_moe_ext.tune", "--model", name, "--topk-ids-dir", str(arguments.output_dir)]
+    words = ["sglang-moe-ext", "tune", "--model", name, "--topk-ids-dir", str(arguments.output_dir)]
     command = shlex.join(words)
     print(f"{len(found)} layers of {model.name}, {rows} tokens of {len(texts)} prompts: {arguments.output_dir}")
     if rows < FEW_ROWS:
         print(f"a batch of {FEW_ROWS} tokens repeats them: use more or longer prompts for a truer routing")
     print(f"next, with the server's --tp-size and --ep-size: {command}")
     written = [str(file) for file in files]
-    print(json.dumps({"model": name, "layers": len(found), "tokens": rows, "files": written, "next": command}))
+    return {"model": name, "layers": len(found), "tokens": rows, "files": written, "next": command}
+
+
+COMMAND = Command(
+    name="capture",
+    summary="record how the tokens of a running SGLang server choose experts, for tune",
+    description=(
+        "Send prompts to a running SGLang server and record which experts their tokens choose, in one file a layer,\n"
+        "which `sglang-moe-ext tune --topk-ids-dir` reads."
+    ),
+    examples=(
+        (
+            "sglang-moe-ext capture --url http://127.0.0.1:30000 --prompts prompts.txt",
+            "ask the server about each line of prompts.txt; it must run with --enable-return-routed-experts",
+        ),
+    ),
+    add_to=add_to,
+    run=run,
+)

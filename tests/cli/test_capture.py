@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_moe_ext.cli import capture
+from sglang_moe_ext.cli import main as command_line
 from sglang_moe_ext.core import EngineError, ModelError, MoEExtError, MoEShape
 from sglang_moe_ext.engines.sglang import server_routing
 from sglang_moe_ext.tuning.bench import captured_routing, routing
@@ -141,12 +142,15 @@ class TestWhatIsWritten:
         run(fake, tmp_path)
         assert len(list(run(fake, tmp_path).iterdir())) == 6
 
-    def test_the_last_line_is_json_and_says_what_to_run_next(
+    def test_the_document_says_what_to_run_next(
         self, fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        folder = run(fake, tmp_path, "--max-tokens", "4")
-        said = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert said["next"] == f"python -m sglang_moe_ext.tune --model {fake.model} --topk-ids-dir {folder}"
+        (tmp_path / "prompts").write_text("one two three\nfour five\n")
+        folder = tmp_path / "ids"
+        asked = ("--url", fake.url, "--prompts", str(tmp_path / "prompts"), "--output-dir", str(folder))
+        assert command_line.main(("capture", *asked, "--max-tokens", "4", "--json")) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert said["next"] == f"sglang-moe-ext tune --model {fake.model} --topk-ids-dir {folder}"
         assert (said["layers"], said["tokens"], sorted(said["files"])) == (3, 11, sorted(map(str, folder.iterdir())))
 
 

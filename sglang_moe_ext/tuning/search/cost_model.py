@@ -1,7 +1,7 @@
 """Predict how long a configuration takes on a GPU: four clocks run at once, and the slowest ones set the time.
 
 The clocks are the matrix units, the traffic from the L2, the chain of steps that each block waits through, and the
-memory. A ranking, not a stopwatch: docs/prediction.md has its regret against measurements.
+memory. A ranking, not a stopwatch: docs/benchmarks/prediction.md has its regret against measurements.
 """
 
 from __future__ import annotations

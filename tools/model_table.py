@@ -1,6 +1,6 @@
-"""Keep the README's table of built-in models as the code has it.
+"""Keep the table of built-in models in docs/models.md as the code has it.
 
-usage: python tools/readme_models.py [--check]      (from the project's folder; --check only compares)
+usage: python tools/model_table.py [--check]      (from the project's folder; --check only compares)
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from sglang_moe_ext.engines.vllm import sharding as vllm_sharding
 from sglang_moe_ext.engines.vllm import table_names as vllm_naming
 from sglang_moe_ext.models import builtin_models
 
-README = Path(__file__).resolve().parents[1] / "README.md"
-BEGIN, END = "<!-- models: made by tools/readme_models.py -->\n", "<!-- end of models -->\n"
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+BEGIN, END = "<!-- models: made by tools/model_table.py -->\n", "<!-- end of models -->\n"
 GPU = "<GPU>"
 
 
@@ -39,14 +39,14 @@ def table() -> str:
 
 
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
+    text = DOCUMENT.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     current = BEGIN + rest.split(END)[0] + END
     if current == table():
         return
     if "--check" in sys.argv:
-        sys.exit("README.md: the table of models is out of date: run python tools/readme_models.py")
-    README.write_text(before + table() + rest.split(END)[1], encoding="utf-8")
+        sys.exit("docs/models.md: the table of models is out of date: run python tools/model_table.py")
+    DOCUMENT.write_text(before + table() + rest.split(END)[1], encoding="utf-8")
 
 
 if __name__ == "__main__":
