@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sglang_moe_ext.core import CheckpointFormat, Quantization
-from sglang_moe_ext.models import expert_modules
+from sglang_moe_ext.models import expert_modules, module_patterns
 from sglang_moe_ext.models.config_fields import Section, read_field, refusal, show
-from sglang_moe_ext.models.expert_modules import MOST_ENTRIES, ExpertModules
+from sglang_moe_ext.models.exclusions import MOST_ENTRIES
+from sglang_moe_ext.models.expert_modules import ExpertModules
 from sglang_moe_ext.models.weight_groups import group_quantization, group_size, refuse_other_kernel
 
 METHOD = "auto_round"
@@ -66,7 +67,7 @@ def _parse_overrides(section: Section, source: str) -> _Overrides:
     patterns = [
         (compiled, key)
         for key in stated
-        if is_pattern[key] and (compiled := expert_modules.compile_pattern(key)) is not None
+        if is_pattern[key] and (compiled := module_patterns.compile_pattern(key)) is not None
     ]
     return _Overrides(stated, sorted(stated), patterns)
 

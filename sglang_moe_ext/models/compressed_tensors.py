@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from sglang_moe_ext.core import CheckpointFormat, Quantization, Scheme
-from sglang_moe_ext.models import expert_modules
+from sglang_moe_ext.models import expert_modules, module_patterns
 from sglang_moe_ext.models.config_fields import Section, read_field, refusal, show
-from sglang_moe_ext.models.expert_modules import ExpertModules, Targets
+from sglang_moe_ext.models.expert_modules import ExpertModules
+from sglang_moe_ext.models.module_patterns import Targets
 from sglang_moe_ext.models.weight_groups import (
     WEIGHT_ONLY,
     group_quantization,
@@ -44,7 +45,7 @@ def parse_config_groups(section: Section, modules: ExpertModules, source: str) -
 
 def _number_of_group(groups: Sequence[Section], modules: ExpertModules, source: str) -> list[int]:
     """For each MoE layer the group that targets it: by name, else by the class of its linear layers, else the first."""
-    targets = [expert_modules.parse_targets(_targets(group)) for group in groups]
+    targets = [module_patterns.parse_targets(_targets(group)) for group in groups]
     by_class = [at for at, one in enumerate(targets) if not one.names.isdisjoint(_CLASS_TARGETS)]
     if len(by_class) > 1 or (not by_class and len(groups) > 1 and not any(map(_is_by_name, targets))):
         raise refusal(source, "several config_groups may hold the experts, expected one; state them with --shape")

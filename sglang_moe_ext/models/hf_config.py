@@ -6,18 +6,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from sglang_moe_ext import untrusted
-from sglang_moe_ext.core import CheckpointDtype, ModelError, MoEModel, MoEShape
+from sglang_moe_ext.core import CheckpointDtype, ModelError, MoEModel
+from sglang_moe_ext.models.block_configs import has_block_configs, merge_block_configs
 from sglang_moe_ext.models.config_fields import Section, lineages, read_field, refusal, show, whole_number
 from sglang_moe_ext.models.families import (
     COMMON,
     EXPERTS,
     FAMILIES,
-    HIDDEN,
     NOT_GATED,
     PARTS,
     SHARED_WIDTH,
     TOP_K,
-    WIDTH,
     Family,
     Names,
 )
@@ -81,6 +80,7 @@ def _identities(section: Section) -> Iterator[str]:
         yield from (name for name in architectures if isinstance(name, str))
 
 
+_MOST_LAYERS = 512
 DTYPES: dict[str, CheckpointDtype] = {
     "float16": "float16",
     "half": "float16",
@@ -94,7 +94,7 @@ _ZERO_EXPERTS: Names = ("zero_expert_num",)
 
 def from_config(config: Section, *, name: str, source: str) -> MoEModel:
     """Raises: ModelError when the model is dense, a number is missing or impossible, or another kernel runs it."""
-    config = merge_block_configs(config, name=name, source=source)
+    config = merge_block_configs(config, lambda one: from_config(one, name=name, source=source), source)
     experts = locate_experts(config)
     if experts is None:
         raise _dense(source)
@@ -124,57 +124,6 @@ def from_config(config: Section, *, name: str, source: str) -> MoEModel:
     return read_quantization(model, config, source=source)
 
 
-def merge_block_configs(config: Section, *, name: str, source: str) -> Section:
-    """The config with what `block_configs` says of its MoE layers, where that is the same for all of them.
-
-    Each layer copies its entry over the config (SGLang 0.5.23, configs/nemotron_h.py).
-
-    Raises: ModelError when the layers differ: each kind reads a table of its own.
-    """
-    blocks = _moe_blocks(config)
-    if not blocks or not isinstance(config, Mapping):
-        return config
-    whole = {key: value for key, value in config.items() if key != "block_configs"}
-    merged = [{**whole, **block} for block in blocks]
-    kinds = {_numbers(one): one for one in merged if locate_experts(one) is not None}
-    if len(kinds) > 1:
-        shapes = dict.fromkeys(_shape_flag(from_config(one, name=name, source=source)) for one in kinds.values())
-        raise ModelError(
-            f"{refusal(source, 'its MoE layers differ (block_configs)')}, and each kind reads a table of its own: tune "
-            f"each, N divided by the ranks that share an expert: {'; '.join(shapes)}"
-        )
-    return next(iter(kinds.values()), config)
-
-
-_MOST_LAYERS = 512
-
-
-def _moe_blocks(config: Section) -> list[Mapping[str, object]]:
-    """The entries of `block_configs` that state experts."""
-    stated = read_field(config, "block_configs")
-    if not isinstance(stated, (list, tuple)) or len(stated) > _MOST_LAYERS:
-        return []
-    return [block for block in stated if isinstance(block, Mapping) and any(key in block for key in EXPERTS)]
-
-
-def _numbers(config: Mapping[str, object]) -> tuple[str, ...]:
-    """What of a layer's config makes another table."""
-    return tuple(show(config.get(key)) for key in (*EXPERTS, *TOP_K, *WIDTH, *HIDDEN))
-
-
-def _shape_flag(model: MoEModel) -> str:
-    """The layer on one rank, as --shape takes it."""
-    shape = MoEShape(
-        model.routed_experts,
-        model.intermediate_size,
-        model.hidden_size,
-        model.top_k,
-        model.quantization,
-        gated=model.gated,
-    )
-    return f"--shape {shape}"
-
-
 def _zero_experts(experts: Experts, source: str) -> int:
     found = experts.first(_ZERO_EXPERTS)
     return 0 if found is None else whole_number(found[1], found[0], source, at_least=0)
@@ -190,7 +139,7 @@ def leaves_to_its_class(config: Section) -> bool:
 
     A nested section of a saved config lists only what departs from those defaults.
     """
-    if _moe_blocks(config):
+    if has_block_configs(config):
         return False
     experts = locate_experts(config)
     if experts is None:
@@ -222,7 +171,12 @@ def _one_of_list(values: list[object] | tuple[object, ...], name: str, family: F
     if not values or not (
         family.text_comes_first or all(type(value) is int and value == values[0] for value in values)
     ):
-        raise refusal(source, f"{name} is {show(values)}, expected the same in every layer; state one with --shape")
+        kinds = ", ".join(dict.fromkeys(map(show, values[:_MOST_LAYERS])))
+        raise refusal(
+            source,
+            f"{name} is {kinds} in different layers, expected the same in each: every kind reads a table of its own; "
+            "state one with --shape",
+        )
     return values[0]
 
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from sglang_moe_ext.core import CheckpointFormat, ModelError, MoEModel, OlderReading, Quantization, Scheme
-from sglang_moe_ext.models import compressed_tensors, expert_modules, modelopt
+from sglang_moe_ext.models import compressed_tensors, exclusions, expert_modules, modelopt, module_patterns
 from sglang_moe_ext.models.auto_round import parse_auto_round
 from sglang_moe_ext.models.config_fields import CONFIG_CLASS_ERRORS, Section, lineages, read_field, refusal, show
-from sglang_moe_ext.models.expert_modules import Covers, ExpertModules
+from sglang_moe_ext.models.exclusions import Covers
+from sglang_moe_ext.models.expert_modules import ExpertModules
 from sglang_moe_ext.models.weight_groups import group_quantization, group_size, refuse_other_kernel, weight_block
 
 SECTIONS = ("quantization_config", "compression_config")
@@ -77,7 +78,7 @@ def _locate_section(config: Section, source: str) -> tuple[Mapping[str, object],
 def _parse_section(config: Section, section: Mapping[str, object], method: str, source: str) -> Quantization:
     entries = _exclusions(section, method, source)
     modules = expert_modules.locate_modules(config, entries)
-    if entries and expert_modules.excludes_experts(modules, _covers(method, entries, source), source):
+    if entries and exclusions.excludes_experts(modules, _covers(method, entries, source), source):
         return Quantization()
     if method in OTHER_KERNELS:
         raise refuse_other_kernel(method, source)
@@ -108,21 +109,21 @@ def _method(section: Mapping[str, object], name: str, source: str) -> str:
 
 
 def _exclusions(section: Mapping[str, object], method: str, source: str) -> list[str]:
-    entries = expert_modules.list_entries(section, source)
+    entries = exclusions.list_entries(section, source)
     if method.startswith("modelopt"):
-        entries += expert_modules.list_entries(modelopt.open_section(section), source)
+        entries += exclusions.list_entries(modelopt.open_section(section), source)
     return entries
 
 
 def _covers(method: str, entries: Iterable[str], source: str) -> Covers:
     """How engines read the list of that method."""
     if method == compressed_tensors.METHOD:
-        return expert_modules.cover_by_target(entries, source)
+        return exclusions.cover_by_target(entries, source)
     if method.startswith("modelopt"):
-        return expert_modules.cover_by_glob(entries)
+        return exclusions.cover_by_glob(entries)
     if method in _SUBSTRING_METHODS:
-        return expert_modules.cover_by_substring(entries)
-    return expert_modules.cover_by_path(entries)
+        return exclusions.cover_by_substring(entries)
+    return exclusions.cover_by_path(entries)
 
 
 _SUBSTRING_METHODS = ("awq", "awq_marlin", "moe_wna16", "gptq", "gptq_marlin", "auto_round")
@@ -141,10 +142,10 @@ def _older_readings(config: Section, quantization: Quantization, source: str) ->
     if not entries:
         return
     modules = expert_modules.locate_modules(config, entries)
-    covers = expert_modules.cover_by_substring_of_child(entries)
+    covers = exclusions.cover_by_substring_of_child(entries)
     try:
         whole = METHODS[found[1]](found[0], modules, source)
-        older = Quantization() if expert_modules.excludes_experts(modules, covers, source) else whole
+        older = Quantization() if exclusions.excludes_experts(modules, covers, source) else whole
     except ModelError:  # an older release would refuse, or mix, what newer ones read: not an answer about these
         return
     if {whole, older} != {quantization}:
@@ -197,7 +198,7 @@ def _with_dynamic(section: Section, modules: ExpertModules, source: str) -> dict
     if not isinstance(rules, Mapping):
         return merged
     for key, override in rules.items():
-        pattern = expert_modules.compile_pattern(str(key).removeprefix("-:").removeprefix("+:"))
+        pattern = module_patterns.compile_pattern(str(key).removeprefix("-:").removeprefix("+:"))
         if pattern is None:
             continue
         covered = sum(any(map(pattern.match, names)) for names in expert_modules.within_time(modules.layers, source))

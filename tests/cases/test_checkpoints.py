@@ -16,6 +16,7 @@ from sglang_moe_ext.engines.sglang import sharding as sglang
 from sglang_moe_ext.engines.sglang import table_names
 from sglang_moe_ext.engines.vllm import sharding as vllm
 from sglang_moe_ext.models import from_config, resolve
+from sglang_moe_ext.models.mistral_native import to_hf_config
 from tests.engines.installed import run_in_engine
 
 CASES = Path(__file__).parents[1] / "data" / "cases"
@@ -355,3 +356,121 @@ def test_a_long_list_is_read_in_bounded_time(method: str) -> None:
     }
     served(quantization_config=section, num_hidden_layers=94)
     assert time.monotonic() - start < 15
+
+
+def nested(section: dict[str, Any], **text: Any) -> dict[str, Any]:
+    """A multimodal config, whose language model is a part."""
+    part = {key: value for key, value in QWEN.items() if key != "architectures"} | text
+    return {"architectures": ["Wrapper"], "model_type": "wrapper", "text_config": part, "quantization_config": section}
+
+
+def named(root: str, block: str, layers: range | tuple[int, ...] = range(LAYERS)) -> list[str]:
+    return [
+        f"{root}.layers.{layer}.{block}.experts.{expert}.{projection}"
+        for layer in layers
+        for expert in range(EXPERTS)
+        for projection in PROJECTIONS
+    ]
+
+
+def gptq(**others: Any) -> dict[str, Any]:
+    return {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True} | others
+
+
+NVFP4 = {
+    "targets": ["Linear"],
+    "weights": weights("float", 4, "tensor_group", 16),
+    "input_activations": weights("float", 4, "tensor_group", 16),
+}
+PLAIN, CHANNEL, TENSOR = Quantization(), Quantization("fp8_w8a8", per_channel=True), Quantization("fp8_w8a8")
+OTHER_MODELS: dict[str, tuple[dict[str, Any], Quantization]] = {
+    "Llama 4, by name": (
+        nested(compressed(named("language_model.model", "feed_forward")), model_type="llama4_text"),
+        PLAIN,
+    ),
+    "Llama 4, by pattern": (nested(compressed(["re:.*feed_forward.experts.*"]), model_type="llama4_text"), PLAIN),
+    "MiniMax, all blocks": (
+        QWEN
+        | {"model_type": "minimax_m2"}
+        | {"quantization_config": fp8(*[f"model.layers.{layer}.block_sparse_moe.experts" for layer in range(LAYERS)])},
+        PLAIN,
+    ),
+    "a first dense layer": (
+        QWEN | {"first_k_dense_replace": 1, "quantization_config": compressed(named("model", "mlp", range(1, LAYERS)))},
+        PLAIN,
+    ),
+    "MoE layers in a list": (
+        QWEN | {"moe_layer_freq": [0, 1, 1, 1], "quantization_config": compressed(named("model", "mlp", (1, 2, 3)))},
+        PLAIN,
+    ),
+    "every second layer": (
+        QWEN | {"decoder_sparse_step": 2, "quantization_config": compressed(named("model", "mlp", (1, 3)))},
+        PLAIN,
+    ),
+    "a draft layer behind": (QWEN | {"quantization_config": compressed(named("model", "mlp", (LAYERS,)))}, CHANNEL),
+    "names of a wrapper": (nested(compressed(named("model.language_model", "mlp"))), PLAIN),
+    "dotted paths of a wrapper": (nested(fp8(*modules("language_model.model.layers.{layer}.mlp"))), PLAIN),
+    "names of weights, which no engine asks about": (
+        QWEN | {"quantization_config": compressed([f"{name}.weight" for name in named("model", "mlp")])},
+        CHANNEL,
+    ),
+    "FP4 for all but the experts": (QWEN | {"quantization_config": compressed(["re:.*experts.*"], a=NVFP4)}, PLAIN),
+    "GPTQ leaves experts out": (QWEN | {"quantization_config": gptq(dynamic={r"-:.*mlp\.experts.*": {}})}, PLAIN),
+    "GPTQ has other bits for experts": (
+        QWEN | {"quantization_config": gptq(dynamic={r"+:.*mlp\.experts.*": {"bits": 8}})},
+        Quantization("int8_w8a16", (0, 128)),
+    ),
+    "GPTQ has other bits for attention": (
+        QWEN | {"quantization_config": gptq(dynamic={r"+:.*self_attn.*": {"bits": 8}})},
+        Quantization("int4_w4a16", (0, 128)),
+    ),
+    "ModelOpt's own file": (
+        QWEN
+        | {
+            "quantization_config": {
+                "quant_method": "modelopt",
+                "quantization": {"quant_algo": "FP8", "exclude_modules": ["*.mlp.experts*"]},
+            }
+        },
+        PLAIN,
+    ),
+    "ModelOpt FP4 for all but the experts": (
+        QWEN | {"quantization_config": modelopt("model.layers.*.mlp.experts*") | {"quant_algo": "NVFP4"}},
+        PLAIN,
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "expected"), OTHER_MODELS.values(), ids=OTHER_MODELS)
+def test_experts_are_found_under_the_names_of_their_model(config: dict[str, Any], expected: Quantization) -> None:
+    assert from_config(config, name="model", source="config.json").quantization == expected
+
+
+def test_layers_of_different_widths_are_refused_within_a_wrapper_too() -> None:
+    puzzle = json.loads((CASES / "07-layers-of-different-widths" / "config.json").read_text())
+    with pytest.raises(ModelError, match=r"E=512,N=1280,K=1024,topk=4,dtype=bfloat16,gated=False"):
+        from_config({"architectures": ["Wrapper"], "llm_config": puzzle}, name="model", source="config.json")
+
+
+def test_a_list_with_a_top_k_for_each_layer_is_refused_with_its_kinds() -> None:
+    with pytest.raises(ModelError, match="num_experts_per_tok is 2, 4 in different layers"):
+        served(num_experts_per_tok=[2, 4, 2, 4])
+
+
+def test_an_older_native_mistral_folder_is_mixtral() -> None:
+    params = {"dim": 4096, "n_layers": 32, "hidden_dim": 14336, "moe": {"num_experts_per_tok": 2, "num_experts": 8}}
+    model = from_config(to_hf_config(params, "params.json"), name="model", source="params.json")
+    assert (model.architecture, model.routed_experts, model.intermediate_size) == ("MixtralForCausalLM", 8, 14336)
+
+
+def test_an_unknown_quantization_of_a_native_mistral_folder_is_refused() -> None:
+    params = {"dim": 4096, "quantization": {"qformat_weight": "nvfp4"}}
+    with pytest.raises(ModelError, match="'nvfp4' weights"):
+        to_hf_config(params, "params.json")
+
+
+def test_the_name_of_a_folder_is_printed_on_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "a\nb\x1b[31m"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(QWEN))
+    assert resolve(str(folder)).name.isprintable()
