@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sglang_moe_ext.core import CheckpointFormat, ModelError, MoEModel, MoEShape, Parallelism, Quantization
+from sglang_moe_ext.engines.sglang import server_info
 from sglang_moe_ext.engines.sglang import sharding as sglang_sharding
 from sglang_moe_ext.engines.sglang import support as sglang
 from sglang_moe_ext.engines.vllm import sharding as vllm_sharding
@@ -192,6 +193,26 @@ def test_a_checkpoint_of_moe_wna16_reads_the_table() -> None:
     shape = weight_only(768, 2048, 128, "moe_wna16")
     assert sglang.why_no_table("auto", shape, H200, "") is None
     assert vllm.why_no_table(shape, H200, "") is None
+
+
+@pytest.mark.parametrize("name", ["04", "06"])
+def test_a_server_with_moe_wna16_reads_the_table_of_awq_and_gptq(name: str) -> None:
+    model, shape = sharded(name)
+    server = server_info.parse(
+        {"model_path": "m", "version": "0.5.23", "tp_size": 1, "quantization": "moe_wna16"}, "http://here"
+    )
+    served = server_info.quantize_as_served(shape, server)
+    assert sglang.why_no_table("auto", shape, H200, model.architecture) is not None
+    assert sglang.why_no_table("auto", served, H200, model.architecture) is None
+    assert str(served) == str(shape)
+
+
+def test_moe_wna16_halves_the_groups_of_gptq_too() -> None:
+    stored = CheckpointFormat("gptq", 4, 128)
+    shape = MoEShape(8, 192, 2048, 2, Quantization("int4_w4a16", (0, 128), checkpoint=stored))
+    answer = {"model_path": "m", "version": "0.5.23", "tp_size": 8, "quantization": "moe_wna16"}
+    served = server_info.quantize_as_served(shape, server_info.parse(answer, "http://here"))
+    assert served.quantization.block_shape == (0, 64)
 
 
 def test_fp8_reads_no_table_where_the_gpu_has_no_fp8_units() -> None:

@@ -7,19 +7,21 @@ with the server's arguments by name, as it resolved them, and its version. It te
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sglang_moe_ext.core import EngineError, ModelError, Parallelism
+from sglang_moe_ext.core import EngineError, ModelError, MoEShape, Parallelism
 from sglang_moe_ext.engines.sglang import server_client
 from sglang_moe_ext.engines.sglang.installation import parse_version
 from sglang_moe_ext.engines.sglang.server_client import Server
+from sglang_moe_ext.engines.weight_only import halve_group
 from sglang_moe_ext.untrusted import show
 
 _PATHS = ("/server_info", "/get_server_info")
 """The second is the older one, and leaves with some release to come."""
 _FIRST_WITH_PLUGINS = (0, 5, 11)
+_TRITON_METHOD = "moe_wna16"
 _LONGEST_TEXT = 4096
 """As a path may be."""
 _MOST_RANKS = 1 << 16
@@ -169,8 +171,8 @@ def _model(server: RunningServer, given: Mapping[str, Any]) -> dict[str, Any]:
     path = Path(server.model_path)
     if "model" not in given and path.is_absolute() and not path.exists():
         raise ModelError(
-            f"{server.url} serves {path}, which this machine does not have: add --model, a built-in name, "
-            "a folder with its config.json, or a hub id"
+            f"{show(server.url)} serves {show(str(path))}, which this machine does not have: add --model, a built-in "
+            "name, a folder with its config.json, or a hub id"
         )
     return {"model": given.get("model", server.model_path)}
 
@@ -182,25 +184,41 @@ def _dtype(server: RunningServer, given: Mapping[str, Any]) -> dict[str, Any]:
     return {"dtype": dtype, "per_channel_quant": per_channel}
 
 
+def quantize_as_served(shape: MoEShape, server: RunningServer) -> MoEShape:
+    """The layer as that server runs it: `--quantization moe_wna16` takes AWQ and GPTQ checkpoints from Marlin.
+
+    Raises:
+        ModelError: no group that it halves divides a rank's columns.
+    """
+    stored = shape.quantization.checkpoint
+    if server.quantization != _TRITON_METHOD or stored is None or stored.method not in ("awq", "gptq"):
+        return shape
+    quantization = replace(shape.quantization, checkpoint=replace(stored, method=_TRITON_METHOD))
+    halved = halve_group(quantization, shape.intermediate_size, shape.hidden_size, show(server.model_path), "SGLang")
+    return replace(shape, quantization=halved)
+
+
 def why_no_table(server: RunningServer) -> str | None:
     """Why that server reads no table, apart from its `--moe-runner-backend`; None: it does."""
     if server.device != "cuda":
-        return f"that server runs on {server.device}; tables are for GPUs"
+        return f"that server runs on {show(server.device)}; tables are for GPUs"
     if server.moe_a2a_backend != "none":
-        return f"--moe-a2a-backend {server.moe_a2a_backend} does not reach the Triton runner, which reads tables"
+        return f"--moe-a2a-backend {show(server.moe_a2a_backend)} does not reach the Triton runner, which reads tables"
     return None
 
 
 def report(server: RunningServer, version_here: str) -> list[str]:
     """Lines to print before the findings: what the server runs, and what it does not tell."""
     split = f"--tp-size {server.parallelism.tp} --ep-size {server.parallelism.ep}"
-    quantized = f" --quantization {server.quantization}" if server.quantization else ""
+    quantized = f" --quantization {show(server.quantization)}" if server.quantization else ""
     is_same = server.version_text == version_here
     old = parse_version(server.version_text) < _FIRST_WITH_PLUGINS
+    version = show(server.version_text, 40)
     return [
-        f"{server.url}: SGLang {server.version_text} serves {server.model_path} on {server.device}, {split}{quantized}",
+        f"{show(server.url)}: SGLang {version} serves {show(server.model_path)} on {show(server.device)}, "
+        f"{split}{quantized}",
         f"the findings below are of the SGLang {version_here} of this environment, with its Triton, tables and settings"
-        + ("" if is_same else f"; that server is SGLang {server.version_text}, which may take something else"),
+        + ("" if is_same else f"; that server is SGLang {version}, which may take something else"),
         "the server does not tell whether sglang-moe-ext is active in it"
         + (", and before 0.5.11 the startup file alone loads it" if old else "")
         + ': look for "sglang-moe-ext ... is active" in its log',

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sglang_moe_ext.core import PROJECTIONS, CheckpointFormat, Gpu, MoEShape, Projection, Quantization
 from sglang_moe_ext.engines.weight_only import is_weight_only, marlin_takes
+from sglang_moe_ext.untrusted import show
 
 Version = tuple[int, int, int]
 NEWEST: Version = (0, 5, 23)
@@ -101,7 +102,7 @@ def _explain_compressed_tensors(layer: ServedLayer, stored: CheckpointFormat) ->
 
 
 def _explain_flag(layer: ServedLayer) -> str | None:
-    return f"--moe-runner-backend {layer.backend} reads no table; triton does"
+    return f"--moe-runner-backend {show(layer.backend)} reads no table; triton does"
 
 
 _KINDS: tuple[tuple[Callable[[ServedLayer], bool], Callable[[ServedLayer], str | None]], ...] = (
