@@ -85,7 +85,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[LookupRequest]:
         taken = dict.fromkeys(question.tokens, TileConfig(16, 32, 64, 1, 4, 3))
         return LookupResult(VERSION, "3.7.1", "NVIDIA H200", taken, dict.fromkeys(taken), (), ())
 
-    monkeypatch.setattr(lookup_probe, "ask", ask)
+    monkeypatch.setattr(type(lookup_probe.AS_SERVED), "ask", lambda _, question: ask(question))
     return questions
 
 
