@@ -27,7 +27,7 @@ class _Overrides:
 
     stated: Mapping[str, Section]
     names: Sequence[str]
-    patterns: Sequence[tuple[re.Pattern[str], str]]
+    patterns: Sequence[tuple[re.Pattern[str] | None, str]]
 
     def below(self, experts: str) -> Iterator[str]:
         """Keys that begin with the module's name."""
@@ -37,7 +37,11 @@ class _Overrides:
             yield name
 
     def match_pattern(self, name: str) -> str | None:
-        return next((key for pattern, key in self.patterns if pattern.fullmatch(name)), None)
+        """The first pattern for the module; one that is not run is taken for what its words say."""
+        for pattern, key in self.patterns:
+            if module_patterns.names_experts(key) if pattern is None else pattern.fullmatch(name):
+                return key
+        return None
 
 
 def parse_auto_round(section: Section, modules: ExpertModules, source: str) -> Quantization:
@@ -63,12 +67,7 @@ def _parse_overrides(section: Section, source: str) -> _Overrides:
     stated = {key: value for key, value in extra.items() if isinstance(key, str)} if isinstance(extra, Mapping) else {}
     if len(stated) > MOST_ENTRIES:
         raise refusal(source, f"extra_config has {len(stated)} entries, expected at most {MOST_ENTRIES}; shorten it")
-    is_pattern = {key: not _MARKS.isdisjoint(key) for key in stated}
-    patterns = [
-        (compiled, key)
-        for key in stated
-        if is_pattern[key] and (compiled := module_patterns.compile_pattern(key)) is not None
-    ]
+    patterns = [(module_patterns.compile_pattern(key), key) for key in stated if not _MARKS.isdisjoint(key)]
     return _Overrides(stated, sorted(stated), patterns)
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from sglang_moe_ext.core import MoEModel, Quantization
+from sglang_moe_ext.core import CheckpointFormat, MoEModel, Quantization
 from sglang_moe_ext.models.builtin import QUANTIZATIONS, BuiltinModel, builtin_records
 
 _SEPARATOR = r"[-_. ]"
@@ -105,12 +105,24 @@ def _match_suffixes(name: str, wanted: str, names: dict[str, BuiltinModel]) -> N
             return FormatWithoutTables(record.model, format_name)
     for suffix in QUANTIZED:
         if suffix.pattern.search(tail) and (record := _known(suffix.pattern.sub("", tail), names, roots)):
-            return _matched(name, record, QUANTIZATIONS[suffix.code], suffix.why)
+            return _matched(name, record, _with_method(QUANTIZATIONS[suffix.code], tail), suffix.why)
     if tail.endswith("-fp8") and (record := _known(tail.removesuffix("-fp8"), names, roots)):
         published = record.published_fp8
         return None if published is None else _matched(name, record, published, "")
     record = _known(tail, names, roots)
     return None if record is None else _matched(name, record, record.model.quantization, "")
+
+
+_METHODS = {"awq": "awq", "gptq": "gptq", "round": "auto_round", "w4a16": "compressed_tensors"}
+"""By a word of the suffix, the method that such checkpoints name, which decides what an engine runs them by."""
+
+
+def _with_method(quantization: Quantization, tail: str) -> Quantization:
+    method = next((method for word, method in _METHODS.items() if word in tail), None)
+    if method is None or quantization.block_shape is None:
+        return quantization
+    stored = CheckpointFormat(method, quantization.weight_bits, quantization.block_shape[1])
+    return replace(quantization, checkpoint=stored)
 
 
 def _known(tail: str, names: dict[str, BuiltinModel], roots: dict[str, BuiltinModel]) -> BuiltinModel | None:

@@ -29,7 +29,7 @@ LARGEST = 1 << 20
 """Above any expert count or width of a real model, and small enough to compute with."""
 
 
-_LONGEST = 100
+_LONGEST, _LONGEST_SOURCE = 100, 400
 """Characters of a value in an error message."""
 
 
@@ -46,8 +46,8 @@ def describe_error(error: Exception) -> str:
 
 def refusal(source: str, complaint: str) -> ModelError:
     """An error in one printable line, also where its parts come from a stranger's file."""
-    line = "".join(letter if letter.isprintable() else " " for letter in f"{source}: {complaint}")
-    return ModelError(" ".join(line.split()))
+    line = f"{untrusted.show(source, _LONGEST_SOURCE)}: {complaint}"
+    return ModelError(" ".join("".join(letter if letter.isprintable() else " " for letter in line).split()))
 
 
 def read_field(section: Section, name: str) -> object:

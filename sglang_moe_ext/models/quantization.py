@@ -188,6 +188,9 @@ def _weight_only(method: str) -> Callable[[Section, ExpertModules, str], Quantiz
     return parse
 
 
+_MOST_RULES = 1000
+
+
 def _with_dynamic(section: Section, modules: ExpertModules, source: str) -> dict[str, object] | None:
     """The section with GPTQModel's `dynamic` rule for the experts in front of it; None where the rule leaves them out.
 
@@ -197,17 +200,14 @@ def _with_dynamic(section: Section, modules: ExpertModules, source: str) -> dict
     rules = merged.get("dynamic")
     if not isinstance(rules, Mapping):
         return merged
+    if len(rules) > _MOST_RULES:
+        raise refusal(source, f"dynamic has {len(rules)} rules, expected at most {_MOST_RULES}; shorten it")
     for key, override in rules.items():
-        pattern = module_patterns.compile_pattern(str(key).removeprefix("-:").removeprefix("+:"))
-        if pattern is None:
-            continue
-        covered = sum(any(map(pattern.match, names)) for names in expert_modules.within_time(modules.layers, source))
+        covered = _count_layers(str(key).removeprefix("-:").removeprefix("+:"), modules, source)
+        if covered == modules.count and str(key).startswith("-:"):
+            return None
         if covered == modules.count:
-            return (
-                None
-                if str(key).startswith("-:")
-                else {**merged, **dict(override if isinstance(override, Mapping) else {})}
-            )
+            return merged | (dict(override) if isinstance(override, Mapping) else {})
         if 2 * covered > modules.count:
             raise refusal(
                 source,
@@ -215,6 +215,12 @@ def _with_dynamic(section: Section, modules: ExpertModules, source: str) -> dict
                 "state one of them with --shape",
             )
     return merged
+
+
+def _count_layers(pattern: str, modules: ExpertModules, source: str) -> int:
+    """MoE layers whose experts the pattern matches, from the first letter of their name on."""
+    matches = module_patterns.parse_targets([f"re:{pattern}"]).match_name
+    return sum(any(map(matches, names)) for names in expert_modules.within_time(modules.layers, source))
 
 
 METHODS: dict[str, Callable[[Section, ExpertModules, str], Quantization]] = {

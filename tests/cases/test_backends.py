@@ -175,6 +175,21 @@ def test_05_groups_of_32_of_kimi_run_flashinfer_on_a_b200() -> None:
     assert "FlashInfer" in why
 
 
+@pytest.mark.parametrize(
+    ("name", "gpu", "reads"),
+    [
+        ("Qwen3-30B-A3B-AWQ", B200, False),
+        ("Qwen3-30B-A3B-GPTQ-Int4", B200, False),
+        ("Qwen3-30B-A3B-quantized.w4a16", B200, True),
+        ("Qwen3-30B-A3B-quantized.w4a16", H200, False),
+    ],
+)
+def test_the_method_that_a_name_tells_decides_as_the_checkpoints_own(name: str, gpu: Any, reads: bool) -> None:
+    model = resolve(name)
+    shape = sglang_sharding.launched_shape(model, Parallelism())
+    assert (sglang.why_no_table("auto", shape, gpu, model.architecture) is None) == reads
+
+
 def test_06_gptq_of_8_bits_runs_marlin() -> None:
     model, shape = sharded("06")
     assert "Marlin" in str(sglang.why_no_table("auto", shape, H200, model.architecture))

@@ -340,6 +340,14 @@ def test_patterns_that_never_end_are_not_run() -> None:
     assert time.monotonic() - start < 5
 
 
+def test_a_pattern_that_is_not_run_counts_for_what_its_words_say() -> None:
+    many = r".*layers.*mlp.*experts.*proj.*"
+    assert ours(auto_round(extra_config={many: {"bits": 8}}), "0.5.23") == Quantization("int8_w8a16", (0, 128))
+    assert ours(gptq(dynamic={f"-:{many}": {}}), "0.5.23") == Quantization()
+    assert ours(compressed([f"re:{many}"]), "0.5.23") == Quantization()
+    assert ours(gptq(dynamic={r"-:.*self_attn.*q.*proj.*x.*": {}}), "0.5.23") == Quantization("int4_w4a16", (0, 128))
+
+
 def test_a_list_without_end_is_refused() -> None:
     with pytest.raises(ModelError, match="ignore has 262145 entries"):
         served(quantization_config=compressed(["x"] * 262_145))
