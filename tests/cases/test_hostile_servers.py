@@ -260,7 +260,7 @@ def limited(
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
-    command = [sys.executable, "-W", "ignore", "-m", "sglang_moe_ext.cli.main", *arguments]
+    command = [sys.executable, "-W", "ignore", "-m", "sglang_moe_ext", *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, preexec_fn=limit, cwd=REPO_ROOT, check=False
     )
