@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from sglang_moe_ext.core import MoEModel, Quantization
+from sglang_moe_ext.core import CheckpointFormat, MoEModel, Quantization
 from sglang_moe_ext.models.builtin import QUANTIZATIONS, BuiltinModel, builtin_records
 
 _SEPARATOR = r"[-_. ]"
@@ -19,11 +19,21 @@ _SAME_EXPERTS = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class QuantizationSuffix:
-    """A suffix that says how the weights are stored; `code` as in models.json. `why` where it leaves something open."""
+    """A suffix that says how the weights are stored: `code` as in models.json, `method` as in config.json.
+
+    `why` says what the suffix leaves open.
+    """
 
     pattern: re.Pattern[str]
     code: str
+    method: str
     why: str = ""
+
+    @property
+    def quantization(self) -> Quantization:
+        stored = QUANTIZATIONS[self.code]
+        group = None if stored.block_shape is None or stored.is_block_wise else stored.block_shape[1]
+        return replace(stored, checkpoint=CheckpointFormat(self.method, stored.weight_bits, group))
 
 
 def _suffix(words: str) -> re.Pattern[str]:
@@ -31,17 +41,16 @@ def _suffix(words: str) -> re.Pattern[str]:
 
 
 _GROUP_128 = "groups of 128 are usual and were not read from the checkpoint"
+_INT4 = r"([-_](int4|4bit|w4a16|int4[-_]w4a16))?"
 QUANTIZED = (
-    QuantizationSuffix(_suffix(r"fp8[-_]dynamic"), "fp8_channel"),
-    QuantizationSuffix(_suffix(r"fp8[-_]block"), "fp8_block"),
-    QuantizationSuffix(_suffix(r"(quantized[-_.])?w8a8|(w8a8[-_])?int8"), "int8_channel"),
+    QuantizationSuffix(_suffix(r"fp8[-_]dynamic"), "fp8_channel", "compressed_tensors"),
+    QuantizationSuffix(_suffix(r"fp8[-_]block"), "fp8_block", "compressed_tensors"),
+    QuantizationSuffix(_suffix(r"(quantized[-_.])?w8a8|(w8a8[-_])?int8"), "int8_channel", "compressed_tensors"),
+    QuantizationSuffix(_suffix(rf"((int4|4bit)[-_])?awq{_INT4}"), "int4_group128", "awq", _GROUP_128),
+    QuantizationSuffix(_suffix(rf"((int4|4bit)[-_])?gptq{_INT4}"), "int4_group128", "gptq", _GROUP_128),
+    QuantizationSuffix(_suffix(rf"((int4|4bit)[-_])?auto[-_]?round{_INT4}"), "int4_group128", "auto_round", _GROUP_128),
     QuantizationSuffix(
-        _suffix(
-            r"(int4[-_]|\d?bit[-_])?(awq|gptq|autoround|auto[-_]round)([-_](int4|4bit|w4a16|int4[-_]w4a16))?"
-            r"|(quantized[-_.])?(int4[-_])?w4a16(_g128)?"
-        ),
-        "int4_group128",
-        _GROUP_128,
+        _suffix(r"(quantized[-_.])?(int4[-_])?w4a16(_g128)?"), "int4_group128", "compressed_tensors", _GROUP_128
     ),
 )
 """In this order; `-FP8` alone is not here, since publishers mean different things by it."""
@@ -105,7 +114,7 @@ def _match_suffixes(name: str, wanted: str, names: dict[str, BuiltinModel]) -> N
             return FormatWithoutTables(record.model, format_name)
     for suffix in QUANTIZED:
         if suffix.pattern.search(tail) and (record := _known(suffix.pattern.sub("", tail), names, roots)):
-            return _matched(name, record, QUANTIZATIONS[suffix.code], suffix.why)
+            return _matched(name, record, suffix.quantization, suffix.why)
     if tail.endswith("-fp8") and (record := _known(tail.removesuffix("-fp8"), names, roots)):
         published = record.published_fp8
         return None if published is None else _matched(name, record, published, "")
