@@ -107,7 +107,8 @@ def find_builtin(name: str) -> MoEModel | None:
 
 
 def _match_suffixes(name: str, wanted: str, names: dict[str, BuiltinModel]) -> NameMatch | FormatWithoutTables | None:
-    tail = wanted.rpartition("/")[2]
+    publisher, _, tail = wanted.rpartition("/")
+    tail = re.sub(r"[ _]+", "-", tail)
     roots = {_root(known): record for known, record in reversed(names.items()) if "/" not in known}
     for format_name, pattern in NOT_TRITON.items():
         if (record := _known(pattern.sub("", tail), names, roots)) and pattern.search(tail):
@@ -119,7 +120,11 @@ def _match_suffixes(name: str, wanted: str, names: dict[str, BuiltinModel]) -> N
         published = record.published_fp8
         return None if published is None else _matched(name, record, published, "")
     record = _known(tail, names, roots)
-    return None if record is None else _matched(name, record, record.model.quantization, "")
+    if record is None:
+        return None
+    if record.format_elsewhere and publisher and not tail.endswith("-bf16"):
+        return FormatWithoutTables(record.model, record.format_elsewhere)
+    return _matched(name, record, record.model.quantization, "")
 
 
 def _known(tail: str, names: dict[str, BuiltinModel], roots: dict[str, BuiltinModel]) -> BuiltinModel | None:
@@ -143,7 +148,9 @@ def _matched(name: str, record: BuiltinModel, quantization: Quantization, why: s
 
 def close_names(name: str, count: int = 3) -> list[str]:
     """The names of built-in models that are most like `name`, best first."""
-    wanted = name.strip().casefold().rpartition("/")[2][:200]
+    wanted = re.sub(r"[ _]+", "-", name.strip().casefold().rpartition("/")[2][:200]).removesuffix("-fp8")
+    for suffix in QUANTIZED:
+        wanted = suffix.pattern.sub("", wanted)
     names = {known.casefold(): known for record in builtin_records() for known in record.names if "/" not in known}
     ranked = sorted(names, key=lambda known: (-_likeness(_root(wanted), _root(known)), len(known), known))
     likely = [known for known in ranked if _likeness(_root(wanted), _root(known)) >= _LEAST_LIKENESS]
