@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from sglang_moe_ext.cli import engine_choice
 from sglang_moe_ext.core import ModelError, MoEModel, MoEShape, Quantization, TableError, TableKey
 from sglang_moe_ext.engines import launch_guesses, missing_config_log
 from sglang_moe_ext.engines.adapter import EngineName
@@ -62,7 +63,7 @@ def read_text(argument: str) -> str:
         ) from error
 
 
-def choose_launch(text: str, stated: StatedLaunch, engine_version: tuple[int, int, int]) -> ChosenLaunch:
+def choose_launch(text: str, stated: StatedLaunch, versions: Mapping[EngineName, tuple[int, int, int]]) -> ChosenLaunch:
     """The launch that asks for the table that the text says is missing.
 
     Raises:
@@ -71,7 +72,7 @@ def choose_launch(text: str, stated: StatedLaunch, engine_version: tuple[int, in
     """
     missing = missing_config_log.find_missing_table(text)
     engine, notes = _find_engine(missing, stated)
-    source, guesses = _find_guesses(missing, stated, engine, engine_version)
+    source, guesses = _find_guesses(missing, stated, engine, versions[engine])
     if not guesses:
         raise _refuse_unknown(missing, stated, engine)
     plain = [guess for guess in guesses if guess.is_plain]
@@ -85,7 +86,7 @@ def choose_launch(text: str, stated: StatedLaunch, engine_version: tuple[int, in
 
 def _find_engine(missing: MissingTable, stated: StatedLaunch) -> tuple[EngineName, list[str]]:
     if stated.engine is None:
-        return missing.engine or "sglang", []
+        return missing.engine or engine_choice.choose(None), []
     if missing.engine not in (None, stated.engine):
         note = f"--from-log: the line is {_TITLES[missing.engine]}'s, and is read as {_TITLES[stated.engine]}'s"
         return stated.engine, [f"{note} because --engine says so"] if missing.engine else []
