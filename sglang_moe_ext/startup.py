@@ -1,9 +1,10 @@
-"""What each Python runs at its start, from a .pth file: waits for an engine's MoE layer, and for upstream's scripts.
+"""Run by each Python at its start, from a .pth file: waits for an engine's MoE layer, and for upstream's scripts.
 
-Nothing is imported before they are, not even `__future__`: all processes of the environment pay for what stands here.
+Imports next to nothing, not even `__future__`: every process of the environment pays for what stands here.
 """
 
 import os
+import sys
 
 from sglang_moe_ext import env, import_hook
 
@@ -18,9 +19,11 @@ LAYER_MODULES = (
 )
 """As in engines/, which is too much to load here. vLLM loads plugins in all its processes, but no script does."""
 
-MODULE = "common_utils"
-FOLDER = "fused_moe_triton"
-FUNCTION = "get_model_config"
+SCRIPT_MODULES = ("common_utils", "benchmark_moe")
+"""Names under which upstream's scripts import their helper, or are imported themselves; in any folder."""
+SCRIPT_FUNCTIONS = ("get_model_config", "get_model_params")
+"""What is patched: SGLang's and vLLM's, told from other functions of these names by engines/."""
+_LONGEST_SCRIPT = 1 << 18
 
 
 def _attach(layer: "ModuleType") -> None:
@@ -30,19 +33,38 @@ def _attach(layer: "ModuleType") -> None:
         attach_engine(layer, "the startup file")
     except Exception as error:  # the engine runs as if we were not installed
         _say(f"cannot hook {layer.__name__}: {error!r}")
+    _await_arguments()
 
 
 def _patch(module: "ModuleType") -> None:
-    if not (module.__file__ or "").endswith(os.sep + os.path.join(FOLDER, f"{MODULE}.py")):
-        return  # somebody else's module of that name
+    names = vars(module)
+    if not any(callable(names.get(name)) for name in SCRIPT_FUNCTIONS):
+        return  # another module of that name
     try:
-        from sglang_moe_ext.engines.sglang.benchmark_scripts import patch
+        from sglang_moe_ext.engines.upstream_scripts import patch_module
 
-        names = vars(module)
-        if callable(names.get(FUNCTION)):
-            names[FUNCTION] = patch(names[FUNCTION])
+        patch_module(names)
     except Exception as error:  # the script runs as if we were not installed
         _say(f"cannot patch {module.__file__}: {error!r}")
+
+
+def _await_arguments() -> None:
+    """Where the script that runs mentions one of the functions: patch them when it parses its arguments.
+
+    Nothing imports `__main__`, and a copied helper may have any name: by then all are defined, and none was called.
+    """
+    try:
+        path = getattr(sys.modules.get("__main__"), "__file__", None) or ""
+        if not path.endswith(".py") or os.stat(path).st_size > _LONGEST_SCRIPT:
+            return
+        with open(path, "rb") as script:
+            text = script.read()
+        if any(name.encode() in text for name in SCRIPT_FUNCTIONS):
+            from sglang_moe_ext.engines.upstream_scripts import patch_when_arguments_are_parsed
+
+            patch_when_arguments_are_parsed()
+    except Exception as error:  # the script runs as if we were not installed
+        _say(f"cannot look at the script that runs: {error!r}")
 
 
 def _say(text: str) -> None:
@@ -52,9 +74,10 @@ def _say(text: str) -> None:
 
 
 def install() -> None:
-    """Wait from now on; SGLANG_MOE_EXT_DISABLE=1 keeps us out."""
+    """Wait for these modules from now on; SGLANG_MOE_EXT_DISABLE=1 switches it off."""
     if env.is_on(env.DISABLE):
         return
-    import_hook.on_import(MODULE, _patch)
+    for name in SCRIPT_MODULES:
+        import_hook.on_import(name, _patch)
     for name in LAYER_MODULES:
         import_hook.on_import(name, _attach)

@@ -5,6 +5,7 @@ usage: python tools/model_table.py [--check]      (from the project's folder; --
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from sglang_moe_ext.engines.sglang import table_names
 from sglang_moe_ext.engines.sglang.sharding import launched_shape
 from sglang_moe_ext.engines.vllm import sharding as vllm_sharding
 from sglang_moe_ext.engines.vllm import table_names as vllm_naming
-from sglang_moe_ext.models import builtin_models
+from sglang_moe_ext.models.builtin import builtin_records
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- models: made by tools/model_table.py -->\n", "<!-- end of models -->\n"
@@ -22,15 +23,15 @@ GPU = "<GPU>"
 
 
 def rows() -> Iterator[str]:
-    """A line of markdown for each model: tensor-parallel size 1, the weights that its checkpoint publishes."""
+    """A line of markdown for each model: tensor-parallel size 1, and the usual weights of its checkpoint."""
     one = Parallelism()
-    for model in builtin_models().values():
-        try:
-            ours = table_names.file_name(table_names.table_key(launched_shape(model, one), GPU))
-        except ModelError:
-            ours = "-"
+    for record in builtin_records():
+        model, sglang = record.model, "-"
+        if "sglang" in record.engines:
+            with contextlib.suppress(ModelError):
+                sglang = table_names.file_name(table_names.table_key(launched_shape(model, one), GPU))
         vllm = vllm_naming.file_name(vllm_naming.table_key(vllm_sharding.launched_shape(model, one), GPU))
-        yield f"| {model.name} | `{ours}` | `{vllm}` |"
+        yield f"| {model.name} | `{sglang}` | `{vllm}` |"
 
 
 def table() -> str:

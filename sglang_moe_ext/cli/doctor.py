@@ -45,8 +45,9 @@ def _as_served(arguments: argparse.Namespace, server: RunningServer) -> argparse
 
 
 def _layer(arguments: argparse.Namespace, server: RunningServer | None) -> layer_args.LayerArgs:
-    # The engine only says which of the examinations is wanted: the layer itself is resolved for both.
-    flags = argparse.Namespace(**{**vars(arguments), "engine": "sglang"})
+    # The engine only says which of the examinations is wanted: the layer itself is resolved for both. A pasted line
+    # tells itself which engine it is of.
+    flags = argparse.Namespace(**{**vars(arguments), "engine": None if arguments.from_log else "sglang"})
     if server is None:
         return layer_args.parse_layer(flags)
     try:

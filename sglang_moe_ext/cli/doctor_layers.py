@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sglang_moe_ext.cli import layer_args
+from sglang_moe_ext.cli import engine_choice, layer_args
 from sglang_moe_ext.cli.layer_args import LayerArgs
 from sglang_moe_ext.core import Gpu, GpuError, ModelError, MoEShape, TableError
 from sglang_moe_ext.engines import missing_config_log, table_names
@@ -33,13 +33,21 @@ class LayerUnderTest:
 
 
 def from_flags(arguments: argparse.Namespace, layer: LayerArgs, engine: EngineName) -> LayerUnderTest | None:
-    """The layer of the flags as that engine launches it; None where it cannot split the model so."""
+    """The layer of the flags as that engine launches it; None where it cannot split the model so.
+
+    A pasted line of vLLM says nothing about SGLang.
+    """
+    if engine == "sglang" and layer.line_engine == "vllm":
+        return None
     shape: MoEShape | None = layer.shape
     if engine == "vllm" and (arguments.model or arguments.from_log):  # a --shape states what the rank launches
         shape = layer.vllm_shape
     if shape is None:
         return None
-    return LayerUnderTest(layer.name, shape, *layer_args.gpu_of(arguments, layer), layer.architecture)
+    gpu, is_here = layer_args.gpu_of(arguments, layer)
+    if engine == engine_choice.choose(None):  # once, where both engines are examined
+        layer_args.print_memory_note(layer, gpu)
+    return LayerUnderTest(layer.name, shape, gpu, is_here, layer.architecture)
 
 
 def from_store(engine: EngineName) -> Iterator[LayerUnderTest]:

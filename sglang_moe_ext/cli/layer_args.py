@@ -27,7 +27,7 @@ class LayerArgs:
     """The layer that the flags mean.
 
     `vllm_shape` is the layer in vLLM, where it has one; `device_name` comes from a log line. `moe_layers` is None where
-    the number of layers is not known. `notes` are lines for the user.
+    the number of layers is not known. `notes` are lines for the user. `line_engine`: the engine whose line was pasted.
     """
 
     name: str
@@ -37,6 +37,7 @@ class LayerArgs:
     device_name: str | None = None
     moe_layers: int | None = None
     notes: tuple[str, ...] = ()
+    line_engine: EngineName | None = None
 
 
 def names_a_layer(arguments: argparse.Namespace) -> bool:
@@ -206,7 +207,7 @@ def _parse_log(arguments: argparse.Namespace) -> LayerArgs:
             redundant_experts=arguments.ep_num_redundant_experts,
             engine=getattr(arguments, "engine", None),
         ),
-        _engine_version(),
+        {"sglang": _engine_version(), "vllm": _vllm_version()},
     )
     guess = chosen.guess
     _fill_engine(arguments, guess.engine)
@@ -219,6 +220,7 @@ def _parse_log(arguments: argparse.Namespace) -> LayerArgs:
         device_of(chosen.key),
         guess.model.moe_layers,
         chosen.notes,
+        guess.engine,
     )
 
 

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import os
-import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sglang_moe_ext.core import ModelError, MoEModel, MoEShape, Quantization, TableError, TableKey
+from sglang_moe_ext.cli import engine_choice, launch_commands
+from sglang_moe_ext.core import ModelError, MoEModel, TableError, TableKey
 from sglang_moe_ext.engines import launch_guesses, missing_config_log
 from sglang_moe_ext.engines.adapter import EngineName
 from sglang_moe_ext.engines.launch_guesses import KnownModel, LaunchGuess, LaunchLimits
 from sglang_moe_ext.engines.missing_config_log import LaunchHints, MissingTable
-from sglang_moe_ext.models import parse_dtype_flag, resolve
+from sglang_moe_ext.models import resolve
 from sglang_moe_ext.models.builtin import builtin_records
 from sglang_moe_ext.models.checkpoint_names import NameMatch, match_name
 from sglang_moe_ext.models.config_fields import show
 
 LARGEST_BYTES = 64 << 20
 _LONGEST_PATH = 4096
-_MOST_COMMANDS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ def read_text(argument: str) -> str:
         ) from error
 
 
-def choose_launch(text: str, stated: StatedLaunch, engine_version: tuple[int, int, int]) -> ChosenLaunch:
+def choose_launch(text: str, stated: StatedLaunch, versions: Mapping[EngineName, tuple[int, int, int]]) -> ChosenLaunch:
     """The launch that asks for the table that the text says is missing.
 
     Raises:
@@ -71,7 +70,7 @@ def choose_launch(text: str, stated: StatedLaunch, engine_version: tuple[int, in
     """
     missing = missing_config_log.find_missing_table(text)
     engine, notes = _find_engine(missing, stated)
-    source, guesses = _find_guesses(missing, stated, engine, engine_version)
+    source, guesses = _find_guesses(missing, stated, engine, versions[engine])
     if not guesses:
         raise _refuse_unknown(missing, stated, engine)
     plain = [guess for guess in guesses if guess.is_plain]
@@ -85,7 +84,7 @@ def choose_launch(text: str, stated: StatedLaunch, engine_version: tuple[int, in
 
 def _find_engine(missing: MissingTable, stated: StatedLaunch) -> tuple[EngineName, list[str]]:
     if stated.engine is None:
-        return missing.engine or "sglang", []
+        return missing.engine or engine_choice.choose(None), []
     if missing.engine not in (None, stated.engine):
         note = f"--from-log: the line is {_TITLES[missing.engine]}'s, and is read as {_TITLES[stated.engine]}'s"
         return stated.engine, [f"{note} because --engine says so"] if missing.engine else []
@@ -192,14 +191,8 @@ def _ask(
     missing: MissingTable, guesses: Sequence[LaunchGuess], redundant: int, plain: Sequence[LaunchGuess]
 ) -> ModelError:
     """Print a command for each guess, and give the error that says so."""
-    device = missing.key.device_name
     print(f"launches of built-in models that ask for {launch_guesses.file_name(missing.key, guesses[0].engine)}:")
-    alike = _by_layer(guesses)
-    for first, *others in alike[:_MOST_COMMANDS]:
-        also = f"  # the same for {', '.join(guess.model.name for guess in others)}" if others else ""
-        print(f"  {command(first, device, redundant)}{also}")
-    if len(alike) > _MOST_COMMANDS:
-        print(f"  and {len(alike) - _MOST_COMMANDS} more: say --tp-size to see fewer")
+    launch_commands.print_commands(guesses, missing.key.device_name, redundant)
     key = missing.key
     stated_dtype = f",dtype={key.scheme}" if key.scheme else ""
     print(f"  sglang-moe-ext tune --shape E={key.experts},N={key.intermediate_size},K=...,topk=...{stated_dtype}")
@@ -209,56 +202,6 @@ def _ask(
     return ModelError(
         f"--from-log: {why}, and its name holds no K and top-k: run one of the commands above, or add --model"
     )
-
-
-def _by_layer(guesses: Sequence[LaunchGuess]) -> list[list[LaunchGuess]]:
-    """Guesses between which nothing needs to be asked, together; the likeliest first."""
-    alike: dict[MoEShape, list[LaunchGuess]] = {}
-    for guess in guesses:
-        alike.setdefault(guess.layer, []).append(guess)
-    return list(alike.values())
-
-
-def command(guess: LaunchGuess, device_name: str, redundant_experts: int = 0) -> str:
-    """The command that tunes this guess."""
-    split = {
-        "--tp-size": guess.parallelism.tp,
-        "--ep-size": guess.parallelism.ep if guess.parallelism.ep > 1 else 0,
-        "--ep-num-redundant-experts": redundant_experts,
-    }
-    model = _model_flags(guess.model)
-    layer = ["--shape", str(guess.shape)] if model is None else list(model)
-    if model is not None:
-        layer += [word for flag, size in split.items() if size for word in (flag, str(size))]
-        layer += [] if guess.fuses_shared_experts else ["--disable-shared-experts-fusion"]
-    engine = ["--engine", "vllm"] if guess.engine == "vllm" else []
-    return shlex.join(["sglang-moe-ext", "tune", *engine, *layer, "--gpu", device_name])
-
-
-_FP8_NAMES = ("", "-FP8", "-FP8-dynamic", "-FP8-block", "-AWQ")
-
-
-def _model_flags(model: MoEModel) -> tuple[str, ...] | None:
-    """Flags that mean this model in this quantization; None where no flags can say it."""
-    for ending in _FP8_NAMES:
-        match = match_name(f"{model.name}{ending}")
-        if isinstance(match, NameMatch) and match.model.quantization == model.quantization:
-            return "--model", f"{model.name}{ending}"
-    match = match_name(model.name)
-    if not isinstance(match, NameMatch):
-        return None
-    dtype = model.quantization.scheme or "bf16"
-    for flags in (("--dtype", dtype), ("--dtype", dtype, "--per-channel-quant")):
-        if _dtype_means(flags, match.model.quantization) == model.quantization:
-            return "--model", model.name, *flags
-    return None
-
-
-def _dtype_means(flags: Sequence[str], checkpoint: Quantization) -> Quantization | None:
-    try:
-        return parse_dtype_flag(flags[1], checkpoint=checkpoint, per_channel="--per-channel-quant" in flags)
-    except ModelError:
-        return None
 
 
 def _refuse_unknown(missing: MissingTable, stated: StatedLaunch, engine: EngineName) -> ModelError:

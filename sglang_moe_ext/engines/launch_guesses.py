@@ -25,7 +25,7 @@ class KnownModel:
 
 @dataclass(frozen=True, slots=True)
 class LaunchLimits:
-    """What is known of the launch; None where it is not."""
+    """What is known of the launch; None where it is not. `engine_version` is that of the guessed engine."""
 
     tp: int | None = None
     ep: int | None = None
@@ -139,7 +139,7 @@ def launch(
     with_redundant = replace(model, routed_experts=model.routed_experts + limits.redundant_experts)
     try:
         if engine == "vllm":
-            return vllm_sharding.launched_shape(with_redundant, parallelism)
+            return vllm_sharding.launched_shape(with_redundant, parallelism, engine_version=limits.engine_version)
         return sglang_sharding.launched_shape(
             with_redundant,
             parallelism,

@@ -7,7 +7,10 @@ from dataclasses import dataclass, replace
 
 from sglang_moe_ext.core import Gpu, GpuError
 
-_SUFFIX = re.compile(r"[\s_]+MIG[\s_]+(?P<profile>(?P<slices>[1-7])g\.(?P<gib>\d{1,3})gb)(?:\+\S+)?\s*$", re.IGNORECASE)
+_SUFFIX = re.compile(
+    r"[\s_]+MIG[\s_]+(?P<profile>(?:(?P<compute>[1-7])c\.)?(?P<slices>[1-7])g\.(?P<gib>\d{1,3})gb)(?:\+\S+)?\s*$",
+    re.IGNORECASE,
+)
 _MEMORY_SLICES = 8
 
 # Multiprocessors by number of compute slices, as the driver lists them for a full-size part of the architecture
@@ -21,7 +24,7 @@ _MULTIPROCESSORS = {
 
 @dataclass(frozen=True, slots=True)
 class MigProfile:
-    """A profile such as 3g.40gb: compute slices, and memory in GiB."""
+    """A profile such as 3g.40gb, or 1c.3g.40gb for a compute instance in one: compute slices, and memory in GiB."""
 
     name: str
     slices: int
@@ -33,7 +36,9 @@ def split(name: str) -> tuple[str, MigProfile | None]:
     match = _SUFFIX.search(name)
     if match is None:
         return name, None
-    return name[: match.start()], MigProfile(match["profile"].lower(), int(match["slices"]), int(match["gib"]))
+    return name[: match.start()], MigProfile(
+        match["profile"].lower(), int(match["compute"] or match["slices"]), int(match["gib"])
+    )
 
 
 def slice_of(whole: Gpu, profile: MigProfile) -> Gpu:

@@ -32,6 +32,10 @@ _FORM_FACTORS = re.compile(r"\b(sxm\d?|hgx|dgx|nvl72|hbm\de?|oam|pcie)\b ?")
 _MEMORY = re.compile(r"(\d+) ?g(?:i?b)?")
 
 
+_VGPU = re.compile(r"(?:NVIDIA |GRID )*(?P<whole>[\w .-]+?)-(?P<gib>\d{1,3})[ABCQ]", re.IGNORECASE)
+"""A virtual GPU, as the driver of the guest names it: its multiprocessors are the whole GPU's, by turns."""
+
+
 @dataclass(frozen=True, slots=True)
 class UnsupportedGpu:
     """GPUs that the kernels do not run on, or that nothing is known about; `pattern` is searched in a plain name."""
@@ -68,6 +72,13 @@ def find(name: str) -> Gpu:
     for other, (original, memory_gib) in _OTHER_MEMORY.items():
         if _compact(_plain(name)) == _compact(_plain(other)):
             return replace(specs.known_gpus()[original], memory_gib=memory_gib)
+    virtual = _VGPU.fullmatch(name.replace("_", " ").strip())
+    if virtual is not None:
+        gpu = specs.known_gpus()[_find_whole(virtual["whole"], name)]
+        memory = float(virtual["gib"])
+        return replace(
+            gpu, device_name=virtual[0], memory_gib=memory, source=f"virtual {gpu.device_name}; {gpu.source}"
+        )
     gpu = specs.known_gpus()[_find_whole(whole, name)]
     return gpu if profile is None else mig.slice_of(gpu, profile)
 

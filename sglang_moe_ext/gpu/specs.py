@@ -56,6 +56,8 @@ _FACTS: dict[str, tuple[int, int, float, float, float | None, float, float, str]
     "NVIDIA RTX A5500": (86, 80, 768, 136, None, 6, 24, _CHECKED),
     "NVIDIA RTX A6000": (86, 84, 768, 155, None, 6, 48, "datasheet"),
     "NVIDIA A10": (86, 72, 600, 125, None, 6, 24, "datasheet"),
+    "NVIDIA A2": (86, 10, 200, 18, None, 2, 16, _CHECKED),
+    "NVIDIA A16": (86, 10, 200, 18, None, 2, 16, _CHECKED),
     "NVIDIA A10G": (86, 72, 600, 70, None, 6, 24, _CHECKED),
     "NVIDIA A40": (86, 84, 696, 150, None, 6, 48, _CHECKED),
     "NVIDIA GeForce RTX 4090": (89, 128, 1008, 165, 330, 72, 24, "datasheet"),

@@ -26,6 +26,7 @@ class BuiltinModel:
     """A record of models.json: the model in its usual quantization, and the other quantizations that exist.
 
     `published_fp8` is what the model's publisher means by `-FP8`. `engines` have a class for the architecture.
+    `format_elsewhere`: what other publishers store it in, where that does not run the fused Triton kernel.
     """
 
     model: MoEModel
@@ -34,6 +35,7 @@ class BuiltinModel:
     activation: str
     published_fp8: Quantization | None
     engines: tuple[str, ...]
+    format_elsewhere: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -78,4 +80,5 @@ def _record(stated: dict[str, object]) -> BuiltinModel:
         activation=cast(str, stated["activation"]),
         published_fp8=None if fp8 is None else QUANTIZATIONS[fp8],
         engines=tuple(cast("list[str]", stated.get("engines", ["sglang", "vllm"]))),
+        format_elsewhere=cast("str | None", stated.get("format_elsewhere")),
     )

@@ -19,11 +19,21 @@ _SAME_EXPERTS = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class QuantizationSuffix:
-    """A suffix that says how the weights are stored; `code` as in models.json. `why` where it leaves something open."""
+    """A suffix that says how the weights are stored: `code` as in models.json, `method` as in config.json.
+
+    `why` says what the suffix leaves open.
+    """
 
     pattern: re.Pattern[str]
     code: str
+    method: str
     why: str = ""
+
+    @property
+    def quantization(self) -> Quantization:
+        stored = QUANTIZATIONS[self.code]
+        group = None if stored.block_shape is None or stored.is_block_wise else stored.block_shape[1]
+        return replace(stored, checkpoint=CheckpointFormat(self.method, stored.weight_bits, group))
 
 
 def _suffix(words: str) -> re.Pattern[str]:
@@ -31,17 +41,16 @@ def _suffix(words: str) -> re.Pattern[str]:
 
 
 _GROUP_128 = "groups of 128 are usual and were not read from the checkpoint"
+_INT4 = r"([-_](int4|4bit|w4a16|int4[-_]w4a16))?"
 QUANTIZED = (
-    QuantizationSuffix(_suffix(r"fp8[-_]dynamic"), "fp8_channel"),
-    QuantizationSuffix(_suffix(r"fp8[-_]block"), "fp8_block"),
-    QuantizationSuffix(_suffix(r"(quantized[-_.])?w8a8|(w8a8[-_])?int8"), "int8_channel"),
+    QuantizationSuffix(_suffix(r"fp8[-_]dynamic"), "fp8_channel", "compressed_tensors"),
+    QuantizationSuffix(_suffix(r"fp8[-_]block"), "fp8_block", "compressed_tensors"),
+    QuantizationSuffix(_suffix(r"(quantized[-_.])?w8a8|(w8a8[-_])?int8"), "int8_channel", "compressed_tensors"),
+    QuantizationSuffix(_suffix(rf"((int4|4bit)[-_])?awq{_INT4}"), "int4_group128", "awq", _GROUP_128),
+    QuantizationSuffix(_suffix(rf"((int4|4bit)[-_])?gptq{_INT4}"), "int4_group128", "gptq", _GROUP_128),
+    QuantizationSuffix(_suffix(rf"((int4|4bit)[-_])?auto[-_]?round{_INT4}"), "int4_group128", "auto_round", _GROUP_128),
     QuantizationSuffix(
-        _suffix(
-            r"(int4[-_]|\d?bit[-_])?(awq|gptq|autoround|auto[-_]round)([-_](int4|4bit|w4a16|int4[-_]w4a16))?"
-            r"|(quantized[-_.])?(int4[-_])?w4a16(_g128)?"
-        ),
-        "int4_group128",
-        _GROUP_128,
+        _suffix(r"(quantized[-_.])?(int4[-_])?w4a16(_g128)?"), "int4_group128", "compressed_tensors", _GROUP_128
     ),
 )
 """In this order; `-FP8` alone is not here, since publishers mean different things by it."""
@@ -98,31 +107,24 @@ def find_builtin(name: str) -> MoEModel | None:
 
 
 def _match_suffixes(name: str, wanted: str, names: dict[str, BuiltinModel]) -> NameMatch | FormatWithoutTables | None:
-    tail = wanted.rpartition("/")[2]
+    publisher, _, tail = wanted.rpartition("/")
+    tail = re.sub(r"[ _]+", "-", tail)
     roots = {_root(known): record for known, record in reversed(names.items()) if "/" not in known}
     for format_name, pattern in NOT_TRITON.items():
         if (record := _known(pattern.sub("", tail), names, roots)) and pattern.search(tail):
             return FormatWithoutTables(record.model, format_name)
     for suffix in QUANTIZED:
         if suffix.pattern.search(tail) and (record := _known(suffix.pattern.sub("", tail), names, roots)):
-            return _matched(name, record, _with_method(QUANTIZATIONS[suffix.code], tail), suffix.why)
+            return _matched(name, record, suffix.quantization, suffix.why)
     if tail.endswith("-fp8") and (record := _known(tail.removesuffix("-fp8"), names, roots)):
         published = record.published_fp8
         return None if published is None else _matched(name, record, published, "")
     record = _known(tail, names, roots)
-    return None if record is None else _matched(name, record, record.model.quantization, "")
-
-
-_METHODS = {"awq": "awq", "gptq": "gptq", "round": "auto_round", "w4a16": "compressed_tensors"}
-"""By a word of the suffix, the method that such checkpoints name, which decides what an engine runs them by."""
-
-
-def _with_method(quantization: Quantization, tail: str) -> Quantization:
-    method = next((method for word, method in _METHODS.items() if word in tail), None)
-    if method is None or quantization.block_shape is None:
-        return quantization
-    stored = CheckpointFormat(method, quantization.weight_bits, quantization.block_shape[1])
-    return replace(quantization, checkpoint=stored)
+    if record is None:
+        return None
+    if record.format_elsewhere and publisher and not tail.endswith("-bf16"):
+        return FormatWithoutTables(record.model, record.format_elsewhere)
+    return _matched(name, record, record.model.quantization, "")
 
 
 def _known(tail: str, names: dict[str, BuiltinModel], roots: dict[str, BuiltinModel]) -> BuiltinModel | None:
@@ -146,7 +148,9 @@ def _matched(name: str, record: BuiltinModel, quantization: Quantization, why: s
 
 def close_names(name: str, count: int = 3) -> list[str]:
     """The names of built-in models that are most like `name`, best first."""
-    wanted = name.strip().casefold().rpartition("/")[2][:200]
+    wanted = re.sub(r"[ _]+", "-", name.strip().casefold().rpartition("/")[2][:200]).removesuffix("-fp8")
+    for suffix in QUANTIZED:
+        wanted = suffix.pattern.sub("", wanted)
     names = {known.casefold(): known for record in builtin_records() for known in record.names if "/" not in known}
     ranked = sorted(names, key=lambda known: (-_likeness(_root(wanted), _root(known)), len(known), known))
     likely = [known for known in ranked if _likeness(_root(wanted), _root(known)) >= _LEAST_LIKENESS]

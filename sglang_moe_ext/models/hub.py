@@ -16,7 +16,7 @@ from sglang_moe_ext.core import ModelError
 from sglang_moe_ext.models.config_fields import CONFIG_CLASS_ERRORS, describe_error, refusal
 
 GO_ON = "give a folder that has its config.json, or state the experts with --shape"
-PROBE_S = 1.2
+PROBE_S = 1.0
 """Seconds that the hub has to answer anything at all, before its client is asked, which retries for half a minute."""
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from sglang_moe_ext.cli import layer_args
+from sglang_moe_ext.cli import doctor_layers, layer_args
 from sglang_moe_ext.cli.layer_args import LayerArgs
 from sglang_moe_ext.core import ModelError, MoEExtError, MoEModel, MoEShape, Parallelism, Quantization, TableError
 from sglang_moe_ext.engines.sglang import installation, sharding
 from sglang_moe_ext.engines.sglang import table_names as sglang_names
+from sglang_moe_ext.engines.vllm import installation as vllm_installation
 from sglang_moe_ext.engines.vllm import sharding as vllm_sharding
 from sglang_moe_ext.engines.vllm import table_names as vllm_names
 from sglang_moe_ext.gpu import specs
@@ -28,6 +29,7 @@ H100 = "NVIDIA_H100_80GB_HBM3"
 @pytest.fixture(autouse=True)
 def newest_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installation, "find", lambda: None)
+    monkeypatch.setattr(vllm_installation, "find", lambda: None)
     monkeypatch.setattr(specs, "detect", lambda: None)
 
 
@@ -156,6 +158,17 @@ def test_a_line_of_vllm_is_a_table_of_vllm(beside: tuple[str, ...]) -> None:
     assert given.engine == "vllm"
     assert layer(found.shape) == CODER_480B
     assert found.vllm_shape == found.shape
+    assert found.line_engine == "vllm"
+
+
+def test_doctor_looks_at_the_engine_of_the_line_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    given = arguments("--from-log", text("line_of_vllm.txt"), "--gpu", "H200")
+    found = layer_args.parse_layer(given)
+
+    assert doctor_layers.from_flags(given, found, "sglang") is None
+    under_test = doctor_layers.from_flags(given, found, "vllm")
+    assert under_test is not None
+    assert layer(under_test.shape) == CODER_480B
 
 
 def test_an_engine_that_contradicts_the_line_is_taken_and_said(capsys: pytest.CaptureFixture[str]) -> None:

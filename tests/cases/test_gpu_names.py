@@ -104,6 +104,31 @@ def test_an_unsupported_gpu_is_said_to_be_unsupported_and_why(said: str, why: st
     assert "such as" not in str(refused.value)
 
 
+# Further names, written before they were tried.
+@pytest.mark.parametrize(
+    ("said", "device_name", "multiprocessors"),
+    [
+        ("NVIDIA L40S-48Q", "NVIDIA L40S-48Q", 142),
+        ("GRID A100-40C", "GRID A100-40C", 108),
+        ("NVIDIA H200 MIG 1c.3g.71gb", "NVIDIA H200 MIG 1c.3g.71gb", 16),
+        ("HGX H200", "NVIDIA H200", 132),
+        ("NVIDIA A2", "NVIDIA A2", 10),
+        ("5060ti", "NVIDIA GeForce RTX 5060 Ti", 36),
+        ("H100-NVL-94GB", "NVIDIA H100 NVL", 132),
+        ("RTX PRO 6000 Server", "NVIDIA RTX PRO 6000 Blackwell Server Edition", 188),
+    ],
+)
+def test_further_names_of_the_same_kinds_are_found(said: str, device_name: str, multiprocessors: int) -> None:
+    gpu = specs.find(said)
+    assert (gpu.device_name, gpu.multiprocessors) == (device_name, multiprocessors)
+
+
+@pytest.mark.parametrize("said", ["A100 PCIe", "A100 SXM", "NVIDIA GeForce RTX 4090 Laptop GPU", "RTX A6000 Ada"])
+def test_a_name_that_is_no_one_gpu_brings_names_that_are(said: str) -> None:
+    with pytest.raises(GpuError, match=r"may be NVIDIA_A100|such as NVIDIA_"):
+        specs.find(said)
+
+
 def test_a_rebuilt_card_has_the_name_of_the_original_and_its_own_memory() -> None:
     gpu = specs.find("RTX 4090 48GB")
     assert (gpu.device_name, gpu.memory_gib) == ("NVIDIA GeForce RTX 4090", 48)

@@ -305,6 +305,12 @@ SUFFIXES: dict[str, tuple[str, Quantization]] = {
     "deepseek-ai/DeepSeek-V2-Lite-Chat": ("DeepSeek-V2-Lite", Quantization()),
     "moonshotai/Kimi-K2-Instruct-0905": ("Kimi-K2-Instruct", Quantization("fp8_w8a8", (128, 128))),
     "meta-llama/Llama-4-Scout-17B-16E": ("Llama-4-Scout", Quantization()),
+    "QuantTrio/GLM-4.6-AWQ": ("GLM-4.6", Quantization("int4_w4a16", (0, 128))),
+    "Intel/Qwen3-30B-A3B-Instruct-2507-int4-AutoRound": ("Qwen3-30B-A3B", Quantization("int4_w4a16", (0, 128))),
+    "cpatonn/Qwen3-Coder-30B-A3B-Instruct-AWQ-4bit": ("Qwen3-Coder-30B-A3B", Quantization("int4_w4a16", (0, 128))),
+    "Qwen/Qwen3-Next-80B-A3B-Thinking-FP8": ("Qwen3-Next-80B-A3B", Quantization("fp8_w8a8", (128, 128))),
+    "unsloth/gpt-oss-20b-BF16": ("gpt-oss-20b", Quantization()),
+    "Qwen3 30B A3B": ("Qwen3-30B-A3B", Quantization()),
     "allenai/OLMoE-1B-7B-0125-Instruct": ("OLMoE-1B-7B", Quantization()),
 }
 
@@ -349,12 +355,14 @@ def test_a_name_that_says_more_than_suffixes_is_no_built_in_model(name: str) -> 
         ("nvidia/Qwen3-30B-A3B-NVFP4", "NVFP4"),
         ("mlx-community/Qwen3-30B-A3B-4bit", "MLX"),
         ("unsloth/Qwen3-30B-A3B-bnb-4bit", "bitsandbytes"),
+        ("openai/gpt-oss-120b", "MXFP4"),
+        ("nvidia/DeepSeek-R1-0528-FP4", "NVFP4"),
     ],
 )
 def test_a_format_that_runs_no_triton_kernel_is_refused_by_its_name(name: str, stored: str) -> None:
     message = refusal(name)
 
-    assert f"Qwen3-30B-A3B in {stored}" in message
+    assert f" in {stored}, whose experts do not run the fused Triton kernel" in message
     assert "no table is read" in message
 
 

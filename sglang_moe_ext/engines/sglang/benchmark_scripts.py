@@ -1,9 +1,8 @@
-"""Teach upstream's benchmark scripts the architectures that they do not name: `common_utils.get_model_config`, patched.
+"""Complete `get_model_config` of SGLang's benchmark scripts for the architectures that it does not name.
 
-The scripts lie in SGLang's source tree, benchmark/kernels/fused_moe_triton, and in no wheel. Their function compares
+The scripts are benchmark/kernels/fused_moe_triton in SGLang's source tree, and in no wheel. Their function compares
 the architecture with names and takes any other for a Mixtral: that raises, or answers the width of the dense layers
-where transformers 5 gives a config the attributes of a Mixtral's. A checkout so old that the function stands in the
-script that is run, and not in common_utils, is out of reach: nothing imports `__main__`.
+where transformers 5 gives a config the attributes of a Mixtral's.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable
-from types import CodeType
 from typing import Any
 
 from sglang_moe_ext.core import ModelError, Parallelism
+from sglang_moe_ext.engines.function_strings import in_one_line, names_architectures, strings_of
 from sglang_moe_ext.engines.sglang import installation
 from sglang_moe_ext.engines.sglang.sharding import NEWEST, launched_shape
 from sglang_moe_ext.models.config_fields import read_field
@@ -32,13 +31,12 @@ LAYERS = {"num_layers": "num_hidden_layers", "dense_layers": "first_k_dense_repl
 """Keys of newer versions, and the fields they come from; upstream says 0 where a config has no such field."""
 _DEFAULT = "MixtralForCausalLM"
 """The architecture that upstream answers for without naming it."""
-_A_NAME = "ForCausalLM"
 
 
 def patch(upstream: GetModelConfig) -> GetModelConfig:
-    """`upstream`, which now knows what we know. What it names it answers itself, and its errors stay its own."""
-    stated = _strings(getattr(inspect.unwrap(upstream), "__code__", None))
-    if not any(text.endswith(_A_NAME) for text in stated):
+    """`upstream`, completed. It answers itself for the architectures that it names, and its errors stay its own."""
+    stated = strings_of(upstream)
+    if not names_architectures(stated):
         log.warning("sglang-moe-ext leaves get_model_config as it is: no architecture is named in it")
         return upstream
 
@@ -49,38 +47,23 @@ def patch(upstream: GetModelConfig) -> GetModelConfig:
             return upstream(*args, **kwargs)
         try:
             theirs = upstream(*args, **kwargs)
-        except Exception as error:  # an architecture it does not name can trip it anywhere; ours is the answer then
-            log.warning("%s; get_model_config raised %s", _said(ours), _in_one_line(error))
+        except Exception as error:  # an architecture that it does not name can trip it anywhere
+            log.warning("%s; get_model_config raised %s", _said(ours), in_one_line(error))
             return ours
         return _corrected(theirs, ours)
 
     return get_model_config
 
 
-def _strings(constant: object) -> frozenset[str]:
-    """All strings among the constants of a function, however deep: `in [...]` is compiled to a tuple."""
-    found: set[str] = set()
-    waiting = [constant]
-    while waiting:
-        match waiting.pop():
-            case str() as text:
-                found.add(text)
-            case tuple() | frozenset() as several:
-                waiting.extend(several)
-            case CodeType() as code:
-                waiting.extend(code.co_consts)
-    return frozenset(found)
-
-
 def _answer_unless_stated(
     stated: frozenset[str], upstream: GetModelConfig, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """None where the answer is upstream's to give: it names the architecture, or we have none."""
+    """None where the answer is upstream's to give: it names the architecture, or there is no other answer."""
     try:
         asked = inspect.signature(upstream).bind(*args, **kwargs).arguments
         return _answer(stated, asked)
-    except Exception as error:  # whatever is wrong with us, the user runs a script that is not ours
-        log.warning("sglang-moe-ext leaves get_model_config to upstream: %s", _in_one_line(error))
+    except Exception as error:  # a fault of ours must not stop a script of upstream's
+        log.warning("sglang-moe-ext leaves get_model_config to upstream: %s", in_one_line(error))
         return None
 
 
@@ -128,7 +111,7 @@ def _layers(model_name: str, stated: frozenset[str]) -> dict[str, int]:
 
 
 def _corrected(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """Upstream's answer with our sizes where they differ: it says the rest in the layout of its version."""
+    """Upstream's answer with our sizes where they differ; the rest stays in the layout of its version."""
     if not isinstance(theirs, dict):
         return theirs
     wrong = {key: theirs[key] for key in SIZES if key in theirs and theirs[key] != ours[key]}
@@ -142,8 +125,3 @@ def _corrected(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
 def _said(ours: dict[str, Any]) -> str:
     sizes = ", ".join(f"{key} {ours[key]}" for key in SIZES)
     return f"sglang-moe-ext answers for {ours['architecture']}: {sizes}"
-
-
-def _in_one_line(error: Exception) -> str:
-    first, *_ = str(error).splitlines() or ["no message"]
-    return f"{type(error).__name__}: {first}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_moe_ext import env, startup
+from sglang_moe_ext import env
 from sglang_moe_ext.engines.sglang import benchmark_scripts, installation
 from tests.engines.installed import REPO_ROOT
 
@@ -162,22 +163,81 @@ def start(site: Path, code: str, *, package: Path = REPO_ROOT, switch: str = "")
     return done.stdout, done.stderr
 
 
+OTHER = "def get_model_config(model_name, tp_size): return {}"
+ANOTHER = "def get_model_config(path):\n    return 'NamedForCausalLM'"
+
+
 @pytest.mark.parametrize(
-    ("folder", "before", "switch", "hooked"),
+    ("folder", "source", "before", "switch", "hooked"),
     [
-        (startup.FOLDER, "", "", True),
-        ("not_" + startup.FOLDER, "", "", False),
-        (startup.FOLDER, "", "1", False),
-        (startup.FOLDER, f"sys.modules[{benchmark_scripts.__name__!r}] = None; ", "", False),
+        ("fused_moe_triton", NEW, "", "", True),
+        ("copied", NEW, "", "", True),
+        ("copied", OTHER, "", "", False),
+        ("copied", ANOTHER, "", "", False),
+        ("fused_moe_triton", NEW, "", "1", False),
+        ("fused_moe_triton", NEW, f"sys.modules[{benchmark_scripts.__name__!r}] = None; ", "", False),
     ],
-    ids=["upstream's script", "another common_utils", "switched off", "our patch is broken"],
+    ids=[
+        "upstream's script",
+        "a copy elsewhere",
+        "names no architecture",
+        "other parameters",
+        "switched off",
+        "our patch is broken",
+    ],
 )
-def test_upstreams_script_alone_is_hooked(tmp_path: Path, folder: str, before: str, switch: str, hooked: bool) -> None:
+def test_upstreams_function_alone_is_patched_in_whatever_folder(
+    tmp_path: Path, folder: str, source: str, before: str, switch: str, hooked: bool
+) -> None:
     (tmp_path / folder).mkdir()
-    (tmp_path / folder / "common_utils.py").write_text(NEW, encoding="utf-8")
+    (tmp_path / folder / "common_utils.py").write_text(source, encoding="utf-8")
     asked = "import common_utils; print(hasattr(common_utils.get_model_config, '__wrapped__'))"
     code = f"{before}sys.path.insert(0, {str(tmp_path / folder)!r}); {asked}"
     assert start(tmp_path, code, switch=switch)[0] == f"{hooked}\n"
+
+
+LAYER = "vllm/model_executor/layers/fused_moe/fused_moe.py"
+"""A stand-in for the engine's layer, which both engines' scripts import first."""
+SCRIPT = """
+import argparse
+from vllm.model_executor.layers.fused_moe import fused_moe
+{helper}
+if __name__ == "__main__":
+    argparse.ArgumentParser().parse_args([])
+    print(hasattr({function}, "__wrapped__"))
+"""
+PARAMS = "def get_model_params(config):\n    return (1, 1, 1, 1) if config == 'DbrxForCausalLM' else None"
+
+
+@pytest.mark.parametrize(
+    ("helper", "files", "function", "patched"),
+    [
+        (PARAMS, {}, "get_model_params", True),
+        ("from shapes import get_model_config", {"shapes.py": NEW}, "get_model_config", True),
+        ("from shapes import get_model_config", {"shapes.py": OTHER}, "get_model_config", False),
+        ("import shapes\nget_model_params = len", {"shapes.py": PARAMS}, "shapes.get_model_params", False),
+    ],
+    ids=["vLLM's script itself", "a helper of another name", "another function", "a name that means another one"],
+)
+def test_a_script_that_runs_has_its_functions_patched_when_it_parses_its_arguments(
+    tmp_path: Path, helper: str, files: dict[str, str], function: str, patched: bool
+) -> None:
+    layer = tmp_path / LAYER
+    layer.parent.mkdir(parents=True)
+    for parent in layer.relative_to(tmp_path).parents:
+        (tmp_path / parent / "__init__.py").touch()
+    layer.touch()
+    (tmp_path / "__init__.py").unlink()
+    for name, source in files.items():
+        (tmp_path / name).write_text(source, encoding="utf-8")
+    script = tmp_path / "my_benchmark.py"
+    script.write_text(SCRIPT.format(helper=helper, function=function), encoding="utf-8")
+    (tmp_path / PTH.name).write_bytes(PTH.read_bytes())
+    (tmp_path / "a_package.pth").write_text(f"{REPO_ROOT}\n", encoding="utf-8")
+    (tmp_path / "sitecustomize.py").write_text(f"import site\nsite.addsitedir({str(tmp_path)!r})\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(REPO_ROOT)))}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout == f"{patched}\n", done.stderr
 
 
 def test_a_start_loads_nothing_but_the_hook(tmp_path: Path) -> None:
