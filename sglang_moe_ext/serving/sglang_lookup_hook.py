@@ -232,7 +232,7 @@ def lookup_hook(engine: SglangHookPoints, resolve: ConfigResolver) -> Callable[.
         if answer is None:
             try:
                 layer = lookup_args.lookup_layer(w1_shape, w2_shape, top_k, dtype, block_shape, per_channel)
-            except (TypeError, ValueError, IndexError):  # no shapes of weights
+            except (TypeError, ValueError, LookupError):  # no shapes of weights
                 return original(w1_shape, w2_shape, top_k, dtype, M, is_marlin, block_shape, *rest, **named)
             answer = resolved(
                 SglangCall(layer, M, is_marlin, wants_down),

@@ -86,7 +86,7 @@ class VllmTableResolver:
         tokens, *of_layer = key
         try:
             call = VllmCall(lookup_args.lookup_layer(*of_layer), tokens)
-        except (TypeError, ValueError, IndexError):  # no shapes of weights
+        except (TypeError, ValueError, LookupError):  # no shapes of weights
             return own()
         with self._asking_for(call):
             entry = config_dict.drop_tma(own())
@@ -181,11 +181,15 @@ def table_hook(engine: VllmHookPoints, resolver: VllmTableResolver) -> Callable[
         dtype: str | None,
         block_n: int | None = None,
         block_k: int | None = None,
+        *rest: Any,
+        **named: Any,
     ) -> Any:
         def own() -> Rows:
-            rows: Rows = original(E, N, dtype, block_n, block_k)
+            rows: Rows = original(E, N, dtype, block_n, block_k, *rest, **named)
             return rows
 
+        if rest or named:  # arguments of a later release
+            return own()
         try:
             block = (block_n, block_k) if block_n and block_k else None
             return resolver.rows(lookup_args.layer_from_name(E, N, dtype, block), own)
@@ -197,9 +201,9 @@ def table_hook(engine: VllmHookPoints, resolver: VllmTableResolver) -> Callable[
         resolver.forget()
         original.cache_clear()
 
-    named = vars(get_moe_configs)
-    named |= {"cache_clear": cache_clear, "cache_info": original.cache_info}
-    named |= {"cache_parameters": original.cache_parameters}
+    attributes = vars(get_moe_configs)
+    attributes |= {"cache_clear": cache_clear, "cache_info": original.cache_info}
+    attributes |= {"cache_parameters": original.cache_parameters}
     return get_moe_configs
 
 
