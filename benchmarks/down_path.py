@@ -81,12 +81,12 @@ class Racer:
 
     def __init__(self, shape: MoEShape, cache: Path) -> None:
         self.shape = shape
-        self._bench: GpuBench = BenchSetup(shape, routing.SOURCES["mixed"], _SEED, cache)()
+        self._bench: GpuBench = BenchSetup(shape, routing.SOURCES["mixed"], _SEED, cache, "sglang")()
         self._stages = Stopwatch(cuda_queue())
 
     def _ask(self, question: BenchRequest) -> BenchResult:
         try:
-            return self._bench.answer(question)
+            return self._bench.measure(question)
         except Exception as error:  # noqa: BLE001 - the compiler fails in many ways; each costs this path alone
             print(f"  left out: {type(error).__name__}: {str(error)[:150]}", file=sys.stderr)
             return Failure(type(error).__name__, str(error))
@@ -103,7 +103,7 @@ class Racer:
         Raises:
             EngineError: none of our paths runs, or the engine's own layer does not.
         """
-        times, _ = sorted_kernels.screen_plans(self.shape, tokens, [tuned["up"]], self._ask)
+        times, _ = sorted_kernels.screen_plans(self.shape, tokens, [tuned["up"]], self._ask, lambda _: None)
         if not times:
             raise EngineError(f"none of our paths runs for M={tokens}")
         path = min(times, key=times.__getitem__)

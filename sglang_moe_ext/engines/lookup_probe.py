@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from sglang_moe_ext import env
 from sglang_moe_ext.core import EngineError, Gpu, MoEShape, Projection, TileConfig
-from sglang_moe_ext.engines import lookup_args
+from sglang_moe_ext.engines import lookup_args, probe_server
 from sglang_moe_ext.engines.config_dict import tile_of
 from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.untrusted import show
@@ -95,7 +99,8 @@ class ProbeModule:
         Raises:
             EngineError: the engine could not be asked, or its lookup raised.
         """
-        return self.start(environment).answer(request)
+        with closing(self.start(environment)) as probe:
+            return probe.answer(request)
 
 
 def engine_alone(engine: str, module: str) -> ProbeModule:
@@ -111,7 +116,7 @@ def engine_as_served(engine: str, name: str) -> ProbeModule:
 def request_of(question: LookupRequest) -> dict[str, Any]:
     """The question as the child reads it."""
     shape, pretend = question.shape, question.pretend
-    packed = lookup_args.INT4_WEIGHTS_PER_BYTE if shape.quantization.scheme == "int4_w4a16" else 1
+    packed = shape.quantization.row.weights_per_element
     block = shape.quantization.block_shape
     return {
         "experts": shape.experts,
@@ -141,41 +146,66 @@ def layer_of(request: Mapping[str, Any]) -> LookupLayer:
 
 
 class ProbeProcess:
-    """A process that has the engine imported, or soon will, and has looked nothing up: a fresh engine, ready to ask.
+    """A process that has the engine imported, or soon will, and answers each request in a fresh fork of itself.
 
     The import takes ten seconds and more; started early, it costs nothing where there is other work to do meanwhile.
     """
 
     def __init__(self, who: ProbeModule, environment: Mapping[str, str] | None = None) -> None:
         """`environment`: of the process (SGLANG_MOE_CONFIG_DIR, PYTHONPATH), by default our own."""
-        self._engine = who.engine
+        self._engine, self._who = who.engine, who
         theirs = dict(os.environ if environment is None else environment)
-        # Files, not pipes, which an engine that says much while it is imported would fill before anybody reads them.
+        self._environment = theirs | {env.DISABLE: "1"} if who.is_alone else theirs
+        self._open = contextlib.ExitStack()
+        self._start()
+
+    def _start(self) -> None:
+        # Files, not pipes, which an engine that says much while it is imported would fill before they are read.
         self._said, self._complaints = (tempfile.TemporaryFile("w+", errors="replace") for _ in range(2))  # noqa: SIM115 - close() does
-        self._child = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", who.module, *who.arguments],
-            stdin=subprocess.PIPE,
-            stdout=self._said,
-            stderr=self._complaints,
-            text=True,
-            env=theirs | {env.DISABLE: "1"} if who.is_alone else theirs,
-        )
+        for file in (self._said, self._complaints):
+            self._open.enter_context(file)
+        self._told, telling = os.pipe()
+        self._open.callback(os.close, self._told)
+        try:
+            self._child = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-W",
+                    "ignore",
+                    "-m",
+                    probe_server.__name__,
+                    self._who.module,
+                    str(os.getpid()),
+                    str(telling),
+                    *self._who.arguments,
+                ],
+                stdin=subprocess.PIPE,
+                stdout=self._said,
+                stderr=self._complaints,
+                text=True,
+                env=self._environment,
+                pass_fds=[telling],
+                start_new_session=True,  # one signal ends it and its forks; Ctrl-C is the parent's to handle
+            )
+        finally:
+            os.close(telling)
+        self._open.callback(self._end)
 
     def answer(self, question: LookupRequest) -> LookupResult:
-        """What the engine takes, read from its tables now. A process answers once.
+        """What the engine takes, read from its tables now.
 
         Raises:
             EngineError: the engine could not be asked, or its lookup raised.
         """
-        try:
-            self._child.communicate(json.dumps(request_of(question)), timeout=TIMEOUT_S)
-            said, complaints = _read(self._said), _read(self._complaints)
-        except subprocess.TimeoutExpired as error:
-            raise EngineError(f"{self._engine} did not answer which table it takes within {TIMEOUT_S:.0f} s") from error
-        finally:
+        if self._child.poll() is not None:  # it could not fork: it answers once
             self.close()
-        if self._child.returncode != 0:
-            reason = complaints.strip().splitlines() or [f"exit status {self._child.returncode}"]
+            self._start()
+        said_before = self._said.seek(0, os.SEEK_END)
+        exit_code = self._exchange(json.dumps(request_of(question)))
+        said, complaints = _read(self._said, said_before), _read(self._complaints, 0)
+        if exit_code != 0:
+            reason = complaints.strip().splitlines() or [f"exit status {exit_code}"]
+            self.close()
             raise EngineError(f"{self._engine}'s own table lookup failed: {show(reason[-1], 400)}")
         try:
             return _answer(json.loads(said.strip().splitlines()[-1]))
@@ -184,16 +214,30 @@ class ProbeProcess:
                 f"{self._engine} takes an entry that is no configuration: {type(error).__name__} {show(error)}"
             ) from error
 
+    def _exchange(self, request: str) -> int:
+        """The exit code of the fork that answers, or of the process itself."""
+        assert self._child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it ended with its import: its exit code says so
+            self._child.stdin.write(f"{request}\n")
+            self._child.stdin.flush()
+        if not select.select([self._told], [], [], TIMEOUT_S)[0]:
+            self.close()
+            raise EngineError(f"{self._engine} did not answer which table it takes within {TIMEOUT_S:.0f} s")
+        told = os.read(self._told, 64)
+        return int(told) if told else self._child.wait()
+
     def close(self) -> None:
         """End the process, asked or not."""
-        self._child.kill()
+        self._open.close()
+
+    def _end(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._child.pid, signal.SIGKILL)
         self._child.communicate()
-        self._said.close()
-        self._complaints.close()
 
 
-def _read(file: IO[str]) -> str:
-    file.seek(0)
+def _read(file: IO[str], start: int) -> str:
+    file.seek(start)
     return file.read()
 
 

@@ -1,1 +1,1 @@
-"""Our Triton kernels, one file each, and reference.py, plain torch, which is their meaning."""
+"""This package's Triton kernels, one file each, and `reference`, the same operations in plain torch."""

@@ -18,10 +18,10 @@ from sglang_moe_ext.kernels.quantize import Scales
 from sglang_moe_ext.kernels.reference import Alignment
 
 # These follow the batch and the configuration: specializing on them would make many binaries that differ in nothing.
-UNSPECIALISED = ("blocks_m", "num_pairs", "group_m")
+UNSPECIALIZED = ("blocks_m", "num_pairs", "group_m")
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=UNSPECIALIZED)  # type: ignore[untyped-decorator]
 def fused_moe_kernel(  # type: ignore[no-untyped-def]
     a_ptr,
     b_ptr,
@@ -229,7 +229,7 @@ def kernel_arguments(
 
 def swaps_operands(quantization: Quantization, key: CompileKey, sm: int) -> bool:
     """Hopper's wgmma takes 64 rows at least: the engine gives it the weights as rows where the tokens are fewer."""
-    return quantization.scheme == "fp8_w8a8" and sm == 90 and key.block_m < 64 <= key.block_n
+    return quantization.row.swaps_operands and sm == 90 and key.block_m < 64 <= key.block_n
 
 
 def _scaling(quantization: Quantization) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEExtError, MoEShape, Projection, Resources
 from sglang_moe_ext.kernels.compiled import TargetOnlyDriver, resources_of
-from sglang_moe_ext.kernels.fused_moe import UNSPECIALISED, fused_moe_kernel, kernel_arguments
+from sglang_moe_ext.kernels.fused_moe import UNSPECIALIZED, fused_moe_kernel, kernel_arguments
 from sglang_moe_ext.kernels.quantize import STORED_DTYPE, Scales
 from sglang_moe_ext.kernels.reference import Alignment
 
@@ -87,7 +87,7 @@ def _specialized(arguments: dict[str, Any], options: dict[str, int]) -> CompileS
     attrs: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, parameter in enumerate(fused_moe_kernel.params):
         value = arguments[parameter.name]
-        special = parameter.name not in UNSPECIALISED
+        special = parameter.name not in UNSPECIALIZED
         if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
             signature[parameter.name] = "constexpr"
             constexprs[parameter.name] = value

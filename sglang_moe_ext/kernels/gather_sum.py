@@ -1,7 +1,7 @@
-"""From rows sorted by expert to tokens: where each pair's row is, and the weighted sum of a token's rows, in order.
+"""Weighted sum of each token's expert rows, gathered from the sorted order. Reference: `reference.gather_sum`.
 
-Takes the place of a scattered store and a separate sum. The sum is float32, slot after slot, so the same rows give the
-same bits on every run. Nothing here waits; `sorted_reference.py` is its meaning.
+Replaces a scattered store and a separate sum. The sum is in float32, slot by slot, so equal rows give equal bits on
+every run. Launches do not synchronize.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def gather_sum_kernel(  # type: ignore[no-untyped-def]
         position = tl.load(positions_ptr + token * SLOTS + slot, mask=there, other=-1)
         weight = tl.load(routed_weights_ptr + token * stride_wt + slot * stride_ws, mask=there, other=0.0)
         row_ptrs = rows_ptr + position.to(tl.int64)[:, None] * stride_row + column
-        # Of a pair that the engine's sort left out, nobody wrote the position.
+        # The engine's sort can leave a pair out; its position is then undefined.
         is_row = (position >= 0) & (position < rows)
         row = tl.load(row_ptrs, mask=is_row[:, None] & wanted, other=0.0)
         acc += row.to(tl.float32) * weight.to(tl.float32)[:, None]
@@ -71,14 +71,14 @@ def gather_sum_kernel(  # type: ignore[no-untyped-def]
 
 ROWS_PER_PROGRAM = 256
 FEW_TOKENS = 256
-"""Up to here wide chunks would leave multiprocessors idle."""
+"""Up to this many tokens, wide chunks would leave multiprocessors idle."""
 COLUMNS_PER_THREAD = 8
-"""Of 16 bits: one load of 16 bytes."""
+"""16-bit columns of one 16-byte load."""
 
 
 @dataclass(frozen=True, slots=True)
 class GatherConfig:
-    """What one program sums."""
+    """Tokens and columns that one program sums."""
 
     tokens: int
     columns: int
@@ -86,7 +86,7 @@ class GatherConfig:
 
 
 def gather_config(tokens: int, hidden: int) -> GatherConfig:
-    """Whole chunks of the hidden size, several tokens where one is short, narrow chunks while there are few tokens."""
+    """Chunks that divide the hidden size; several tokens a program for short rows, narrow chunks for few tokens."""
     widest = 256 if tokens <= FEW_TOKENS else 1024
     columns = next((width for width in (1024, 512, 256) if width <= widest and hidden % width == 0), 0)
     columns = columns or min(triton.next_power_of_2(hidden), widest)
@@ -103,10 +103,13 @@ def launch_inverse(
     align_block_m: int,
     experts_elsewhere: bool = False,
 ) -> None:
-    """positions int32 [tokens, slots]: the sorted row of each pair, -1 where its expert is of another rank.
+    """Write the sorted row of each pair into `positions`.
 
-    `experts_elsewhere` must be said where there is expert parallelism: some of the engine's alignments then leave pairs
-    out of sorted_token_ids altogether.
+    Args:
+        positions: int32 [tokens, slots]; -1 where the expert belongs to another rank.
+        align_block_m: rows of a block of the sort.
+        experts_elsewhere: required under expert parallelism, where some of the engine's alignments leave pairs out of
+            sorted_token_ids.
     """
     if experts_elsewhere:
         positions.fill_(-1)
@@ -132,9 +135,16 @@ def launch_gather_sum(
     routed_scaling_factor: float = 1.0,
     config: GatherConfig | None = None,
 ) -> None:
-    """out [tokens, hidden]: the sum over slots of rows[positions[token, slot]] times routed_weights [tokens, slots].
+    """Write out[token] = sum over slots of rows[positions[token, slot]] * routed_weights[token, slot].
 
-    Raises: MoEExtError where the shapes do not go together.
+    Args:
+        rows: [rows, hidden], sorted by expert.
+        positions: int32 [tokens, slots], contiguous.
+        routed_weights: [tokens, slots].
+        out: [tokens, hidden].
+
+    Raises:
+        MoEExtError: the shapes do not fit together.
     """
     tokens, hidden = positions.shape[0], rows.shape[1]
     if out.shape != (tokens, hidden) or routed_weights.shape != positions.shape or not positions.is_contiguous():
@@ -160,7 +170,7 @@ def sum_arguments(
     routed_scaling_factor: float,
     config: GatherConfig,
 ) -> dict[str, Any]:
-    """Every argument and option of the kernel, by name."""
+    """Every argument and option of the kernel by name."""
     return {
         "rows_ptr": rows,
         "positions_ptr": positions,

@@ -1,6 +1,6 @@
-"""The down projection of rows sorted by expert, through TMA (Hopper and newer); `sorted_reference.down` is its meaning.
+"""Grouped down GEMM over rows sorted by expert, through TMA (Hopper and newer). Reference: `reference.down`.
 
-Nothing here allocates or waits, so a CUDA graph can hold it.
+Launches allocate no memory and do not synchronize, so a CUDA graph can capture them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from sglang_moe_ext.kernels.launcher import launch
 from sglang_moe_ext.kernels.quantize import Scales
 from sglang_moe_ext.sorted_kernels import DownConfig
 
-# It follows the configuration alone: specializing on it would make binaries that differ in nothing.
-UNSPECIALISED = ("group_m",)
+# group_m depends on the configuration alone; specialization would compile equal binaries.
+UNSPECIALIZED = ("group_m",)
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=UNSPECIALIZED)  # type: ignore[untyped-decorator]
 def sorted_down_kernel(  # type: ignore[no-untyped-def]
     a_desc, b_desc, c_desc, a_scale_ptr, b_scale_ptr, expert_ids_ptr, num_tokens_post_padded_ptr, N, K, group_m,
     stride_asm, stride_ask, stride_bse, stride_bsn, stride_bsk,
@@ -36,7 +36,7 @@ def sorted_down_kernel(  # type: ignore[no-untyped-def]
         if EXPERTS_ELSEWHERE:
             first_m = _first_block_here(expert_ids_ptr, tiles_m // TILES_PER_BLOCK) * TILES_PER_BLOCK
             tiles_m -= first_m
-        # Flat: the loads of the next tile are under way while this one is stored.
+        # Flattened: the next tile's loads overlap this tile's store.
         for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
             tile_m, tile_n = position_of(tile, tiles_m, tiles_n, group_m)
             row = (first_m + tile_m) * BLOCK_SIZE_M
@@ -52,7 +52,7 @@ def sorted_down_kernel(  # type: ignore[no-untyped-def]
         tile_m, tile_n = position_of(tl.program_id(0), tiles_m, tiles_n, group_m)
         row = tile_m * BLOCK_SIZE_M
         expert = tl.load(expert_ids_ptr + tile_m // TILES_PER_BLOCK)
-        if EXPERTS_ELSEWHERE:  # noqa: SIM102 - a constant: where all are here, nothing is asked
+        if EXPERTS_ELSEWHERE:  # noqa: SIM102 - a constexpr: without expert parallelism the test is not compiled
             if expert < 0:
                 return
         _multiply(
@@ -69,9 +69,9 @@ def _multiply(  # type: ignore[no-untyped-def]
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
     SCALING: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, HALF_STORES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of C. TMA reads zeros past the ends of K and N and for expert -1, and stores nothing past them."""
+    """One tile of C. Out of bounds (K, N, expert -1) TMA reads zeros and stores nothing."""
     if SCALING != "none":
-        # Read through a pointer, which expert -1 would lead astray.
+        # A pointer load: expert -1 would read outside the scales.
         b_scale_ptr += tl.maximum(expert, 0).to(tl.int64) * stride_bse
     if SCALING == "block":
         a_scale_ptrs = a_scale_ptr + (row + tl.arange(0, BLOCK_SIZE_M)).to(tl.int64) * stride_asm
@@ -108,7 +108,7 @@ def _block_scaled(  # type: ignore[no-untyped-def]
     a_desc, b_desc, a_scale_ptrs, b_scale_ptr, expert, row, column, K, stride_ask, stride_bsk,
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, GROUP_K: tl.constexpr,
 ):  # fmt: skip
-    """One scale of B at each step, multiplied into the scales of A first: BLOCK_SIZE_M products, not a tile's."""
+    """One scale of B a step, multiplied into the scales of A: BLOCK_SIZE_M products instead of one for each element."""
     acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), tl.float32)
     for k in tl.range(0, K, BLOCK_SIZE_K):
         a = a_desc.load([row, k])
@@ -124,7 +124,7 @@ def _block_scaled_halves(  # type: ignore[no-untyped-def]
     a_desc, b_desc, a_scale_ptrs, b_scale_ptr, expert, row, column, N, K, stride_ask, stride_bsn, stride_bsk,
     BLOCK_SIZE_M: tl.constexpr, HALF_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, GROUP_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile over two scales of B, as two of one each that share A: only a half's partial products are held at once."""
+    """A tile across two scales of B, as two halves that share A; only one partial product is held at a time."""
     left_group = column // HALF_N
     right_group = tl.minimum(left_group + 1, tl.cdiv(N, HALF_N) - 1)
     left = tl.zeros((BLOCK_SIZE_M, HALF_N), tl.float32)
@@ -147,7 +147,7 @@ def store_tile(  # type: ignore[no-untyped-def]
     c_desc, acc, a_scale_ptr, b_scale_ptr, row, column, N, stride_asm, stride_bsn,
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, SCALING: tl.constexpr, HALF_STORES: tl.constexpr,
 ):  # fmt: skip
-    """Through shared memory; two halves need half of it, which may be what a further stage of the pipeline lacks."""
+    """Store through shared memory. Two halves need half the staging buffer, which can free a pipeline stage."""
     if HALF_STORES:
         HALF_N: tl.constexpr = BLOCK_SIZE_N // 2
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_SIZE_M, 2, HALF_N)), (0, 2, 1)))
@@ -164,7 +164,7 @@ def store_tile(  # type: ignore[no-untyped-def]
 def scaled(  # type: ignore[no-untyped-def]
     acc, a_scale_ptr, b_scale_ptr, row, column, N, stride_asm, stride_bsn, SCALING: tl.constexpr
 ):  # fmt: skip
-    """Scales that do not change along K."""
+    """Apply scales that are constant along K."""
     if SCALING == "channel":
         rows = (row + tl.arange(0, acc.shape[0])).to(tl.int64)
         columns = column + tl.arange(0, acc.shape[1])
@@ -179,7 +179,7 @@ def scaled(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def position_of(tile, tiles_m, tiles_n, group_m):  # type: ignore[no-untyped-def]
-    """Tiles walk down group_m rows of tiles before the next column: its weights are still in L2."""
+    """Row and column of a tile. Tiles run down group_m tile rows before the next column, whose weights stay in L2."""
     first_m = tile // (group_m * tiles_n) * group_m
     height = min(tiles_m - first_m, group_m)
     within = tile % (group_m * tiles_n)
@@ -188,7 +188,7 @@ def position_of(tile, tiles_m, tiles_n, group_m):  # type: ignore[no-untyped-def
 
 @triton.jit
 def _first_block_here(expert_ids_ptr, blocks):  # type: ignore[no-untyped-def]
-    """The engine sorts the pairs of experts of other ranks to the front; any that follow cost time, not truth."""
+    """First block of this rank's experts. The engine sorts other ranks' pairs first; later ones only cost time."""
     CHUNK: tl.constexpr = 1024
     first = blocks
     for start in tl.range(0, blocks, CHUNK):
@@ -210,13 +210,18 @@ def launch_down(
     scales: Scales | None = None,
     experts_elsewhere: bool = False,
 ) -> None:
-    """out [rows, N] = each row of `a` [rows, K] times the weights [N, K] of its block's expert; `weights` [E, N, K].
+    """Write out = each row of `a` times the weights of its block's expert.
 
-    Rows are in the order of sorted_token_ids, in blocks of `align_block_m`; tiles after num_tokens_post_padded are left
-    alone. Rows of padding may hold anything and come to hold anything, and so do those of expert -1, which
-    `experts_elsewhere` skips. scales.activations has one row for each row of `a`, or is one number.
+    Args:
+        a: [rows, K], in the order of sorted_token_ids. Padding rows may hold any values.
+        weights: [experts, N, K].
+        out: [rows, N]. Padding rows, rows of expert -1 and rows past num_tokens_post_padded are undefined afterwards.
+        align_block_m: rows of a block of the sort.
+        scales: float8 scales; `scales.activations` has one row for each row of `a`, or is one number.
+        experts_elsewhere: skip blocks of expert -1, which belong to other ranks.
 
-    Raises: MoEExtError where TMA, tiles, scales and alignment do not go together.
+    Raises:
+        MoEExtError: TMA, tile, scales and alignment do not fit together.
     """
     arguments = kernel_arguments(
         a,
@@ -230,8 +235,7 @@ def launch_down(
         experts_elsewhere=experts_elsewhere,
     )
     tiles = expert_ids.numel() * arguments["TILES_PER_BLOCK"] * -(-weights.shape[1] // config.block_n)
-    crew = tma.multiprocessors(a.device) * config.programs_per_sm
-    launch(sorted_down_kernel, (min(tiles, crew) if config.persistent else tiles,), arguments)
+    launch(sorted_down_kernel, tma.grid(config, tiles, a.device), arguments)
 
 
 def kernel_arguments(
@@ -246,7 +250,7 @@ def kernel_arguments(
     scales: Scales | None,
     experts_elsewhere: bool,
 ) -> dict[str, Any]:
-    """Every argument and option of the kernel, by name; no value of a tensor is read, so meta tensors do."""
+    """Every argument and option of the kernel by name. Reads no tensor values: meta tensors work."""
     _, columns, k = weights.shape
     quantization = Quantization() if scales is None else scales.quantization
     group_n, group_k = quantization.block_shape or (0, 0)

@@ -1,6 +1,6 @@
-"""The down projection of sorted rows where K is at most 512, as tensor parallelism leaves it: A stays, B streams by.
+"""Grouped down GEMM for K <= 512, as tensor parallelism leaves it: A stays in registers, B is streamed.
 
-`sorted_reference.down` is its meaning too. Nothing here allocates or waits, so a CUDA graph can hold it.
+Reference: `reference.down`. Launches allocate no memory and do not synchronize, so a CUDA graph can capture them.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def launch_short_down(
 ) -> None:
     """As `sorted_down.launch_down`; rows of expert -1 are always skipped.
 
-    Raises: MoEExtError where TMA, tiles, scales and alignment do not go together, or K is longer.
+    Raises:
+        MoEExtError: TMA, tile, scales and alignment do not fit together, or K is longer than 512.
     """
     arguments = short_arguments(
         a, weights, out, expert_ids, num_tokens_post_padded, config, align_block_m=align_block_m, scales=scales
@@ -112,7 +113,7 @@ def short_arguments(
     align_block_m: int,
     scales: Scales | None,
 ) -> dict[str, Any]:
-    """Every argument and option of the kernel, by name; no value of a tensor is read, so meta tensors do."""
+    """Every argument and option of the kernel by name. Reads no tensor values: meta tensors work."""
     _, columns, k = weights.shape
     if k > LONGEST_K:
         raise MoEExtError(f"K={k} does not stay in shared memory: above {LONGEST_K} take sorted_down")

@@ -1,6 +1,7 @@
-"""The up projection into the order of the experts (Hopper), with SwiGLU and float8 quantization in it or without.
+"""Grouped up GEMM that writes rows sorted by expert, with optional fused SwiGLU and float8 quantization (Hopper).
 
-The weights stay as the engine has them: [E, 2 * columns, K], the gate's rows first. Nothing here allocates or waits.
+The weights keep the engine's layout [E, 2 * columns, K], the rows of the gate first. Launches allocate no memory and do
+not synchronize, so a CUDA graph can capture them.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ from sglang_moe_ext.core import MoEExtError, Quantization
 from sglang_moe_ext.kernels import tma
 from sglang_moe_ext.kernels.launcher import launch
 from sglang_moe_ext.kernels.quantize import Scales
-from sglang_moe_ext.kernels.sorted_down import UNSPECIALISED, position_of, store_tile
+from sglang_moe_ext.kernels.sorted_down import UNSPECIALIZED, position_of, store_tile
 from sglang_moe_ext.kernels.swiglu import GROUP, LARGEST_FP8, LEAST_SCALE
 from sglang_moe_ext.sorted_kernels import UpConfig
 
 
-@triton.jit(do_not_specialize=(*UNSPECIALISED, "pairs"))  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=(*UNSPECIALIZED, "pairs"))  # type: ignore[untyped-decorator]
 def sorted_up_kernel(  # type: ignore[no-untyped-def]
     a_ptr, b_desc, c_desc, a_scale_ptr, b_scale_ptr, c_scale_ptr,
     sorted_token_ids_ptr, expert_ids_ptr, num_tokens_post_padded_ptr, pairs, columns, K, group_m,
     stride_am, stride_asm, stride_ask, stride_bse, stride_bsn, stride_bsk, stride_cs,
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, TILES_PER_BLOCK: tl.constexpr,
     TOP_K: tl.constexpr, IS_BLOCK_SCALED: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr,
-    IS_FUSED: tl.constexpr, HALF_STORES: tl.constexpr, QUANTISES: tl.constexpr, LEAST_SCALE: tl.constexpr,
+    IS_FUSED: tl.constexpr, HALF_STORES: tl.constexpr, QUANTIZES: tl.constexpr, LEAST_SCALE: tl.constexpr,
     LARGEST: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     tiles_m = tl.load(num_tokens_post_padded_ptr) // BLOCK_SIZE_M
@@ -42,7 +43,7 @@ def sorted_up_kernel(  # type: ignore[no-untyped-def]
                 tl.load(expert_ids_ptr + tile_m // TILES_PER_BLOCK), tile_m * BLOCK_SIZE_M, tile_n * BLOCK_SIZE_N,
                 pairs, columns, K, stride_am, stride_asm, stride_ask, stride_bse, stride_bsn, stride_bsk, stride_cs,
                 BLOCK_SIZE_M, BLOCK_SIZE_N, BLOCK_SIZE_K, TOP_K, IS_BLOCK_SCALED, GROUP_N, GROUP_K,
-                IS_FUSED, HALF_STORES, QUANTISES, LEAST_SCALE, LARGEST,
+                IS_FUSED, HALF_STORES, QUANTIZES, LEAST_SCALE, LARGEST,
             )  # fmt: skip
     else:
         if tl.program_id(0) >= tiles_m * tiles_n:
@@ -53,7 +54,7 @@ def sorted_up_kernel(  # type: ignore[no-untyped-def]
             tl.load(expert_ids_ptr + tile_m // TILES_PER_BLOCK), tile_m * BLOCK_SIZE_M, tile_n * BLOCK_SIZE_N,
             pairs, columns, K, stride_am, stride_asm, stride_ask, stride_bse, stride_bsn, stride_bsk, stride_cs,
             BLOCK_SIZE_M, BLOCK_SIZE_N, BLOCK_SIZE_K, TOP_K, IS_BLOCK_SCALED, GROUP_N, GROUP_K,
-            IS_FUSED, HALF_STORES, QUANTISES, LEAST_SCALE, LARGEST,
+            IS_FUSED, HALF_STORES, QUANTIZES, LEAST_SCALE, LARGEST,
         )  # fmt: skip
 
 
@@ -63,16 +64,18 @@ def _tile(  # type: ignore[no-untyped-def]
     pairs, columns, K, stride_am, stride_asm, stride_ask, stride_bse, stride_bsn, stride_bsk, stride_cs,
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
     TOP_K: tl.constexpr, IS_BLOCK_SCALED: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr,
-    IS_FUSED: tl.constexpr, HALF_STORES: tl.constexpr, QUANTISES: tl.constexpr, LEAST_SCALE: tl.constexpr,
+    IS_FUSED: tl.constexpr, HALF_STORES: tl.constexpr, QUANTIZES: tl.constexpr, LEAST_SCALE: tl.constexpr,
     LARGEST: tl.constexpr,
 ):  # fmt: skip
     rows = row + tl.arange(0, BLOCK_SIZE_M)
     pair = tl.load(sorted_token_ids_ptr + rows)
-    token = tl.where(pair < pairs, pair // TOP_K, 0).to(tl.int64)  # rows of padding compute something that nobody reads
+    token = tl.where(pair < pairs, pair // TOP_K, 0).to(
+        tl.int64
+    )  # padding rows compute token 0; their results are not read
     a_ptrs = a_ptr + token[:, None] * stride_am + tl.arange(0, BLOCK_SIZE_K)[None, :]
     if IS_BLOCK_SCALED:
         a_scale_ptr += token * stride_asm
-        # Read through a pointer, which expert -1 would lead astray.
+        # A pointer load: expert -1 would read outside the scales.
         b_scale_ptr += tl.maximum(expert, 0).to(tl.int64) * stride_bse + column // GROUP_N * stride_bsn
     if IS_FUSED:
         if IS_BLOCK_SCALED:
@@ -83,7 +86,7 @@ def _tile(  # type: ignore[no-untyped-def]
         else:
             gate, up = _pair(a_ptrs, b_desc, expert, column, K, BLOCK_SIZE_M, BLOCK_SIZE_N, BLOCK_SIZE_K)
         inner = gate * tl.sigmoid(gate) * up
-        if QUANTISES:
+        if QUANTIZES:
             scale = tl.maximum(tl.max(tl.abs(inner), axis=1), LEAST_SCALE) / LARGEST
             tl.store(c_scale_ptr + rows.to(tl.int64) * stride_cs + column // BLOCK_SIZE_N, scale)
             inner = tl.clamp(inner / scale[:, None], -LARGEST, LARGEST)
@@ -101,13 +104,13 @@ def _pair(  # type: ignore[no-untyped-def]
     a_ptrs, b_desc, expert, column, K,
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
 ):  # fmt: skip
-    """The same tile of the gate and of the up half, which one box of TMA brings: one product, twice as wide."""
+    """The gate tile and the up tile of the same columns. One TMA box loads both: one product of twice the width."""
     acc = tl.zeros((BLOCK_SIZE_M, 2 * BLOCK_SIZE_N), tl.float32)
     for k in tl.range(0, K, BLOCK_SIZE_K):
         a = tl.load(a_ptrs + k)
         b = b_desc.load([2 * expert, column, k]).reshape(2 * BLOCK_SIZE_N, BLOCK_SIZE_K)
         acc = tl.dot(a, b.T, acc)
-    # Columns that far apart lie in the same thread: this moves nothing.
+    # Both halves of a column pair lie in the same thread: the split moves no data.
     return tl.split(tl.permute(tl.reshape(acc, (BLOCK_SIZE_M, 2, BLOCK_SIZE_N)), (0, 2, 1)))
 
 
@@ -117,7 +120,7 @@ def _block_scaled_pair(  # type: ignore[no-untyped-def]
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
     GROUP_N: tl.constexpr, GROUP_K: tl.constexpr,
 ):  # fmt: skip
-    """The same, as two products that share A: only a half's partial products are held at once."""
+    """As `_pair`, in two products that share A, so that only one partial product is held at a time."""
     gate = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), tl.float32)
     up = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), tl.float32)
     up_scale_ptr = b_scale_ptr + columns // GROUP_N * stride_bsn
@@ -138,7 +141,7 @@ def _product(  # type: ignore[no-untyped-def]
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
     IS_BLOCK_SCALED: tl.constexpr, GROUP_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of gate and up as they lie."""
+    """One tile of the unfused product, gate and up columns as stored."""
     acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), tl.float32)
     for k in tl.range(0, K, BLOCK_SIZE_K):
         a = tl.load(a_ptrs + k)
@@ -167,22 +170,27 @@ def launch_up(
     scales: Scales | None = None,
     out_scale: Tensor | None = None,
 ) -> None:
-    """out [rows, columns] = silu(gate) * up, of `a` [tokens, K] gathered into the order of sorted_token_ids.
+    """Write out = silu(gate) * up for the tokens of `a`, gathered into the order of `sorted_token_ids`.
 
-    Where the configuration is not fused, out is [rows, 2 * columns]: gate and up.
+    Args:
+        a: [tokens, K].
+        weights: [experts, 2 * columns, K], the gate's rows first.
+        out: [rows, columns]; [rows, 2 * columns] of gate and up where `config` is not fused. Padding rows hold
+            undefined values afterwards.
+        pairs: tokens * top_k.
+        align_block_m: rows of a block of the sort.
+        scales: block-wise float8 scales of `a` and `weights`.
+        out_scale: float32 [rows, columns / 128]; with it, `out` is float8_e4m3fn, as `swiglu` quantizes it.
 
-    `pairs` = tokens * top_k. `scales` block-wise float8 of `a` and `weights`. With `out_scale` float32
-    [rows, columns / 128] out is float8_e4m3fn, as `sorted_activation` makes it. Rows of padding come to hold anything.
-
-    Raises: MoEExtError where tiles, scales and alignment do not go together.
+    Raises:
+        MoEExtError: tile, scales and alignment do not fit together.
     """
     arguments = up_arguments(
         a, weights, out, sorted_token_ids, expert_ids, num_tokens_post_padded, config,
         pairs=pairs, top_k=top_k, align_block_m=align_block_m, scales=scales, out_scale=out_scale,
     )  # fmt: skip
     tiles = expert_ids.numel() * arguments["TILES_PER_BLOCK"] * -(-out.shape[1] // config.block_n)
-    crew = tma.multiprocessors(a.device) * config.programs_per_sm
-    launch(sorted_up_kernel, (min(tiles, crew) if config.persistent else tiles,), arguments)
+    launch(sorted_up_kernel, tma.grid(config, tiles, a.device), arguments)
 
 
 def up_arguments(
@@ -200,7 +208,7 @@ def up_arguments(
     scales: Scales | None,
     out_scale: Tensor | None,
 ) -> dict[str, Any]:
-    """Every argument and option of the kernel, by name; no value of a tensor is read, so meta tensors do."""
+    """Every argument and option of the kernel by name. Reads no tensor values: meta tensors work."""
     k, columns = weights.shape[2], out.shape[1]
     quantization = Quantization() if scales is None else scales.quantization
     group_n, group_k = quantization.block_shape or (0, 0)
@@ -233,7 +241,7 @@ def up_arguments(
         "GROUP_K": group_k,
         "IS_FUSED": config.is_fused,
         "HALF_STORES": config.half_stores,
-        "QUANTISES": out_scale is not None,
+        "QUANTIZES": out_scale is not None,
         "LEAST_SCALE": LEAST_SCALE,
         "LARGEST": LARGEST_FP8,
         "PERSISTENT": config.persistent,
@@ -243,7 +251,7 @@ def up_arguments(
 
 
 def _weights_descriptor(weights: Tensor, config: UpConfig, *, is_scaled: bool) -> TensorDescriptor:
-    """Where fused, over gates and ups as they alternate [2 * E, columns, K]: a box holds both, or one where scaled."""
+    """Fused: over [2 * E, columns, K], gate and up in turn; a box holds both, or one of them where scaled."""
     if not config.is_fused:
         return tma.descriptor(weights, 1, config.block_n, config.block_k)
     experts, rows, k = weights.shape
@@ -275,6 +283,6 @@ def _check(
     if quantization.scheme is not None and not quantization.is_block_wise:
         raise MoEExtError(f"the fused up projection cannot do {quantization}: give it 16 bits or block-wise fp8_w8a8")
     if out_scale is not None and (config.block_n != GROUP or not config.is_fused):
-        raise MoEExtError(f"block_n={config.block_n}: a tile that is quantized has the {GROUP} columns of one scale")
+        raise MoEExtError(f"block_n={config.block_n}: a quantized tile has exactly the {GROUP} columns of one scale")
     tile = (config.block_m, config.block_n, config.block_k)
     tma.check_tile(tile, k, align_block_m, quantization, a.device, groups_of_columns=1)

@@ -1,7 +1,7 @@
-"""SwiGLU of rows sorted by expert, and their quantization to block-wise float8, in one pass.
+"""SwiGLU of rows sorted by expert, with optional float8 quantization, in one pass.
 
-The engine's own activation and quantization take two passes over all rows that could be there; this one stops at
-num_tokens_post_padded, which it reads on the device. Rows of padding may hold anything and come to hold anything.
+The engine's activation and quantization take two passes over the largest possible number of rows; this one stops at
+num_tokens_post_padded, which it reads on the device. Padding rows are undefined before and after.
 """
 
 from __future__ import annotations
@@ -14,26 +14,30 @@ from torch import Tensor
 
 from sglang_moe_ext.core import MoEExtError
 from sglang_moe_ext.kernels.launcher import launch
+from sglang_moe_ext.sorted_kernels import SCALE_GROUP
 
-GROUP = 128
+GROUP = SCALE_GROUP
 """Columns that share one scale."""
 _ROWS = 4
 LONGEST_ROW = 8192
-"""Columns that one program holds."""
+"""Most columns that one program holds."""
 LEAST_SCALE = 1e-10
 LARGEST_FP8 = 448.0
-"""Of float8_e4m3fn."""
+"""Largest finite float8_e4m3fn."""
 
 
 def launch_swiglu(
     gate_up: Tensor, num_tokens_post_padded: Tensor, out: Tensor, *, scales: Tensor | None = None
 ) -> None:
-    """out [rows, columns] = silu(gate_up[:, :columns]) * gate_up[:, columns:], gate_up [rows, 2 * columns].
+    """Write out = silu(gate_up[:, :columns]) * gate_up[:, columns:].
 
-    With `scales` float32 [rows, columns / 128], out is float8_e4m3fn, and each group of 128 columns is what its scale
-    times it makes of it; that is the input of a block-wise down GEMM. A gate_up of [rows, columns] is quantized alone.
+    Args:
+        gate_up: [rows, 2 * columns]; [rows, columns] is only quantized.
+        out: [rows, columns]; float8_e4m3fn where `scales` is given.
+        scales: float32 [rows, columns / 128], one for each group of 128 columns, as a block-wise down GEMM reads them.
 
-    Raises: MoEExtError where the shapes do not go together.
+    Raises:
+        MoEExtError: the shapes do not fit together.
     """
     rows, columns = out.shape
     if tuple(gate_up.shape) not in ((rows, 2 * columns), (rows, columns)) or columns % GROUP:
@@ -46,9 +50,10 @@ def launch_swiglu(
 
 
 def launch_swiglu_of_rows(gate_up: Tensor, num_tokens_post_padded: Tensor, out: Tensor, scales: Tensor) -> None:
-    """As launch_swiglu, with one scale for a row: `scales` float32 [rows, 1], out float8_e4m3fn [rows, columns].
+    """As `launch_swiglu`, with one scale a row: `scales` float32 [rows, 1], `out` float8_e4m3fn [rows, columns].
 
-    Raises: MoEExtError where the shapes do not go together, or a row is too long for one program.
+    Raises:
+        MoEExtError: the shapes do not fit together, or a row is too long for one program.
     """
     rows, columns = out.shape
     if tuple(gate_up.shape) != (rows, 2 * columns) or tuple(scales.shape) != (rows, 1) or columns > LONGEST_ROW:
@@ -60,7 +65,7 @@ def launch_swiglu_of_rows(gate_up: Tensor, num_tokens_post_padded: Tensor, out: 
 
 
 def rows_arguments(gate_up: Tensor, num_tokens_post_padded: Tensor, out: Tensor, scales: Tensor) -> dict[str, Any]:
-    """Every argument and option of the kernel, by name."""
+    """Every argument and option of the kernel by name."""
     return {
         "gate_up_ptr": gate_up,
         "num_tokens_post_padded_ptr": num_tokens_post_padded,
@@ -77,9 +82,10 @@ def rows_arguments(gate_up: Tensor, num_tokens_post_padded: Tensor, out: Tensor,
 
 
 def launch_quantize(values: Tensor, out: Tensor, scales: Tensor) -> None:
-    """out float8_e4m3fn [rows, columns] and scales [rows, columns / 128] of all rows of `values`.
+    """Quantize all rows of `values` into `out` float8_e4m3fn [rows, columns] and `scales` [rows, columns / 128].
 
-    Raises: MoEExtError where the columns are no whole groups.
+    Raises:
+        MoEExtError: the columns are not a multiple of the group.
     """
     rows, columns = out.shape
     if columns % GROUP:
@@ -91,7 +97,7 @@ def launch_quantize(values: Tensor, out: Tensor, scales: Tensor) -> None:
 def swiglu_arguments(
     gate_up: Tensor, num_tokens_post_padded: Tensor | None, out: Tensor, scales: Tensor | None
 ) -> dict[str, Any]:
-    """Every argument and option of the kernel, by name."""
+    """Every argument and option of the kernel by name."""
     return {
         "gate_up_ptr": gate_up,
         "num_tokens_post_padded_ptr": num_tokens_post_padded,
@@ -105,7 +111,7 @@ def swiglu_arguments(
         "ROWS": _ROWS,
         "GROUP": GROUP,
         "IS_GATED": gate_up.shape[1] > out.shape[1],
-        "QUANTISES": scales is not None,
+        "QUANTIZES": scales is not None,
         "LEAST_SCALE": LEAST_SCALE,
         "LARGEST": LARGEST_FP8,
         "num_warps": 4,
@@ -126,7 +132,7 @@ def swiglu_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     IS_GATED: tl.constexpr,
-    QUANTISES: tl.constexpr,
+    QUANTIZES: tl.constexpr,
     LEAST_SCALE: tl.constexpr,
     LARGEST: tl.constexpr,
 ):
@@ -145,8 +151,8 @@ def swiglu_kernel(  # type: ignore[no-untyped-def]
         up = tl.load(gate_ptrs + columns, mask=there, other=0.0).to(tl.float32)
         inner = inner * tl.sigmoid(inner) * up
     out_ptrs = out_ptr + row[:, None] * stride_out + column
-    if QUANTISES:
-        # Rounded as the engine rounds it between the two passes.
+    if QUANTIZES:
+        # The engine rounds here, between its two passes.
         inner = inner.to(gate_up_ptr.dtype.element_ty).to(tl.float32)
         scale = tl.maximum(tl.max(tl.abs(inner), axis=1), LEAST_SCALE) / LARGEST
         tl.store(scales_ptr + row * stride_scales + tl.program_id(1), scale, mask=row < used)
@@ -167,7 +173,7 @@ def swiglu_of_rows_kernel(  # type: ignore[no-untyped-def]
     gate_ptrs = gate_up_ptr + row * stride_in + column
     gate = tl.load(gate_ptrs, mask=there, other=0.0).to(tl.float32)
     up = tl.load(gate_ptrs + columns, mask=there, other=0.0).to(tl.float32)
-    # Rounded as the engine rounds it between the two passes.
+    # The engine rounds here, between its two passes.
     inner = (gate * tl.sigmoid(gate) * up).to(gate_up_ptr.dtype.element_ty).to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(inner), axis=0), LEAST_SCALE) / LARGEST
     tl.store(scales_ptr + row, scale)

@@ -1,7 +1,7 @@
-"""Operands of the kernels over sorted rows as TMA and Triton take them: what is refused, descriptors, strides.
+"""TMA operands of the sorted kernels: checks, descriptors, strides, and the grid of a persistent launch.
 
-What TMA demands: rows of whole 16 bytes (8 columns in 16 bits, 16 in float8), storage that starts at one, the last
-dimension contiguous. Descriptors are made on the host: one made on the device would need an allocator.
+TMA needs rows of a multiple of 16 bytes (8 columns of 16 bits, 16 of float8), storage aligned to 16 bytes and a
+contiguous last dimension. Descriptors are made on the host: on the device they would need an allocator.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sglang_moe_ext.core import MoEExtError, Quantization
+from sglang_moe_ext.sorted_kernels import DownConfig, UpConfig
 
 TMA_BYTES = 16
 WIDEST_BOX = 256
-"""Elements along one side of what one TMA instruction moves."""
+"""Most elements along one side of a TMA box."""
 BLACKWELL = (10, 0)
 DESCRIPTORS_KEPT = 8192
-"""Weights times boxes, 128 layers with 32 each, and what lies between the GEMMs; one is about 1 KB."""
+"""Enough for 128 layers with 32 boxes each and the intermediate tensors. One descriptor is about 1 KB."""
 
 
 def scaling_of(quantization: Quantization) -> str:
-    """What one scale covers.
+    """What one scale covers: none, block, channel or tensor.
 
-    Raises: MoEExtError for a scheme that these kernels cannot do.
+    Raises:
+        MoEExtError: these kernels do not support the scheme.
     """
     if quantization.scheme is None:
         return "none"
@@ -39,7 +41,7 @@ def scaling_of(quantization: Quantization) -> str:
 
 
 def scale_strides(a_scale: Tensor | None, b_scale: Tensor | None) -> dict[str, int]:
-    """Of [rows, groups] and [experts, columns, groups]; 0 along what a scale does not have."""
+    """Strides of scales [rows, groups] and [experts, columns, groups]; 0 along a missing dimension."""
     names = ("stride_asm", "stride_ask", "stride_bse", "stride_bsn", "stride_bsk")
     return dict(zip(names, (*_padded(a_scale, 2), *_padded(b_scale, 3)), strict=True))
 
@@ -50,10 +52,10 @@ def _padded(scale: Tensor | None, dimensions: int) -> tuple[int, ...]:
 
 
 def check_tensors(a: Tensor, weights: Tensor, out: Tensor) -> None:
-    """Raises: MoEExtError where the shapes do not go together, or TMA cannot move one of them."""
+    """Raises MoEExtError if the shapes do not fit together or TMA cannot move one of the tensors."""
     if a.shape[1] != weights.shape[2] or tuple(out.shape) != (a.shape[0], weights.shape[1]):
         raise MoEExtError(
-            f"shapes a {tuple(a.shape)}, weights {tuple(weights.shape)}, out {tuple(out.shape)} do not go together: "
+            f"shapes a {tuple(a.shape)}, weights {tuple(weights.shape)}, out {tuple(out.shape)} do not fit together: "
             "expected [rows, K], [experts, N, K], [rows, N]"
         )
     for name, tensor in (("a", a), ("weights", weights), ("out", out)):
@@ -75,9 +77,13 @@ def check_tile(
     *,
     groups_of_columns: int,
 ) -> None:
-    """`tile` is (m, n, k); `groups_of_columns`: how many scale groups the kernel takes in one tile.
+    """Check a tile (m, n, k) against the alignment, TMA and the scales.
 
-    Raises: MoEExtError where the tile does not go with the alignment, with TMA, or with the scales.
+    Args:
+        groups_of_columns: scale groups along N that the kernel supports in one tile.
+
+    Raises:
+        MoEExtError: the tile does not fit one of them.
     """
     block_m, block_n, block_k = tile
     group_n, group_k = quantization.block_shape or (0, 0)
@@ -102,7 +108,7 @@ def check_tile(
 
 @dataclass(frozen=True, slots=True)
 class _Address:
-    """As much of a tensor as a descriptor asks for, so that a kept descriptor keeps nothing alive."""
+    """The part of a tensor that a descriptor reads, so that a cached descriptor keeps no tensor alive."""
 
     address: int
     dtype: torch.dtype
@@ -115,7 +121,7 @@ _kept: dict[tuple[Any, ...], TensorDescriptor] = {}
 
 
 def descriptor(tensor: Tensor, *box: int) -> TensorDescriptor:
-    """Made once for each address, shape and box, which are all that it holds: one of what was freed does no harm."""
+    """The TMA descriptor of a tensor and a box, cached by address, shape, strides and box, which are all it holds."""
     address, shape, strides = tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
     if tensor.device.type == "cpu":  # Triton's interpreter asks for the tensor itself
         return TensorDescriptor(tensor, list(shape), list(strides), list(box))
@@ -131,7 +137,7 @@ def descriptor(tensor: Tensor, *box: int) -> TensorDescriptor:
 
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """1 where there is no GPU, as in Triton's interpreter."""
+    """Number of multiprocessors; 1 without a GPU, as in Triton's interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -139,3 +145,9 @@ def multiprocessors(device: torch.device) -> int:
 def capability(device: torch.device) -> tuple[int, int]:
     """(9, 0) for Hopper; (0, 0) where there is no GPU."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def grid(config: UpConfig | DownConfig, tiles: int, device: torch.device) -> tuple[int]:
+    """Programs to launch: one for each tile, or as many as stay resident where the kernel is persistent."""
+    resident = multiprocessors(device) * config.programs_per_sm
+    return (min(tiles, resident) if config.persistent else tiles,)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sglang_moe_ext.core import EngineError, TileConfig
-from sglang_moe_ext.engines import installed
+from sglang_moe_ext.engines import installed, lookup_memory
 from sglang_moe_ext.engines.adapter import InstallationLike, ProbeLike
-from sglang_moe_ext.engines.lookup_probe import LookupResult
+from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.tables import kernel_table, merge, provenance
 from sglang_moe_ext.tables.kernel_table import KernelTable
 from sglang_moe_ext.tables.merge import RefusedTable, StoredTable
@@ -32,18 +32,20 @@ from sglang_moe_ext.tuning.search.predict import PredictedConfig
 
 @dataclass(frozen=True, slots=True)
 class TuneOutcome:
-    """What came of a run. `paths`: who won the race of our own path with what was chosen.
+    """What came of a run. `plans`: the winner where our kernels were compared with the chosen pair.
 
-    `answer` is the engine's proof of the pick-up, None where there is no engine to ask.
+    `answer` is the engine's proof of the pick-up, `today` its answer of what it ran before; None where there is no
+    engine.
     """
 
     results: Results
-    paths: Mapping[int, MeasuredChoice[Runner]]
+    plans: Mapping[int, MeasuredChoice[Runner]]
     written: tuple[Path, ...]
     refused: dict[Path, str]
     destination: InstallTarget | None
     answer: LookupResult | None
     kernel: KernelSource
+    today: LookupResult | None = None
 
 
 def target_of(request: TuneRequest, engine: InstallationLike | None) -> InstallTarget | None:
@@ -67,11 +69,47 @@ def make_plan(request: TuneRequest, progress: Progress) -> TunePlan:
     """
     if request.adapter.find() is None:
         return plan.make_plan(request, None)
-    progress("asking", 0, 1)
+    answer = _ask_today(request, progress)
+    return replace(plan.make_plan(request, verify_install.pairs_of(answer)), today=answer)
+
+
+def _ask_today(request: TuneRequest, progress: Progress) -> LookupResult:
+    """What the engine takes now, from the answers that are remembered where nothing it could read has changed."""
+    question = verify_install.lookup_request(request)
+    engine = request.adapter.find()
+    key = lookup_memory.key_of(engine, question, request.gpu.device_name)
+    known = lookup_memory.recall(key)
+    if known is not None:
+        return known
+    stage = _asking(request)
+    progress(stage, 0, 1)
     with closing(request.adapter.start_probe(verify_install.environment({}))) as today:
-        answer = today.answer(verify_install.lookup_request(request))
-    progress("asking", 1, 1)
-    return plan.make_plan(request, verify_install.pairs_of(answer))
+        answer = today.answer(question)
+    progress(stage, 1, 1)
+    lookup_memory.remember(key, answer)
+    return answer
+
+
+def _asking(request: TuneRequest) -> str:
+    """The name of the stage: whom a run asks, and what."""
+    engine = request.adapter.find()
+    version = "" if engine is None else f" {engine.version_text}"
+    return f"asking {request.adapter.TITLE}{version} what it runs today"
+
+
+class _RememberingProbe:
+    """A probe that keeps its answer."""
+
+    def __init__(self, probe: ProbeLike) -> None:
+        self._probe = probe
+        self.result: LookupResult | None = None
+
+    def answer(self, question: LookupRequest) -> LookupResult:
+        self.result = self._probe.answer(question)
+        return self.result
+
+    def close(self) -> None:
+        self._probe.close()
 
 
 def run(request: TuneRequest, progress: Progress) -> TuneOutcome:
@@ -84,10 +122,10 @@ def run(request: TuneRequest, progress: Progress) -> TuneOutcome:
     destination = target_of(request, engine)
     source = kernel_source(engine, request.adapter)
     triton = installed.running_triton() or ""
-    kept = plan.prune_space(request.shape, request.gpu, request.adapter).kept
+    kept = plan.prune_space(request.problem).kept
     for place in itertools.chain.from_iterable(of.values() for of in _table_files(request, destination, triton)):
         merge.read(place)  # what cannot be merged is better known before the work than after it
-    kernel_table.read(_paths_file(request, triton))
+    kernel_table.read(_plans_file(request, triton))
     with ExitStack() as processes:
 
         def ask_later(environment: dict[str, str]) -> ProbeLike:
@@ -95,7 +133,8 @@ def run(request: TuneRequest, progress: Progress) -> TuneOutcome:
                 closing(request.adapter.start_probe(verify_install.environment(environment)))
             )
 
-        today = None if engine is None else ask_later({} if destination is None else destination.environment_today)
+        environment_today = {} if destination is None else destination.environment_today
+        today = None if engine is None else _RememberingProbe(ask_later(environment_today))
         read_by_engine = None if engine is None else destination
         # A measuring run has cores to spare for an engine that gets ready meanwhile; a predicting one needs them all.
         proof = ask_later(read_by_engine.environment) if read_by_engine and request.measuring else None
@@ -103,16 +142,16 @@ def run(request: TuneRequest, progress: Progress) -> TuneOutcome:
             folder = processes.enter_context(session.open_run(request, request.measuring, source))
             found = session.measure(request, request.measuring, folder, kept, today, source, progress)
             results: Results = found.pairs
-            paths = found.paths
+            plans = found.plans
         else:
-            folder, paths = None, {}
+            folder, plans = None, {}
             results = _predict(request, kept, destination, today, source, progress)
         progress("writing", 0, 1)
         circumstances = results_to_tables.circumstances(request, engine, source.name)
         stored = _write_tables(request, results, circumstances, destination, triton)
         own = _write_plans(
             request,
-            results_to_tables.plans_table(paths, _ours_to_say(request, engine, results), circumstances),
+            results_to_tables.plans_table(plans, _decided_tokens(request, engine, results), circumstances),
             triton,
         )
         progress("writing", 1, 1)
@@ -124,12 +163,13 @@ def run(request: TuneRequest, progress: Progress) -> TuneOutcome:
             answer = _prove(request, stored, read_by_engine, proof, progress)
     return TuneOutcome(
         results=results,
-        paths=paths,
+        plans=plans,
         written=(*(path for path, result in stored.items() if isinstance(result, StoredTable)), *own),
         refused={path: result.why for path, result in stored.items() if isinstance(result, RefusedTable)},
         destination=destination,
         answer=answer,
         kernel=source,
+        today=None if today is None else today.result,
     )
 
 
@@ -157,20 +197,18 @@ def _predict(
     progress: Progress,
 ) -> dict[int, PredictedConfig]:
     if today is not None:
-        progress("asking", 0, 1)
+        progress(_asking(request), 0, 1)
         answer = today.answer(verify_install.lookup_request(request))
-        progress("asking", 1, 1)
+        progress(_asking(request), 1, 1)
         is_new_folder = destination is not None and not destination.is_there
         if not (request.output_dir is not None and is_new_folder):
             _refuse_to_shadow(request.adapter.TITLE, answer)
     cache = CompileCache(default_path())
     return predict.predict_table(
         kept,
-        request.shape,
-        request.gpu,
+        request.problem,
         request.tokens,
         lambda jobs: compile_all(source, jobs, cache=cache, progress=lambda done, of: progress("compiling", done, of)),
-        request.adapter,
     )
 
 
@@ -192,20 +230,20 @@ def _write_tables(
 
 
 def _write_plans(request: TuneRequest, table: KernelTable, triton: str) -> list[Path]:
-    """Write the table of our own path where our plugin reads it, and no engine; the file, if there is something."""
+    """Write the table of kernel plans where our plugin reads it and no engine does; the file, if there is something."""
     if not table:
         return []
-    kernel_table.put(file := _paths_file(request, triton), table)
+    kernel_table.put(file := _plans_file(request, triton), table)
     return [file]
 
 
-def _ours_to_say(request: TuneRequest, engine: InstallationLike | None, results: Results) -> Iterable[int]:
-    """The numbers of tokens of which this run knows best whether our own path is to run."""
+def _decided_tokens(request: TuneRequest, engine: InstallationLike | None, results: Results) -> Iterable[int]:
+    """The batch sizes of which this run decides whether our own kernels run."""
     can_run = engine is not None and request.adapter.has_sorted_kernels(engine.version, request.gpu.sm)
     return results if request.measuring is not None and can_run else ()
 
 
-def _paths_file(request: TuneRequest, triton: str) -> Path:
+def _plans_file(request: TuneRequest, triton: str) -> Path:
     up = install_target.table_names(request.adapter, request.shape, request.gpu.device_name)[False]
     return kernel_table.path_beside(install_target.store_folder(request.engine, triton) / up)
 
@@ -231,8 +269,9 @@ def _prove(
     found = {down: result.table for down, file in files.items() if isinstance(result := stored.get(file), StoredTable)}
     if found.keys() != files.keys():
         return None
-    progress("pick-up", 0, 1)
+    stage = f"asking {request.adapter.TITLE} what it takes now"
+    progress(stage, 0, 1)
     written = verify_install.WrittenTables(found[False], files[False], found.get(True), files.get(True))
     answer = verify_install.verify(written, request, proof)
-    progress("pick-up", 1, 1)
+    progress(stage, 1, 1)
     return answer

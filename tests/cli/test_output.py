@@ -16,6 +16,7 @@ from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tables import config_table
 from sglang_moe_ext.tuning.compile.kernel_source import KernelSource
 from sglang_moe_ext.tuning.pipeline import TuneOutcome
+from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.request import TuneRequest
 from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
 from sglang_moe_ext.tuning.search.statistics import Interval
@@ -40,9 +41,8 @@ FIRST_THAT_RUNS = replace(FASTER, incumbent_us=math.inf, gain=Interval(math.inf,
 REQUEST = TuneRequest(
     model="GLM-4.7-Flash",
     architecture="Glm4MoeLiteForCausalLM",
-    shape=MoEShape(65, 1536, 2048, 5, fused_shared=1),
+    problem=Problem(MoEShape(65, 1536, 2048, 5, fused_shared=1), specs.find("NVIDIA_H200"), "sglang"),
     vllm_shape=None,
-    gpu=specs.find("NVIDIA_H200"),
     gpu_is_here=True,
     tokens=(16_384,),
     measuring=None,
@@ -57,7 +57,7 @@ def outcome(*results: MeasuredChoice) -> TuneOutcome:
     kernel = KernelSource("sglang 0.5.23", "kernel", "0", is_engines_own=True)
     by_tokens = {16_384 - place: result for place, result in enumerate(results)}
     return TuneOutcome(
-        results=by_tokens, paths={}, written=(), refused={}, destination=None, answer=None, kernel=kernel
+        results=by_tokens, plans={}, written=(), refused={}, destination=None, answer=None, kernel=kernel
     )
 
 
@@ -127,6 +127,17 @@ def test_programs_read_null_where_the_incumbent_cannot_run() -> None:
 def test_programs_read_what_was_tried_and_what_failed() -> None:
     found = measurement(FASTER)
     assert (found["tried"], found["failures"]) == (960, {"OutOfResources": 12})
+
+
+def test_all_gains_are_one_line() -> None:
+    found = output.gains(REQUEST, outcome(FASTER, STAYS, FIRST_THAT_RUNS))
+    assert found == {16_384: 1.912, 16_383: 1}
+    expected = "measured gain over today: 1.38x, the geometric mean of 2 batch sizes; most 1.91x at M=16384"
+    assert output.gain_line(found, "measured") == expected
+
+
+def test_where_nothing_ran_before_no_gain_is_stated() -> None:
+    assert output.gain_line(output.gains(REQUEST, outcome(FIRST_THAT_RUNS)), "measured") is None
 
 
 def test_the_document_says_that_it_was_measured() -> None:

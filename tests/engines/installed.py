@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from tests.engines.fork_server import ForkServer
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 ENGINES_DIR = Path(os.environ.get("SGLANG_MOE_EXT_ENGINES", REPO_ROOT / ".engines"))
@@ -40,6 +41,15 @@ def run_in_engine(
     return _last_line(["-c", _RUN, str(script)], request, environment, timeout)
 
 
+@functools.cache
+def _fork_server(interpret: str | None) -> ForkServer:
+    """One for interpreted children, one for the others: Triton interprets its own functions from its import on."""
+    shared = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    if interpret is not None:
+        shared["TRITON_INTERPRET"] = interpret
+    return ForkServer(shared)
+
+
 def vllm_environment(version: str, ours: Path = REPO_ROOT) -> dict[str, str]:
     """The environment of a process that can import vLLM `version`, and our package from the folder `ours`."""
     paths = [ours, ENGINES_DIR / "vllm" / version]
@@ -58,15 +68,7 @@ def run_in_vllm(script: Path, request: object, environment: dict[str, str], *, t
 
 
 def _last_line(command: list[str], request: object, environment: dict[str, str], timeout: float) -> Any:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *command],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=environment,
-        check=False,
-    )
+    done = _fork_server(environment.get("TRITON_INTERPRET")).run(command, json.dumps(request), environment, timeout)
     if done.returncode != 0:
         where = environment["PYTHONPATH"].rpartition(os.pathsep)[2]
         raise AssertionError(f"{command[-1]} in {where}: exit {done.returncode}\n{done.stderr[-4000:]}")

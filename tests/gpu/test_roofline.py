@@ -91,7 +91,8 @@ def test_the_expected_blocks_are_those_of_a_poisson_count(mean_rows: float, bloc
 @given(st.floats(0.01, 1e5), st.floats(1.001, 1.5), st.sampled_from([16, 64, 256]))
 def test_more_rows_never_need_fewer_blocks(mean_rows: float, factor: float, block_m: int) -> None:
     assume(mean_rows * (factor - 1) > 1)
-    assert roofline.expected_blocks(mean_rows, block_m) <= roofline.expected_blocks(mean_rows * factor, block_m)
+    more = roofline.expected_blocks(mean_rows * factor, block_m)
+    assert roofline.expected_blocks(mean_rows, block_m) <= more * (1 + 1e-9)  # a sum that is cut off at 9 sigma
 
 
 @given(st.floats(0.01, 1e5), st.sampled_from([16, 64, 256]))

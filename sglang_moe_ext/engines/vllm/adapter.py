@@ -59,7 +59,9 @@ def effective_config(config: TileConfig, quantization: Quantization) -> TileConf
 
 
 def why_no_table(shape: MoEShape, gpu: Gpu, architecture: str) -> str | None:
-    return support.why_no_table(shape, gpu, architecture)
+    engine = find()
+    version = support.NEWEST if engine is None else engine.version
+    return support.why_no_table(shape, gpu, architecture, version)
 
 
 def representative_tokens(shape: MoEShape, tokens: int) -> int:

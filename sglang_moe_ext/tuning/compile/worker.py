@@ -20,7 +20,9 @@ from collections.abc import Mapping
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
-from sglang_moe_ext.core import CompileJob, Failure, Resources
+from sglang_moe_ext.core import Failure, Resources
+from sglang_moe_ext.engines.end_with_parent import end_with_parent
+from sglang_moe_ext.tuning.compile.kernel_source import Job
 
 ANSWER_S = 30.0
 """A fork or a burial takes milliseconds; longer, and the fork_server is taken for lost."""
@@ -31,7 +33,7 @@ class CompileChild:
 
     def __init__(self, pid: int, connection: Connection) -> None:
         self.pid, self.connection = pid, connection
-        self.job: CompileJob | None = None
+        self.job: Job | None = None
         self.deadline = 0.0
         self.compiled = 0
 
@@ -53,7 +55,7 @@ class ForkServer:
         self.control.settimeout(ANSWER_S)
         program = (
             f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import main; "
-            f"main({module!r}, {theirs.fileno()}, {timeout_s!r})"
+            f"main({module!r}, {theirs.fileno()}, {timeout_s!r}, {os.getpid()})"
         )
         with theirs:
             self._process = subprocess.Popen(
@@ -112,8 +114,9 @@ def ended(exit_code: int) -> str:
     return f"was ended by signal {-exit_code} ({signal.strsignal(-exit_code)}){hint}"
 
 
-def main(module: str, control_descriptor: int, timeout_s: float) -> None:
+def main(module: str, control_descriptor: int, timeout_s: float, parent: int) -> None:
     """Run the fork server: send null or why the kernel cannot be imported, then fork and reap until the pool ends."""
+    end_with_parent(parent)
     control = socket.socket(fileno=control_descriptor)
     try:
         importlib.import_module(module).warm_up()
@@ -125,7 +128,7 @@ def main(module: str, control_descriptor: int, timeout_s: float) -> None:
         while True:
             message, descriptors, _, _ = socket.recv_fds(control, 64, 1)
             if descriptors:
-                control.send(str(_forked(module, control, descriptors[0], timeout_s)).encode())
+                control.send(str(_forked(module, control, descriptors[0], timeout_s, parent)).encode())
             elif message:
                 _, status = os.waitpid(int(message), 0)
                 control.send(str(os.waitstatus_to_exitcode(status)).encode())
@@ -133,7 +136,7 @@ def main(module: str, control_descriptor: int, timeout_s: float) -> None:
                 return
 
 
-def _forked(module: str, control: socket.socket, descriptor: int, timeout_s: float) -> int:
+def _forked(module: str, control: socket.socket, descriptor: int, timeout_s: float, parent: int) -> int:
     try:
         pid = os.fork()
     except OSError as error:
@@ -144,6 +147,7 @@ def _forked(module: str, control: socket.socket, descriptor: int, timeout_s: flo
     exit_code = 1
     try:
         os.setsid()  # the head of a group, so that one signal ends it and the assembler that it runs
+        end_with_parent(parent)
         control.close()
         os.set_inheritable(descriptor, False)
         _compile_what_comes(module, Connection(descriptor), timeout_s)
@@ -161,7 +165,7 @@ def _compile_what_comes(module: str, pool: Connection, timeout_s: float) -> None
             signal.alarm(0)
 
 
-def _compiled(module: str, job: CompileJob) -> Resources | Failure:
+def _compiled(module: str, job: Job) -> Resources | Failure:
     try:
         answer: Resources | Failure = importlib.import_module(module).compile_job(job)
         return answer

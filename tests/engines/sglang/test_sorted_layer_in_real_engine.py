@@ -116,7 +116,7 @@ def test_an_engine_that_is_asked_says_where_our_path_runs_and_what_its_own_kerne
     environment = engine_environment(version) | {env.STORE: str(store()), env.DISABLE: "", "SGLANG_PLUGINS": ""}
     question = LookupRequest(child.SHAPES["16 bits"], [child.TOKENS // 3, child.TOKENS], specs.known_gpus()[DEVICE])
     served = lookup_probe.AS_SERVED.ask(question, environment)
-    alone = lookup_probe.ask(question, environment, who=lookup_probe.ALONE)
+    alone = lookup_probe.ALONE.ask(question, environment)
     assert served.paths == {child.TOKENS: str(PATHS["16 bits"])}
     assert (served.up, served.down) == (alone.up, alone.down)
 

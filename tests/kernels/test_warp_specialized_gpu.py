@@ -1,0 +1,72 @@
+"""The warp-specialized kernels on a Hopper GPU against float32: odd sizes, other ranks' experts, no tokens, a graph."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+if torch.cuda.get_device_capability() != (9, 0):
+    pytest.skip("needs a Hopper GPU", allow_module_level=True)
+pytest.importorskip("triton.experimental.gluon")
+
+from warp_specialized_problems import down_error, interleaved, routed, sorted_pairs, up_error
+
+from sglang_moe_ext.kernels.warp_specialized_down import launch_down
+from sglang_moe_ext.kernels.warp_specialized_support import WarpSpecializedDown, WarpSpecializedUp
+
+UPS = [WarpSpecializedUp(), WarpSpecializedUp(2, persistent=False)]
+WIDE, PAIR = WarpSpecializedDown(), WarpSpecializedDown("pair", stages=3)
+DOWN = [("bf16", WIDE), ("fp16", WIDE), ("channel", WIDE), ("block", WIDE), ("block", PAIR)]
+TOLERANCE, QUANTIZED_TOLERANCE = 6e-3, 5e-2
+
+
+@pytest.mark.parametrize("route", ["spread", "one", "elsewhere", "interleaved"])
+@pytest.mark.parametrize("tokens", [1, 17, 64, 257, 1000])
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "channel", "block"])
+def test_both_projections_are_right(kind: str, tokens: int, route: str) -> None:
+    torch.manual_seed(tokens)
+    rows = sorted_pairs(routed("spread" if route == "interleaved" else route, tokens, 4, 2), 4)
+    rows = interleaved(rows) if route == "interleaved" else rows
+    for config in UPS:
+        error = up_error(kind, rows, tokens=tokens, inner=256, k=640, config=config, kernels="gpu")
+        assert error < (QUANTIZED_TOLERANCE if kind == "block" else TOLERANCE)
+    for of_kind, config in DOWN:
+        if of_kind == kind:
+            assert down_error(kind, rows, columns=304, k=384, config=config, kernels="gpu") < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["bf16", "block"])
+def test_no_tile_at_all_is_no_fault(kind: str) -> None:
+    rows = sorted_pairs(routed("one", 3, 4, 2), 4)
+    nothing = type(rows)(rows.ids, rows.experts, torch.zeros_like(rows.padded), rows.pairs)
+    assert up_error(kind, nothing, tokens=3, inner=128, k=256, config=UPS[0], kernels="gpu") == 0
+    assert down_error(kind, nothing, columns=128, k=256, config=WIDE, kernels="gpu") == 0
+    torch.cuda.synchronize()
+
+
+def test_a_graph_replays_it_on_other_data() -> None:
+    rows = sorted_pairs(routed("spread", 300, 4, 2), 4)
+    a = torch.randn(rows.ids.numel(), 256, device="cuda", dtype=torch.bfloat16)
+    weights = torch.randn(4, 512, 256, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty(rows.ids.numel(), 512, device="cuda", dtype=torch.bfloat16)
+    ids, experts, padded = rows.ids.cuda(), rows.experts.cuda(), rows.padded.cuda()
+
+    def run() -> None:
+        launch_down(a, weights, out, experts, padded, WIDE, sorted_token_ids=ids, pairs=rows.pairs)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    a.copy_(torch.randn_like(a))
+    run()
+    wanted = out.clone()
+    out.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    real = rows.real.cuda()
+    assert torch.equal(out[real], wanted[real])
