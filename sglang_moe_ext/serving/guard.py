@@ -93,7 +93,7 @@ class ConfigGuard:
         if fitted is not safe and self.gpu is not None:
             smaller = describe_changes(ruled.config, config_dict.tile_of(fitted))
             limit = f"{self.gpu.smem_per_block / _KIB:.0f} KiB"
-            changes.append(f"fitted to {limit}: {smaller}; the engine alone would end")
+            changes.append(f"fitted to {limit} of shared memory: {smaller}; the engine alone would end")
         return SafeEntry(fitted, "; ".join(changes) or None)
 
     def _refuse(self, why: str, shape: MoEShape, projection: Projection) -> RefusedEntry:

@@ -84,7 +84,7 @@ def test_21_an_entry_that_the_guard_changes_is_told_with_what_is_written(root: P
     answer = served("21-entry-that-the-guard-changes", env.SGLANG_CONFIG_DIR, "", root)
     assert answer.up[64] == TileConfig(128, 256, 128, 8, 8, 3)
     assert answer.written[64]["up"]["num_stages"] == answer.alone[64]["num_stages"] == 4
-    assert answer.fitted[64]["up"] == "fitted to 99 KiB: num_stages 4 -> 3; the engine alone would end"
+    assert answer.fitted[64]["up"] == "fitted to 99 KiB of shared memory: num_stages 4 -> 3; the engine alone would end"
     assert 1 not in answer.fitted
 
 
