@@ -85,9 +85,10 @@ class ConfigGuard:
             case LaunchRule() as rule:
                 return self._refuse(f"{config} breaks the rule that {rule.name}: {rule.harm}", shape, projection)
             case ruled:
-                changes = [f"{describe_change(config, ruled.config, rule)}: {rule.harm}" for rule in ruled.mended]
-        for change in changes:
-            warn_once(f"the {projection} projection of {shape}: {change}")
+                mended = [(describe_change(config, ruled.config, rule), rule.harm) for rule in ruled.mended]
+        for change, harm in mended:
+            warn_once(f"{change} of the {projection} projection of {shape}: {harm}")
+        changes = [f"{change}: {harm}" for change, harm in mended]
         safe = _write_back(entry, config, ruled.config)
         fitted = fit_to_shared_memory(safe, shape, self.gpu)
         if fitted is not safe and self.gpu is not None:

@@ -101,7 +101,10 @@ class ConfigResolver:
     def _ask_engine(self, call: SglangCall, original: Callable[[], Any], instead: OurEntry | None) -> ServedConfigs:
         """A table that the engine cannot read ends a server; our reading of it, or the engine's default, does not."""
         try:
-            return from_engine(original(), call.wants_down)
+            answer = from_engine(original(), call.wants_down)
+            if not isinstance(answer.up, dict):
+                raise TypeError(f"an entry that is no object: {show(answer.up, 40)}")
+            return answer
         except Exception as error:
             answer = self._default(call) if instead is None else _take(instead)
             what = "the engine's default runs" if instead is None else f"the engine's {instead.path.name} is read by us"

@@ -89,22 +89,29 @@ class VllmTableResolver:
         except (TypeError, ValueError, LookupError):  # no shapes of weights
             return own()
         with self._asking_for(call):
-            entry = config_dict.drop_tma(own())
+            entry = own()
             if (why := self._why_refused(call, entry)) is not None:
-                self.refused[call.layer, tokens] = EntryChange(entry, f"refused: {why}")
+                written = entry if isinstance(entry, Mapping) else {}
+                self.refused[call.layer, tokens] = EntryChange(written, f"refused: {why}")
                 with self._asking_for(replace(call, wants_default=True)):
-                    entry = config_dict.drop_tma(own())
+                    entry = own()
+            entry = config_dict.drop_tma(entry)
         if len(self.answers) >= _MOST_ANSWERS:
             self.answers.clear()
         self.answers[key] = entry
         return entry
 
-    def _why_refused(self, call: VllmCall, entry: ConfigDict) -> str | None:
+    def _why_refused(self, call: VllmCall, entry: Any) -> str | None:
         """Why no launch can run blocks of that many rows: the launch guard mends all else, and keeps BLOCK_SIZE_M."""
         shape = call.layer.shape
-        if shape is None or "BLOCK_SIZE_N" not in entry:
+        if shape is None or (isinstance(entry, Mapping) and "BLOCK_SIZE_N" not in entry):
             return None
-        match ConfigGuard(self._engine.engine.version, None, "vllm").check(clamp_to_block(entry, shape), shape, "up"):
+        guard = ConfigGuard(self._engine.engine.version, None, "vllm")
+        try:
+            clamped = clamp_to_block(entry, shape)
+        except (TypeError, LookupError):  # a stranger's entry that is no configuration
+            clamped = entry
+        match guard.check(clamped, shape, "up"):
             case RefusedEntry(why):
                 return why
             case SafeEntry():

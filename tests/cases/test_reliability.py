@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -87,7 +88,7 @@ def test_rel_01_no_answer_is_longer_along_k_than_a_block_of_scales(
     table = next((CASES / "rel-01-tile-wider-than-a-block-of-scales").rglob("E=*.json"))
     up, down = served(tmp_path, FP8_BLOCK, json.loads(table.read_text(encoding="utf-8")), down=True)
     assert (up["BLOCK_SIZE_K"], down["BLOCK_SIZE_K"]) == (128, 128)
-    assert "BLOCK_SIZE_K 256 -> 128: the kernel reads one scale a step" in caplog.text
+    assert "BLOCK_SIZE_K 256 -> 128 of the down projection" in caplog.text
 
 
 @pytest.mark.parametrize("scheme", ["fp8_w8a8", "int8_w8a8"])
@@ -429,6 +430,17 @@ BLOCKS: list[Any] = [[None, None], ["a", "b"], [None], [128], 7, [[128], [128]],
 def test_rel_09_a_block_of_scales_that_is_none_is_the_engines_to_answer(block: Any) -> None:
     engine = stand_in.Engine()
     assert engine.lookup(stand_in.W1, stand_in.W2, 2, None, 64, block_shape=block) == stand_in.THEIRS
+
+
+@pytest.mark.parametrize("row", [None, 7, "64", [16, 64, 64]], ids=repr)
+def test_a_row_of_the_engines_table_that_is_no_entry_leaves_its_default(row: Any) -> None:
+    engine = stand_in.Engine()
+
+    def own(*_: Any, **__: Any) -> Any:
+        return row
+
+    hook = stand_in.sglang_lookup_hook.lookup_hook(replace(engine.resolver.engine, lookup=own), engine.resolver)
+    assert hook(stand_in.W1, stand_in.W2, 2, None, 64) == stand_in.DEFAULT
 
 
 # rel-10
