@@ -39,8 +39,8 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     engine_choice.add_to(parser)
     parser.add_argument("--model", help="model that the tables are for, where several ask for tables of that name")
     parser.add_argument("--shape", help="numbers of the layer that the tables are for: E=..,N=..,K=..,topk=..")
-    parser.add_argument("--tp-size", "--tp", type=int, default=1, help="tensor-parallel size of the server (default 1)")
-    parser.add_argument("--ep-size", "--ep", type=int, default=1, help="expert-parallel size of the server (default 1)")
+    parser.add_argument("--tp-size", "--tp", type=int, help="tensor-parallel size of the server (default 1)")
+    parser.add_argument("--ep-size", "--ep", type=int, help="expert-parallel size of the server (default 1)")
     parser.add_argument(
         "--no-compile", action="store_true", help="check by the rules alone, without the Triton compiler"
     )

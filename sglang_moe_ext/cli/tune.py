@@ -43,8 +43,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _with_engine(arguments: argparse.Namespace) -> argparse.Namespace:
-    """The flags with the engine that they mean."""
-    return argparse.Namespace(**{**vars(arguments), "engine": engine_choice.choose(arguments.engine)})
+    """The flags with the engine that they mean; a pasted line tells its engine itself."""
+    engine = arguments.engine if arguments.from_log else engine_choice.choose(arguments.engine)
+    return argparse.Namespace(**{**vars(arguments), "engine": engine})
 
 
 def request_of(arguments: argparse.Namespace, command: str) -> TuneRequest:
@@ -160,7 +161,7 @@ def run(arguments: argparse.Namespace) -> Mapping[str, Any]:
     Raises:
         MoEExtError: any of this package's errors.
     """
-    if said := engine_choice.describe_choice(arguments.engine):
+    if not arguments.from_log and (said := engine_choice.describe_choice(arguments.engine)):
         print(said)
     request = request_of(arguments, arguments.command_line)
     adapter = request.adapter

@@ -197,7 +197,21 @@ def test_a_variable_that_decides_on_tables_is_part_of_the_question(
 
 def test_an_answer_comes_back_as_it_was(engine: Path) -> None:
     given = LookupResult(
-        "0.5.23", "3.7.1", "H200", {1: OLD}, {1: None}, (engine / NAME,), ("x",), "active", {1: "why"}, {1: "p"}
+        "0.5.23",
+        "3.7.1",
+        "H200",
+        {1: OLD},
+        {1: None},
+        (engine / NAME,),
+        ("x",),
+        "active",
+        {1: "why"},
+        {1: "p"},
+        {1: {"up": {"BLOCK_SIZE_M": 16}}},
+        {1: {"up": "too large"}},
+        {1: {"BLOCK_SIZE_M": 32}},
+        {2: "ValueError"},
+        ("odd",),
     )
     lookup_memory.remember("key", given)
     assert lookup_memory.recall("key") == given
