@@ -7,7 +7,6 @@ from pathlib import Path
 
 from sglang_moe_ext.cli.doctor_examination import Examination, Finding
 from sglang_moe_ext.cli.doctor_layers import LayerUnderTest
-from sglang_moe_ext.cli.doctor_tables import error_of_sglang, find_problems
 from sglang_moe_ext.core import Projection, TableError, TableKey
 from sglang_moe_ext.engines.installed import parse_version
 from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
@@ -35,7 +34,7 @@ def examine(layer: LayerUnderTest, tokens: Sequence[int], backend: str, *, deter
         is_deterministic=deterministic,
         files=answer.files,
         findings=tuple(explain(layer, answer, deterministic=deterministic)),
-        problems=tuple(dict.fromkeys((*answer.remarks, *find_problems(layer, "sglang")))),
+        problems=answer.remarks,
     )
 
 
@@ -68,8 +67,6 @@ def _why(file: Path | None, key: TableKey, tokens: int, triton: str, determinist
         return "the engine's default: deterministic inference reads no table"
     if file is None:
         return f"the engine's default: no table {table_names.file_name(key)}"
-    if (error := error_of_sglang(file)) is not None:
-        return f"the engine's default: {file.name} cannot be read by SGLang: {error}"
     nearest = _nearest(file, tokens)
     if nearest is None:
         return f"of {file.name}, which has more than this package can read"

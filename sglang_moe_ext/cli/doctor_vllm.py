@@ -7,7 +7,6 @@ from pathlib import Path
 
 from sglang_moe_ext.cli.doctor_examination import Examination, Finding
 from sglang_moe_ext.cli.doctor_layers import LayerUnderTest
-from sglang_moe_ext.cli.doctor_tables import find_problems
 from sglang_moe_ext.core import TableError
 from sglang_moe_ext.engines.installed import parse_version
 from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
@@ -36,7 +35,7 @@ def examine(layer: LayerUnderTest, tokens: Sequence[int], *, deterministic: bool
         findings=tuple(
             Finding(m, "both", str(config), _with_change(whys[m], answer, m)) for m, config in answer.up.items()
         ),
-        problems=tuple(dict.fromkeys((*answer.remarks, *find_problems(layer, "vllm")))),
+        problems=answer.remarks,
     )
 
 
