@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sglang_moe_ext.core import CompileJob, Projection, Table, TileConfig
-from sglang_moe_ext.engines.sglang import support
+from sglang_moe_ext.engines import launch_rules
+from sglang_moe_ext.engines.launch_rules import KernelLaunch, LaunchRule, RuledConfig
+from sglang_moe_ext.engines.sglang import support as sglang_support
+from sglang_moe_ext.engines.vllm import support as vllm_support
 from sglang_moe_ext.gpu.shared_memory import smem_bytes
 from sglang_moe_ext.serving.guard import degrade
 from sglang_moe_ext.tuning.compile.cache import CompileCache, default_path
@@ -31,14 +34,19 @@ def check_by_rule(table: Table, problem: Problem, projection: Projection) -> lis
     return [EntryProblem(m, config, why) for m, config, why in found if why is not None]
 
 
+_NEWEST = {"sglang": sglang_support.NEWEST, "vllm": vllm_support.NEWEST}
+"""The release whose rules hold where none is installed."""
+
+
 def _why_not(config: TileConfig, problem: Problem, projection: Projection) -> str | None:
-    shape, gpu = problem.shape, problem.gpu
+    shape, gpu, engine = problem.shape, problem.gpu, problem.adapter.find()
+    version = _NEWEST[problem.engine] if engine is None else engine.version
     runs = problem.adapter.effective_config(config, shape.quantization)
-    block = shape.quantization.block_shape
-    if shape.quantization.is_block_wise and block is not None and block[1] % runs.block_k:
-        return f"BLOCK_SIZE_K {runs.block_k} does not lie within one block of {block[1]} scales: wrong results"
-    if runs.use_tma and projection == "down" and not support.down_tma_is_right(shape.quantization):
-        return f"USE_TMA in a table for the down projection computes wrong results with {shape.quantization}"
+    match launch_rules.apply(KernelLaunch(problem.engine, version, runs, shape, projection)):
+        case LaunchRule(name, harm):
+            return f"breaks the rule that {name}: {harm}"
+        case RuledConfig(_, (broken, *_)):
+            return f"breaks the rule that {broken.name}: {broken.harm}"
     asked = smem_bytes(runs, shape, gpu.sm)
     if asked <= gpu.smem_per_block:
         return None
