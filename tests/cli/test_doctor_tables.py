@@ -114,3 +114,28 @@ def test_vllm_is_said_to_fit_an_entry_at_the_launch(
 
 def test_what_the_engine_itself_remarks_is_a_problem(examined: Examined) -> None:
     assert examined(DEFAULT, remarks=("an odd file",))["problems"] == ["an odd file"]
+
+
+VLLM_LINE = (
+    "Using default MoE config. Performance might be sub-optimal! Config file not found at "
+    "/usr/lib/python3/dist-packages/vllm/model_executor/layers/fused_moe/configs/"
+    "E=64,N=1536,device_name=NVIDIA_H200.json"
+)
+
+
+def test_a_line_of_vllms_log_is_examined_in_vllm(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(vllm, "find", lambda: vllm.VllmInstallation("0.33.0", tmp_path / "vllm", "3.7.1"))
+    asked: list[str] = []
+
+    def ask(probe: ProbeModule, request: LookupRequest) -> LookupResult:
+        asked.append(probe.engine)
+        taken = dict.fromkeys(request.tokens, FITS)
+        return LookupResult("0.33.0", "3.7.1", "NVIDIA H200", taken, dict.fromkeys(taken), (), (), plugin="active")
+
+    monkeypatch.setattr(ProbeModule, "ask", ask)
+    given = ["doctor", "--from-log", VLLM_LINE, "--model", "GLM-4.7-Flash", "--batch-size", "64", "--json"]
+    assert main.main(given) == 0
+    (found,) = json.loads(capsys.readouterr().out)["examined"]
+    assert (asked, found["engine"], found["findings"][0]["gemm"]) == (["vLLM"], "vLLM", "both")
