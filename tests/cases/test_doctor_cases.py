@@ -19,6 +19,8 @@ from sglang_moe_ext.engines.vllm import installation as vllm
 from sglang_moe_ext.gpu import specs
 from tests.engines.installed import ENGINES_DIR, REPO_ROOT
 
+pytestmark = pytest.mark.engine
+
 CASES = Path(__file__).parents[1] / "data" / "cases"
 VERSION = "0.5.23"
 LAYER = "E=256,N=512,K=2048,topk=8,dtype=fp8_w8a8,block_shape=[128,128]"

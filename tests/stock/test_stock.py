@@ -173,6 +173,7 @@ class TestCheck:
         (one,) = said(*self.FITS, str(file), "--shape", shape)["files"]
         assert one["engine"] == "vllm"
 
+    @pytest.mark.engine
     def test_the_compiler_is_asked_where_it_is_there(self, tmp_path: Path, said: Said) -> None:
         pytest.importorskip("triton")
         file = put(tmp_path / NAME, {64: SMALL})
