@@ -34,7 +34,8 @@ from sglang_moe_ext.tuning.search.screening import EffortName
 
 __all__ = ["Layer", "install", "lookup", "measure", "predict", "resolve"]
 
-_PROBES = {"sglang": sglang_lookup_probe, "vllm": vllm_lookup_probe}
+_AS_SERVED = {"sglang": sglang_lookup_probe.AS_SERVED, "vllm": vllm_lookup_probe.AS_SERVED}
+_ALONE = {"sglang": sglang_lookup_probe.ALONE, "vllm": vllm_lookup_probe.ALONE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,10 +222,8 @@ def lookup(
     sglang_moe_ext.core.EngineError: SGLang's own table lookup failed: SGLang is not installed in this environment
     """
     found, is_here = _gpu(gpu)
-    probe = _PROBES[layer.engine]
     request = LookupRequest(layer.shape, list(tokens), None if is_here else found)
-    answer: LookupResult = (probe.AS_SERVED if with_plugin else probe.ALONE).ask(request)
-    return answer
+    return (_AS_SERVED if with_plugin else _ALONE)[layer.engine].ask(request)
 
 
 def install(engine: EngineName = "sglang", *, where: Install = "engine", output_dir: Path | None = None) -> Reinstalled:

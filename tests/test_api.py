@@ -22,7 +22,14 @@ def no_engine_and_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 EXAMPLES = [it for it in doctest.DocTestFinder().find(api, globs=vars(api)) if it.examples]
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda it: it.name.rpartition(".")[2])
+STARTS_A_COMPILER_OR_ENGINE = {"sglang_moe_ext.api.predict", "sglang_moe_ext.api.lookup"}
+
+
+@pytest.mark.parametrize(
+    "example",
+    [pytest.param(it, marks=[pytest.mark.engine] if it.name in STARTS_A_COMPILER_OR_ENGINE else []) for it in EXAMPLES],
+    ids=[it.name.rpartition(".")[2] for it in EXAMPLES],
+)
 def test_an_example_of_the_documentation_runs(example: doctest.DocTest) -> None:
     said: list[str] = []
     runner = doctest.DocTestRunner(verbose=False)

@@ -154,7 +154,7 @@ def test_a_hooked_server_has_loaded_no_module_of_ours_but_these() -> None:
 
 
 def test_the_table_of_models_in_the_documentation_is_what_the_code_says() -> None:
-    command = [sys.executable, "tools/model_table.py", "--check"]
+    command = [sys.executable, "-m", "tools.model_table", "--check"]
     environment = {"PYTHONPATH": str(REPO_ROOT), "PATH": ""}
     done = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr

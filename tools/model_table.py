@@ -1,6 +1,6 @@
 """Keep the table of built-in models in docs/models.md as the code has it.
 
-usage: python tools/model_table.py [--check]      (from the project's folder; --check only compares)
+usage: python -m tools.model_table [--check]      (from the project's folder; --check only compares)
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
     if current == table():
         return
     if "--check" in sys.argv:
-        sys.exit("docs/models.md: the table of models is out of date: run python tools/model_table.py")
+        sys.exit("docs/models.md: the table of models is out of date: run python -m tools.model_table")
     DOCUMENT.write_text(before + table() + rest.split(END)[1], encoding="utf-8")
 
 

@@ -13,6 +13,7 @@ from sglang_moe_ext.cli.doctor_examination import Examination
 from sglang_moe_ext.cli.doctor_layers import LayerUnderTest
 from sglang_moe_ext.core import EngineError, ModelError
 from sglang_moe_ext.engines.adapter import EngineName
+from sglang_moe_ext.engines.registry import SGLANG
 from sglang_moe_ext.engines.sglang import installation, server_info, support
 from sglang_moe_ext.engines.sglang.server_info import RunningServer
 from sglang_moe_ext.engines.vllm import installation as vllm_installation
@@ -45,11 +46,16 @@ def _as_served(arguments: argparse.Namespace, server: RunningServer) -> argparse
 
 
 def _layer(arguments: argparse.Namespace, server: RunningServer | None) -> layer_args.LayerArgs:
-    # The engine only says which of the examinations is wanted: the layer itself is resolved for both. A pasted line
-    # tells itself which engine it is of.
-    flags = argparse.Namespace(**{**vars(arguments), "engine": None if arguments.from_log else "sglang"})
+    """The layer for both engines; of a pasted line the engine that wrote it is the one that is asked."""
+    flags = argparse.Namespace(**vars(arguments))
+    if not arguments.from_log:
+        flags.engine = SGLANG.NAME  # which of the engines is asked is not a question about the layer
     if server is None:
-        return layer_args.parse_layer(flags)
+        layer = layer_args.parse_layer(flags)
+        if arguments.from_log:
+            arguments.engine = flags.engine
+            _check_engine(arguments)
+        return layer
     try:
         layer = layer_args.parse_layer(flags)
     except ModelError as error:
@@ -59,7 +65,7 @@ def _layer(arguments: argparse.Namespace, server: RunningServer | None) -> layer
             f"{server.url} quantizes {layer.name} with --quantization {server.quantization}, and its checkpoint does "
             "not say to what: add --dtype, such as fp8_w8a8"
         )
-    return replace(layer, shape=server_info.quantize_as_served(layer.shape, server))
+    return layer
 
 
 def examine(arguments: argparse.Namespace, server: RunningServer | None) -> Iterator[Examination]:

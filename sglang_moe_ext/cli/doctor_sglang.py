@@ -7,9 +7,7 @@ from pathlib import Path
 
 from sglang_moe_ext.cli.doctor_examination import Examination, Finding
 from sglang_moe_ext.cli.doctor_layers import LayerUnderTest
-from sglang_moe_ext.cli.doctor_tables import error_of_sglang, find_problems
-from sglang_moe_ext.cli.written_entry import describe_change
-from sglang_moe_ext.core import TableError, TableKey, TileConfig
+from sglang_moe_ext.core import Projection, TableError, TableKey
 from sglang_moe_ext.engines.installed import parse_version
 from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.engines.sglang import lookup_probe, support, table_names
@@ -36,7 +34,7 @@ def examine(layer: LayerUnderTest, tokens: Sequence[int], backend: str, *, deter
         is_deterministic=deterministic,
         files=answer.files,
         findings=tuple(explain(layer, answer, deterministic=deterministic)),
-        problems=find_problems(layer, "sglang"),
+        problems=answer.remarks,
     )
 
 
@@ -51,13 +49,13 @@ def explain(layer: LayerUnderTest, answer: LookupResult, *, deterministic: bool)
     for m, config in answer.up.items():
         ours = answer.whys.get(m)
         why = ours or _why(up_file, up_key, m, answer.triton, deterministic)
-        found.append(Finding(m, "up", str(config), _with_change(why, up_file, layer, m, config)))
+        found.append(Finding(m, "up", str(config), _with_change(why, answer, m, "up")))
         down = answer.down[m]
         if down is None or (down_file is None and ours is None):
             found.append(Finding(m, "down", str(down or config), "as the up projection: no table of its own"))
         else:
             why = ours or _why(down_file, down_key, m, answer.triton, deterministic)
-            found.append(Finding(m, "down", str(down), _with_change(why, down_file, layer, m, down)))
+            found.append(Finding(m, "down", str(down), _with_change(why, answer, m, "down")))
         if m in answer.paths:
             found.append(Finding(m, "both", answer.paths[m], "our own kernels, measured faster than those above"))
     return found
@@ -69,8 +67,6 @@ def _why(file: Path | None, key: TableKey, tokens: int, triton: str, determinist
         return "the engine's default: deterministic inference reads no table"
     if file is None:
         return f"the engine's default: no table {table_names.file_name(key)}"
-    if (error := error_of_sglang(file)) is not None:
-        return f"the engine's default: {file.name} cannot be read by SGLang: {error}"
     nearest = _nearest(file, tokens)
     if nearest is None:
         return f"of {file.name}, which has more than this package can read"
@@ -83,12 +79,9 @@ def _why(file: Path | None, key: TableKey, tokens: int, triton: str, determinist
     return f"{entry}; {made_for}; {_origin(file, nearest)}"
 
 
-def _with_change(why: str, file: Path | None, layer: LayerUnderTest, tokens: int, taken: TileConfig) -> str:
-    """The reason, with what differs from the entry of the file that was read, where something does."""
-    nearest = None if file is None or why.startswith("the engine's default") else _nearest(file, tokens)
-    if file is None or nearest is None:
-        return why
-    change = describe_change(config_table.read(file)[nearest], taken, layer.shape, layer.gpu)
+def _with_change(why: str, answer: LookupResult, tokens: int, projection: Projection) -> str:
+    """The reason, with what the plugin changed of the entry before its launch, where it changed something."""
+    change = answer.fitted.get(tokens, {}).get(projection)
     return why if change is None else f"{why}; {change}"
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from sglang_moe_ext.cli.doctor_examination import Examination, Finding
 from sglang_moe_ext.cli.doctor_layers import LayerUnderTest
-from sglang_moe_ext.cli.doctor_tables import find_problems
 from sglang_moe_ext.core import TableError
 from sglang_moe_ext.engines.installed import parse_version
 from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
@@ -34,9 +33,9 @@ def examine(layer: LayerUnderTest, tokens: Sequence[int], *, deterministic: bool
         is_deterministic=deterministic,
         files=answer.files,
         findings=tuple(
-            Finding(m, "both", str(config), _with_fit(whys[m], answer, m)) for m, config in answer.up.items()
+            Finding(m, "both", str(config), _with_change(whys[m], answer, m)) for m, config in answer.up.items()
         ),
-        problems=find_problems(layer, "vllm"),
+        problems=answer.remarks,
     )
 
 
@@ -57,10 +56,10 @@ def _why(layer: LayerUnderTest, answer: LookupResult, tokens: int, deterministic
     return f"{entry}; {(known and known.origin(nearest)) or 'origin unknown: shipped with the engine, or yours'}"
 
 
-def _with_fit(why: str, answer: LookupResult, tokens: int) -> str:
-    """The reason, with what the guard makes of the entry at the launch, if it changes it."""
+def _with_change(why: str, answer: LookupResult, tokens: int) -> str:
+    """The reason, with what the plugin changes of the entry before its launch, where it changes something."""
     change = answer.fitted.get(tokens, {}).get("up")
-    return why if change is None else f"{why}; at the launch {change}"
+    return why if change is None else f"{why}; {change}"
 
 
 def _is_engines(file: Path, answer: LookupResult) -> bool:

@@ -327,7 +327,9 @@ def add_engine_to(parser: argparse.ArgumentParser) -> None:
     """Add --engine, and the flags that only vLLM's tuning script has."""
     whose = parser.add_argument_group("whose layer")
     whose.add_argument(
-        "--engine", choices=tuple(ENGINES), help="the engine to tune (default: that of the pasted line, else sglang)"
+        "--engine",
+        choices=tuple(ENGINES),
+        help="the engine to tune (default: that of the pasted line, else the one installed, else sglang)",
     )
     whose.add_argument(
         "--enable-expert-parallel",

@@ -18,6 +18,7 @@ from sglang_moe_ext.stock import fit, given_table
 from sglang_moe_ext.stock.fit import EntryProblem
 from sglang_moe_ext.stock.given_table import FittingLayer, GivenTable
 from sglang_moe_ext.tables import config_table
+from sglang_moe_ext.tuning.problem import Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,8 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     engine_choice.add_to(parser)
     parser.add_argument("--model", help="model that the tables are for, where several ask for tables of that name")
     parser.add_argument("--shape", help="numbers of the layer that the tables are for: E=..,N=..,K=..,topk=..")
-    parser.add_argument("--tp-size", "--tp", type=int, default=1, help="tensor-parallel size of the server (default 1)")
-    parser.add_argument("--ep-size", "--ep", type=int, default=1, help="expert-parallel size of the server (default 1)")
+    parser.add_argument("--tp-size", "--tp", type=int, help="tensor-parallel size of the server (default 1)")
+    parser.add_argument("--ep-size", "--ep", type=int, help="expert-parallel size of the server (default 1)")
     parser.add_argument(
         "--no-compile", action="store_true", help="check by the rules alone, without the Triton compiler"
     )
@@ -58,18 +59,17 @@ def check(arguments: argparse.Namespace, gpu_name: str | None) -> list[CheckedFi
 
 def _check(arguments: argparse.Namespace, given: GivenTable, gpu_name: str | None, bar: console.Bar) -> CheckedFile:
     engine = arguments.engine or given.engine or engine_choice.choose(None)
-    adapter = ENGINES[engine]
     gpu = given.gpu if gpu_name is None else specs.find(gpu_name)
     layer = given_table.layer_of(given, engine, _stated(arguments, engine))
     projection: Projection = "down" if given.key.down else "up"
-    problems = fit.check_by_rule(given.table, layer.shape, gpu, projection, adapter)
+    problem = Problem(layer.shape, gpu, engine)
+    problems = fit.check_by_rule(given.table, problem, projection)
     compiles = not arguments.no_compile and importlib.util.find_spec("triton") is not None
     if compiles:
-        broken = {problem.tokens for problem in problems}
+        broken = {one.tokens for one in problems}
         rest = {m: config for m, config in given.table.items() if m not in broken}
-        problems += fit.check_by_compiler(
-            rest, layer.shape, gpu, projection, adapter, lambda done, of: bar(f"compiling {given.path.name}", done, of)
-        )
+        stage = f"compiling {given.path.name}"
+        problems += fit.check_by_compiler(rest, problem, projection, lambda done, of: bar(stage, done, of))
     return CheckedFile(given, engine, gpu, layer, compiles, tuple(sorted(problems, key=lambda it: it.tokens)))
 
 

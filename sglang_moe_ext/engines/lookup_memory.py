@@ -100,6 +100,11 @@ def _parse(stated: Mapping[str, Any]) -> LookupResult:
         plugin=stated["plugin"],
         whys={int(m): why for m, why in stated["whys"].items()},
         paths={int(m): path for m, path in stated["paths"].items()},
+        written={int(m): by for m, by in stated["written"].items()},
+        fitted={int(m): by for m, by in stated["fitted"].items()},
+        alone={int(m): entry for m, entry in stated["alone"].items()},
+        alone_errors={int(m): error for m, error in stated["alone_errors"].items()},
+        remarks=tuple(stated["remarks"]),
     )
 
 

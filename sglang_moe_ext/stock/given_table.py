@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_moe_ext.core import (
     Gpu,
     ModelError,
-    MoEModel,
     MoEShape,
     Parallelism,
-    Quantization,
     Table,
     TableError,
     TableKey,
 )
 from sglang_moe_ext.engines import table_names
 from sglang_moe_ext.engines.adapter import EngineName
+from sglang_moe_ext.engines.launch_guesses import KnownModel, LaunchLimits, guess_launches
 from sglang_moe_ext.engines.registry import ENGINES
+from sglang_moe_ext.engines.sglang import installation as sglang
 from sglang_moe_ext.engines.sglang import sharding as sglang_sharding
 from sglang_moe_ext.engines.sglang import table_names as sglang_table_names
-from sglang_moe_ext.engines.vllm import sharding as vllm_sharding
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.models import parse_shape
 from sglang_moe_ext.models.builtin import builtin_records
 from sglang_moe_ext.tables import config_table, files, provenance
 from sglang_moe_ext.tables.provenance import Provenance
-
-_SIZES = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,45 +108,13 @@ def stated_shape(given: GivenTable) -> MoEShape | None:
 
 def fitting_layers(key: TableKey, engine: EngineName) -> list[FittingLayer]:
     """The layers of built-in models that ask for a table of that name: a name tells no hidden size and no top-k."""
+    known = [KnownModel(record.model, record.quantizations) for record in builtin_records()]
+    installed = sglang.find()
+    version = sglang_sharding.NEWEST if installed is None else installed.version
     found: dict[MoEShape, list[str]] = {}
-    for record in builtin_records():
-        # A name does not tell the group of int4, which only a checkpoint's own quantization states.
-        as_named = [Quantization(key.scheme, key.block_shape, key.per_channel)] if key.scheme != "int4_w4a16" else []
-        for quantization in dict.fromkeys((*record.quantizations, *as_named)):
-            launch = _launch_that_asks_for(key, replace(record.model, quantization=quantization), engine)
-            if launch is not None:
-                parallelism, shape = launch
-                found.setdefault(shape, []).append(f"{record.model.name} {_split(parallelism)}")
-                break
+    for guess in guess_launches(key, known, LaunchLimits(engine_version=version), engine):
+        found.setdefault(guess.layer, []).append(f"{guess.model.name} {_split(guess.parallelism)}")
     return [FittingLayer(shape, tuple(models)) for shape, models in found.items()]
-
-
-def _launch_that_asks_for(key: TableKey, model: MoEModel, engine: EngineName) -> tuple[Parallelism, MoEShape] | None:
-    """The smallest split of the model that asks for that table, and the layer as a table of it is for."""
-    for parallelism, shape in _launches(model, engine):
-        if ENGINES[engine].table_key(shape, key.device_name, down=key.down) == key:
-            return parallelism, replace(shape, ep=1, fused_shared=0)
-    return None
-
-
-def _launches(model: MoEModel, engine: EngineName) -> Iterator[tuple[Parallelism, MoEShape]]:
-    """Each way to split the model, the smallest number of ranks first."""
-    for tp in _SIZES:
-        for ep in (size for size in _SIZES if tp % size == 0):
-            if (shape := _launched(model, Parallelism(tp, ep), engine)) is not None:
-                yield Parallelism(tp, ep), shape
-
-
-def _launched(model: MoEModel, parallelism: Parallelism, engine: EngineName) -> MoEShape | None:
-    """None where the engine cannot split the model so."""
-    try:
-        if engine == "vllm":
-            return vllm_sharding.launched_shape(model, parallelism)
-        installed = ENGINES[engine].find()
-        version = sglang_sharding.NEWEST if installed is None else installed.version
-        return sglang_sharding.launched_shape(model, parallelism, engine_version=version)
-    except ModelError:
-        return None
 
 
 def _split(parallelism: Parallelism) -> str:

@@ -79,12 +79,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[LookupRequest]:
     """Each question that would start an engine; the answer is always the same."""
     questions: list[LookupRequest] = []
 
-    def ask(question: LookupRequest, *_: Any, **__: Any) -> LookupResult:
+    def ask(_: ProbeModule, question: LookupRequest) -> LookupResult:
         questions.append(question)
         taken = dict.fromkeys(question.tokens, TileConfig(16, 32, 64, 1, 4, 3))
         return LookupResult(VERSION, "3.7.1", "NVIDIA H200", taken, dict.fromkeys(taken), (), ())
 
-    monkeypatch.setattr(ProbeModule, "ask", lambda _probe, request, *_: ask(request))
+    monkeypatch.setattr(ProbeModule, "ask", ask)
     return questions
 
 

@@ -147,6 +147,7 @@ def test_the_table_of_variables_is_what_the_code_says() -> None:
     assert rows(README, "| variable | meaning |") == [[f"`{name}`", text] for name, text in env.MEANINGS.items()]
 
 
+@pytest.mark.engine
 def test_the_python_example_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("SGLANG_MOE_EXT_STORE", str(tmp_path / "store"))
