@@ -81,7 +81,7 @@ def test_a_predicted_table_never_replaces_a_measured_one(engine: Path, capsys: p
     measured = engine / "triton_3_6_0" / "E=128,N=768,device_name=NVIDIA_H200.json"
     before = measured.read_text()
     assert command_line.main(("tune", "--model", "Qwen3-30B-A3B", "--gpu", "H200", "--batch-size", "64")) == 1
-    assert "already has a measured table" in capsys.readouterr().err
+    assert "takes a measured table for this layer" in capsys.readouterr().err
     assert measured.read_text() == before
     assert not list(engine.glob("triton_3_7_1/E=128,N=768,device_name=NVIDIA_H200*.json"))
 
