@@ -62,7 +62,7 @@ def run_of_journal(journal: Recording, source: JournalSource, shape: MoEShape, c
         triton=source.triton,
         torch=_text(stated.get("torch")),
         driver=_text(stated.get("driver")),
-        seed=int(stated.get("seed") or 0),
+        seed=source.seed,
         sglang_moe_ext=__version__,
     )
 
