@@ -121,7 +121,7 @@ def run(
 
         def compare(tokens: int, executor: Executor) -> ConfigComparison:
             for job in jobs:
-                executor.binary(job)  # a compiler at work would disturb a race
+                executor.binary(job)  # a compiler at work would disturb the comparison
             of_m = {name: by_m[tokens] for name, by_m in given.items()}
             trouble = partial(_trouble, request, tokens, executor)
             return compare_all(tokens, today[tokens], of_m, trouble, executor.measure, rounds=rounds)
