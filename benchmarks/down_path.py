@@ -28,7 +28,6 @@ from sglang_moe_ext.engines.sglang import lookup_probe, sorted_layer
 from sglang_moe_ext.gpu.roofline import pair_floor_us
 from sglang_moe_ext.sorted_kernels import KernelPlan
 from sglang_moe_ext.tables import kernel_table
-from sglang_moe_ext.tuning import verify_install
 from sglang_moe_ext.tuning.bench import routing
 from sglang_moe_ext.tuning.bench.gpu_bench import BenchSetup, GpuBench
 from sglang_moe_ext.tuning.bench.messages import (
@@ -44,6 +43,7 @@ from sglang_moe_ext.tuning.bench.messages import (
 )
 from sglang_moe_ext.tuning.bench.timer import Stopwatch, cuda_queue
 from sglang_moe_ext.tuning.search import sorted_kernels, statistics
+from sglang_moe_ext.tuning.today import pairs_of
 
 _BLOCK = Quantization("fp8_w8a8", (128, 128))
 LAYERS = {
@@ -215,9 +215,7 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     for name in arguments.layers:
         shape = LAYERS[name]
         question = LookupRequest(shape, arguments.batch_size)
-        shipped, tuned = (
-            verify_install.pairs_of(who.ask(question)) for who in (lookup_probe.ALONE, lookup_probe.AS_SERVED)
-        )
+        shipped, tuned = (pairs_of(who.ask(question)) for who in (lookup_probe.ALONE, lookup_probe.AS_SERVED))
         print(f"\n## {name}\n\n{_HEADER}", flush=True)
         with tempfile.TemporaryDirectory() as cache:
             racer, rows = Racer(shape, Path(cache)), []

@@ -8,10 +8,10 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from sglang_moe_ext.core import Failure, MoEShape, Projection, Resources
+from sglang_moe_ext.core import CompileJob, Failure, MoEShape, Projection, Resources, TileConfig
 from sglang_moe_ext.kernels.compiled import TargetOnlyDriver, resources_of
 from sglang_moe_ext.kernels.quantize import quantize_weights
 
@@ -91,10 +91,10 @@ def _taking_group(kernel: Any) -> Any:
     import triton
 
     fn = kernel.fn
-    twin = types.FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
-    twin.__kwdefaults__, twin.__qualname__, twin.__module__ = fn.__kwdefaults__, fn.__qualname__, fn.__module__
-    twin.__annotations__ = {name: kind for name, kind in fn.__annotations__.items() if name != GROUP}
-    return triton.jit(twin, do_not_specialize=[*(kernel.do_not_specialize or ()), GROUP])
+    copy = types.FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+    copy.__kwdefaults__, copy.__qualname__, copy.__module__ = fn.__kwdefaults__, fn.__qualname__, fn.__module__
+    copy.__annotations__ = {name: kind for name, kind in fn.__annotations__.items() if name != GROUP}
+    return triton.jit(copy, do_not_specialize=[*(kernel.do_not_specialize or ()), GROUP])
 
 
 @contextmanager
@@ -116,3 +116,14 @@ def forget_binaries(kernels: Any) -> None:
         kernel = getattr(kernels, name)
         for each in (kernel, _taking_group(kernel)):
             each.device_caches.clear()
+
+
+def compile_gemm(job: CompileJob, kernels: Any, launch: Callable[[TileConfig], None]) -> Resources | Failure:
+    """What the binary of this job needs, or why the compiler refuses it; `launch` runs the engine's own launcher."""
+    config = job.key.with_group(job.group_m or 1)
+
+    def launch_it() -> None:
+        with any_group(kernels) if job.group_m is None else nullcontext():
+            launch(config)
+
+    return compile_last_launch(job.sm, launch_it)

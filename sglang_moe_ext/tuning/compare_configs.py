@@ -20,6 +20,7 @@ from sglang_moe_ext.tuning.run.executor import Executor, run_tasks
 from sglang_moe_ext.tuning.search import candidates, final_comparison
 from sglang_moe_ext.tuning.search.screening import EFFORTS
 from sglang_moe_ext.tuning.search.statistics import Interval
+from sglang_moe_ext.tuning.today import pairs_of
 
 TODAY = "today"
 """The name of what the engine takes now."""
@@ -113,14 +114,14 @@ def run(
         scratch = ends.enter_context(tempfile.TemporaryDirectory(prefix="sglang_moe_ext-", ignore_cleanup_errors=True))
         early = [job for m in largest_first for by_m in given.values() for job in _jobs(request, m, by_m[m])]
         executors = session.start_executors(request, measuring, source, Path(scratch), early, ends, progress)
-        today = verify_install.pairs_of(engine.answer(verify_install.lookup_request(request)))
+        today = pairs_of(engine.answer(verify_install.lookup_request(request)))
         jobs = [*early, *(job for m in largest_first for job in _jobs(request, m, today[m]))]
         for executor in executors:
             executor.want(jobs)
 
         def compare(tokens: int, executor: Executor) -> ConfigComparison:
             for job in jobs:
-                executor.binary(job)  # a compiler at work would disturb a race
+                executor.binary(job)  # a compiler at work would disturb the comparison
             of_m = {name: by_m[tokens] for name, by_m in given.items()}
             trouble = partial(_trouble, request, tokens, executor)
             return compare_all(tokens, today[tokens], of_m, trouble, executor.measure, rounds=rounds)

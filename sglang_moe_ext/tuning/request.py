@@ -24,7 +24,7 @@ class MeasureOptions:
     `with_tma`: the GEMMs that are timed with TMA too. `gpus`: what CUDA_VISIBLE_DEVICES is to say in each measuring
     process, one for each GPU; `ray`: the address of a cluster to measure on instead, "" for the one that Ray finds by
     itself. `resume`: go on with the newest unfinished run of this layer, or with the one in that folder.
-    `with_sorted_kernels`: race our own kernels with what was chosen of the engine's.
+    `with_sorted_kernels`: compare our own kernels with the pair chosen for the engine's.
     """
 
     effort: EffortName
@@ -41,7 +41,8 @@ class MeasureOptions:
 class TuneRequest:
     """One layer of one engine on one GPU. `gpu_is_here`: this machine has that GPU; `measuring` None: predict.
 
-    `vllm_shape` is the layer as vLLM would launch it, None where that is unknown or impossible.
+    `vllm_shape` is the layer as vLLM would launch it, None where that is unknown or impossible. `force`: predict
+    although a measured table for the layer is known.
     """
 
     model: str
@@ -55,6 +56,7 @@ class TuneRequest:
     output_dir: Path | None
     seed: int
     command: str
+    force: bool = False
 
     @property
     def shape(self) -> MoEShape:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from sglang_moe_ext.core import (
@@ -22,7 +21,7 @@ from sglang_moe_ext.core import (
     TileConfig,
 )
 from sglang_moe_ext.engines import meta_compile
-from sglang_moe_ext.engines.meta_compile import any_group, meta
+from sglang_moe_ext.engines.meta_compile import meta
 from sglang_moe_ext.engines.sglang import sorted_layer
 from sglang_moe_ext.engines.sglang.runner import LoadedSglang, launch, load
 from sglang_moe_ext.engines.sglang.sorted_layer import RowValues, SortedLayer
@@ -116,14 +115,12 @@ def compile_job(job: CompileJob | SortedKernelJob) -> Resources | Failure:
 
 
 def _compile_gemm(engine: LoadedSglang, job: CompileJob) -> Resources | Failure:
-    config = job.key.with_group(job.group_m or 1)
     tensors = _tensors(engine, job.shape, job.projection, job.tokens, job.key)
 
-    def launch_it() -> None:
-        with any_group(engine.kernels) if job.group_m is None else nullcontext():
-            launch(engine, job.shape, job.projection, tensors, config, writes_sorted=job.sorted_rows)
+    def launch_with(config: TileConfig) -> None:
+        launch(engine, job.shape, job.projection, tensors, config, writes_sorted=job.sorted_rows)
 
-    return meta_compile.compile_last_launch(job.sm, launch_it)
+    return meta_compile.compile_gemm(job, engine.kernels, launch_with)
 
 
 def _compile_sorted(engine: LoadedSglang, job: SortedKernelJob) -> Resources | Failure:

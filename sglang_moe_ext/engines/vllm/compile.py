@@ -7,12 +7,11 @@ For child processes only.
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEShape, Projection, Resources
+from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEShape, Projection, Resources, TileConfig
 from sglang_moe_ext.engines import meta_compile
-from sglang_moe_ext.engines.meta_compile import any_group, meta
+from sglang_moe_ext.engines.meta_compile import meta
 from sglang_moe_ext.engines.tensors import GemmTensors
 from sglang_moe_ext.engines.vllm import runner
 from sglang_moe_ext.engines.vllm.runner import LoadedVllm
@@ -86,11 +85,9 @@ def compile_job(job: CompileJob) -> Resources | Failure:
     """What the binary of this job needs, or why the compiler refuses it."""
     engine = _engine()
     _prepare(engine.kernels, job.sm)
-    config = job.key.with_group(job.group_m or 1)
     tensors = _tensors(engine, job.shape, job.projection, job.tokens, job.key)
 
-    def launch_it() -> None:
-        with any_group(engine.kernels) if job.group_m is None else nullcontext():
-            runner.launch(engine, job.shape, job.projection, tensors, config)
+    def launch_with(config: TileConfig) -> None:
+        runner.launch(engine, job.shape, job.projection, tensors, config)
 
-    return meta_compile.compile_last_launch(job.sm, launch_it)
+    return meta_compile.compile_gemm(job, engine.kernels, launch_with)

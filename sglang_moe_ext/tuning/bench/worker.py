@@ -107,7 +107,7 @@ class BenchProcess:
 
     def _start(self) -> None:
         with self._starting_or_closing:
-            if self._is_closed:  # nobody would end the process
+            if self._is_closed:  # nothing would end the process
                 raise MoEExtError(_CLOSED.message)
             context = multiprocessing.get_context("spawn")
             self._connection, theirs = context.Pipe()

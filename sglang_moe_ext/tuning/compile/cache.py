@@ -32,7 +32,7 @@ def default_path() -> Path:
 
 
 class CompileCache:
-    """Results by kernel and job, for all threads. A cache that cannot be used stops nobody: it says so and is empty."""
+    """Results by kernel and job, for all threads. A cache that cannot be used is empty, and says so."""
 
     def __init__(self, path: Path | None) -> None:
         """`path` None: keep results in memory alone."""

@@ -21,7 +21,7 @@ _CLOSED = Failure("Closed", "the compile pool was closed before this was compile
 
 
 class CompilePool:
-    """Compiles what is wanted while its callers do other things; any thread may ask. A context, to be closed.
+    """Compiles jobs in the background. Thread-safe. A context manager; close it.
 
     A failure that `cache` knows is final; a binary that it knows is made again only where `triton_cache` is to have it.
     """
@@ -40,10 +40,10 @@ class CompilePool:
         self._source, self._cache, self._progress = source, cache, progress
         self._makes_binaries = triton_cache is not None
         self._processes = CompileProcesses(source.module, workers or default_workers(), timeout_s, triton_cache)
-        # Of the background thread alone:
+        # Used by the background thread alone:
         self._taken_in: set[Job] = set()
         self._queue: OrderedDict[Job, None] = OrderedDict()
-        # Of every thread, under the condition:
+        # Used by every thread, under the condition:
         self._changed = threading.Condition()
         self._inbox: list[tuple[Sequence[Job], bool]] = []
         self._results: Compiled = {}
@@ -56,14 +56,14 @@ class CompilePool:
         self._thread.start()
 
     def want(self, jobs: Iterable[Job], *, first: bool = False) -> None:
-        """Queue the jobs that are not known yet; `first`: before all that waits, as also what waits already."""
+        """Queue the jobs that are not known yet. `first`: at the front, also those that are queued already."""
         wanted = tuple(jobs)
         with self._changed:
             self._inbox.append((wanted, first))
             self._ring()
 
     def result(self, job: Job) -> Resources | Failure:
-        """Wait for the job; it comes before all that waits in the queue and that nobody waits for."""
+        """Wait for the job, which moves to the front of the queue."""
         with self._changed:
             if job not in self._results:
                 self.want([job], first=True)
@@ -72,11 +72,11 @@ class CompilePool:
 
     @property
     def unable(self) -> Failure | None:
-        """Why it compiles nothing any more, which is no job's fault; None while it can, and where it was closed."""
+        """Why it can compile nothing any more, for no fault of a job. None while it can, and after `close`."""
         return self._processes.unable or (None if self._over is _CLOSED else self._over)
 
     def close(self) -> None:
-        """End the workers and what they run, at once; what was not compiled has failed."""
+        """Kill the workers and what they run. Jobs that are not compiled fail."""
         with self._changed:
             self._is_closing = True
             self._ring()
@@ -114,7 +114,7 @@ class CompilePool:
             self._rope.close()
 
     def _take_in(self) -> None:
-        """To the queue, or answered at once. The bell is hushed before anything is read that it rings for."""
+        """Queue the inbox, or answer from the cache. The wake-up is cleared before the inbox is read."""
         with contextlib.suppress(BlockingIOError):
             self._bell.recv(4096)
         with self._changed:
@@ -158,7 +158,7 @@ class CompilePool:
 
 
 def default_workers() -> int:
-    """How many binaries are made at once: of the cores that this process may use, which a container's may be few."""
+    """How many binaries are compiled at once, from the cores that this process may use."""
     cores = len(os.sched_getaffinity(0))
     return cores - 1 if cores > 4 else cores  # one to launch kernels with, where it is not missed
 

@@ -157,7 +157,7 @@ def _seats(ray: Any, node: Mapping[str, Any]) -> list[RayExecutor]:
 
 
 def _placed(ray: Any, seats: list[RayExecutor]) -> list[RayExecutor | str]:
-    """Each seat with its GPU in its name, or why it is left out; an actor that nobody holds any more ends."""
+    """Each seat with its GPU in its name, or why it is left out; an actor without a reference ends."""
     results = [seat.actor.where.remote() for seat in seats]
     if results:
         ray.wait(results, num_returns=len(results), timeout=_PLACED_WITHIN_S)

@@ -52,7 +52,7 @@ def hold(folder: Path) -> BinaryIO:
     """The run's lock, held until it is closed.
 
     Raises:
-        StoreError: another holds it, or nobody can.
+        StoreError: another process holds it, or it cannot be held.
     """
     try:
         lock = files.hold(folder / _LOCK, wait=False)
@@ -69,7 +69,7 @@ def in_use(folder: Path) -> StoreError:
 
 
 def is_held(folder: Path) -> bool:
-    """True where another process or another Run holds it, or nobody can."""
+    """True where another process or another RunFolder holds it, or it cannot be held."""
     try:
         hold(folder).close()
     except StoreError:
@@ -84,10 +84,10 @@ UNFINISHED_DAYS = 30
 
 
 def remove() -> None:
-    """Finished runs but for the newest, unfinished ones that nobody came back to, and the binaries of all but one.
+    """Remove old runs: finished ones but for the newest, abandoned ones, and the binaries of all unfinished but one.
 
-    That one is the newest unfinished run that nobody holds, which is the likeliest to be gone on with; the others
-    would compile theirs again. A run that is held stays as it is.
+    The newest unfinished run that no process holds keeps its binaries, since it is the likeliest to be resumed; the
+    others would compile theirs again. A run that is held stays as it is.
     """
     folders = newest_first()
     finished = [folder for folder in folders if journal_reader.is_finished(folder / JOURNAL)]
@@ -171,7 +171,7 @@ def begin(circumstances: Circumstances) -> RunFolder:
 
 
 def resume(circumstances: Circumstances, path: Path | None) -> RunFolder:
-    """The run in that folder, or the newest unfinished one under equal circumstances that nobody holds.
+    """The run in that folder, or the newest unfinished one under equal circumstances that no process holds.
 
     Raises:
         StoreError: there is none, its circumstances differ, another process holds it, or its journal is broken.

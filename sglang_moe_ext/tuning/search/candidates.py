@@ -66,16 +66,16 @@ def list_candidates(
         groups = groups_by_key(_ranked(kept, problem, tokens, projection))
         wanted = set(itertools.islice(dict.fromkeys((*shared, *groups)), keys))
         found[projection] = [
-            twin.with_group(group)
+            variant.with_group(group)
             for key, of_key in sorted(groups.items(), key=lambda item: item[0] != shared[0])
             if key in wanted
-            for twin in (_twins(key) if projection in with_tma else (key,))
+            for variant in (_with_and_without_tma(key) if projection in with_tma else (key,))
             for group in of_key
         ]
     return found
 
 
-def _twins(key: CompileKey) -> tuple[CompileKey, CompileKey]:
+def _with_and_without_tma(key: CompileKey) -> tuple[CompileKey, CompileKey]:
     """The same tile without TMA and with it."""
     return key, CompileKey(key.block_m, key.block_n, key.block_k, key.num_warps, key.num_stages, use_tma=True)
 

@@ -1,4 +1,4 @@
-"""What the whole layer launches is what the farm has compiled for it: else each rematch would compile again."""
+"""What the whole layer launches is what the compile pool made for it: else each comparison would compile again."""
 
 from __future__ import annotations
 
