@@ -20,14 +20,15 @@ from pathlib import Path
 
 from benchmarks.racing import here
 from sglang_moe_ext.core import PROJECTIONS, Gpu, MoEExtError, MoEShape, Quantization, TileConfig
-from sglang_moe_ext.engines.sglang import installation
+from sglang_moe_ext.engines.registry import SGLANG
 from sglang_moe_ext.tuning.bench import routing
 from sglang_moe_ext.tuning.bench.gpu_bench import BenchSetup
-from sglang_moe_ext.tuning.bench.messages import Ask, BenchGemm, CheckAccuracy, GemmTimes, Pair
+from sglang_moe_ext.tuning.bench.messages import BenchGemm, CheckAccuracy, GemmTimes, Measure, Pair
 from sglang_moe_ext.tuning.bench.worker import BenchProcess
 from sglang_moe_ext.tuning.compile.cache import CompileCache
 from sglang_moe_ext.tuning.compile.kernel_source import kernel_source
 from sglang_moe_ext.tuning.compile.pool import compile_all
+from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.search import candidates, predict, space
 
 LAYERS = {
@@ -49,7 +50,7 @@ def sample(shape: MoEShape, gpu: Gpu, tokens: int, size: int) -> list[TileConfig
     kept = list(space.prune(space.full_space(), shape, gpu).kept)
     chance.shuffle(kept)
     one_per_key = tuple({config.compile_key: config for config in kept}.values())
-    ranked = predict.by_estimate(one_per_key, shape, gpu, tokens)
+    ranked = predict.by_estimate(one_per_key, Problem(shape, gpu, "sglang"), tokens)
     favourites, others = ranked[: size // 2], ranked[size // 2 :]
     return favourites + chance.sample(others, min(size - size // 2, len(others)))
 
@@ -59,13 +60,13 @@ def compiled(chosen: dict[int, list[TileConfig]], shape: MoEShape, gpu: Gpu, tri
     jobs = {
         job: None
         for tokens, configs in chosen.items()
-        for job in candidates.screening_jobs(dict.fromkeys(PROJECTIONS, configs), shape, tokens, gpu.sm)
+        for job in candidates.screening_jobs(dict.fromkeys(PROJECTIONS, configs), Problem(shape, gpu, "sglang"), tokens)
     }
-    source = kernel_source(installation.find())
+    source = kernel_source(SGLANG.find(), SGLANG)
     return len(compile_all(source, list(jobs), cache=CompileCache(None), triton_cache=triton_cache))
 
 
-def trials(chosen: dict[int, list[TileConfig]], ask: Ask, seconds: float) -> Iterator[Record]:
+def trials(chosen: dict[int, list[TileConfig]], measure: Measure, seconds: float) -> Iterator[Record]:
     """A record of each trial; no new batch size is begun after so many seconds."""
     until = time.monotonic() + seconds
     for tokens, configs in chosen.items():
@@ -73,7 +74,7 @@ def trials(chosen: dict[int, list[TileConfig]], ask: Ask, seconds: float) -> Ite
             return
         for config in configs:
             for projection in PROJECTIONS:
-                answer = ask(BenchGemm(tokens, projection, config.compile_key, (config.group_m,), SAMPLES))
+                answer = measure(BenchGemm(tokens, projection, config.compile_key, (config.group_m,), SAMPLES))
                 record: Record = {
                     "tokens": tokens,
                     "projection": projection,
@@ -93,12 +94,12 @@ def collect(name: str, gpu: Gpu, per_batch: int, seconds: float, out: Path) -> N
         chosen = {tokens: sample(shape, gpu, tokens, per_batch) for tokens in TOKENS}
         binaries = compiled(chosen, shape, gpu, Path(folder))
         print(f"{name}: {binaries} binaries in {time.monotonic() - begun:.1f} s", flush=True)
-        worker = BenchProcess(BenchSetup(shape, routing.UNIFORM, 0, Path(folder)))
+        worker = BenchProcess(BenchSetup(shape, routing.UNIFORM, 0, Path(folder), "sglang"))
         try:
             begun = time.monotonic()
             count = failures = 0
             with (out / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-                for record in trials(chosen, worker.ask, seconds):
+                for record in trials(chosen, worker.measure, seconds):
                     file.write(json.dumps(record) + "\n")
                     count += 1
                     failures += "failure" in record
@@ -106,7 +107,7 @@ def collect(name: str, gpu: Gpu, per_batch: int, seconds: float, out: Path) -> N
             config = chosen[1024][0]
             pair: Pair = {"up": config, "down": config}
             for tokens in CHECKED:
-                print(f"{name} {tokens} relative error {worker.ask(CheckAccuracy(tokens, pair))}", flush=True)
+                print(f"{name} {tokens} relative error {worker.measure(CheckAccuracy(tokens, pair))}", flush=True)
         finally:
             worker.close()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sglang_moe_ext.cli.console import Bar
 from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEShape, Quantization
-from sglang_moe_ext.engines.sglang import installation
+from sglang_moe_ext.engines.registry import SGLANG
 from sglang_moe_ext.gpu.specs import ARCHITECTURES
 from sglang_moe_ext.tuning.compile.cache import CompileCache
 from sglang_moe_ext.tuning.compile.kernel_source import kernel_source
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("sm", type=int, nargs="*", metavar="SM")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    source = kernel_source(installation.find())
+    source = kernel_source(SGLANG.find(), SGLANG)
     for sm in arguments.sm or ARCHITECTURES_IN_DOUBT:
         for name, shape in LAYERS.items():
             jobs = {key: CompileJob(shape, "up", TOKENS, key, sm) for key in keys(shape, sm)}

@@ -80,12 +80,12 @@ class Racer:
 
     def __init__(self, shape: MoEShape, cache: Path) -> None:
         self.shape = shape
-        self._bench: GpuBench = BenchSetup(shape, routing.SOURCES["mixed"], _SEED, cache)()
+        self._bench: GpuBench = BenchSetup(shape, routing.SOURCES["mixed"], _SEED, cache, "sglang")()
         self._stages = Stopwatch(cuda_queue())
 
     def _ask(self, question: BenchRequest) -> BenchResult:
         try:
-            return self._bench.answer(question)
+            return self._bench.measure(question)
         except Exception as error:  # noqa: BLE001 - the compiler fails in many ways; each costs this path alone
             print(f"  left out: {type(error).__name__}: {str(error)[:150]}", file=sys.stderr)
             return Failure(type(error).__name__, str(error))

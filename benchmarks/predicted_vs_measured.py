@@ -15,7 +15,7 @@ from benchmarks.racing import Outcome, geomean, here, raced, track_of
 from sglang_moe_ext.cli import tune
 from sglang_moe_ext.cli.console import Bar
 from sglang_moe_ext.core import MoEExtError
-from sglang_moe_ext.engines.sglang import installation
+from sglang_moe_ext.engines.registry import SGLANG
 from sglang_moe_ext.gpu.roofline import pair_floor_us
 from sglang_moe_ext.tuning import pipeline, plan
 from sglang_moe_ext.tuning.bench.messages import Pair
@@ -41,11 +41,10 @@ COLUMNS = (
 
 def predicted(request: TuneRequest) -> dict[int, Pair]:
     """What a table without a GPU has for each M."""
-    source = kernel_source(installation.find())
+    source = kernel_source(SGLANG.find(), SGLANG)
     table = predict.predict_table(
-        plan.prune_space(request.shape, request.gpu).kept,
-        request.shape,
-        request.gpu,
+        plan.prune_space(request.problem).kept,
+        request.problem,
         request.tokens,
         lambda jobs: compile_all(source, jobs, cache=CompileCache(None)),
     )

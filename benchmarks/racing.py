@@ -9,16 +9,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sglang_moe_ext.core import EngineError, Failure, Gpu, GpuError, MoEShape
+from sglang_moe_ext.engines.registry import SGLANG
 from sglang_moe_ext.engines.sglang import installation
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tuning.bench.gpu_bench import BenchSetup
-from sglang_moe_ext.tuning.bench.messages import Accuracy, Ask, CheckAccuracy, Pair
+from sglang_moe_ext.tuning.bench.messages import Accuracy, CheckAccuracy, Measure, Pair
 from sglang_moe_ext.tuning.bench.routing import RoutingSource
 from sglang_moe_ext.tuning.bench.worker import BenchProcess
 from sglang_moe_ext.tuning.compile.cache import CompileCache
 from sglang_moe_ext.tuning.compile.kernel_source import kernel_source
 from sglang_moe_ext.tuning.compile.pool import compile_all
+from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.request import TuneRequest
 from sglang_moe_ext.tuning.search import candidates, final_comparison, statistics
 from sglang_moe_ext.tuning.search.statistics import Interval
@@ -131,13 +133,13 @@ def raced(track: Track, choices: Mapping[str, Mapping[int, Pair]], rounds: int =
             job
             for m, of_m in by_tokens.items()
             for pair in of_m.values()
-            for job in candidates.pair_jobs(pair, track.shape, m, track.gpu.sm)
+            for job in candidates.pair_jobs(pair, Problem(track.shape, track.gpu, "sglang"), m)
         ]
-        source = kernel_source(installation.find())
+        source = kernel_source(SGLANG.find(), SGLANG)
         compile_all(source, jobs, cache=CompileCache(None), triton_cache=Path(triton_cache))
-        worker = BenchProcess(BenchSetup(track.shape, track.routing, track.seed, Path(triton_cache)))
+        worker = BenchProcess(BenchSetup(track.shape, track.routing, track.seed, Path(triton_cache), "sglang"))
         try:
-            return {m: compare(m, of_m, worker.ask, rounds) for m, of_m in by_tokens.items()}
+            return {m: compare(m, of_m, worker.measure, rounds) for m, of_m in by_tokens.items()}
         finally:
             worker.close()
 
@@ -148,24 +150,24 @@ def _by_tokens(choices: Mapping[str, Mapping[int, Pair]]) -> dict[int, dict[str,
     return {m: {name: of_choice[m] for name, of_choice in choices.items() if m in of_choice} for m in tokens}
 
 
-def compare(tokens: int, choices: Mapping[str, Pair], ask: Ask, rounds: int) -> Outcome:
+def compare(tokens: int, choices: Mapping[str, Pair], measure: Measure, rounds: int) -> Outcome:
     """Race those that run, the first choice first and last; check each. A Failure is told, and stops no other."""
-    first, *rivals = choices.values()
-    heat = final_comparison.interleave(tokens, first, rivals, ask, rounds=rounds)
+    first, *challengers = choices.values()
+    compared = final_comparison.interleave(tokens, first, challengers, measure, rounds=rounds)
     runners: dict[str, Runner] = {}
-    for (name, pair), result in zip(choices.items(), (heat.incumbent, *heat.rivals), strict=True):
+    for (name, pair), result in zip(choices.items(), (compared.incumbent, *compared.challengers), strict=True):
         match result:
             case final_comparison.ComparedLayer(samples):
-                runners[name] = Runner(pair, samples, _error(tokens, pair, ask))
+                runners[name] = Runner(pair, samples, _error(tokens, pair, measure))
             case Failure():
                 runners[name] = Runner(pair, result)
-    raced = heat.raced
+    raced = compared.times
     return Outcome(runners) if raced is None else Outcome(runners, raced.routings, raced.throttled)
 
 
-def _error(tokens: int, pair: Pair, ask: Ask) -> float | None:
-    answer = ask(CheckAccuracy(tokens, pair))
-    return answer.error if isinstance(answer, Accuracy) else None
+def _error(tokens: int, pair: Pair, measure: Measure) -> float | None:
+    result = measure(CheckAccuracy(tokens, pair))
+    return result.error if isinstance(result, Accuracy) else None
 
 
 def geomean(outcomes: Mapping[int, Outcome], of: str, to: str) -> float:

@@ -9,6 +9,7 @@ from benchmarks.serving.answering import answer_all, take_standard_output
 from benchmarks.serving.workloads import WORKLOADS
 from sglang_moe_ext.core import TileConfig
 from sglang_moe_ext.engines.config_dict import tile_of
+from sglang_moe_ext.engines.registry import SGLANG
 from sglang_moe_ext.engines.sglang import runner
 from sglang_moe_ext.engines.sglang.hook_points import LOOKUP
 from sglang_moe_ext.engines.sglang.runner import LoadedSglang
@@ -74,7 +75,9 @@ class LayerChild:
         """Make the weights of that `workload`, by its number."""
         assert self._engine is not None
         self._layer = None  # two of them may not fit
-        self._layer = BenchedLayer(self._engine, WORKLOADS[request["workload"]].shape, routing.UNIFORM, seed=0)
+        self._layer = BenchedLayer(
+            self._engine, WORKLOADS[request["workload"]].shape, routing.UNIFORM, seed=0, adapter=SGLANG
+        )
         return {}
 
     def run(self, request: dict[str, Any]) -> dict[str, Any]:

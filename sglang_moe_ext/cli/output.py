@@ -209,10 +209,10 @@ def results(request: TuneRequest, outcome: TuneOutcome) -> Grid:
             for m, result in _measured(outcome).items()
             for row in (
                 *measured_rows(m, result, floors[m]),
-                *path_rows(outcome.paths.get(m), floors[m]),
+                *path_rows(outcome.plans.get(m), floors[m]),
             )
         ]
-        if any(isinstance(raced.pair, KernelPlan) for raced in outcome.paths.values()):
+        if any(isinstance(raced.pair, KernelPlan) for raced in outcome.plans.values()):
             title += "\nkernel: our own kernels, which a server with this plugin runs there; gain: over what is above"
         title += "\nus: whole layer; roof: how much of the GEMM roofline that is; gain: with its 95 % interval"
         columns = ["M", "", "configuration", "us", "gain", "roof", "error"]
@@ -244,7 +244,7 @@ def document(request: TuneRequest, outcome: TuneOutcome) -> Mapping[str, Any]:
         "environment": {} if outcome.destination is None else outcome.destination.environment,
         "picked_up": None if outcome.answer is None else True,
         "entries": len(outcome.results),
-        "paths": [plan_measurement(m, raced) for m, raced in outcome.paths.items()],
+        "paths": [plan_measurement(m, raced) for m, raced in outcome.plans.items()],
         "measurements": [measurement(m, result) for m, result in _measured(outcome).items()],
     }
 

@@ -15,6 +15,7 @@ from sglang_moe_ext.engines.registry import ENGINES
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tuning import compare_configs, config_args, install_target, pipeline
 from sglang_moe_ext.tuning.plan import DEFAULT_TOKENS, TunePlan
+from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.request import MeasureOptions, TuneRequest
 
 _EXAMPLES = """examples:
@@ -67,9 +68,8 @@ def request_of(arguments: argparse.Namespace, command: str) -> TuneRequest:
     return TuneRequest(
         model=layer.name,
         architecture=layer.architecture,
-        shape=layer.shape,
+        problem=Problem(layer.shape, gpu, arguments.engine),
         vllm_shape=layer.vllm_shape,
-        gpu=gpu,
         gpu_is_here=is_here,
         tokens=layer_args.tokens_of(arguments, DEFAULT_TOKENS),
         measuring=measure_args.measure_options(arguments, layer.shape, gpu, engine) if measures and engine else None,
@@ -77,7 +77,6 @@ def request_of(arguments: argparse.Namespace, command: str) -> TuneRequest:
         output_dir=arguments.output_dir,
         seed=arguments.seed,
         command=command,
-        engine=arguments.engine,
     )
 
 

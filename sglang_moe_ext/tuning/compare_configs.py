@@ -1,4 +1,4 @@
-"""Race what is given beside what the engine takes today, as whole layers, and check each; nothing is chosen."""
+"""Compare given configurations with today's, as whole layers, and check the accuracy of each; nothing is chosen."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sglang_moe_ext.core import CompileJob, Failure, TileConfig
 from sglang_moe_ext.tuning import verify_install
-from sglang_moe_ext.tuning.bench.messages import Accuracy, Ask, CheckAccuracy, Pair
+from sglang_moe_ext.tuning.bench.messages import Accuracy, CheckAccuracy, Measure, Pair
 from sglang_moe_ext.tuning.compile.kernel_source import kernel_source
 from sglang_moe_ext.tuning.config_args import Choices
 from sglang_moe_ext.tuning.request import MeasureOptions, Progress, TuneRequest
@@ -44,7 +44,7 @@ class ConfigComparison:
     """Each choice at one M, today's first.
 
     `noise`: by how much today's differs from itself, None where it cannot run; `throttled`: why the GPU slowed down in
-    every race, None where it did not.
+    every measurement, None where it did not.
     """
 
     pairs: Mapping[str, Pair]
@@ -54,27 +54,27 @@ class ConfigComparison:
 
 
 def compare_all(
-    tokens: int, today: Pair, given: Mapping[str, Pair], trouble: Trouble, ask: Ask, *, rounds: int
+    tokens: int, today: Pair, given: Mapping[str, Pair], trouble: Trouble, measure: Measure, *, rounds: int
 ) -> ConfigComparison:
-    """All choices in one race, and a check of each that runs; one that cannot run costs itself alone."""
+    """Compare all choices in one measurement, and check each that runs; one that cannot run costs itself alone."""
     pairs = {TODAY: today, **given}
     found = {configs: trouble(_pair(configs)) for configs in map(_configs, pairs.values())}
     results: dict[_Configs, TimedConfig | Failure] = {configs: why for configs, why in found.items() if why is not None}
     first, *others = found
-    rivals = [configs for configs in others if configs not in results]
+    challengers = [configs for configs in others if configs not in results]
     incumbent = None if first in results else today
-    heat = final_comparison.interleave(tokens, incumbent, list(map(_pair, rivals)), ask, rounds=rounds)
-    for configs, result in zip((first, *rivals), (heat.incumbent, *heat.rivals), strict=True):
+    compared = final_comparison.interleave(tokens, incumbent, list(map(_pair, challengers)), measure, rounds=rounds)
+    for configs, result in zip((first, *challengers), (compared.incumbent, *compared.challengers), strict=True):
         match result:
             case final_comparison.ComparedLayer(_, us, over_today):
-                results[configs] = TimedConfig(us, over_today, _error(CheckAccuracy(tokens, _pair(configs)), ask))
+                results[configs] = TimedConfig(us, over_today, _error(CheckAccuracy(tokens, _pair(configs)), measure))
             case Failure():
                 results[configs] = result
     return ConfigComparison(
         pairs=pairs,
         results={name: results[_configs(pair)] for name, pair in pairs.items()},
-        noise=heat.noise,
-        throttled=None if heat.raced is None else heat.raced.throttled,
+        noise=compared.noise,
+        throttled=None if compared.times is None else compared.times.throttled,
     )
 
 
@@ -87,14 +87,14 @@ def _pair(configs: _Configs) -> Pair:
     return {"up": up, "down": down}
 
 
-def _error(check: CheckAccuracy, ask: Ask) -> float | Failure:
-    match ask(check):
+def _error(check: CheckAccuracy, measure: Measure) -> float | Failure:
+    match measure(check):
         case Accuracy(error):
             return error
         case Failure() as why:
             return why
-        case answer:
-            raise TypeError(f"a Check was answered by {answer}")
+        case result:
+            raise TypeError(f"CheckAccuracy returned {result}")
 
 
 def run(
@@ -103,7 +103,7 @@ def run(
     """What is given beside today's choice, at each M of the request. No table and no run is written.
 
     Raises:
-        MoEExtError: no GPU answers, or the engine does not say what it takes.
+        MoEExtError: no GPU responds, or the engine does not say what it takes.
     """
     source = kernel_source(request.adapter.find(), request.adapter)
     rounds = EFFORTS[measuring.effort].rounds
@@ -123,15 +123,15 @@ def run(
                 executor.binary(job)  # a compiler at work would disturb a race
             of_m = {name: by_m[tokens] for name, by_m in given.items()}
             trouble = partial(_trouble, request, tokens, executor)
-            return compare_all(tokens, today[tokens], of_m, trouble, executor.ask, rounds=rounds)
+            return compare_all(tokens, today[tokens], of_m, trouble, executor.measure, rounds=rounds)
 
         tasks = [partial(compare, tokens) for tokens in largest_first]
-        found = run_tasks(executors, tasks, lambda done, of: progress("racing", done, of))
+        found = run_tasks(executors, tasks, lambda done, of: progress("comparing", done, of))
     return dict(sorted(zip(largest_first, found, strict=True)))
 
 
 def _jobs(request: TuneRequest, tokens: int, pair: Pair) -> list[CompileJob]:
-    return candidates.pair_jobs(pair, request.shape, tokens, request.gpu.sm, request.adapter)
+    return candidates.pair_jobs(pair, request.problem, tokens)
 
 
 def _trouble(request: TuneRequest, tokens: int, executor: Executor, pair: Pair) -> Failure | None:

@@ -32,13 +32,13 @@ from sglang_moe_ext.tuning.search.predict import PredictedConfig
 
 @dataclass(frozen=True, slots=True)
 class TuneOutcome:
-    """What came of a run. `paths`: who won the race of our own path with what was chosen.
+    """What came of a run. `plans`: the winner where our kernels were compared with the chosen pair.
 
     `answer` is the engine's proof of the pick-up, None where there is no engine to ask.
     """
 
     results: Results
-    paths: Mapping[int, MeasuredChoice[Runner]]
+    plans: Mapping[int, MeasuredChoice[Runner]]
     written: tuple[Path, ...]
     refused: dict[Path, str]
     destination: InstallTarget | None
@@ -84,10 +84,10 @@ def run(request: TuneRequest, progress: Progress) -> TuneOutcome:
     destination = target_of(request, engine)
     source = kernel_source(engine, request.adapter)
     triton = installed.running_triton() or ""
-    kept = plan.prune_space(request.shape, request.gpu, request.adapter).kept
+    kept = plan.prune_space(request.problem).kept
     for place in itertools.chain.from_iterable(of.values() for of in _table_files(request, destination, triton)):
         merge.read(place)  # what cannot be merged is better known before the work than after it
-    kernel_table.read(_paths_file(request, triton))
+    kernel_table.read(_plans_file(request, triton))
     with ExitStack() as processes:
 
         def ask_later(environment: dict[str, str]) -> ProbeLike:
@@ -103,16 +103,16 @@ def run(request: TuneRequest, progress: Progress) -> TuneOutcome:
             folder = processes.enter_context(session.open_run(request, request.measuring, source))
             found = session.measure(request, request.measuring, folder, kept, today, source, progress)
             results: Results = found.pairs
-            paths = found.paths
+            plans = found.plans
         else:
-            folder, paths = None, {}
+            folder, plans = None, {}
             results = _predict(request, kept, destination, today, source, progress)
         progress("writing", 0, 1)
         circumstances = results_to_tables.circumstances(request, engine, source.name)
         stored = _write_tables(request, results, circumstances, destination, triton)
         own = _write_plans(
             request,
-            results_to_tables.plans_table(paths, _ours_to_say(request, engine, results), circumstances),
+            results_to_tables.plans_table(plans, _decided_tokens(request, engine, results), circumstances),
             triton,
         )
         progress("writing", 1, 1)
@@ -124,7 +124,7 @@ def run(request: TuneRequest, progress: Progress) -> TuneOutcome:
             answer = _prove(request, stored, read_by_engine, proof, progress)
     return TuneOutcome(
         results=results,
-        paths=paths,
+        plans=plans,
         written=(*(path for path, result in stored.items() if isinstance(result, StoredTable)), *own),
         refused={path: result.why for path, result in stored.items() if isinstance(result, RefusedTable)},
         destination=destination,
@@ -166,11 +166,9 @@ def _predict(
     cache = CompileCache(default_path())
     return predict.predict_table(
         kept,
-        request.shape,
-        request.gpu,
+        request.problem,
         request.tokens,
         lambda jobs: compile_all(source, jobs, cache=cache, progress=lambda done, of: progress("compiling", done, of)),
-        request.adapter,
     )
 
 
@@ -192,20 +190,20 @@ def _write_tables(
 
 
 def _write_plans(request: TuneRequest, table: KernelTable, triton: str) -> list[Path]:
-    """Write the table of our own path where our plugin reads it, and no engine; the file, if there is something."""
+    """Write the table of kernel plans where our plugin reads it and no engine does; the file, if there is something."""
     if not table:
         return []
-    kernel_table.put(file := _paths_file(request, triton), table)
+    kernel_table.put(file := _plans_file(request, triton), table)
     return [file]
 
 
-def _ours_to_say(request: TuneRequest, engine: InstallationLike | None, results: Results) -> Iterable[int]:
-    """The numbers of tokens of which this run knows best whether our own path is to run."""
+def _decided_tokens(request: TuneRequest, engine: InstallationLike | None, results: Results) -> Iterable[int]:
+    """The batch sizes of which this run decides whether our own kernels run."""
     can_run = engine is not None and request.adapter.has_sorted_kernels(engine.version, request.gpu.sm)
     return results if request.measuring is not None and can_run else ()
 
 
-def _paths_file(request: TuneRequest, triton: str) -> Path:
+def _plans_file(request: TuneRequest, triton: str) -> Path:
     up = install_target.table_names(request.adapter, request.shape, request.gpu.device_name)[False]
     return kernel_table.path_beside(install_target.store_folder(request.engine, triton) / up)
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sglang_moe_ext.core import CompileJob, Gpu, GpuError, ModelError, MoEShape, TileConfig
-from sglang_moe_ext.engines.adapter import EngineAdapter
-from sglang_moe_ext.engines.registry import SGLANG
 from sglang_moe_ext.gpu.roofline import pair_floor_us
 from sglang_moe_ext.tuning.bench.messages import Pair
 from sglang_moe_ext.tuning.compile.pool import default_workers
+from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.request import TuneRequest
 from sglang_moe_ext.tuning.search import candidates, cost_model, predict, space
 
@@ -46,20 +45,21 @@ class TunePlan:
     estimated_s: float
 
 
-def prune_space(shape: MoEShape, gpu: Gpu, engine: EngineAdapter = SGLANG) -> space.PrunedSpace:
+def prune_space(problem: Problem) -> space.PrunedSpace:
     """The candidates that no rule drops.
 
     Raises:
         GpuError: the GPU cannot multiply the layer's operands at all.
         ModelError: the layer is so small, or its scales so fine, that no candidate suits it.
     """
+    shape, gpu = problem.shape, problem.gpu
     if shape.quantization.scheme == "fp8_w8a8" and gpu.sm < _FIRST_FP8_SM:
         raise GpuError(
             f"{gpu.device_name} (sm_{gpu.sm}) has no fp8 matrix units: expected sm_{_FIRST_FP8_SM} or newer; "
             "engines run such weights through Marlin there, which reads no table"
         )
     space_of_engine = dict.fromkeys(
-        engine.effective_config(config, shape.quantization) for config in space.full_space()
+        problem.adapter.effective_config(config, shape.quantization) for config in space.full_space()
     )
     found = space.prune(space_of_engine, shape, gpu)
     if not found.kept:
@@ -74,19 +74,18 @@ def make_plan(request: TuneRequest, incumbents: dict[int, Pair] | None) -> TuneP
     Raises:
         MoEExtError: as `pruned`.
     """
-    shape, gpu = request.shape, request.gpu
-    engine = request.adapter
-    found = prune_space(shape, gpu, engine)
-    rows = tuple(_row(found.kept, shape, gpu, m, None if incumbents is None else incumbents[m]) for m in request.tokens)
+    problem = request.problem
+    found = prune_space(problem)
+    rows = tuple(_row(found.kept, problem, m, None if incumbents is None else incumbents[m]) for m in request.tokens)
     screens = 0
     jobs: set[CompileJob] = set()
     for m in request.tokens:
         if request.measuring is None:
-            front = predict.best_of_each_key(found.kept, shape, gpu, m)[: predict.FRONT]
-            jobs.update(job for config in front for job in predict.jobs_of(config, shape, m, gpu.sm, engine).values())
+            front = predict.best_of_each_key(found.kept, problem, m)[: predict.FRONT]
+            jobs.update(job for config in front for job in predict.list_jobs(config, problem, m).values())
         else:
             of_m = candidates.screening_jobs(
-                candidates.list_for_request(request, request.measuring, found.kept, m), shape, m, gpu.sm, engine
+                candidates.list_for_request(request, request.measuring, found.kept, m), problem, m
             )
             screens += len(of_m)
             jobs.update(of_m)
@@ -96,11 +95,12 @@ def make_plan(request: TuneRequest, incumbents: dict[int, Pair] | None) -> TuneP
     else:
         gpus = max(1, len(request.measuring.gpus))
         seconds = _START_S + max(compiling_s, screens * _SCREEN_S / gpus) + len(rows) * _REMATCH_S / gpus
-    return TunePlan(shape, gpu, request.measuring is not None, found, rows, len(jobs), seconds)
+    return TunePlan(problem.shape, problem.gpu, request.measuring is not None, found, rows, len(jobs), seconds)
 
 
-def _row(kept: tuple[TileConfig, ...], shape: MoEShape, gpu: Gpu, tokens: int, incumbent: Pair | None) -> PlanRow:
-    best = predict.by_estimate(kept, shape, gpu, tokens)[0]
+def _row(kept: tuple[TileConfig, ...], problem: Problem, tokens: int, incumbent: Pair | None) -> PlanRow:
+    shape, gpu = problem.shape, problem.gpu
+    best = predict.by_estimate(kept, problem, tokens)[0]
     return PlanRow(
         tokens=tokens,
         floor_us=pair_floor_us(shape, gpu, tokens),

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from sglang_moe_ext.core import Gpu, MoEShape, Projection
 from sglang_moe_ext.engines.adapter import EngineAdapter, EngineName
-from sglang_moe_ext.engines.registry import ENGINES
 from sglang_moe_ext.tuning.bench.routing import RoutingSource
 from sglang_moe_ext.tuning.install_target import Install
+from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.search.screening import EffortName
 
 Progress = Callable[[str, int, int], None]
@@ -46,9 +46,8 @@ class TuneRequest:
 
     model: str
     architecture: str
-    shape: MoEShape
+    problem: Problem
     vllm_shape: MoEShape | None
-    gpu: Gpu
     gpu_is_here: bool
     tokens: tuple[int, ...]
     measuring: MeasureOptions | None
@@ -56,9 +55,19 @@ class TuneRequest:
     output_dir: Path | None
     seed: int
     command: str
-    engine: EngineName = "sglang"
+
+    @property
+    def shape(self) -> MoEShape:
+        return self.problem.shape
+
+    @property
+    def gpu(self) -> Gpu:
+        return self.problem.gpu
+
+    @property
+    def engine(self) -> EngineName:
+        return self.problem.engine
 
     @property
     def adapter(self) -> EngineAdapter:
-        """The engine that is tuned."""
-        return ENGINES[self.engine]
+        return self.problem.adapter

@@ -125,7 +125,7 @@ def transferred_entries(run: TuningRun, times_us: Mapping[int, float]) -> dict[i
 
 
 def plans_table(found: Mapping[int, MeasuredChoice[Runner]], tokens: Iterable[int], run: TuningRun) -> KernelTable:
-    """Where our own path won, and where it did not, or was not tried: what was known there is known no more."""
+    """Kernel plans where they won; entries without one where they lost or were not tried, which replace older plans."""
     untried = {m: kernel_table.KernelEntry(None, run) for m in tokens}
     return untried | {
         m: kernel_table.KernelEntry(

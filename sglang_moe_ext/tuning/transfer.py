@@ -79,11 +79,11 @@ def best_configs(journal: Recording, source: JournalSource, engine: EngineName) 
 def _times(journal: Recording) -> dict[int, Times]:
     """The median of each configuration's samples, by M and GEMM; of two screens of one, the one with more samples."""
     samples: dict[int, dict[Projection, dict[TileConfig, tuple[float, ...]]]] = {}
-    for question, answer in journal.answers.values():
-        if isinstance(question, BenchGemm) and isinstance(answer, GemmTimes):
-            of_gemm = samples.setdefault(question.tokens, {it: {} for it in PROJECTIONS})[question.projection]
-            for group, us in zip(question.groups, answer.us, strict=True):
-                config = question.key.with_group(group)
+    for request, result in journal.results.values():
+        if isinstance(request, BenchGemm) and isinstance(result, GemmTimes):
+            of_gemm = samples.setdefault(request.tokens, {it: {} for it in PROJECTIONS})[request.projection]
+            for group, us in zip(request.groups, result.us, strict=True):
+                config = request.key.with_group(group)
                 if len(us) > len(of_gemm.get(config, ())):
                     of_gemm[config] = us
     return {
@@ -93,8 +93,8 @@ def _times(journal: Recording) -> dict[int, Times]:
 
 
 def _wrong(journal: Recording, shape: MoEShape) -> Iterable[TileConfig]:
-    for question, answer in journal.answers.values():
-        if not isinstance(question, CheckAccuracy) or isinstance(question.pair, KernelPlan):
-            continue  # our own path runs no tile of a table
-        if isinstance(answer, Accuracy) and not is_right(shape, answer.error):
-            yield from question.pair.values()
+    for request, result in journal.results.values():
+        if not isinstance(request, CheckAccuracy) or isinstance(request.pair, KernelPlan):
+            continue  # our own kernels run no tile of a table
+        if isinstance(result, Accuracy) and not is_right(shape, result.error):
+            yield from request.pair.values()

@@ -131,18 +131,18 @@ class FakeWorker:
         self.asked: list[BenchRequest] = []
         self.is_closed = False
 
-    def ask(self, question: BenchRequest) -> BenchResult:
-        self.asked.append(question)
-        match question:
-            case BenchLayers() if any(config in self.fails for pair in question.pairs for config in pair.values()):
+    def measure(self, request: BenchRequest) -> BenchResult:
+        self.asked.append(request)
+        match request:
+            case BenchLayers() if any(config in self.fails for pair in request.pairs for config in pair.values()):
                 return Failure("OutOfResources", "shared memory")
             case BenchLayers():
-                us = [6400 / pair["up"].block_n for pair in question.pairs]
-                drift = [1 + turn / question.rounds for turn in range(question.rounds)]
+                us = [6400 / pair["up"].block_n for pair in request.pairs]
+                drift = [1 + turn / request.rounds for turn in range(request.rounds)]
                 return LayerTimes(tuple(tuple(mine * slow for slow in drift) for mine in us), 4, self.throttled)
             case CheckAccuracy():
                 return Accuracy(0.002)
-        raise AssertionError(question)
+        raise AssertionError(request)
 
     def close(self) -> None:
         self.is_closed = True
@@ -160,7 +160,7 @@ def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeWorker:
     monkeypatch.setattr(lookup_probe, "ask", lambda _: taken)
     monkeypatch.setattr(ours, "COMMAND", (sys.executable, str(command)))
     monkeypatch.setattr(racing, "compile_all", lambda *_, **__: {})
-    monkeypatch.setattr(racing, "Worker", lambda _: fake)
+    monkeypatch.setattr(racing, "BenchProcess", lambda _: fake)
     name = "E=128,N=768,device_name=NVIDIA_H200,dtype=fp8_w8a8,block_shape=[128, 128]"
     written = {f"{name}.json": config_table.to_json({8: OURS}), f"{name}_down.json": config_table.to_json({8: DOWN})}
     monkeypatch.setenv("FAKE_TABLES", json.dumps(written))
@@ -209,7 +209,7 @@ def test_the_race_is_of_upstreams_one_configuration_and_of_our_pair(
     compared: Callable[..., int], worker: FakeWorker
 ) -> None:
     assert compared() == 0
-    raced = next(question for question in worker.asked if isinstance(question, BenchLayers) and len(question.pairs) > 1)
+    raced = next(request for request in worker.asked if isinstance(request, BenchLayers) and len(request.pairs) > 1)
     todays, of_theirs, of_ours, again = raced.pairs
     assert todays == again == {"up": TODAYS, "down": TODAYS}
     assert of_theirs["up"] == of_theirs["down"]
@@ -324,7 +324,7 @@ def pair(up: TileConfig) -> Pair:
 def test_a_choice_that_cannot_run_does_not_spoil_the_race_of_the_others() -> None:
     worker = FakeWorker(fails=(THEIRS,), throttled="power")
     choices = {"today": pair(TODAYS), "upstream's": pair(THEIRS), "ours": pair(OURS)}
-    found = racing.compare(8, choices, worker.ask, 8)
+    found = racing.compare(8, choices, worker.measure, 8)
     assert list(found.by_name) == list(choices)
     assert found.by_name["upstream's"] == Runner(pair(THEIRS), Failure("OutOfResources", "shared memory"))
     assert (gain := found.gain("today", "ours")) is not None
@@ -336,7 +336,7 @@ def test_a_choice_that_cannot_run_does_not_spoil_the_race_of_the_others() -> Non
 
 def test_the_two_choices_are_set_against_each_other() -> None:
     choices = {"today": pair(TODAYS), "upstream's": pair(THEIRS), "ours": pair(OURS)}
-    found = racing.compare(8, choices, FakeWorker().ask, 8)
+    found = racing.compare(8, choices, FakeWorker().measure, 8)
     ratio = found.gain("upstream's", "ours")
     assert ratio is not None
     assert f"Time of upstream's choice by that of ours: {ratio.value:.3f}x" in report.choices(found)
@@ -344,39 +344,37 @@ def test_the_two_choices_are_set_against_each_other() -> None:
 
 def test_what_cannot_run_is_not_checked() -> None:
     worker = FakeWorker(fails=(THEIRS,))
-    racing.compare(8, {"upstream's": pair(THEIRS), "ours": pair(OURS)}, worker.ask, 8)
-    assert [question for question in worker.asked if isinstance(question, CheckAccuracy)] == [
-        CheckAccuracy(8, pair(OURS))
-    ]
+    racing.compare(8, {"upstream's": pair(THEIRS), "ours": pair(OURS)}, worker.measure, 8)
+    assert [request for request in worker.asked if isinstance(request, CheckAccuracy)] == [CheckAccuracy(8, pair(OURS))]
 
 
 def test_a_wrong_choice_is_told_by_its_error() -> None:
     wrong = pair(THEIRS)
 
-    def ask(question: BenchRequest) -> BenchResult:
-        if isinstance(question, CheckAccuracy):
-            return Accuracy(math.inf if question.pair == wrong else 0.002)
-        return FakeWorker().ask(question)
+    def measure(request: BenchRequest) -> BenchResult:
+        if isinstance(request, CheckAccuracy):
+            return Accuracy(math.inf if request.pair == wrong else 0.002)
+        return FakeWorker().measure(request)
 
-    found = racing.compare(8, {"upstream's": wrong, "ours": pair(OURS)}, ask, 8)
+    found = racing.compare(8, {"upstream's": wrong, "ours": pair(OURS)}, measure, 8)
     assert {name: runner.error for name, runner in found.by_name.items()} == {"upstream's": math.inf, "ours": 0.002}
 
 
 def test_without_a_first_choice_that_runs_there_is_no_gain() -> None:
-    found = racing.compare(8, {"today": pair(TODAYS), "ours": pair(OURS)}, FakeWorker(fails=(TODAYS,)).ask, 32)
+    found = racing.compare(8, {"today": pair(TODAYS), "ours": pair(OURS)}, FakeWorker(fails=(TODAYS,)).measure, 32)
     assert found.gain("today", "ours") is None
     assert found.us("ours") == pytest.approx(6400 / 128 * 1.5, rel=0.05)
 
 
 def test_a_race_that_fails_though_each_alone_runs_is_told_of_each() -> None:
-    def ask(question: BenchRequest) -> BenchResult:
-        if isinstance(question, BenchLayers) and len(question.pairs) > 1:
-            return Failure("Timeout", "no answer")
-        return FakeWorker().ask(question)
+    def measure(request: BenchRequest) -> BenchResult:
+        if isinstance(request, BenchLayers) and len(request.pairs) > 1:
+            return Failure("Timeout", "no result")
+        return FakeWorker().measure(request)
 
-    found = racing.compare(8, {"today": pair(TODAYS), "ours": pair(OURS)}, ask, 8)
+    found = racing.compare(8, {"today": pair(TODAYS), "ours": pair(OURS)}, measure, 8)
     told = {runner.us for runner in found.by_name.values()}
-    assert told == {Failure("Timeout", "runs alone, but not in a race with the others: no answer")}
+    assert told == {Failure("Timeout", "runs alone, but not beside the others: no result")}
 
 
 def test_a_batch_size_that_one_search_left_out_is_raced_by_the_others(worker: FakeWorker) -> None:

@@ -16,6 +16,7 @@ from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tables import config_table
 from sglang_moe_ext.tuning.compile.kernel_source import KernelSource
 from sglang_moe_ext.tuning.pipeline import TuneOutcome
+from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.request import TuneRequest
 from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
 from sglang_moe_ext.tuning.search.statistics import Interval
@@ -40,9 +41,8 @@ FIRST_THAT_RUNS = replace(FASTER, incumbent_us=math.inf, gain=Interval(math.inf,
 REQUEST = TuneRequest(
     model="GLM-4.7-Flash",
     architecture="Glm4MoeLiteForCausalLM",
-    shape=MoEShape(65, 1536, 2048, 5, fused_shared=1),
+    problem=Problem(MoEShape(65, 1536, 2048, 5, fused_shared=1), specs.find("NVIDIA_H200"), "sglang"),
     vllm_shape=None,
-    gpu=specs.find("NVIDIA_H200"),
     gpu_is_here=True,
     tokens=(16_384,),
     measuring=None,
@@ -57,7 +57,7 @@ def outcome(*results: MeasuredChoice) -> TuneOutcome:
     kernel = KernelSource("sglang 0.5.23", "kernel", "0", is_engines_own=True)
     by_tokens = {16_384 - place: result for place, result in enumerate(results)}
     return TuneOutcome(
-        results=by_tokens, paths={}, written=(), refused={}, destination=None, answer=None, kernel=kernel
+        results=by_tokens, plans={}, written=(), refused={}, destination=None, answer=None, kernel=kernel
     )
 
 

@@ -53,10 +53,10 @@ class FakeBench:
     def is_well(self) -> bool:
         return not self._is_poisoned
 
-    def answer(self, question: BenchRequest) -> BenchResult:
+    def measure(self, request: BenchRequest) -> BenchResult:
         if self._is_poisoned:
             raise torch.AcceleratorError("an earlier kernel's illegal memory access")
-        match question.tokens:
+        match request.tokens:
             case 2:
                 raise ValueError("refused\nwith a second line")
             case 3:
@@ -76,10 +76,10 @@ class FakeBench:
                 for name in ("sglang_moe_ext.tuning", "an_engine"):
                     logging.getLogger(name).warning("%s warns", name)
                     logging.getLogger(name).info("%s chats", name)
-        match question:
+        match request:
             case BenchGemm():
-                return GemmTimes(tuple((float(group),) * question.samples for group in question.groups))
+                return GemmTimes(tuple((float(group),) * request.samples for group in request.groups))
             case BenchLayers():
-                return LayerTimes(tuple((10.0,) * question.rounds for _ in question.pairs), 4)
+                return LayerTimes(tuple((10.0,) * request.rounds for _ in request.pairs), 4)
             case CheckAccuracy():
                 return Accuracy(1e-3)

@@ -1,4 +1,4 @@
-"""Questions and answers of every kind that hypothesis makes up, and a GPU whose answers follow from the question."""
+"""Questions and results of every kind that hypothesis makes up, and a GPU whose results follow from the request."""
 
 from __future__ import annotations
 
@@ -62,25 +62,25 @@ def path_screens(draw: st.DrawFn) -> tuple[BenchRequest, BenchResult]:
 checks = st.tuples(st.builds(CheckAccuracy, whole, pairs() | paths), st.builds(Accuracy, times))
 answered = screens() | path_screens() | races() | checks
 trials = answered | st.tuples(answered.map(lambda trial: trial[0]), failures)
-"""A question with an answer to it, or with a failure."""
+"""A request with a result to it, or with a failure."""
 
 
-def question(number: int) -> BenchGemm:
+def request(number: int) -> BenchGemm:
     return BenchGemm(number, "up", CompileKey(64, 128, 64, 4, 3), (1, 16), 2)
 
 
-def answer_of(question: BenchRequest) -> BenchResult:
-    """As long fractions as a clock gives, some failures, some infinite; always the same to the same question."""
-    dice = random.Random(repr(question))
-    match question:
+def answer_of(request: BenchRequest) -> BenchResult:
+    """As long fractions as a clock gives, some failures, some infinite; always the same to the same request."""
+    dice = random.Random(repr(request))
+    match request:
         case _ if dice.random() < 0.1:
             return Failure("OutOfResources", f"shared memory, {dice.random()}")
         case BenchGemm():
-            return GemmTimes(tuple(tuple(_us(dice) for _ in range(question.samples)) for _ in question.groups))
+            return GemmTimes(tuple(tuple(_us(dice) for _ in range(request.samples)) for _ in request.groups))
         case BenchKernelPlan():
-            return GemmTimes((tuple(_us(dice) for _ in range(question.samples)),))
+            return GemmTimes((tuple(_us(dice) for _ in range(request.samples)),))
         case BenchLayers():
-            return LayerTimes(tuple(tuple(_us(dice) for _ in range(question.rounds)) for _ in question.pairs), 4)
+            return LayerTimes(tuple(tuple(_us(dice) for _ in range(request.rounds)) for _ in request.pairs), 4)
         case CheckAccuracy():
             return Accuracy(dice.random() * 1e-2)
 
@@ -89,21 +89,21 @@ def _us(dice: random.Random) -> float:
     return math.inf if dice.random() < 0.05 else dice.uniform(5, 500)
 
 
-def halving(ask: Callable[[BenchRequest], BenchResult], tokens: int) -> list[tuple[TileConfig, float]]:
-    """A tiny strategy whose every question depends on the answers before it: screen, keep half, race, check."""
+def halving(measure: Callable[[BenchRequest], BenchResult], tokens: int) -> list[tuple[TileConfig, float]]:
+    """A tiny strategy whose every request depends on the results before it: screen, keep half, race, check."""
     left = [CompileKey(64, width, depth, 4, 3) for width in (32, 64, 128, 256) for depth in (32, 64, 128)]
     scored: list[tuple[float, CompileKey]] = []
     for samples in (2, 3, 4):
         scored = []
         for key in left:
-            answer = ask(BenchGemm(tokens, "up", key, (1, 8), samples, scored[0][0] if scored else None))
-            best = min(map(min, answer.us)) if isinstance(answer, GemmTimes) else math.inf
+            result = measure(BenchGemm(tokens, "up", key, (1, 8), samples, scored[0][0] if scored else None))
+            best = min(map(min, result.us)) if isinstance(result, GemmTimes) else math.inf
             scored.append((best, key))
         scored.sort()
         left = [key for _, key in scored[: (len(scored) + 1) // 2]]
     configs = [TileConfig(k.block_m, k.block_n, k.block_k, 8, k.num_warps, k.num_stages) for k in left]
-    raced = ask(BenchLayers(tokens, tuple({"up": config, "down": config} for config in configs), 5))
+    raced = measure(BenchLayers(tokens, tuple({"up": config, "down": config} for config in configs), 5))
     us = [sum(row) for row in raced.us] if isinstance(raced, LayerTimes) else [us for us, _ in scored[: len(configs)]]
-    errors = [ask(CheckAccuracy(tokens, {"up": config, "down": config})) for config in configs]
+    errors = [measure(CheckAccuracy(tokens, {"up": config, "down": config})) for config in configs]
     right = [isinstance(error, Accuracy) and error.error < 8e-3 for error in errors]
     return [(config, time) for config, time, is_right in zip(configs, us, right, strict=True) if is_right]

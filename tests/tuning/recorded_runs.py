@@ -14,7 +14,6 @@ from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tuning import plan
 from sglang_moe_ext.tuning.bench.messages import (
     Accuracy,
-    Ask,
     BenchGemm,
     BenchLayers,
     BenchRequest,
@@ -22,9 +21,11 @@ from sglang_moe_ext.tuning.bench.messages import (
     CheckAccuracy,
     GemmTimes,
     LayerTimes,
+    Measure,
     Pair,
 )
 from sglang_moe_ext.tuning.bench.routing import MIXED
+from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.request import MeasureOptions, TuneRequest
 from sglang_moe_ext.tuning.run import journal, journal_reader, search_loop
 from sglang_moe_ext.tuning.run.executor import Executor
@@ -60,9 +61,8 @@ def request_of(
     return TuneRequest(
         model=layer,
         architecture="",
-        shape=LAYERS[layer],
+        problem=Problem(LAYERS[layer], GPU, "sglang"),
         vllm_shape=None,
-        gpu=GPU,
         gpu_is_here=True,
         tokens=tuple(tokens),
         measuring=measuring,
@@ -77,19 +77,19 @@ def tasks_of(
     layer: str, tokens: Sequence[int] = plan.DEFAULT_TOKENS, measuring: MeasureOptions = MEASURING
 ) -> list[SearchTask]:
     request = request_of(layer, tokens, measuring)
-    kept = plan.prune_space(request.shape, GPU).kept
+    kept = plan.prune_space(request.problem).kept
     return search_loop.largest_first({m: candidates.list_for_request(request, measuring, kept, m) for m in tokens})
 
 
 @functools.cache
 def incumbents_of(layer: str) -> dict[int, Pair]:
     """The pair that begins and ends the race of all finalists, by M."""
-    races = (question for question, _ in recorded(layer).answers.values() if isinstance(question, BenchLayers))
+    races = (request for request, _ in recorded(layer).results.values() if isinstance(request, BenchLayers))
     return {race.tokens: race.pairs[0] for race in races if len(race.pairs) > 1 and race.pairs[0] == race.pairs[-1]}
 
 
 @functools.cache
-def replayed(layer: str) -> Ask:
+def replayed(layer: str) -> Measure:
     return journal.replay([path_of(layer)])
 
 
@@ -103,9 +103,9 @@ def formula_us(tokens: int, projection: Projection, config: TileConfig) -> float
     return (10 + tokens / 10) * slowness
 
 
-def formula(question: BenchRequest) -> BenchResult:
-    """A GPU whose answers follow from the question alone; one binary in ten fails."""
-    match question:
+def formula(request: BenchRequest) -> BenchResult:
+    """A GPU whose results follow from the request alone; one binary in ten fails."""
+    match request:
         case BenchGemm(tokens, projection, key, groups, samples):
             if random.Random(str(key)).random() < 0.1:
                 return Failure("OutOfResources", "shared memory")
@@ -121,7 +121,7 @@ def formula(question: BenchRequest) -> BenchResult:
 class ReplayingStation:
     """A GPU that remembers what it was asked; every binary fits where `needs` does not say otherwise."""
 
-    answers: Ask
+    results: Measure
     name: str = "GPU 0"
     seconds: float = 0.0
     needs: Callable[[CompileJob], Resources | Failure] = lambda job: FITS
@@ -137,10 +137,10 @@ class ReplayingStation:
     def binary(self, job: CompileJob) -> Resources | Failure:
         return self.needs(job)
 
-    def ask(self, question: BenchRequest) -> BenchResult:
+    def measure(self, request: BenchRequest) -> BenchResult:
         time.sleep(self.seconds)
-        self.asked.append(question)
-        return self.answers(question)
+        self.asked.append(request)
+        return self.results(request)
 
     def close(self) -> None:
         pass

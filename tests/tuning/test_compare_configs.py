@@ -33,7 +33,7 @@ def pair(up: TileConfig, down: TileConfig | None = None) -> Pair:
 
 @dataclass(slots=True)
 class TableGpu:
-    """Answers as a GPU would on which a layer with each up configuration takes so many microseconds.
+    """Results as a GPU would on which a layer with each up configuration takes so many microseconds.
 
     `jitter` is a factor by place and round; `throttled_races`: the first so many.
     """
@@ -46,16 +46,16 @@ class TableGpu:
     throttled_races: int = 0
     asked: list[BenchRequest] = field(default_factory=list)
 
-    def __call__(self, question: BenchRequest) -> BenchResult:
-        self.asked.append(question)
-        match question:
+    def __call__(self, request: BenchRequest) -> BenchResult:
+        self.asked.append(request)
+        match request:
             case BenchLayers(_, pairs, rounds):
                 return self._raced([racer["up"] for racer in pairs], rounds)
             case CheckAccuracy(_, checked):
                 error = self.errors.get(checked["up"], 1e-3)
                 return error if isinstance(error, Failure) else Accuracy(error)
             case _:
-                raise AssertionError(question)
+                raise AssertionError(request)
 
     def _raced(self, configs: list[TileConfig], rounds: int) -> BenchResult:
         if self.fails & set(configs) or (len(configs) > 1 and self.fails_beside_others & set(configs)):
@@ -68,11 +68,11 @@ class TableGpu:
 
     @property
     def races(self) -> list[BenchLayers]:
-        return [question for question in self.asked if isinstance(question, BenchLayers)]
+        return [request for request in self.asked if isinstance(request, BenchLayers)]
 
     @property
     def checked(self) -> list[TileConfig]:
-        return [question.pair["up"] for question in self.asked if isinstance(question, CheckAccuracy)]
+        return [request.pair["up"] for request in self.asked if isinstance(request, CheckAccuracy)]
 
 
 def nothing_against(_: Pair) -> Failure | None:
@@ -216,7 +216,7 @@ def test_a_race_that_is_always_throttled_is_taken_and_says_so() -> None:
 def test_no_question_is_asked_twice() -> None:
     gpu = TableGpu({NOW: 10, FAST: 8, SLOW: 9}, fails_beside_others=frozenset({FAST}), throttled_races=9)
     outcome(gpu, fast=FAST, slow=SLOW)
-    assert all(question not in gpu.asked[:place] for place, question in enumerate(gpu.asked))
+    assert all(request not in gpu.asked[:place] for place, request in enumerate(gpu.asked))
 
 
 @pytest.mark.parametrize("error", [0.5, math.inf, math.nan, FAILED], ids=["wrong", "infinite", "nan", "unknown"])

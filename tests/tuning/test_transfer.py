@@ -56,19 +56,19 @@ def screens(times: dict[CompileKey, float], tokens: int = 64) -> list[tuple[Benc
     ]
 
 
-def recording(*answers: tuple[BenchRequest, BenchResult]) -> Recording:
-    return Recording({}, dict(enumerate(answers)), is_finished=True, whole_bytes=0)
+def recording(*results: tuple[BenchRequest, BenchResult]) -> Recording:
+    return Recording({}, dict(enumerate(results)), is_finished=True, whole_bytes=0)
 
 
-def chosen(*answers: tuple[BenchRequest, BenchResult], shape: MoEShape = LAYERS[GLM]) -> dict[int, TileConfig]:
-    found = transfer.best_configs(recording(*answers), source(shape), "vllm")
+def chosen(*results: tuple[BenchRequest, BenchResult], shape: MoEShape = LAYERS[GLM]) -> dict[int, TileConfig]:
+    found = transfer.best_configs(recording(*results), source(shape), "vllm")
     return {m: of.config for m, of in found.items()}
 
 
 @pytest.mark.parametrize("layer", [GLM, QWEN])
 def test_every_m_that_was_measured_gets_an_entry(layer: str) -> None:
     journal = recorded(layer)
-    measured = {question.tokens for question, _ in journal.answers.values()}
+    measured = {request.tokens for request, _ in journal.results.values()}
     assert set(transfer.best_configs(journal, transfer.source_of(journal), "vllm")) == measured
 
 
@@ -154,8 +154,8 @@ def vllm_journal(folder: Path, shape: MoEShape) -> Path:
     path = folder / "journal.jsonl"
     stated = {"shape": str(shape), "ep": 1, "fused_shared": 0, "gpu": H200, "kernel": VLLM_KERNEL, "seed": 0}
     journal = Journal.create(path, stated)
-    for question, answer in screens({FAST: 3.0, SLOW: 5.0}):
-        journal.record(question, answer)
+    for request, result in screens({FAST: 3.0, SLOW: 5.0}):
+        journal.record(request, result)
     journal.finish()
     journal.close()
     return path

@@ -1,4 +1,4 @@
-"""What runs in the measuring process: a layer on one GPU, and an answer to each question about it."""
+"""What runs in the measuring process: a layer on one GPU, and the measurement that each request describes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class BenchSetup:
     routing: RoutingSource
     seed: int
     triton_cache: Path
-    engine: EngineName = "sglang"
+    engine: EngineName
 
     def __call__(self) -> GpuBench:
         """Make it, in the process that is to measure."""
@@ -69,7 +69,7 @@ class GpuBench:
         self._seed = setup.seed
         adapter = ENGINES[setup.engine]
         engine = adapter.load()
-        # Beside the screening, which does without: the first rematch would wait for it.
+        # In parallel with the screening, which does not need it; the first final comparison does.
         threading.Thread(target=adapter.warm_up, args=(engine, setup.shape), daemon=True).start()
         self.layer = BenchedLayer(engine, setup.shape, setup.routing, setup.seed, adapter=adapter)
         queue = cuda_queue()
@@ -78,19 +78,19 @@ class GpuBench:
         self._batch: LayerBatch | None = None
         self._screens = 0
 
-    def answer(self, question: BenchRequest) -> BenchResult:
+    def measure(self, request: BenchRequest) -> BenchResult:
         """Raises whatever the candidate makes the engine, the compiler or the GPU raise."""
         import torch
 
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
-            return self._answer(question)
+            return self._measure(request)
         # Out here, where no traceback holds the tensors of the first attempt.
         self._batch = None
         torch.cuda.empty_cache()
-        return self._answer(question)
+        return self._measure(request)
 
     def is_well(self) -> bool:
-        """False where CUDA answers everything with an error from now on."""
+        """False where every further CUDA call fails."""
         import torch
 
         try:
@@ -99,20 +99,20 @@ class GpuBench:
             return False
         return True
 
-    def _answer(self, question: BenchRequest) -> BenchResult:
+    def _measure(self, request: BenchRequest) -> BenchResult:
         import torch
 
-        match question:
+        match request:
             case BenchGemm():
-                answer: BenchResult = self._screen(question)
+                result: BenchResult = self._time_gemm(request)
             case BenchKernelPlan():
-                answer = self._screen_path(question)
+                result = self._time_plan(request)
             case BenchLayers():
-                answer = self._race(question)
+                result = self._time_layers(request)
             case CheckAccuracy():
-                answer = self._check(question)
+                result = self._check(request)
         torch.cuda.synchronize()
-        return answer
+        return result
 
     def _batch_of(self, tokens: int, data: int = 0) -> LayerBatch:
         seed = self._seed + data
@@ -121,35 +121,35 @@ class GpuBench:
             self._batch = self.layer.batch(tokens, seed)
         return self._batch
 
-    def _screen(self, screen: BenchGemm) -> GemmTimes:
+    def _time_gemm(self, request: BenchGemm) -> GemmTimes:
         self._screens += 1
         if self._screens % _KEPT_SCREENS == 0:
             self._forget_binaries()
-        by_turn = self._relaunches(self._batch_of(screen.tokens), screen)
-        launches = {group: _in_turn(by_turn, group) for group in screen.groups}
-        limit_us = float("inf") if screen.limit_us is None else screen.limit_us
+        by_turn = self._relaunches(self._batch_of(request.tokens), request)
+        launches = {group: _in_turn(by_turn, group) for group in request.groups}
+        limit_us = float("inf") if request.limit_us is None else request.limit_us
         samples: dict[int, list[float]] = {}
         for group, launch in launches.items():
             [samples[group]] = self._gemms.rounds([launch], [0])
-            if group == screen.groups[0] and samples[group][0] > limit_us:
+            if group == request.groups[0] and samples[group][0] > limit_us:
                 break
-        rivals = [group for group, us in samples.items() if us[0] <= limit_us]
-        for of_turn in self._gemms.rounds([launches[group] for group in rivals], range(1, screen.samples)):
-            for group, us in zip(rivals, of_turn, strict=True):
+        remaining = [group for group, us in samples.items() if us[0] <= limit_us]
+        for of_turn in self._gemms.rounds([launches[group] for group in remaining], range(1, request.samples)):
+            for group, us in zip(remaining, of_turn, strict=True):
                 samples[group].append(us)
-        return GemmTimes(tuple(tuple(samples.get(group, ())) for group in screen.groups))
+        return GemmTimes(tuple(tuple(samples.get(group, ())) for group in request.groups))
 
-    def _relaunches(self, batch: LayerBatch, screen: BenchGemm) -> list[RecordedLaunch]:
+    def _relaunches(self, batch: LayerBatch, request: BenchGemm) -> list[RecordedLaunch]:
         """The launch of that GEMM with each routing: one through the engine's launcher, the others made from it."""
         from sglang_moe_ext.engines.meta_compile import any_group
         from sglang_moe_ext.kernels.launcher import record_launch
         from sglang_moe_ext.tuning.bench.layer import ROUTINGS
 
         layer = self.layer
-        config = screen.key.with_group(screen.groups[0])
-        first, *others = (self.layer.gemm(batch, screen.projection, config, turn) for turn in range(ROUTINGS))
+        config = request.key.with_group(request.groups[0])
+        first, *others = (self.layer.gemm(batch, request.projection, config, turn) for turn in range(ROUTINGS))
         with any_group(layer.engine.kernels), record_launch() as launches:
-            layer.adapter.launch(layer.engine, layer.shape, screen.projection, first, config)
+            layer.adapter.launch(layer.engine, layer.shape, request.projection, first, config)
         launch = launches[-1]  # those before it quantize the activations
         return [launch, *(launch.with_tensors(first.routing_of(other)) for other in others)]
 
@@ -158,12 +158,12 @@ class GpuBench:
 
         forget_binaries(self.layer.engine.kernels)
 
-    def _screen_path(self, screen: BenchKernelPlan) -> GemmTimes:
-        batch = self._batch_of(screen.tokens)
+    def _time_plan(self, request: BenchKernelPlan) -> GemmTimes:
+        batch = self._batch_of(request.tokens)
         batch.drop_gemms()
-        launch = self._whole(batch, screen.path)
+        launch = self._whole(batch, request.plan)
         launch(0)
-        return GemmTimes((tuple(us for [us] in self._layers.rounds([launch], range(screen.samples))),))
+        return GemmTimes((tuple(us for [us] in self._layers.rounds([launch], range(request.samples))),))
 
     def _whole(self, batch: LayerBatch, runner: Runner) -> Callable[[int], torch.Tensor]:
         layer, adapter = self.layer, self.layer.adapter
@@ -172,16 +172,16 @@ class GpuBench:
         up, down = runner["up"], runner["down"]
         return lambda turn: adapter.run_layer(layer.engine, layer.shape, layer.whole(batch, turn), up, down)
 
-    def _race(self, race: BenchLayers) -> LayerTimes:
+    def _time_layers(self, request: BenchLayers) -> LayerTimes:
         from sglang_moe_ext.tuning.bench.layer import ROUTINGS
 
-        batch = self._batch_of(race.tokens, race.data)
+        batch = self._batch_of(request.tokens, request.data)
         batch.drop_gemms()
-        launches = [self._whole(batch, pair) for pair in race.pairs]
+        launches = [self._whole(batch, pair) for pair in request.pairs]
         for launch in launches:
             launch(0)
         read: list[ClockReading | None] = []
-        rounds = self._layers.rounds(launches, range(race.rounds), lambda: read.append(self._clocks.read()))
+        rounds = self._layers.rounds(launches, range(request.rounds), lambda: read.append(self._clocks.read()))
         [clocks] = read
         return LayerTimes(
             us=tuple(zip(*rounds, strict=True)),

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_moe_ext.core import PROJECTIONS, MoEShape, Projection, TileConfig
 from sglang_moe_ext.engines.adapter import EngineAdapter, Sorted
-from sglang_moe_ext.engines.registry import SGLANG
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors, sorted_rows
 from sglang_moe_ext.kernels import reference
 from sglang_moe_ext.kernels.quantize import quantize_weights
@@ -65,8 +64,9 @@ class BenchedLayer:
         shape: MoEShape,
         source: routing.RoutingSource,
         seed: int,
+        *,
+        adapter: EngineAdapter,
         device: str = "cuda",
-        adapter: EngineAdapter = SGLANG,
     ) -> None:
         import torch
 

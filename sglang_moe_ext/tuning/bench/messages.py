@@ -1,35 +1,39 @@
-"""What a measuring process is asked, and what it answers: the whole language between a strategy and a GPU."""
+"""The requests to a measuring process and its results: the whole language between a search strategy and a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sglang_moe_ext.core import CompileKey, Failure, Projection, TileConfig
 from sglang_moe_ext.sorted_kernels import KernelPlan
 
 Pair = dict[Projection, TileConfig]
-"""The configurations of the up and the down GEMM; they share one BLOCK_SIZE_M."""
+"""The configurations of the up and the down GEMM. Both share one BLOCK_SIZE_M."""
 Runner = Pair | KernelPlan
-"""What a layer can run: the engine's own kernels with a pair, or our path."""
+"""What a layer can run: the engine's own kernels with a pair, or our kernels with a plan."""
 
 
 def identity(runner: Runner) -> Hashable:
-    """What makes two runners the same one."""
+    """Equal for two runners that run the same kernels."""
     return runner if isinstance(runner, KernelPlan) else (runner["up"], runner["down"])
 
 
 def describe(runner: Runner) -> str:
-    """As a log names it."""
+    """The runner's name in a log."""
     return str(runner) if isinstance(runner, KernelPlan) else f"up {runner['up']}, down {runner['down']}"
 
 
 @dataclass(frozen=True, slots=True)
 class BenchGemm:
-    """Time one binary of one GEMM with each GROUP_SIZE_M. Answered by Screened.
+    """Time one binary of one GEMM with each GROUP_SIZE_M. The result is GemmTimes.
 
-    A group whose first sample takes longer than `limit_us` gets no second one; the first group's ends the screen.
+    A group whose first sample takes longer than `limit_us` gets no second sample; if it is the first group, the
+    measurement ends there.
     """
+
+    TIME_LIMIT_S: ClassVar[float] = 60.0
 
     tokens: int
     projection: Projection
@@ -41,10 +45,12 @@ class BenchGemm:
 
 @dataclass(frozen=True, slots=True)
 class BenchKernelPlan:
-    """Time whole layers that run our path, which is compiled first. Answered by Screened, as of one group."""
+    """Time whole layers that run our kernels. The result is GemmTimes of one group."""
+
+    TIME_LIMIT_S: ClassVar[float] = 180.0
 
     tokens: int
-    path: KernelPlan
+    plan: KernelPlan
     samples: int
 
 
@@ -57,10 +63,13 @@ class GemmTimes:
 
 @dataclass(frozen=True, slots=True)
 class BenchLayers:
-    """Time whole layers in turn, each with its runner: align, quantize, up, activation, down, sum. Answered by Raced.
+    """Time whole layers in turn, one for each runner: align, quantize, up, activation, down, sum.
 
-    `attempt` tells a race from a repetition of it; `data` is which inputs and routings it runs on.
+    The result is LayerTimes. `attempt` tells a repetition from the first measurement; `data` selects the inputs and
+    the routings.
     """
+
+    TIME_LIMIT_S: ClassVar[float] = 300.0
 
     tokens: int
     pairs: tuple[Runner, ...]
@@ -71,10 +80,10 @@ class BenchLayers:
 
 @dataclass(frozen=True, slots=True)
 class LayerTimes:
-    """Microseconds of each pair in each round; round r takes routing r % `routings`.
+    """Microseconds of each runner in each round; round r uses routing r % `routings`.
 
-    `throttled`: why the GPU slowed down meanwhile, None where it did not; `sm_clock_mhz`: of its multiprocessors at
-    the end, None where nothing says.
+    `throttled`: why the GPU slowed down during the measurement, None if it did not. `sm_clock_mhz`: clock of its
+    multiprocessors at the end, None if unknown.
     """
 
     us: tuple[tuple[float, ...], ...]
@@ -85,7 +94,9 @@ class LayerTimes:
 
 @dataclass(frozen=True, slots=True)
 class CheckAccuracy:
-    """Compare the layer's result with the reference: fresh inputs, poisoned outputs. Answered by Checked."""
+    """Compare the layer's output with the reference, on fresh inputs and poisoned buffers. The result is Accuracy."""
+
+    TIME_LIMIT_S: ClassVar[float] = 300.0
 
     tokens: int
     pair: Runner
@@ -93,12 +104,16 @@ class CheckAccuracy:
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """Relative error of the layer against the float32 reference; infinite where a result is not finite."""
+    """Relative error of the layer against the float32 reference; infinite where the output is not finite."""
 
     error: float
 
 
 BenchRequest = BenchGemm | BenchKernelPlan | BenchLayers | CheckAccuracy
+"""Each kind states its TIME_LIMIT_S, after which the process is killed: a kernel that hangs never returns.
+
+Seconds are enough, except for whole layers of many tokens on a slow GPU.
+"""
 BenchResult = GemmTimes | LayerTimes | Accuracy | Failure
-Ask = Callable[[BenchRequest], BenchResult]
+Measure = Callable[[BenchRequest], BenchResult]
 """The GPU's side. A test passes a table, a resumed run its journal."""

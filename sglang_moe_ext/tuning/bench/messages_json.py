@@ -1,4 +1,4 @@
-"""One line of a journal: a question with its answer as JSON, and back; strictly, since files come from anywhere."""
+"""One line of a journal: a request with its result, to JSON and back. Parsing is strict, since files are untrusted."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ _LONGEST_MESSAGE = 1000
 _NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
-def identity(question: BenchRequest) -> Hashable:
-    """What makes two questions the same one: all of them but the limit of a Screen."""
-    match question:
+def identity(request: BenchRequest) -> Hashable:
+    """Equal for two requests that ask for the same measurement; the limit of a BenchGemm does not count."""
+    match request:
         case BenchGemm():
-            return BenchGemm, question.tokens, question.projection, question.key, question.groups, question.samples
+            return BenchGemm, request.tokens, request.projection, request.key, request.groups, request.samples
         case BenchKernelPlan():
-            return question
+            return request
         case BenchLayers():
-            runners = tuple(map(messages.identity, question.pairs))
-            return BenchLayers, question.tokens, runners, question.rounds, question.attempt, question.data
+            runners = tuple(map(messages.identity, request.pairs))
+            return BenchLayers, request.tokens, runners, request.rounds, request.attempt, request.data
         case CheckAccuracy():
-            return CheckAccuracy, question.tokens, messages.identity(question.pair)
+            return CheckAccuracy, request.tokens, messages.identity(request.pair)
 
 
-def to_json(question: BenchRequest, answer: BenchResult) -> str:
+def to_json(request: BenchRequest, result: BenchResult) -> str:
     """The line, without its end. Times are rounded to 0.01 us, errors to six digits, long messages cut."""
-    return json.dumps(_of_question(question) | _of_answer(answer), separators=(",", ":"), allow_nan=False)
+    return json.dumps(_request_fields(request) | _result_fields(result), separators=(",", ":"), allow_nan=False)
 
 
-def _of_question(question: BenchRequest) -> dict[str, object]:
-    match question:
+def _request_fields(request: BenchRequest) -> dict[str, object]:
+    match request:
         case BenchGemm(tokens, projection, key, groups, samples):
             numbers = [key.block_m, key.block_n, key.block_k, key.num_warps, key.num_stages, key.use_tma]
             return {"s": [tokens, projection, numbers, groups, samples]}
-        case BenchKernelPlan(tokens, path, samples):
-            return {"p": [tokens, kernel_table.document_of(path), samples]}
+        case BenchKernelPlan(tokens, plan, samples):
+            return {"p": [tokens, kernel_table.document_of(plan), samples]}
         case BenchLayers(tokens, runners, rounds, attempt, data):
             return {"r": [tokens, [_of_runner(runner) for runner in runners], rounds, attempt, data]}
         case CheckAccuracy(tokens, runner):
@@ -74,8 +74,8 @@ def _of_config(config: TileConfig) -> list[int]:
     return [*tile, config.group_m, config.num_warps, config.num_stages, config.use_tma]
 
 
-def _of_answer(answer: BenchResult) -> dict[str, object]:
-    match answer:
+def _result_fields(result: BenchResult) -> dict[str, object]:
+    match result:
         case GemmTimes(us):
             return {"us": _of_times(us)}
         case LayerTimes(us, routings, throttled, sm_clock_mhz):
@@ -92,39 +92,44 @@ def _of_times(rows: Sequence[Sequence[float]]) -> list[list[float | str]]:
 
 
 def parse(document: object) -> tuple[BenchRequest, BenchResult]:
-    """The question and the answer that a line's JSON document means.
+    """The request and the result that a line's JSON document means.
 
     Raises:
         StoreError: it means none.
     """
     match document:
         case {"f": failure, **of_failure}:
-            return _question(of_failure), _failure(failure)
-        case {"us": us, "n": routings, "why": throttled, "mhz": sm_clock_mhz, "r": of_race, **rest} if not rest:
-            race = _race(of_race)
-            times = _times(us, len(race.pairs), range(race.rounds, race.rounds + 1))
+            return _request(of_failure), _failure(failure)
+        case {"us": us, "n": routings, "why": throttled, "mhz": sm_clock_mhz, "r": fields, **rest} if not rest:
+            layers = _bench_layers(fields)
+            times = _times(us, len(layers.pairs), range(layers.rounds, layers.rounds + 1))
             _whole(routings)
-            return race, LayerTimes(times, routings, _text(throttled), _clock(sm_clock_mhz))
+            return layers, LayerTimes(times, routings, _text(throttled), _clock(sm_clock_mhz))
         case {"us": us, **of_screen}:
-            match screen := _question(of_screen):
+            match screen := _request(of_screen):
                 case BenchGemm():
                     return screen, GemmTimes(_times(us, len(screen.groups), range(screen.samples + 1)))
                 case BenchKernelPlan():
                     return screen, GemmTimes(_times(us, 1, range(screen.samples, screen.samples + 1)))
-        case {"e": error, "c": of_check, **rest} if not rest:
-            return _check(of_check), Accuracy(_figure(error))
-    raise StoreError(f"expected a question and its answer, found {_shown(document)}")
+        case {"e": error, "c": fields, **rest} if not rest:
+            return _check_accuracy(fields), Accuracy(_figure(error))
+    raise StoreError(f"expected a request and its result, found {_shown(document)}")
 
 
-def _question(document: Any) -> BenchRequest:
-    parsers: dict[str, Callable[[Any], BenchRequest]] = {"s": _screen, "p": _screen_path, "r": _race, "c": _check}
+def _request(document: Any) -> BenchRequest:
+    parsers: dict[str, Callable[[Any], BenchRequest]] = {
+        "s": _bench_gemm,
+        "p": _bench_plan,
+        "r": _bench_layers,
+        "c": _check_accuracy,
+    }
     match list(document.items()):
         case [(name, asked)] if name in parsers:
             return parsers[name](asked)
-    raise StoreError(f"expected a question, found {_shown(document)}")
+    raise StoreError(f"expected a request, found {_shown(document)}")
 
 
-def _screen(document: Any) -> BenchGemm:
+def _bench_gemm(document: Any) -> BenchGemm:
     match document:
         case [
             tokens,
@@ -138,15 +143,15 @@ def _screen(document: Any) -> BenchGemm:
     raise StoreError(f"expected tokens, projection, key, groups and samples, found {_shown(document)}")
 
 
-def _screen_path(document: Any) -> BenchKernelPlan:
+def _bench_plan(document: Any) -> BenchKernelPlan:
     match document:
-        case [tokens, path, samples]:
+        case [tokens, plan, samples]:
             _whole(tokens, samples)
-            return BenchKernelPlan(tokens, _path(path), samples)
-    raise StoreError(f"expected tokens, a path and samples, found {_shown(document)}")
+            return BenchKernelPlan(tokens, _plan(plan), samples)
+    raise StoreError(f"expected tokens, a kernel plan and samples, found {_shown(document)}")
 
 
-def _race(document: Any) -> BenchLayers:
+def _bench_layers(document: Any) -> BenchLayers:
     match document:
         case [tokens, [_, *_] as runners, rounds, attempt, data]:
             _whole(tokens, rounds)
@@ -155,7 +160,7 @@ def _race(document: Any) -> BenchLayers:
     raise StoreError(f"expected tokens, pairs, rounds, attempt and data, found {_shown(document)}")
 
 
-def _check(document: Any) -> CheckAccuracy:
+def _check_accuracy(document: Any) -> CheckAccuracy:
     match document:
         case [tokens, pair]:
             _whole(tokens)
@@ -164,10 +169,10 @@ def _check(document: Any) -> CheckAccuracy:
 
 
 def _runner(document: Any) -> Runner:
-    return _path(document) if isinstance(document, dict) else _pair(document)
+    return _plan(document) if isinstance(document, dict) else _pair(document)
 
 
-def _path(document: Any) -> KernelPlan:
+def _plan(document: Any) -> KernelPlan:
     try:
         return kernel_table.parse_plan(document)
     except TableError as error:

@@ -1,4 +1,4 @@
-"""A process of its own for one GPU: what breaks there costs one question, not the run."""
+"""The measuring process of one GPU: a failure there costs one request, not the run."""
 
 from __future__ import annotations
 
@@ -13,43 +13,29 @@ from typing import Any, Protocol
 
 from sglang_moe_ext import env
 from sglang_moe_ext.core import Failure, MoEExtError
-from sglang_moe_ext.tuning.bench.messages import (
-    BenchGemm,
-    BenchKernelPlan,
-    BenchLayers,
-    BenchRequest,
-    BenchResult,
-    CheckAccuracy,
-)
+from sglang_moe_ext.tuning.bench.messages import BenchRequest, BenchResult
 
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 300.0
-TIMEOUTS_S: Mapping[type[BenchRequest], float] = {
-    BenchGemm: 60.0,
-    BenchKernelPlan: 180.0,
-    BenchLayers: 300.0,
-    CheckAccuracy: 300.0,
-}
-"""Seconds are enough, but for whole layers of many tokens on a slow GPU; a kernel that hangs takes for ever."""
 _FATAL = "CudaError"
-"""Kind of a failure after which the process can do nothing more on the GPU, and ends itself."""
+"""Kind of the failure after which the process cannot use the GPU any more and ends itself."""
 _STARTS = 3
-"""A process that dies before its first answer is started so often."""
+"""How often a process is started that dies before its first result."""
 _CLOSED = Failure("Interrupted", "the measuring process was closed")
-_UNSEEN = Failure("Crash", "the measuring process died before it saw the question")
+_UNSEEN = Failure("Crash", "the measuring process died before it saw the request")
 
 
 class BenchLike(Protocol):
-    """What answers in the process. `device_name`: the GPU that it answers for.
+    """The object in the process that measures. `device_name`: its GPU.
 
-    It may have `is_well() -> bool`, False where everything fails from now on: asked after each question that raised.
+    It may have `is_well() -> bool`, False where every further request would fail; called after a request that raised.
     """
 
     device_name: str
 
-    def answer(self, question: BenchRequest) -> BenchResult:
-        """May raise anything: the question is answered by a Failure then."""
+    def measure(self, request: BenchRequest) -> BenchResult:
+        """May raise anything; the result is a Failure then."""
 
 
 def _failure(error: Exception) -> Failure:
@@ -57,7 +43,7 @@ def _failure(error: Exception) -> Failure:
 
 
 def _is_fatal(error: Exception, bench: BenchLike) -> bool:
-    """True where CUDA answers everything with that error from now on; not every library says so by its class."""
+    """True where every further CUDA call fails too. Not every library raises AcceleratorError then."""
     import torch
 
     if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.cuda.OutOfMemoryError):
@@ -66,9 +52,9 @@ def _is_fatal(error: Exception, bench: BenchLike) -> bool:
 
 
 def _serve(connection: Connection, make: Callable[[], BenchLike], environment: Mapping[str, str]) -> None:
-    """Answer questions until the other side closes. What the GPU cannot forget ends the process."""
+    """Serve requests until the other side closes. An error that the CUDA context keeps ends the process."""
     os.environ.update(environment)
-    os.environ[env.DISABLE] = "1"  # what is measured is what was asked for, not what our guard makes of it
+    os.environ[env.DISABLE] = "1"  # the guard must not change what is measured
     os.setsid()  # Ctrl-C is the parent's to handle
     logging.basicConfig(level=logging.ERROR, format="%(message)s")  # of the engine and its libraries
     logging.getLogger("sglang_moe_ext").setLevel(logging.WARNING)
@@ -80,21 +66,21 @@ def _serve(connection: Connection, make: Callable[[], BenchLike], environment: M
     connection.send(bench.device_name)
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
-            question = connection.recv()
+            request = connection.recv()
             try:
-                answer = bench.answer(question)
+                result = bench.measure(request)
             except Exception as error:  # noqa: BLE001 - a candidate can fail in any way; the parent records which
                 if _is_fatal(error, bench):
                     connection.send(Failure(_FATAL, _failure(error).message))
                     return
-                answer = _failure(error)
-            connection.send(answer)
+                result = _failure(error)
+            connection.send(result)
 
 
 class BenchProcess:
-    """The parent's side: ask, and get an answer or a Failure, whatever happens to the process.
+    """The parent's side: each request has a result or a Failure, whatever happens to the process.
 
-    The process starts at once, and in the background; the first question waits for it.
+    The process starts at once and in the background; the first request waits for it.
     """
 
     def __init__(
@@ -105,13 +91,13 @@ class BenchProcess:
         start_timeout_s: float = START_TIMEOUT_S,
         timeout_s: float | None = None,
     ) -> None:
-        """`make` is called in the process, under `environment` beside our own; both go there by pickle.
+        """`make` is called in the process, with `environment` added to its variables; both are pickled.
 
-        `timeout_s` None: TIMEOUTS_S.
+        `timeout_s` None: each request's own TIME_LIMIT_S.
         """
         self._make, self._environment = make, environment or {}
         self._start_timeout_s, self._timeout_s = start_timeout_s, timeout_s
-        self._asking = threading.Lock()
+        self._measuring = threading.Lock()
         self._starting_or_closing = threading.Lock()
         self._is_closed = False
         self._device_name: str | None = None
@@ -132,7 +118,7 @@ class BenchProcess:
         try:
             if self._connection.poll(timeout_s):
                 return self._connection.recv()
-            return Failure("Timeout", f"no answer within {timeout_s:.0f} s")
+            return Failure("Timeout", f"no result within {timeout_s:.0f} s")
         except ConnectionError:  # the kernel's word for a process that left unread what it was sent
             return _UNSEEN
         except EOFError:
@@ -164,39 +150,39 @@ class BenchProcess:
         Raises:
             MoEExtError: the process does not start.
         """
-        with self._asking:
+        with self._measuring:
             self._get_ready()
             return self._device_name or ""
 
-    def ask(self, question: BenchRequest) -> BenchResult:
-        """The answer to the question; a Failure costs this question alone. Interrupted where another thread closes.
+    def measure(self, request: BenchRequest) -> BenchResult:
+        """The result. A Failure concerns this request alone; its kind is Interrupted where another thread closes.
 
         Raises:
-            MoEExtError: the process does not start any more.
+            MoEExtError: the process cannot be started again.
         """
-        with self._asking:
+        with self._measuring:
             try:
-                answer = self._asked(question)
-                if answer is _UNSEEN:  # whatever ended the process, this candidate did not
-                    answer = self._asked(question)
+                result = self._measure(request)
+                if result is _UNSEEN:  # this candidate did not end the process
+                    result = self._measure(request)
             except MoEExtError:
                 if not self._is_closed:
                     raise
                 return _CLOSED
-            return _CLOSED if self._is_closed and isinstance(answer, Failure) else answer
+            return _CLOSED if self._is_closed and isinstance(result, Failure) else result
 
-    def _asked(self, question: BenchRequest) -> BenchResult:
+    def _measure(self, request: BenchRequest) -> BenchResult:
         self._get_ready()
         try:
-            self._connection.send(question)
-            answer: BenchResult = self._received(self._timeout_s or TIMEOUTS_S[type(question)])
+            self._connection.send(request)
+            result: BenchResult = self._received(self._timeout_s or request.TIME_LIMIT_S)
         except ConnectionError:
-            answer = _UNSEEN
-        if isinstance(answer, Failure) and answer.kind in ("Timeout", "Crash", _FATAL):
+            result = _UNSEEN
+        if isinstance(result, Failure) and result.kind in ("Timeout", "Crash", _FATAL):
             self._end()
             self._start()
-            log.warning("%s: starting the measuring process again", answer.message)
-        return answer
+            log.warning("%s: starting the measuring process again", result.message)
+        return result
 
     def _end(self) -> None:
         self._connection.close()
@@ -206,9 +192,9 @@ class BenchProcess:
             self._process.join()
 
     def close(self) -> None:
-        """End the process, whatever it does; any thread may."""
+        """Kill the process. Any thread may call this."""
         with self._starting_or_closing:
             self._is_closed = True
             self._process.kill()
-        with self._asking:  # who asks has just heard that the process died
+        with self._measuring:  # a waiting request has just failed
             self._end()

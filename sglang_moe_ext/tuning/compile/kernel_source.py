@@ -12,7 +12,6 @@ from pathlib import Path
 import sglang_moe_ext.kernels
 from sglang_moe_ext.core import CompileJob, EngineError, Failure, Resources
 from sglang_moe_ext.engines.adapter import EngineAdapter, InstallationLike
-from sglang_moe_ext.engines.registry import SGLANG
 
 Compiled = dict[CompileJob, Resources | Failure]
 Progress = Callable[[int, int], None]
@@ -29,7 +28,7 @@ class KernelSource:
     is_engines_own: bool
 
 
-def kernel_source(engine: InstallationLike | None, adapter: EngineAdapter = SGLANG) -> KernelSource:
+def kernel_source(engine: InstallationLike | None, adapter: EngineAdapter) -> KernelSource:
     """The source for that installation of that engine; None: ours.
 
     Raises:

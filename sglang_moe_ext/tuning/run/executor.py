@@ -1,4 +1,4 @@
-"""One GPU with a compiler beside it: all that a strategy is given to work with."""
+"""One GPU with its compiler: everything that a search strategy works with."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from sglang_moe_ext.tuning.bench.messages import BenchRequest, BenchResult
 
 
 class Executor(Protocol):
-    """Where it stands makes no difference to a strategy. One thread at a time asks."""
+    """A GPU of this machine or of another. Not thread-safe: one thread at a time measures."""
 
     @property
     def name(self) -> str:
-        """As a message calls it: `GPU 1`, `10.0.0.3 GPU 1`."""
+        """Its name in messages: `GPU 1`, `10.0.0.3 GPU 1`."""
 
     def get_ready(self) -> None:
-        """Wait until it can be asked.
+        """Wait until it can measure.
 
         Raises:
-            MoEExtError: it never will be.
+            MoEExtError: it cannot be started.
         """
 
     def want(self, jobs: Iterable[CompileJob]) -> None:
-        """Begin to compile these, and come back at once."""
+        """Queue these for compilation; does not wait."""
 
     def binary(self, job: CompileJob) -> Resources | Failure:
-        """What the binary needs; waits until it is made."""
+        """The resources of the binary; waits until it is compiled."""
 
-    def ask(self, question: BenchRequest) -> BenchResult:
-        """Measure. A Failure costs this question alone.
+    def measure(self, request: BenchRequest) -> BenchResult:
+        """Measure. A Failure costs this request alone.
 
         Raises:
-            MoEExtError: the GPU answers no more.
+            MoEExtError: the GPU does not respond any more.
         """
 
     def close(self) -> None:
-        """End what runs there; what it holds of others' stays."""
+        """End its own processes; what it shares stays open."""
 
 
 class CompilePoolLike(Protocol):
-    """What a executor needs of a compile pool."""
+    """What an executor needs of a compile pool."""
 
     def want(self, jobs: Iterable[CompileJob], *, first: bool = False) -> None: ...
 
@@ -57,26 +57,26 @@ class CompilePoolLike(Protocol):
 
 
 class BenchProcessLike(Protocol):
-    """What a executor needs of a measuring process; `device_name` as torch.cuda reports it."""
+    """What an executor needs of a measuring process; `device_name` as torch.cuda reports it."""
 
     @property
     def device_name(self) -> str: ...
 
-    def ask(self, question: BenchRequest) -> BenchResult: ...
+    def measure(self, request: BenchRequest) -> BenchResult: ...
 
     def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class LocalExecutor:
-    """A GPU of this machine. The pool is shared with the other executors here, and closed by who made it."""
+    """A GPU of this machine. All executors here share the pool; its owner closes it."""
 
     name: str
     pool: CompilePoolLike
     worker: BenchProcessLike
 
     def get_ready(self) -> None:
-        self.worker.device_name  # noqa: B018 - it waits for the process
+        self.worker.device_name  # noqa: B018 - waits for the process
 
     def want(self, jobs: Iterable[CompileJob]) -> None:
         self.pool.want(jobs)
@@ -84,8 +84,8 @@ class LocalExecutor:
     def binary(self, job: CompileJob) -> Resources | Failure:
         return self.pool.result(job)
 
-    def ask(self, question: BenchRequest) -> BenchResult:
-        return self.worker.ask(question)
+    def measure(self, request: BenchRequest) -> BenchResult:
+        return self.worker.measure(request)
 
     def close(self) -> None:
         self.worker.close()
@@ -102,8 +102,8 @@ GPUS_HELP = "GPUs to measure on: all, or their indices as in 0,2 (4 is the one G
 def run_tasks(executors: Sequence[Executor], tasks: Sequence[Callable[[Executor], T]], progress: Progress) -> list[T]:
     """Results in the order of the tasks, whichever executor did which; give the longest tasks first.
 
-    A executor that answers no more gives its task to the others, which begin it anew. Closes no executor: who is
-    interrupted here closes them, and that ends what they were at.
+    The task of an executor that does not respond any more goes to the others, which begin it again. Closes no
+    executor: a caller that is interrupted here must close them, which ends what they do.
 
     Raises:
         MoEExtError: no executor is left.
@@ -129,12 +129,12 @@ def close_all(executors: Sequence[Executor]) -> None:
 
 
 class _StoppedError(Exception):
-    """Unwinds a task whose result nobody waits for any more."""
+    """Unwinds a task whose result is not needed any more."""
 
 
 @dataclass(slots=True)
 class _Watched:
-    """A executor as a task sees it: it notes the executor's end, and asks nothing once the run has stopped."""
+    """An executor as a task sees it: records its end, and measures nothing once the run has stopped."""
 
     name: str
     executor: Executor
@@ -150,21 +150,21 @@ class _Watched:
     def binary(self, job: CompileJob) -> Resources | Failure:
         return self._noting(lambda: self.executor.binary(job))
 
-    def ask(self, question: BenchRequest) -> BenchResult:
-        return self._noting(lambda: self.executor.ask(question))
+    def measure(self, request: BenchRequest) -> BenchResult:
+        return self._noting(lambda: self.executor.measure(request))
 
     def close(self) -> None:
         self.executor.close()
 
     def _noting(self, call: Callable[[], T]) -> T:
         try:
-            answer = None if self.stop.is_set() else [call()]
+            result = None if self.stop.is_set() else [call()]
         except MoEExtError as error:
             self.end = error
             raise
-        if answer is None or self.stop.is_set():  # what a GPU says while it is closed is of no candidate's making
+        if result is None or self.stop.is_set():  # a failure during the close is not the candidate's
             raise _StoppedError
-        return answer[0]
+        return result[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +217,7 @@ def _collected(shared: _Shared[T], working: int, progress: Progress) -> dict[int
                 working -= 1
                 if working == 0:
                     raise end
-                log.warning("%s answers no more (%s): its task goes to the %d left", name, end, working)
+                log.warning("%s results no more (%s): its task goes to the %d left", name, end, working)
                 shared.todo.put(place)
             case error:
                 raise error

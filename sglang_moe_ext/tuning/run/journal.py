@@ -1,4 +1,4 @@
-"""The journal of a tuning run, a line an answer: what resuming it, replaying it and reporting on it start from."""
+"""The journal of a tuning run, one line for each result. Resuming, replaying and reporting read it."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ from pathlib import Path
 from sglang_moe_ext import env
 from sglang_moe_ext.core import Failure, MoEExtError, StoreError
 from sglang_moe_ext.tuning.bench import messages_json
-from sglang_moe_ext.tuning.bench.messages import Ask, BenchRequest, BenchResult
+from sglang_moe_ext.tuning.bench.messages import BenchRequest, BenchResult, Measure
 from sglang_moe_ext.tuning.run import journal_reader
 from sglang_moe_ext.tuning.run.journal_reader import Circumstances, Recording
 
 NOT_RECORDED = frozenset({"Interrupted", "OutOfMemoryError", "Closed", "CompilePoolUnable"})
-"""Kinds of failures that say something of the machine, whose memory others may fill, and nothing of the candidate: the
-question is asked again."""
+"""Kinds of failures of the machine (memory filled by others, a closed pool), not of the candidate: measured again."""
 
 
 class UnknownRequestError(MoEExtError, LookupError):
-    """No journal that is replayed answers this question."""
+    """No replayed journal has a result for this request."""
 
 
 class Journal:
-    """An open journal. Threads may share it; that no two processes do is for whoever opens it to see to."""
+    """An open journal. Thread-safe. Not process-safe: the caller must hold the lock of the run."""
 
     def __init__(self, path: Path, so_far: Recording) -> None:
         self.path, self.circumstances = path, so_far.circumstances
-        self._answers, self._is_finished, self._whole_bytes = so_far.answers, so_far.is_finished, so_far.whole_bytes
+        self._results, self._is_finished, self._whole_bytes = so_far.results, so_far.is_finished, so_far.whole_bytes
         self._file: FileIO | None = None
         self._lock = threading.Lock()
 
@@ -51,10 +50,10 @@ class Journal:
 
     @classmethod
     def open(cls, path: Path) -> Journal:
-        """The journal in that file, to go on with; the file changes with the first answer that is recorded.
+        """The journal in that file, to go on with; the file changes with the first recorded result.
 
         Raises:
-            StoreError: as of `recording.read`, or it is packed.
+            StoreError: as `journal_reader.read`, or it is packed.
         """
         if path.suffix == ".gz":
             raise StoreError(f"{path} is packed, which can be replayed but not gone on with: unpack it first")
@@ -62,44 +61,44 @@ class Journal:
 
     @property
     def is_finished(self) -> bool:
-        """True where nothing was recorded since it was closed."""
+        """True where nothing was recorded since `finish`."""
         return self._is_finished
 
     def known(self) -> list[tuple[BenchRequest, BenchResult]]:
-        """Every question with its answer, in the order of the answers."""
+        """Every request with its result, in the order in which they were recorded."""
         with self._lock:
-            return list(self._answers.values())
+            return list(self._results.values())
 
-    def answer(self, question: BenchRequest) -> BenchResult | None:
-        """What is known, whatever the limit of a Screen."""
-        known = self._answers.get(messages_json.identity(question))
+    def result(self, request: BenchRequest) -> BenchResult | None:
+        """The recorded result, whatever the limit of a BenchGemm."""
+        known = self._results.get(messages_json.identity(request))
         return None if known is None else known[1]
 
-    def record(self, question: BenchRequest, answer: BenchResult) -> BenchResult:
-        """The answer as a resumed run will read it: rounded, and the first one where there are two.
+    def record(self, request: BenchRequest, result: BenchResult) -> BenchResult:
+        """The result as a resumed run reads it: rounded, and the first one where there are two.
 
         Raises:
-            StoreError: the disk refuses, or the answer is none to that question.
+            StoreError: the disk refuses, or the result is not one of that request.
         """
-        if isinstance(answer, Failure) and answer.kind in NOT_RECORDED:
-            return answer
-        line = messages_json.to_json(question, answer)
+        if isinstance(result, Failure) and result.kind in NOT_RECORDED:
+            return result
+        line = messages_json.to_json(request, result)
         written = messages_json.parse(json.loads(line))
-        key = messages_json.identity(question)
+        key = messages_json.identity(request)
         with self._lock:
-            if key not in self._answers:
+            if key not in self._results:
                 self._append(f"{line}\n".encode())
-                self._answers[key], self._is_finished = written, False
-            return self._answers[key][1]
+                self._results[key], self._is_finished = written, False
+            return self._results[key][1]
 
-    def through(self, ask: Ask) -> Ask:
-        """Answer from the journal what it knows; ask for the rest, and record it."""
+    def through(self, measure: Measure) -> Measure:
+        """Read recorded results from the journal; measure the others and record them."""
 
-        def answered(question: BenchRequest) -> BenchResult:
-            known = self.answer(question)
-            return self.record(question, ask(question)) if known is None else known
+        def read_or_measure(request: BenchRequest) -> BenchResult:
+            known = self.result(request)
+            return self.record(request, measure(request)) if known is None else known
 
-        return answered
+        return read_or_measure
 
     def finish(self) -> None:
         """Write the closing line.
@@ -134,31 +133,33 @@ class Journal:
         self._whole_bytes += len(line)
 
 
-def replay(paths: Sequence[Path]) -> Ask:
-    """Answer from journals alone, the first that knows; `.jsonl.gz` as well. For tests, and studies without a GPU.
+def replay(paths: Sequence[Path]) -> Measure:
+    """Read results from journals alone, from the first that has one; `.jsonl.gz` too. For use without a GPU.
 
-    What it gives raises UnknownQuestionError on what none of them knows.
+    The returned function raises UnknownRequestError where none of them has a result.
 
     Raises:
-        StoreError: as of `recording.read`, or the journals are of different circumstances.
+        StoreError: as `journal_reader.read`, or the journals have different circumstances.
     """
-    answers: dict[Hashable, tuple[BenchRequest, BenchResult]] = {}
+    results: dict[Hashable, tuple[BenchRequest, BenchResult]] = {}
     first: Recording | None = None
     for path in paths:
         found = journal_reader.read(path)
         first = first or found
         if differs := journal_reader.difference(found.circumstances, first.circumstances):
             raise StoreError(f"{path} cannot be replayed together with {paths[0]}: {differs}: replay each alone")
-        answers = found.answers | answers
+        results = found.results | results
 
-    def answered(question: BenchRequest) -> BenchResult:
+    def read(request: BenchRequest) -> BenchResult:
         try:
-            return answers[messages_json.identity(question)][1]
+            return results[messages_json.identity(request)][1]
         except KeyError:
             named = ", ".join(map(str, paths)) or "no journal"
-            raise UnknownRequestError(f"{named}: no answer to {question}: replay what a run asked") from None
+            raise UnknownRequestError(
+                f"{named}: no result for {request}: replay the requests of a recorded run"
+            ) from None
 
-    return answered
+    return read
 
 
 def cannot_write(path: Path, error: OSError) -> StoreError:

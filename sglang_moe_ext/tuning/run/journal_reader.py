@@ -1,4 +1,4 @@
-"""Read the journal of a tuning run: its circumstances, what was asked and answered, whether it came to its end."""
+"""Read the journal of a tuning run: its circumstances, its requests with their results, whether it is finished."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Recording:
     """What a journal says. `whole_bytes` of it are whole lines; what lies behind them was cut short."""
 
     circumstances: Circumstances
-    answers: dict[Hashable, tuple[BenchRequest, BenchResult]]
+    results: dict[Hashable, tuple[BenchRequest, BenchResult]]
     is_finished: bool
     whole_bytes: int
 
@@ -44,7 +44,7 @@ def read(path: Path) -> Recording:
     """
     lines = _lines(path)
     first = next(lines, b"")
-    answers: dict[Hashable, tuple[BenchRequest, BenchResult]] = {}
+    results: dict[Hashable, tuple[BenchRequest, BenchResult]] = {}
     recording_of, whole_bytes, is_finished = _header(path, first), len(first), False
     garbled = 0
     for number, line in enumerate(lines, 2):
@@ -57,12 +57,12 @@ def read(path: Path) -> Recording:
         whole_bytes += len(line)
         is_finished = line == END_LINE
         if not is_finished:
-            question, answer = _parsed(path, number, document)
-            answers.setdefault(messages_json.identity(question), (question, answer))
+            request, result = _parsed(path, number, document)
+            results.setdefault(messages_json.identity(request), (request, result))
     else:
         if garbled:
-            log.warning("%s:%d: the last line was cut short: its question is asked again", path, garbled)
-        return Recording(recording_of, answers, is_finished, whole_bytes)
+            log.warning("%s:%d: the last line was cut short: its request is asked again", path, garbled)
+        return Recording(recording_of, results, is_finished, whole_bytes)
     raise StoreError(f"{path}:{garbled}: expected one JSON object: {_START_ANEW}")
 
 

@@ -24,14 +24,14 @@ Make = Callable[[int, Path], tuple[CompilePoolLike, BenchProcessLike]]
 
 RAY_HELP = "measure on the GPUs of the Ray cluster that this machine is part of (at ADDRESS, as `ray start` printed it)"
 
-_CALLS_AT_ONCE = 8  # of one actor: who waits for a binary must not keep a question waiting
+_CALLS_AT_ONCE = 8  # of one actor: who waits for a binary must not keep a request waiting
 _PLACED_WITHIN_S = 30.0  # a GPU that Ray has not given by then is in use by another job
 _STARTED_WITHIN_S = 600.0
 _CLOSED_WITHIN_S = 10.0
 
 
 def ray_executors(address: str | None, tuned_for: str, make: Make) -> list[Executor]:
-    """A executor for each free GPU of the cluster whose device name is `tuned_for`; None: the cluster running here.
+    """An executor for each free GPU of the cluster whose device name is `tuned_for`; None: the cluster running here.
 
     Raises:
         MoEExtError: Ray is not installed, or there is no such cluster.
@@ -42,7 +42,7 @@ def ray_executors(address: str | None, tuned_for: str, make: Make) -> list[Execu
     seats = [seat for node in ray.nodes() if node["Alive"] for seat in _seats(ray, node)]
     placed = _placed(ray, seats)
     starting = [(seat, seat.actor.start.remote(make, seat.cores)) for seat in placed if isinstance(seat, RayExecutor)]
-    started = [_started(seat, answer, tuned_for) for seat, answer in starting]
+    started = [_started(seat, result, tuned_for) for seat, result in starting]
     left_out = "; ".join(sorted({why for why in (*placed, *started) if isinstance(why, str)}))
     found = sorted((seat for seat in started if isinstance(seat, RayExecutor)), key=lambda seat: seat.name)
     if not found:
@@ -62,7 +62,7 @@ class RayExecutor:
     cores: int
 
     def get_ready(self) -> None:
-        """It said what GPU it has before it became a executor."""
+        """It said what GPU it has before it became an executor."""
 
     def want(self, jobs: Iterable[CompileJob]) -> None:
         _got(self.name, self.actor.want.remote(list(jobs)))
@@ -71,9 +71,9 @@ class RayExecutor:
         needs: Resources | Failure = _got(self.name, self.actor.binary.remote(job))
         return needs
 
-    def ask(self, question: BenchRequest) -> BenchResult:
-        answer: BenchResult = _got(self.name, self.actor.ask.remote(question))
-        return answer
+    def measure(self, request: BenchRequest) -> BenchResult:
+        result: BenchResult = _got(self.name, self.actor.measure.remote(request))
+        return result
 
     def close(self) -> None:
         ray = _ray()
@@ -106,8 +106,8 @@ class _Held:
     def binary(self, job: CompileJob) -> Resources | Failure:
         return self._pool.result(job)
 
-    def ask(self, question: BenchRequest) -> BenchResult:
-        return self._worker.ask(question)
+    def measure(self, request: BenchRequest) -> BenchResult:
+        return self._worker.measure(request)
 
     def close(self) -> None:
         self._open.close()
@@ -143,7 +143,7 @@ def _reach(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except (OSError, ValueError, OverflowError) as error:
         expected = "expected HOST:PORT, as `ray start --head` printed it"
-        raise MoEExtError(f"no Ray cluster answers at {address!r} ({error}): {expected}") from error
+        raise MoEExtError(f"no Ray cluster results at {address!r} ({error}): {expected}") from error
 
 
 def _seats(ray: Any, node: Mapping[str, Any]) -> list[RayExecutor]:
@@ -157,15 +157,15 @@ def _seats(ray: Any, node: Mapping[str, Any]) -> list[RayExecutor]:
 
 def _placed(ray: Any, seats: list[RayExecutor]) -> list[RayExecutor | str]:
     """Each seat with its GPU in its name, or why it is left out; an actor that nobody holds any more ends."""
-    answers = [seat.actor.where.remote() for seat in seats]
-    if answers:
-        ray.wait(answers, num_returns=len(answers), timeout=_PLACED_WITHIN_S)
-    return [_named(seat, answer) for seat, answer in zip(seats, answers, strict=True)]
+    results = [seat.actor.where.remote() for seat in seats]
+    if results:
+        ray.wait(results, num_returns=len(results), timeout=_PLACED_WITHIN_S)
+    return [_named(seat, result) for seat, result in zip(seats, results, strict=True)]
 
 
-def _named(seat: RayExecutor, answer: Any) -> RayExecutor | str:
+def _named(seat: RayExecutor, result: Any) -> RayExecutor | str:
     try:
-        gpu, version = _got(seat.name, answer, 0)
+        gpu, version = _got(seat.name, result, 0)
     except MoEExtError as error:
         return f"{error} (expected a free GPU, and sglang-moe-ext {__version__} installed, as here)"
     if version != __version__:
@@ -173,9 +173,9 @@ def _named(seat: RayExecutor, answer: Any) -> RayExecutor | str:
     return replace(seat, name=f"{seat.name} GPU {gpu}")
 
 
-def _started(seat: RayExecutor, answer: Any, tuned_for: str) -> RayExecutor | str:
+def _started(seat: RayExecutor, result: Any, tuned_for: str) -> RayExecutor | str:
     try:
-        device_name = _got(seat.name, answer, _STARTED_WITHIN_S)
+        device_name = _got(seat.name, result, _STARTED_WITHIN_S)
         if device_name == tuned_for:
             return seat
         why = f"{seat.name} is {device_name}"
@@ -185,16 +185,16 @@ def _started(seat: RayExecutor, answer: Any, tuned_for: str) -> RayExecutor | st
     return why
 
 
-def _got(name: str, answer: Any, timeout_s: float | None = None) -> Any:
-    """What the actor answers; raises MoEExtError where the call failed there, or the actor is gone."""
+def _got(name: str, result: Any, timeout_s: float | None = None) -> Any:
+    """What the actor returns. Raises MoEExtError where the call failed there, or the actor is gone."""
     ray = _ray()
     try:
-        return ray.get(answer, timeout=timeout_s)
+        return ray.get(result, timeout=timeout_s)
     except ray.exceptions.RayTaskError as error:
         kind = "" if isinstance(error.cause, MoEExtError) else f"{type(error.cause).__name__}: "
         raise MoEExtError(f"{name}: {kind}{_in_one_line(error.cause)}") from error
     except ray.exceptions.GetTimeoutError as error:
-        raise MoEExtError(f"{name}: no answer in time") from error
+        raise MoEExtError(f"{name}: no result in time") from error
     except ray.exceptions.RayError as error:
         raise MoEExtError(f"{name} is gone: {_in_one_line(error)}") from error
 

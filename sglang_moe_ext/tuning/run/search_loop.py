@@ -1,4 +1,4 @@
-"""Measure every batch size: screen all of them, largest first, then decide each in a rematch with the incumbent."""
+"""Measure every batch size: screen all of them, largest first, then compare the best of each with the incumbent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEExtError, Projection, Resources
-from sglang_moe_ext.tuning.bench.messages import Ask, BenchGemm, BenchRequest, BenchResult, Pair, Runner
+from sglang_moe_ext.tuning.bench.messages import BenchGemm, BenchRequest, BenchResult, Measure, Pair, Runner
 from sglang_moe_ext.tuning.compile.processes import UNABLE
 from sglang_moe_ext.tuning.request import MeasureOptions, Progress, TuneRequest
 from sglang_moe_ext.tuning.run.executor import Executor, run_tasks
@@ -40,10 +40,10 @@ def largest_first(listed: dict[int, Candidates]) -> list[SearchTask]:
 
 @dataclass(frozen=True, slots=True)
 class SearchResults:
-    """By M, what was chosen of the engine's kernels, and where our own path was raced with that, who won."""
+    """By M, the pair chosen for the engine's kernels, and the winner where our kernels were compared with it."""
 
     pairs: dict[int, MeasuredChoice[Pair]]
-    paths: dict[int, MeasuredChoice[Runner]]
+    plans: dict[int, MeasuredChoice[Runner]]
 
 
 def measure_all(
@@ -55,10 +55,10 @@ def measure_all(
     journal: Journal,
     progress: Progress,
 ) -> SearchResults:
-    """What was chosen for each M. `incumbents` are asked for when the screening is over: the engine may still think.
+    """What was chosen for each M. `incumbents` is called after the screening: the engine may be starting until then.
 
     Raises:
-        MoEExtError: nothing ran right for any M, or no GPU answers any more.
+        MoEExtError: nothing ran right for any M, or no GPU responds any more.
     """
     counted = _Counted(progress, sum(len({c.compile_key for c in of}) for task in tasks for of in task.listed.values()))
     _get_ready(executors, request, tasks, measuring)
@@ -76,15 +76,15 @@ def measure_all(
             partial(_decide, search_of, task.tokens, screening, pairs[task.tokens])
             for task, screening in zip(tasks, screenings, strict=True)
         ],
-        lambda done, of: progress("rematch", done, of),
+        lambda done, of: progress("comparing", done, of),
     )
     results = {task.tokens: result for task, (result, _) in zip(tasks, decided, strict=True) if result is not None}
-    paths = {task.tokens: path for task, (_, path) in zip(tasks, decided, strict=True) if path is not None}
+    plans = {task.tokens: plan for task, (_, plan) in zip(tasks, decided, strict=True) if plan is not None}
     if not results:
         failures = sum((Counter(screening.failures) for screening in screenings), Counter[str]())
         why = ", ".join(f"{kind} {count} times" for kind, count in failures.most_common(3)) or "no candidate was timed"
         raise MoEExtError(f"nothing ran right on {request.gpu.device_name} for any batch size ({why}): -v says more")
-    return SearchResults(dict(sorted(results.items())), dict(sorted(paths.items())))
+    return SearchResults(dict(sorted(results.items())), dict(sorted(plans.items())))
 
 
 def _get_ready(
@@ -93,9 +93,7 @@ def _get_ready(
     """Where a budget runs, wait until there is something to spend it on: engines take long to import."""
     if measuring.budget_s is None:
         return
-    first = candidates.screening_jobs(tasks[0].listed, request.shape, tasks[0].tokens, request.gpu.sm, request.adapter)[
-        0
-    ]
+    first = candidates.screening_jobs(tasks[0].listed, request.problem, tasks[0].tokens)[0]
     for executor in executors:
         with suppress(MoEExtError):  # the tasks will meet it, and have others to turn to
             executor.binary(first)
@@ -109,14 +107,14 @@ class _Counted:
         self._progress, self._of, self._done = progress, of, 0
         self._counting = threading.Lock()
 
-    def __call__(self, ask: Ask) -> Ask:
-        def counted(question: BenchRequest) -> BenchResult:
-            answer = ask(question)
-            if isinstance(question, BenchGemm) and len(question.groups) == 1:
+    def __call__(self, measure: Measure) -> Measure:
+        def counted(request: BenchRequest) -> BenchResult:
+            result = measure(request)
+            if isinstance(request, BenchGemm) and len(request.groups) == 1:
                 with self._counting:
                     self._done += 1
                     self._progress("screening", min(self._done, self._of), self._of)
-            return answer
+            return result
 
         return counted
 
@@ -154,44 +152,44 @@ def _binary(executor: Executor, job: CompileJob) -> Resources | Failure:
 
 
 def _screen(of: _Search, task: SearchTask, executor: Executor) -> Screening:
-    shape, gpu, engine = of.request.shape, of.request.gpu, of.request.adapter
-    executor.want(candidates.screening_jobs(task.listed, shape, task.tokens, gpu.sm, engine))
+    problem = of.request.problem
+    executor.want(candidates.screening_jobs(task.listed, problem, task.tokens))
 
     def clean(projection: Projection, key: CompileKey) -> Failure | None:
-        job = candidates.screening_job(shape, task.tokens, projection, key, gpu.sm, engine)
-        return candidates.misfit(job, _binary(executor, job), gpu)
+        job = candidates.screening_job(problem, task.tokens, projection, key)
+        return candidates.misfit(job, _binary(executor, job), problem.gpu)
 
-    ask = of.counted(of.journal.through(executor.ask))
-    screening = search.screen(task.tokens, task.listed, of.effort, ask, clean, of.budget.share(), of.fastest_keys)
+    measure = of.counted(of.journal.through(executor.measure))
+    screening = search.screen(task.tokens, task.listed, of.effort, measure, clean, of.budget.share(), of.fastest_keys)
     for pair in of.finalists(screening, of.effort.finalists):
-        executor.want(candidates.pair_jobs(pair, shape, task.tokens, gpu.sm, engine))
+        executor.want(candidates.pair_jobs(pair, problem, task.tokens))
     return screening
 
 
 def _decide(
     of: _Search, tokens: int, screening: Screening, incumbent: Pair, executor: Executor
 ) -> tuple[MeasuredChoice[Pair] | None, MeasuredChoice[Runner] | None]:
-    """What was chosen of the engine's kernels, and who won the race of that with our own path."""
+    """The pair chosen for the engine's kernels, and the winner of its comparison with our kernels."""
     pairs = of.finalists(screening, 1 if of.budget.is_spent() else of.effort.finalists)
     if not pairs:
         log.warning("M=%d: left out: no candidate ran (%s)", tokens, ", ".join(screening.failures) or "none was timed")
         return None, None
-    shape, sm, engine = of.request.shape, of.request.gpu.sm, of.request.adapter
-    jobs = [candidates.pair_jobs(pair, shape, tokens, sm, engine) for pair in (incumbent, *pairs)]
+    shape, problem = of.request.shape, of.request.problem
+    jobs = [candidates.pair_jobs(pair, problem, tokens) for pair in (incumbent, *pairs)]
     executor.want(job for of_pair in jobs for job in of_pair)  # another executor may have screened
     runnable: list[Pair] = []
     for pair, of_pair in zip((incumbent, *pairs), jobs, strict=True):
-        # Waits for binaries, so that none is compiled while the race runs.
+        # Waits for binaries, so that none is compiled during the comparison.
         failure = next((need for job in of_pair if isinstance(need := _binary(executor, job), Failure)), None)
         if failure is None and pair != incumbent:
             runnable.append(pair)
         elif failure is not None:
             log.info("M=%d: up %s, down %s left out: %s", tokens, pair["up"], pair["down"], failure.message)
-    ask, rounds = of.journal.through(executor.ask), of.effort.rounds
+    measure, rounds = of.journal.through(executor.measure), of.effort.rounds
     chosen = final_comparison.confirm(
-        shape, tokens, runnable, incumbent, ask, rounds=rounds, tried=screening.tried, failures=screening.failures
+        shape, tokens, runnable, incumbent, measure, rounds=rounds, tried=screening.tried, failures=screening.failures
     )
     if chosen is None or not of.with_sorted_kernels or of.budget.is_spent():
         return chosen, None
     ups = [pair["up"] for pair in runnable]
-    return chosen, sorted_kernels.compare_plans(shape, tokens, chosen.pair, ups, ask, rounds=rounds)
+    return chosen, sorted_kernels.compare_plans(shape, tokens, chosen.pair, ups, measure, rounds=rounds)

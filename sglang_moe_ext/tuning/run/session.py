@@ -1,4 +1,4 @@
-"""A measuring run: its folder with the journal, its GPUs with a compile pool beside them, and what they find."""
+"""A measuring run: its folder with the journal, its GPUs with their compile pool, and the results."""
 
 from __future__ import annotations
 
@@ -73,10 +73,7 @@ def measure(
     tasks = search_loop.largest_first(
         {m: candidates.list_for_request(request, measuring, kept, m) for m in request.tokens}
     )
-    shape, sm = request.shape, request.gpu.sm
-    jobs = [
-        job for task in tasks for job in candidates.screening_jobs(task.listed, shape, task.tokens, sm, request.adapter)
-    ]
+    jobs = [job for task in tasks for job in candidates.screening_jobs(task.listed, request.problem, task.tokens)]
     with ExitStack() as ends:
         executors = start_executors(request, measuring, source, run.triton_cache, jobs, ends, progress)
         return search_loop.measure_all(

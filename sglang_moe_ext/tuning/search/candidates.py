@@ -12,14 +12,12 @@ from sglang_moe_ext.core import (
     CompileKey,
     Failure,
     Gpu,
-    MoEShape,
     Projection,
     Resources,
     TileConfig,
 )
-from sglang_moe_ext.engines.adapter import EngineAdapter
-from sglang_moe_ext.engines.registry import SGLANG
 from sglang_moe_ext.tuning.bench.messages import Pair
+from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.request import MeasureOptions, TuneRequest
 from sglang_moe_ext.tuning.search import cost_model, predict
 from sglang_moe_ext.tuning.search.screening import EFFORTS, groups_by_key
@@ -33,23 +31,22 @@ def list_for_request(
     """What a run times at that M."""
     keys = EFFORTS[measuring.effort].keys
     if not request.adapter.HAS_DOWN_TABLES:
-        return list_shared_candidates(kept, request.shape, request.gpu, tokens, keys=keys)
-    return list_candidates(kept, request.shape, request.gpu, tokens, keys=keys, with_tma=measuring.with_tma)
+        return list_shared_candidates(kept, request.problem, tokens, keys=keys)
+    return list_candidates(kept, request.problem, tokens, keys=keys, with_tma=measuring.with_tma)
 
 
 def list_shared_candidates(
-    kept: tuple[TileConfig, ...], shape: MoEShape, gpu: Gpu, tokens: int, *, keys: int | None
+    kept: tuple[TileConfig, ...], problem: Problem, tokens: int, *, keys: int | None
 ) -> Candidates:
     """The same candidates for each GEMM, where one configuration serves both: the first `keys` binaries, best first."""
-    groups = groups_by_key(predict.by_estimate(kept, shape, gpu, tokens))
+    groups = groups_by_key(predict.by_estimate(kept, problem, tokens))
     best = [key.with_group(group) for key in itertools.islice(groups, keys) for group in groups[key]]
     return dict.fromkeys(PROJECTIONS, best)
 
 
 def list_candidates(
     kept: tuple[TileConfig, ...],
-    shape: MoEShape,
-    gpu: Gpu,
+    problem: Problem,
     tokens: int,
     *,
     keys: int | None,
@@ -61,11 +58,11 @@ def list_candidates(
     the very best of those comes first in both: a search that ends early has a pair.
     `with_tma`: the GEMMs that are timed with TMA too.
     """
-    for_both = groups_by_key(predict.by_estimate(kept, shape, gpu, tokens))
+    for_both = groups_by_key(predict.by_estimate(kept, problem, tokens))
     shared = list(for_both)[: None if keys is None else keys // 2]
     found: Candidates = {}
     for projection in PROJECTIONS:
-        groups = groups_by_key(_ranked(kept, shape, gpu, tokens, projection))
+        groups = groups_by_key(_ranked(kept, problem, tokens, projection))
         wanted = set(itertools.islice(dict.fromkeys((*shared, *groups)), keys))
         found[projection] = [
             twin.with_group(group)
@@ -83,9 +80,9 @@ def _twins(key: CompileKey) -> tuple[CompileKey, CompileKey]:
 
 
 @functools.lru_cache(maxsize=256)
-def _ranked(
-    kept: tuple[TileConfig, ...], shape: MoEShape, gpu: Gpu, tokens: int, projection: Projection
-) -> list[TileConfig]:
+def _ranked(kept: tuple[TileConfig, ...], problem: Problem, tokens: int, projection: Projection) -> list[TileConfig]:
+    shape, gpu = problem.shape, problem.gpu
+
     def estimate(config: TileConfig) -> tuple[float, TileConfig]:
         needs = cost_model.estimate(config, shape, gpu)
         return cost_model.gemm(config, shape, gpu, tokens, projection, needs).us, config
@@ -93,20 +90,16 @@ def _ranked(
     return [config for _, config in sorted(map(estimate, kept))]
 
 
-def screening_job(
-    shape: MoEShape, tokens: int, projection: Projection, key: CompileKey, sm: int, engine: EngineAdapter = SGLANG
-) -> CompileJob:
+def screening_job(problem: Problem, tokens: int, projection: Projection, key: CompileKey) -> CompileJob:
     """The binary that a screening launches: for any GROUP_SIZE_M."""
-    return CompileJob(shape, projection, engine.representative_tokens(shape, tokens), key, sm)
+    return CompileJob(problem.shape, projection, problem.representative_tokens(tokens), key, problem.gpu.sm)
 
 
-def screening_jobs(
-    candidates: Candidates, shape: MoEShape, tokens: int, sm: int, engine: EngineAdapter = SGLANG
-) -> list[CompileJob]:
+def screening_jobs(candidates: Candidates, problem: Problem, tokens: int) -> list[CompileJob]:
     """The binaries of all candidates at one M, each once."""
     return list(
         dict.fromkeys(
-            screening_job(shape, tokens, projection, config.compile_key, sm, engine)
+            screening_job(problem, tokens, projection, config.compile_key)
             for projection, configs in candidates.items()
             for config in configs
         )
@@ -123,16 +116,16 @@ def misfit(job: CompileJob, needs: Resources | Failure, gpu: Gpu) -> Failure | N
     return None
 
 
-def pair_jobs(pair: Pair, shape: MoEShape, tokens: int, sm: int, engine: EngineAdapter = SGLANG) -> list[CompileJob]:
+def pair_jobs(pair: Pair, problem: Problem, tokens: int) -> list[CompileJob]:
     """The binaries that the engine launches for a pair: groups are constants, and TMA decides the up GEMM's order."""
-    representative = engine.representative_tokens(shape, tokens)
+    representative = problem.representative_tokens(tokens)
     return [
         CompileJob(
-            shape,
+            problem.shape,
             projection,
             representative,
             config.compile_key,
-            sm,
+            problem.gpu.sm,
             config.group_m,
             sorted_rows=projection == "up" and pair["down"].use_tma,
         )

@@ -14,15 +14,13 @@ from sglang_moe_ext.core import (
     Failure,
     Gpu,
     MoEExtError,
-    MoEShape,
     Projection,
     Resources,
     TileConfig,
 )
-from sglang_moe_ext.engines.adapter import EngineAdapter
-from sglang_moe_ext.engines.registry import SGLANG
 from sglang_moe_ext.tuning.compile.kernel_source import Compiled
 from sglang_moe_ext.tuning.compile.processes import UNABLE
+from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.search import cost_model
 
 CompileAll = Callable[[Sequence[CompileJob]], Compiled]
@@ -41,13 +39,12 @@ class PredictedConfig:
     resources: dict[Projection, Resources]
 
 
-def jobs_of(
-    config: TileConfig, shape: MoEShape, tokens: int, sm: int, engine: EngineAdapter = SGLANG
-) -> dict[Projection, CompileJob]:
+def list_jobs(config: TileConfig, problem: Problem, tokens: int) -> dict[Projection, CompileJob]:
     """The binaries that a configuration needs at that many tokens."""
-    representative = engine.representative_tokens(shape, tokens)
+    representative, sm = problem.representative_tokens(tokens), problem.gpu.sm
     return {
-        projection: CompileJob(shape, projection, representative, config.compile_key, sm) for projection in PROJECTIONS
+        projection: CompileJob(problem.shape, projection, representative, config.compile_key, sm)
+        for projection in PROJECTIONS
     }
 
 
@@ -65,20 +62,16 @@ def clean_resources(
 
 
 def predict_table(
-    candidates: Sequence[TileConfig],
-    shape: MoEShape,
-    gpu: Gpu,
-    tokens: Sequence[int],
-    compile_all: CompileAll,
-    engine: EngineAdapter = SGLANG,
+    candidates: Sequence[TileConfig], problem: Problem, tokens: Sequence[int], compile_all: CompileAll
 ) -> dict[int, PredictedConfig]:
     """The best candidate for each M, compiled. Only what is ranked ahead of a compiled, clean candidate is compiled.
 
     Raises:
         EngineError: no candidate compiles for some M.
     """
+    shape, gpu = problem.shape, problem.gpu
     compiled: Compiled = {}
-    ranked = {m: best_of_each_key(tuple(candidates), shape, gpu, m) for m in tokens}
+    ranked = {m: best_of_each_key(tuple(candidates), problem, m) for m in tokens}
     chosen: dict[int, PredictedConfig] = {}
     while len(chosen) < len(ranked):
         fronts = {m: ranked[m][:FRONT] for m in ranked if m not in chosen}
@@ -89,19 +82,14 @@ def predict_table(
                 f"no candidate compiles for M={empty} on {gpu.device_name}: {failures[0] if failures else 'all spill'}"
             )
         compiled |= compile_all(
-            [
-                job
-                for m, front in fronts.items()
-                for config in front
-                for job in jobs_of(config, shape, m, gpu.sm, engine).values()
-            ]
+            [job for m, front in fronts.items() for config in front for job in list_jobs(config, problem, m).values()]
         )
         _refuse_if_hopeless(compiled)
         for m, front in fronts.items():
             clean = [
                 PredictedConfig(config, cost_model.pair_us(config, shape, gpu, m, resources), resources)
                 for config in front
-                if (resources := clean_resources(jobs_of(config, shape, m, gpu.sm, engine), compiled, gpu)) is not None
+                if (resources := clean_resources(list_jobs(config, problem, m), compiled, gpu)) is not None
             ]
             if clean:
                 chosen[m] = min(clean, key=lambda predicted: predicted.us)
@@ -126,8 +114,10 @@ def _refuse_if_hopeless(compiled: Compiled) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def by_estimate(candidates: tuple[TileConfig, ...], shape: MoEShape, gpu: Gpu, tokens: int) -> list[TileConfig]:
+def by_estimate(candidates: tuple[TileConfig, ...], problem: Problem, tokens: int) -> list[TileConfig]:
     """Fastest first, as far as can be told before compiling; of equals the one with the smaller tile."""
+
+    shape, gpu = problem.shape, problem.gpu
 
     def estimate(config: TileConfig) -> tuple[float, TileConfig]:
         resources = cost_model.estimate(config, shape, gpu)
@@ -136,9 +126,9 @@ def by_estimate(candidates: tuple[TileConfig, ...], shape: MoEShape, gpu: Gpu, t
     return [config for _, config in sorted(map(estimate, candidates))]
 
 
-def best_of_each_key(candidates: tuple[TileConfig, ...], shape: MoEShape, gpu: Gpu, tokens: int) -> list[TileConfig]:
+def best_of_each_key(candidates: tuple[TileConfig, ...], problem: Problem, tokens: int) -> list[TileConfig]:
     """Of the candidates that differ in GROUP_SIZE_M alone, the best; fastest first."""
     best: dict[CompileKey, TileConfig] = {}
-    for config in by_estimate(candidates, shape, gpu, tokens):
+    for config in by_estimate(candidates, problem, tokens):
         best.setdefault(config.compile_key, config)
     return list(best.values())

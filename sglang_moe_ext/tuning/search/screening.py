@@ -1,4 +1,4 @@
-"""Which candidates are timed at one M, and which of them come to the rematch: functions over `ask`, without a GPU."""
+"""Which candidates are timed at one M, and which reach the final comparison: functions over `measure`, no GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sglang_moe_ext.core import PROJECTIONS, CompileKey, Failure, Projection, TileConfig
-from sglang_moe_ext.tuning.bench.messages import Ask, BenchGemm, GemmTimes, Pair
+from sglang_moe_ext.tuning.bench.messages import BenchGemm, GemmTimes, Measure, Pair
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +25,8 @@ class Effort:
     """How much is timed at each M.
 
     `keys`: the binaries of each GEMM that come first by the wave model, None for all; `grouped`: how many of the
-    fastest of each path, with TMA and without, are timed with every GROUP_SIZE_M; `finalists`: pairs of each path in
-    the rematch, of `rounds` rounds.
+    fastest with TMA, and without it, are timed with every GROUP_SIZE_M; `finalists`: pairs of each of the two in
+    the final comparison, of `rounds` rounds.
     """
 
     keys: int | None
@@ -42,7 +42,7 @@ EFFORTS: dict[EffortName, Effort] = {
 }
 
 _HOPELESS = 1.5
-"""Times the best one so far of the same path: a first sample above that is the last one."""
+"""Times the best one so far of the same kind, with TMA or without: a first sample above that is the last one."""
 _SAMPLES = 2
 _GROUPED_SAMPLES = 4
 _PER_BLOCK_M = 3
@@ -64,12 +64,12 @@ class Screening:
 
 
 def fastest_keys(times: Times, count: int) -> dict[Projection, list[CompileKey]]:
-    """The binaries of the fastest configurations of each GEMM, so many of each path."""
+    """The binaries of the fastest configurations of each GEMM, so many with TMA and so many without."""
     found: dict[Projection, list[CompileKey]] = {}
     for projection, of_gemm in times.items():
         ranked = sorted(of_gemm, key=of_gemm.__getitem__)
-        paths = [[config for config in ranked if config.use_tma == use_tma][:count] for use_tma in (False, True)]
-        found[projection] = [config.compile_key for of_path in paths for config in of_path]
+        by_tma = [[config for config in ranked if config.use_tma == use_tma][:count] for use_tma in (False, True)]
+        found[projection] = [config.compile_key for configs in by_tma for config in configs]
     return found
 
 
@@ -77,7 +77,7 @@ def screen(
     tokens: int,
     candidates: Mapping[Projection, Sequence[TileConfig]],
     effort: Effort,
-    ask: Ask,
+    measure: Measure,
     clean: Clean,
     is_over: Callable[[], bool] = lambda: False,
     fastest: Callable[[Times, int], Mapping[Projection, Iterable[CompileKey]]] = fastest_keys,
@@ -87,7 +87,7 @@ def screen(
     Candidates come best guess first, and the GEMMs take turns; `is_over` ends the screening early, but not before
     something was timed of each.
     """
-    gemms = {projection: _Gemm(tokens, projection, ask) for projection in PROJECTIONS}
+    gemms = {projection: _Gemm(tokens, projection, measure) for projection in PROJECTIONS}
     groups = {projection: groups_by_key(configs) for projection, configs in candidates.items()}
     failures: Counter[str] = Counter()
     tried = 0
@@ -115,23 +115,23 @@ def screen(
 class _Gemm:
     """What is known of one GEMM at one M."""
 
-    def __init__(self, tokens: int, projection: Projection, ask: Ask) -> None:
+    def __init__(self, tokens: int, projection: Projection, measure: Measure) -> None:
         self.times: dict[TileConfig, float] = {}
-        self._tokens, self._projection, self._ask = tokens, projection, ask
+        self._tokens, self._projection, self._measure = tokens, projection, measure
         self._first_us: dict[bool, float] = {}
-        """The fastest first sample of each path. First samples share a routing, so they compare with each other alone;
-        of one path, since what TMA saves a GEMM, the layer may pay for before and after it."""
+        """The fastest first sample with TMA, and without. First samples share a routing, so they compare with
+        each other alone; of one kind, since what TMA saves a GEMM, the layer may pay for before and after it."""
 
     def timed(self, key: CompileKey, groups: tuple[int, ...], samples: int) -> Failure | None:
         """Time that binary with those groups; why it cannot be. A configuration timed before keeps the later time."""
         best_us = self._first_us.get(key.use_tma)
         limit_us = None if best_us is None else _HOPELESS * best_us
-        answer = self._ask(BenchGemm(self._tokens, self._projection, key, groups, samples, limit_us))
-        if isinstance(answer, Failure):
-            return answer
-        if not isinstance(answer, GemmTimes):
-            raise TypeError(f"a Screen was answered by {answer}")
-        for group, us in zip(groups, answer.us, strict=True):
+        result = self._measure(BenchGemm(self._tokens, self._projection, key, groups, samples, limit_us))
+        if isinstance(result, Failure):
+            return result
+        if not isinstance(result, GemmTimes):
+            raise TypeError(f"BenchGemm returned {result}")
+        for group, us in zip(groups, result.us, strict=True):
             if us:
                 self.times[key.with_group(group)] = statistics.median(us)
                 self._first_us[key.use_tma] = min(us[0], self._first_us.get(key.use_tma, us[0]))
@@ -155,16 +155,16 @@ def groups_by_key(configs: Iterable[TileConfig]) -> dict[CompileKey, tuple[int, 
 def finalists(screening: Screening, count: int) -> list[Pair]:
     """The fastest pairs whose down GEMM goes without TMA, and those with it, so many each, best sum first.
 
-    Both GEMMs share the sort of the tokens, and so one BLOCK_SIZE_M. Sums of one path say nothing of the other: a GEMM
+    Both GEMMs share the sort of the tokens, and so one BLOCK_SIZE_M. Sums of one kind say nothing of the other: a GEMM
     with TMA is faster alone, but has the activation and the quantization work on the rows that pad the blocks as well.
     """
     ranked = _pairs(screening.times)
     found: list[Pair] = []
     for use_tma in (False, True):
-        of_path = [pair for pair in ranked if pair["down"].use_tma == use_tma]
-        best = of_path[:count]
+        of_kind = [pair for pair in ranked if pair["down"].use_tma == use_tma]
+        best = of_kind[:count]
         # Were a binary of the first one wrong, or broken in the layer, all that share it would be.
-        unlike = next((pair for pair in of_path if not _share_a_binary(pair, of_path[0])), None)
+        unlike = next((pair for pair in of_kind if not _share_a_binary(pair, of_kind[0])), None)
         if count > 1 and unlike is not None and unlike not in best:
             best[-1] = unlike
         found += best
@@ -191,8 +191,8 @@ def _fastest(times: dict[TileConfig, float], block_m: int) -> list[tuple[float, 
     taken: list[tuple[float, TileConfig]] = []
     for us, config in ranked:
         same_binary = sum(config.compile_key == other.compile_key for _, other in taken)
-        same_path = sum(config.use_tma == other.use_tma for _, other in taken)
-        if same_binary < 2 and same_path < _PER_BLOCK_M:
+        same_tma = sum(config.use_tma == other.use_tma for _, other in taken)
+        if same_binary < 2 and same_tma < _PER_BLOCK_M:
             taken.append((us, config))
     return taken
 
@@ -222,9 +222,10 @@ def shared_finalists(screening: Screening, count: int) -> list[Pair]:
     return [{"up": config, "down": config} for config in taken[:count]]
 
 
-_KEPT_FOR_THE_REMATCH = 0.25
-"""Of the budget: no choice is made without a rematch, so screening has to end before the budget does. A rematch is not
-cut short: a budget too small for one of each batch size is overrun by what they take."""
+_KEPT_FOR_COMPARISONS = 0.25
+"""Share of the budget. No choice is made without a final comparison, so the screening ends before the budget does.
+
+A final comparison is not cut short: a budget too small for one of each batch size is overrun."""
 
 
 class Budget:
@@ -234,11 +235,11 @@ class Budget:
         self, seconds: float | None, shares: int, executors: int = 1, clock: Callable[[], float] = time.monotonic
     ):
         self._clock, self._executors, self._shares = clock, executors, shares
-        self._end = None if seconds is None else clock() + seconds * (1 - _KEPT_FOR_THE_REMATCH)
+        self._end = None if seconds is None else clock() + seconds * (1 - _KEPT_FOR_COMPARISONS)
         self._taking = threading.Lock()
 
     def is_spent(self) -> bool:
-        """True once nothing is left for screening, and what is kept for the rematch runs."""
+        """True once nothing is left for screening, and what is kept for the final comparison runs."""
         return self._end is not None and self._clock() >= self._end
 
     def share(self) -> Callable[[], bool]:

@@ -1,4 +1,4 @@
-"""Which of our own paths are tried at one M: few, since each is compiled where it is measured."""
+"""Which plans of our own kernels are tried at one M, and which of them wins."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal, cast
 
 from sglang_moe_ext.core import Failure, MoEShape, TileConfig
 from sglang_moe_ext.sorted_kernels import LONGEST_K, Down, DownConfig, KernelPlan, ShortKDownConfig, Up, UpConfig
-from sglang_moe_ext.tuning.bench.messages import Ask, BenchKernelPlan, GemmTimes, Pair, Runner
+from sglang_moe_ext.tuning.bench.messages import BenchKernelPlan, GemmTimes, Measure, Pair, Runner
 from sglang_moe_ext.tuning.search import final_comparison
 from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
 
@@ -37,7 +37,7 @@ def _is_multiplied(shape: MoEShape, _: int) -> bool:
 
 RULES = (
     PlanRule("our kernels multiply 16 bits, and float8 in blocks of 128 or per channel", _is_multiplied),
-    PlanRule("with expert parallelism nobody measured our path", lambda shape, _: shape.ep == 1),
+    PlanRule("with expert parallelism our kernels were never measured", lambda shape, _: shape.ep == 1),
     PlanRule("our activation is SwiGLU", lambda shape, _: shape.gated),
     PlanRule(
         f"our tiles take whole groups of {_GROUP} columns",
@@ -52,7 +52,7 @@ RULES = (
 
 
 def why_not(shape: MoEShape, tokens: int) -> str | None:
-    """Why no path is tried there."""
+    """Why no kernel plan is tried there, None where some are."""
     return next((rule.why for rule in RULES if not rule.keeps(shape, tokens)), None)
 
 
@@ -148,35 +148,37 @@ _FINALISTS = 3
 
 
 def compare_plans(
-    shape: MoEShape, tokens: int, chosen: Pair, engines_ups: Iterable[TileConfig], ask: Ask, *, rounds: int
+    shape: MoEShape, tokens: int, chosen: Pair, engines_ups: Iterable[TileConfig], measure: Measure, *, rounds: int
 ) -> MeasuredChoice[Runner] | None:
-    """The path that beats the chosen pair beyond doubt, or the pair; None where no path can be tried."""
+    """The kernel plan that beats the chosen pair beyond doubt, or the pair; None where no plan can be tried."""
     if why := why_not(shape, tokens):
-        log.info("M=%d: our own path is not tried: %s", tokens, why)
+        log.info("M=%d: our own kernels are not tried: %s", tokens, why)
         return None
-    times, failures = screen_plans(shape, tokens, [chosen["up"], *engines_ups], ask)
+    times, failures = screen_plans(shape, tokens, [chosen["up"], *engines_ups], measure)
     best: list[Runner] = [*sorted(times, key=times.__getitem__)[:_FINALISTS]]
     tried, incumbent = len(times) + sum(failures.values()), cast("Runner", chosen)
-    return final_comparison.confirm(shape, tokens, best, incumbent, ask, rounds=rounds, tried=tried, failures=failures)
+    return final_comparison.confirm(
+        shape, tokens, best, incumbent, measure, rounds=rounds, tried=tried, failures=failures
+    )
 
 
 def screen_plans(
-    shape: MoEShape, tokens: int, engines_ups: Iterable[TileConfig], ask: Ask
+    shape: MoEShape, tokens: int, engines_ups: Iterable[TileConfig], measure: Measure
 ) -> tuple[dict[KernelPlan, float], Mapping[str, int]]:
     """Microseconds of the layer: each up with the first down of its blocks, then the best of each with every down."""
     times: dict[KernelPlan, float] = {}
     failures: dict[str, int] = {}
 
-    def runs(path: KernelPlan) -> bool:
-        answer = ask(BenchKernelPlan(tokens, path, _SAMPLES))
-        if isinstance(answer, GemmTimes):
-            times[path] = statistics.median(answer.us[0])
-        elif isinstance(answer, Failure):
-            failures[answer.kind] = failures.get(answer.kind, 0) + 1
-            log.info("M=%d: %s cannot run: %s", tokens, path, answer.message)
+    def runs(plan: KernelPlan) -> bool:
+        result = measure(BenchKernelPlan(tokens, plan, _SAMPLES))
+        if isinstance(result, GemmTimes):
+            times[plan] = statistics.median(result.us[0])
+        elif isinstance(result, Failure):
+            failures[result.kind] = failures.get(result.kind, 0) + 1
+            log.info("M=%d: %s cannot run: %s", tokens, plan, result.message)
         else:
-            raise TypeError(f"a ScreenPath was answered by {answer}")
-        return path in times
+            raise TypeError(f"BenchKernelPlan returned {result}")
+        return plan in times
 
     downs = {block_m: down_configs(shape, block_m) for block_m in BLOCKS_M}
     for up in up_configs(shape, engines_ups):
@@ -193,4 +195,4 @@ def screen_plans(
 
 
 def _any_of(times: Iterable[KernelPlan], block_m: int) -> list[KernelPlan]:
-    return [path for path in times if path.block_m == block_m]
+    return [plan for plan in times if plan.block_m == block_m]

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import tempfile
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any
 
 import triton
@@ -19,11 +19,12 @@ from triton.runtime.jit import JITFunction
 
 from sglang_moe_ext.core import CompileJob, Resources, TileConfig
 from sglang_moe_ext.engines import meta_compile
-from sglang_moe_ext.engines.registry import VLLM
 from sglang_moe_ext.engines.tensors import LayerTensors
 from sglang_moe_ext.engines.vllm import compile as vllm_compile
 from sglang_moe_ext.engines.vllm import runner
+from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.kernels.compiled import TargetOnlyDriver, resources_of
+from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.search import candidates
 from tests.engines.children.compile_jobs import parsed
 
@@ -88,11 +89,11 @@ def compiled(job: CompileJob) -> Any:
 def answer(document: dict[str, Any]) -> dict[str, Any]:
     job, config, tokens = parsed(document["job"]), TileConfig(*document["config"]), document["tokens"]
     pair = {"up": config, "down": config}
-    jobs = candidates.pair_jobs(pair, job.shape, tokens, job.sm, VLLM)  # type: ignore[arg-type]
+    problem = Problem(job.shape, replace(specs.find("H200"), sm=job.sm), "vllm")
+    jobs = candidates.pair_jobs(pair, problem, tokens)  # type: ignore[arg-type]
     own = [compiled(each) for each in jobs]
     screened = [
-        candidates.screening_job(job.shape, tokens, projection, config.compile_key, job.sm, VLLM)
-        for projection in ("up", "down")
+        candidates.screening_job(problem, tokens, projection, config.compile_key) for projection in ("up", "down")
     ]
     return {
         "launched": launched(job, config, tokens),

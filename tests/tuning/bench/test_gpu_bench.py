@@ -1,4 +1,4 @@
-"""The answers of the measuring process, on a stopwatch and a layer that are tables."""
+"""The results of the measuring process, on a stopwatch and a layer that are tables."""
 
 from __future__ import annotations
 
@@ -150,11 +150,11 @@ def test_groups_take_turns_after_their_first_sample() -> None:
     assert LAUNCHED == [(1, 0), (16, 0), (1, 1), (16, 1), (1, 2), (16, 2)]
 
 
-def seeds(*questions: BenchRequest) -> list[tuple[int, int]]:
+def seeds(*requests: BenchRequest) -> list[tuple[int, int]]:
     layer = FakeLayer()
     one = bench(TableStopwatch({1: 10}), layer)
-    for question in questions:
-        one._answer(question)
+    for request in requests:
+        one._measure(request)
     return [(batch.tokens, batch.seed) for batch in layer.batches]
 
 
@@ -233,28 +233,28 @@ def failing(times: int) -> tuple[GpuBench, list[str]]:
     one._batch = FakeBatch(64, 100)
     did: list[str] = []
 
-    def answer(question: BenchRequest) -> BenchResult:
-        did.append("answer with a batch" if one._batch else "answer")
-        if len([each for each in did if each.startswith("answer")]) <= times:
+    def measure(request: BenchRequest) -> BenchResult:
+        did.append("result with a batch" if one._batch else "result")
+        if len([each for each in did if each.startswith("result")]) <= times:
             raise torch.cuda.OutOfMemoryError("no memory")
         return Accuracy(0.0)
 
-    one._answer = answer
+    one._measure = measure
     return one, did
 
 
 def test_a_question_for_which_memory_is_short_is_tried_again_with_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     one, did = failing(1)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: did.append("empty"))
-    assert one.answer(CheckAccuracy(64, PAIR)) == Accuracy(0.0)
-    assert did == ["answer with a batch", "empty", "answer"]
+    assert one.measure(CheckAccuracy(64, PAIR)) == Accuracy(0.0)
+    assert did == ["result with a batch", "empty", "result"]
 
 
 @pytest.mark.usefixtures("no_gpu")
 def test_memory_that_is_short_twice_is_an_error() -> None:
     one, did = failing(2)
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        one.answer(CheckAccuracy(64, PAIR))
+        one.measure(CheckAccuracy(64, PAIR))
     assert len(did) == 2
 
 

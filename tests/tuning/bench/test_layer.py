@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_moe_ext.core import PROJECTIONS, MoEShape, Quantization
+from sglang_moe_ext.engines.registry import SGLANG
 from sglang_moe_ext.kernels import reference
 from sglang_moe_ext.kernels.quantize import Scales, quantize_weights, real_weights
 from sglang_moe_ext.tuning.bench.layer import BenchedLayer, LayerBatch, checked_rows
@@ -32,7 +33,7 @@ SCHEMES = {
 
 def layer(quantization: Quantization | None = None, seed: int = 0, **more: Any) -> BenchedLayer:
     shape = MoEShape(5, 32, 64, 2, quantization or Quantization(), **more)
-    return BenchedLayer(ENGINE, shape, MIXED, seed, device="cpu")
+    return BenchedLayer(ENGINE, shape, MIXED, seed, adapter=SGLANG, device="cpu")
 
 
 @pytest.mark.parametrize(("quantization", "bound"), SCHEMES.values(), ids=SCHEMES.keys())

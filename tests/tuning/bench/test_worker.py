@@ -23,7 +23,7 @@ from sglang_moe_ext.tuning.bench.messages import (
     GemmTimes,
     LayerTimes,
 )
-from sglang_moe_ext.tuning.bench.worker import TIMEOUTS_S, BenchProcess
+from sglang_moe_ext.tuning.bench.worker import BenchProcess
 from tests.tuning.fake_bench import (
     EXITS,
     FINE,
@@ -61,8 +61,8 @@ def worker(starts: Path) -> Iterator[BenchProcess]:
 
 
 def test_each_question_gets_its_answer(worker: BenchProcess) -> None:
-    answers = [worker.ask(asked) for asked in (screen(), BenchLayers(FINE, (PAIR,), 3), CheckAccuracy(FINE, PAIR))]  # type: ignore[arg-type]
-    assert answers == [SCREENED, LayerTimes(((10.0,) * 3,), 4), Accuracy(1e-3)]
+    results = [worker.measure(asked) for asked in (screen(), BenchLayers(FINE, (PAIR,), 3), CheckAccuracy(FINE, PAIR))]  # type: ignore[arg-type]
+    assert results == [SCREENED, LayerTimes(((10.0,) * 3,), 4), Accuracy(1e-3)]
 
 
 def test_the_process_says_which_gpu_it_measures_on(worker: BenchProcess) -> None:
@@ -87,20 +87,20 @@ MISHAPS = {
 def test_a_mishap_is_a_failure_that_says_what_happened(
     worker: BenchProcess, does: int, kind: str, message: str
 ) -> None:
-    assert worker.ask(screen(does)) == Failure(kind, message)
+    assert worker.measure(screen(does)) == Failure(kind, message)
 
 
 @pytest.mark.parametrize("does", [does for does, _, _ in MISHAPS.values()], ids=MISHAPS.keys())
 def test_a_mishap_costs_one_question(worker: BenchProcess, does: int) -> None:
-    worker.ask(screen(does))
-    assert worker.ask(screen()) == SCREENED
+    worker.measure(screen(does))
+    assert worker.measure(screen()) == SCREENED
 
 
 def test_a_kernel_that_hangs_costs_its_time_limit_and_one_question(starts: Path) -> None:
     worker = BenchProcess(MakeBench(starts), timeout_s=1)
     try:
-        assert worker.ask(screen(HANGS)) == Failure("Timeout", "no answer within 1 s")
-        assert worker.ask(screen()) == SCREENED
+        assert worker.measure(screen(HANGS)) == Failure("Timeout", "no result within 1 s")
+        assert worker.measure(screen()) == SCREENED
     finally:
         worker.close()
 
@@ -109,15 +109,15 @@ def test_a_kernel_that_hangs_costs_its_time_limit_and_one_question(starts: Path)
 def test_the_process_begins_anew_only_where_the_gpu_cannot_forget(
     worker: BenchProcess, starts: Path, does: int, begun: int
 ) -> None:
-    worker.ask(screen(does))
-    worker.ask(screen())
+    worker.measure(screen(does))
+    worker.measure(screen())
     assert starts.stat().st_size == begun
 
 
 def test_a_process_that_dies_at_its_start_is_started_again(starts: Path) -> None:
     worker = BenchProcess(MakeBench(starts, failing_starts=2))
     try:
-        assert worker.ask(screen()) == SCREENED
+        assert worker.measure(screen()) == SCREENED
     finally:
         worker.close()
 
@@ -125,14 +125,14 @@ def test_a_process_that_dies_at_its_start_is_started_again(starts: Path) -> None
 def test_a_process_that_never_starts_is_an_error(starts: Path) -> None:
     worker = BenchProcess(MakeBench(starts, failing_starts=100))
     with pytest.raises(MoEExtError, match="the measuring process did not start: Crash"):
-        worker.ask(screen())
+        worker.measure(screen())
     worker.close()
 
 
 def test_a_process_that_never_starts_is_not_started_again_when_it_is_given_up(starts: Path) -> None:
     worker = BenchProcess(MakeBench(starts, failing_starts=100))
     with pytest.raises(MoEExtError):
-        worker.ask(screen())
+        worker.measure(screen())
     assert (starts.stat().st_size, multiprocessing.active_children()) == (3, [])
     worker.close()
 
@@ -142,12 +142,14 @@ def test_a_process_that_never_starts_is_not_started_again_when_it_is_given_up(st
     [screen(), BenchLayers(FINE, (PAIR,), 3), CheckAccuracy(FINE, PAIR)],  # type: ignore[arg-type]
     ids=["screen", "race", "check"],
 )
-def test_each_kind_of_question_has_its_time(asked: BenchRequest, starts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_kind_of_request_has_its_time_limit(
+    asked: BenchRequest, starts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hanging = replace(asked, tokens=HANGS)
-    monkeypatch.setitem(TIMEOUTS_S, type(asked), 1.0)
+    monkeypatch.setattr(type(asked), "TIME_LIMIT_S", 1.0)
     worker = BenchProcess(MakeBench(starts))
     try:
-        assert worker.ask(hanging) == Failure("Timeout", "no answer within 1 s")
+        assert worker.measure(hanging) == Failure("Timeout", "no result within 1 s")
     finally:
         worker.close()
 
@@ -156,13 +158,13 @@ def test_a_process_that_dies_before_it_sees_the_question_costs_nothing(worker: B
     assert worker.device_name and worker._process.pid is not None
     os.kill(worker._process.pid, signal.SIGSTOP)
     threading.Timer(0.5, os.kill, [worker._process.pid, signal.SIGKILL]).start()
-    assert worker.ask(screen()) == SCREENED
+    assert worker.measure(screen()) == SCREENED
 
 
 def test_our_own_warnings_are_heard_and_no_others(capfd: pytest.CaptureFixture[str], starts: Path) -> None:
     worker = BenchProcess(MakeBench(starts))
     try:
-        worker.ask(screen(WARNS))
+        worker.measure(screen(WARNS))
     finally:
         worker.close()
     assert capfd.readouterr().err == "sglang_moe_ext.tuning warns\n"
@@ -171,7 +173,7 @@ def test_our_own_warnings_are_heard_and_no_others(capfd: pytest.CaptureFixture[s
 def test_an_engine_that_cannot_be_imported_is_an_error_in_its_own_words(starts: Path) -> None:
     worker = BenchProcess(MakeBench(starts, error="no module named sgl_kernel"))
     with pytest.raises(MoEExtError, match="RuntimeError: no module named sgl_kernel"):
-        worker.ask(screen())
+        worker.measure(screen())
     worker.close()
 
 
@@ -189,7 +191,7 @@ class SayGpu:
         self.device_name = f"GPU {os.environ['FAKE_GPU']}"
         return self
 
-    def answer(self, question: object) -> Accuracy:
+    def measure(self, request: object) -> Accuracy:
         return Accuracy(0.0)
 
 
@@ -202,13 +204,13 @@ def test_close_does_not_wait_for_what_the_process_does(starts: Path) -> None:
     assert time.monotonic() - begun < 5 and not worker._process.is_alive()
 
 
-@pytest.fixture(params=["while it starts", "while it answers"])
+@pytest.fixture(params=["while it starts", "while it results"])
 def waiting(request: pytest.FixtureRequest, worker: BenchProcess) -> tuple[threading.Thread, list[object]]:
     """A thread that asks what is never answered, and what it got."""
-    if request.param == "while it answers":
+    if request.param == "while it results":
         assert worker.device_name
     got: list[object] = []
-    thread = threading.Thread(target=lambda: got.append(worker.ask(screen(HANGS))), daemon=True)
+    thread = threading.Thread(target=lambda: got.append(worker.measure(screen(HANGS))), daemon=True)
     thread.start()
     time.sleep(0.2)
     return thread, got
@@ -226,7 +228,7 @@ def test_who_asks_while_it_is_closed_is_interrupted(
 @pytest.mark.usefixtures("waiting")
 def test_no_process_is_started_once_it_is_closed(worker: BenchProcess) -> None:
     worker.close()
-    worker.ask(screen())
+    worker.measure(screen())
     assert multiprocessing.active_children() == []
 
 

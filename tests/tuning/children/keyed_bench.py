@@ -54,8 +54,8 @@ class MakeKeyedBench:
 class KeyedBench:
     device_name = "NVIDIA H200"
 
-    def answer(self, question: BenchRequest) -> BenchResult:
-        match question:
+    def measure(self, request: BenchRequest) -> BenchResult:
+        match request:
             case BenchGemm(tokens, _, key, groups, samples):
                 _suffer(key.num_stages)
                 return GemmTimes(tuple((us_of(tokens, key, group),) * samples for group in groups))

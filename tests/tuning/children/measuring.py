@@ -1,6 +1,6 @@
 """Child of the tests that kill: measures a layer in the newest unfinished run, or in a new one, to the end.
 
-Arguments: the layer; a file to which each question that reaches the GPU is added before it is answered; seconds an
+Arguments: the layer; a file to which each request that reaches the GPU is added before it is answered; seconds an
 answer; batch sizes. Says "ready" when it holds the run; its last line of stdout is what was chosen for each of them.
 The GPU is a formula.
 """
@@ -19,9 +19,9 @@ from tests.tuning.recorded_runs import TODAY, ReplayingStation, formula, measure
 def main(layer: str, asked: Path, seconds: float, tokens: list[int]) -> None:
     descriptor = os.open(asked, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
-    def gpu(question: BenchRequest) -> BenchResult:
-        os.write(descriptor, f"{question!r}\n".encode())
-        return formula(question)
+    def gpu(request: BenchRequest) -> BenchResult:
+        os.write(descriptor, f"{request!r}\n".encode())
+        return formula(request)
 
     circumstances = {"layer": layer}
     folder = run_folder.unfinished(circumstances)

@@ -49,8 +49,8 @@ def recorded_us(tokens: int, config: TileConfig) -> float:
     return 1 + (tokens * 7 + config.block_m * 5 + config.block_n * 3 + config.group_m) % 97 / 10
 
 
-def recorded(question: BenchRequest) -> BenchResult:
-    match question:
+def recorded(request: BenchRequest) -> BenchResult:
+    match request:
         case BenchGemm(tokens, _, key, groups, samples):
             return GemmTimes(tuple((recorded_us(tokens, config_of(key, group)),) * samples for group in groups))
         case BenchLayers(tokens, pairs, rounds):
@@ -78,7 +78,7 @@ class RecordedCompilePool:
 
 @dataclass
 class RecordedWorker:
-    """Answers from the record; before its nth answer it can die for good."""
+    """Results from the record; before its nth result it can die for good."""
 
     answers_left: int | None = None
     seconds: float = 0.0
@@ -86,12 +86,12 @@ class RecordedWorker:
     asked: list[BenchRequest] = field(default_factory=list)
     is_closed: bool = False
 
-    def ask(self, question: BenchRequest) -> BenchResult:
+    def measure(self, request: BenchRequest) -> BenchResult:
         if self.answers_left is not None and len(self.asked) >= self.answers_left:
             raise GONE
         time.sleep(self.seconds)
-        self.asked.append(question)
-        return recorded(question)
+        self.asked.append(request)
+        return recorded(request)
 
     def close(self) -> None:
         self.is_closed = True
@@ -108,14 +108,14 @@ def best(tokens: int, here: Executor) -> tuple[TileConfig, float]:
     times = {}
     for key, job in jobs.items():
         if isinstance(here.binary(job), Resources):
-            answer = here.ask(BenchGemm(tokens, "up", key, GROUPS, samples=2))
-            assert isinstance(answer, GemmTimes)
-            times |= {config_of(key, group): min(us) for group, us in zip(GROUPS, answer.us, strict=True)}
+            result = here.measure(BenchGemm(tokens, "up", key, GROUPS, samples=2))
+            assert isinstance(result, GemmTimes)
+            times |= {config_of(key, group): min(us) for group, us in zip(GROUPS, result.us, strict=True)}
     finalists = sorted(times, key=lambda config: (times[config], config))[:2]
-    raced = here.ask(BenchLayers(tokens, tuple({"up": config, "down": config} for config in finalists), rounds=3))
+    raced = here.measure(BenchLayers(tokens, tuple({"up": config, "down": config} for config in finalists), rounds=3))
     assert isinstance(raced, LayerTimes)
     us, winner = min((us[0], config) for us, config in zip(raced.us, finalists, strict=True))
-    assert here.ask(CheckAccuracy(tokens, {"up": winner, "down": winner})) == Accuracy(1e-3)
+    assert here.measure(CheckAccuracy(tokens, {"up": winner, "down": winner})) == Accuracy(1e-3)
     return winner, us
 
 
@@ -134,7 +134,7 @@ def alone() -> list[tuple[TileConfig, float]]:
 
 @pytest.fixture
 def released() -> Iterator[threading.Event]:
-    """Holds a question back until the test ends, at the latest."""
+    """Holds a request back until the test ends, at the latest."""
     event = threading.Event()
     yield event
     event.set()
@@ -160,7 +160,7 @@ def test_a_task_of_a_lost_executor_is_done_by_one_that_had_nothing_left_to_do(re
     def waits_then_asks(here: Executor) -> str:
         if here.name == "mortal":
             released.wait(SOON_S)
-        here.ask(CheckAccuracy(1, {}))
+        here.measure(CheckAccuracy(1, {}))
         return here.name
 
     def frees_the_other(here: Executor) -> str:
@@ -188,7 +188,7 @@ def test_one_executor_that_dies_raises_its_error() -> None:
 def test_a_task_that_hides_the_death_of_its_executor_is_done_again_elsewhere() -> None:
     def hides(here: Executor) -> bool:
         try:
-            return here.ask(CheckAccuracy(1, {})) == Accuracy(1e-3)
+            return here.measure(CheckAccuracy(1, {})) == Accuracy(1e-3)
         except MoEExtError:
             return False
 
@@ -299,7 +299,7 @@ def test_after_ctrl_c_a_task_asks_nothing_more(released: threading.Event) -> Non
     def task(here: Executor) -> None:
         try:
             released.wait(SOON_S)
-            here.ask(CheckAccuracy(1, {}))
+            here.measure(CheckAccuracy(1, {}))
         finally:
             ended.set()
 
@@ -311,18 +311,18 @@ def test_after_ctrl_c_a_task_asks_nothing_more(released: threading.Event) -> Non
 
 
 def test_what_a_gpu_answers_after_ctrl_c_reaches_no_journal(released: threading.Event) -> None:
-    """Closing a measuring process looks to its question like a crash of the candidate."""
+    """Closing a measuring process looks to its request like a crash of the candidate."""
     journal: list[BenchResult] = []
     ended = threading.Event()
 
     class Closing(RecordedWorker):
-        def ask(self, question: BenchRequest) -> BenchResult:
+        def measure(self, request: BenchRequest) -> BenchResult:
             released.wait(SOON_S)
             return Failure("Crash", "the measuring process died with exit code -9")
 
     def task(here: Executor) -> None:
         try:
-            journal.append(here.ask(CheckAccuracy(1, {})))
+            journal.append(here.measure(CheckAccuracy(1, {})))
         finally:
             ended.set()
 

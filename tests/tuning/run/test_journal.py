@@ -30,7 +30,7 @@ from sglang_moe_ext.tuning.bench.messages import (
 from sglang_moe_ext.tuning.bench.messages_json import identity
 from sglang_moe_ext.tuning.run import journal_reader
 from sglang_moe_ext.tuning.run.journal import Journal, replay
-from tests.tuning.journal_strategies import answer_of, halving, question, trials
+from tests.tuning.journal_strategies import answer_of, halving, request, trials
 
 CIRCUMSTANCES = {"shape": "E=8", "gpu": "table", "seed": 0, "driver": None, "routing": True, "skew": 1.5}
 CONFIG = TileConfig(64, 128, 64, 8, 4, 3)
@@ -39,16 +39,16 @@ CHECK = CheckAccuracy(64, {"up": CONFIG, "down": CONFIG})
 
 
 def made(path: Path, count: int) -> Path:
-    """A journal of that many answers."""
+    """A journal of that many results."""
     journal = Journal.create(path, CIRCUMSTANCES)
     for number in range(1, count + 1):
-        journal.record(question(number), answer_of(question(number)))
+        journal.record(request(number), answer_of(request(number)))
     journal.close()
     return path
 
 
-def answers(path: Path) -> list[tuple[BenchRequest, BenchResult]]:
-    return list(journal_reader.read(path).answers.values())
+def results(path: Path) -> list[tuple[BenchRequest, BenchResult]]:
+    return list(journal_reader.read(path).results.values())
 
 
 @given(st.lists(trials, max_size=4))
@@ -57,21 +57,21 @@ def test_what_was_recorded_is_known_again(tmp_path_factory: pytest.TempPathFacto
     journal = Journal.create(path, CIRCUMSTANCES)
     given_back = [journal.record(*trial) for trial in told]
     again = Journal.open(path)
-    assert [again.answer(asked) for asked, _ in told] == given_back
+    assert [again.result(asked) for asked, _ in told] == given_back
 
 
 @given(trials)
 def test_an_answer_is_kept_but_for_its_rounding(tmp_path_factory: pytest.TempPathFactory, told: Any) -> None:
-    asked, answer = told
-    kept = Journal.create(tmp_path_factory.mktemp("journal") / "journal.jsonl", {}).record(asked, answer)
-    match kept, answer:
+    asked, result = told
+    kept = Journal.create(tmp_path_factory.mktemp("journal") / "journal.jsonl", {}).record(asked, result)
+    match kept, result:
         case GemmTimes(us) | LayerTimes(us), GemmTimes(given_us) | LayerTimes(given_us):
             pairs = [both for rows in zip(us, given_us, strict=True) for both in zip(*rows, strict=True)]
             assert all(mine == theirs or abs(mine - theirs) <= 0.00501 for mine, theirs in pairs)
         case Accuracy(error), Accuracy(given_error):
             assert error == pytest.approx(given_error, rel=1e-5)
         case _:
-            assert kept == answer
+            assert kept == result
 
 
 @given(trials, trials)
@@ -83,28 +83,28 @@ def test_two_questions_are_one_only_where_all_but_the_limit_is_equal(mine: Any, 
 @pytest.mark.parametrize(
     "other",
     [
-        replace(question(1), tokens=2),
-        replace(question(1), projection="down"),
-        replace(question(1), key=CompileKey(64, 128, 64, 4, 3, True)),
-        replace(question(1), groups=(1, 8)),
-        replace(question(1), samples=3),
+        replace(request(1), tokens=2),
+        replace(request(1), projection="down"),
+        replace(request(1), key=CompileKey(64, 128, 64, 4, 3, True)),
+        replace(request(1), groups=(1, 8)),
+        replace(request(1), samples=3),
     ],
     ids=["tokens", "projection", "TMA", "groups", "samples"],
 )
 def test_another_question_is_not_known(tmp_path: Path, other: BenchGemm) -> None:
-    assert Journal.open(made(tmp_path / "journal.jsonl", 1)).answer(other) is None
+    assert Journal.open(made(tmp_path / "journal.jsonl", 1)).result(other) is None
 
 
 def test_a_repeated_race_is_another_question(tmp_path: Path) -> None:
     journal = Journal.create(tmp_path / "journal.jsonl", {})
     journal.record(RACE, answer_of(RACE))
-    assert journal.answer(replace(RACE, attempt=1)) is None
+    assert journal.result(replace(RACE, attempt=1)) is None
 
 
 def test_a_race_on_other_data_is_another_question(tmp_path: Path) -> None:
     journal = Journal.create(tmp_path / "journal.jsonl", {})
     journal.record(RACE, answer_of(RACE))
-    assert journal.answer(replace(RACE, data=1)) is None
+    assert journal.result(replace(RACE, data=1)) is None
 
 
 def test_a_clock_of_0_mhz_is_none(tmp_path: Path) -> None:
@@ -114,21 +114,21 @@ def test_a_clock_of_0_mhz_is_none(tmp_path: Path) -> None:
 
 def test_the_limit_of_a_screen_changes_nothing(tmp_path: Path) -> None:
     journal = Journal.open(made(tmp_path / "journal.jsonl", 1))
-    assert journal.answer(replace(question(1), limit_us=7.0)) == journal.answer(question(1))
+    assert journal.result(replace(request(1), limit_us=7.0)) == journal.result(request(1))
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan], ids=str)
-@pytest.mark.parametrize("asked", [question(1), RACE, CHECK], ids=["screen", "race", "check"])
+@pytest.mark.parametrize("asked", [request(1), RACE, CHECK], ids=["screen", "race", "check"])
 def test_numbers_that_json_lacks_survive_as_plain_json(tmp_path: Path, asked: BenchRequest, value: float) -> None:
-    answer: BenchResult = {
+    result: BenchResult = {
         BenchGemm: GemmTimes(((value,), (1.0,))),
         BenchLayers: LayerTimes(((value, 1.0),), 1),
         CheckAccuracy: Accuracy(value),
     }[type(asked)]
     path = tmp_path / "journal.jsonl"
-    Journal.create(path, {}).record(asked, answer)
+    Journal.create(path, {}).record(asked, result)
     json.loads(path.read_text().splitlines()[1], parse_constant=pytest.fail)
-    assert repr(Journal.open(path).answer(asked)) == repr(answer)
+    assert repr(Journal.open(path).result(asked)) == repr(result)
 
 
 def test_what_is_known_is_not_asked_again(tmp_path: Path) -> None:
@@ -139,23 +139,23 @@ def test_what_is_known_is_not_asked_again(tmp_path: Path) -> None:
         asked.append(of)
         return answer_of(of)
 
-    ask = journal.through(gpu)
+    measure = journal.through(gpu)
     for number in (1, 4, 2, 4):
-        ask(question(number))
-    assert asked == [question(4)]
+        measure(request(number))
+    assert asked == [request(4)]
 
 
 def test_a_failure_of_a_candidate_is_not_met_again(tmp_path: Path) -> None:
-    path, hang = tmp_path / "journal.jsonl", Failure("Timeout", "no answer within 120 s")
+    path, hang = tmp_path / "journal.jsonl", Failure("Timeout", "no result within 120 s")
     Journal.create(path, {}).through(lambda _: hang)(RACE)
-    assert Journal.open(path).answer(RACE) == hang
+    assert Journal.open(path).result(RACE) == hang
 
 
 @pytest.mark.parametrize("kind", ["Interrupted", "OutOfMemoryError", "Closed", "CompilePoolUnable"])
 def test_a_failure_of_the_machine_is_asked_again(kind: str, tmp_path: Path) -> None:
     path, interrupted = tmp_path / "journal.jsonl", Failure(kind, "no fault of the candidate")
     assert Journal.create(path, {}).through(lambda _: interrupted)(RACE) == interrupted
-    assert Journal.open(path).answer(RACE) is None
+    assert Journal.open(path).result(RACE) is None
 
 
 def test_a_message_as_long_as_a_compilers_is_cut(tmp_path: Path) -> None:
@@ -166,22 +166,22 @@ def test_a_message_as_long_as_a_compilers_is_cut(tmp_path: Path) -> None:
 def test_an_answer_to_another_question_is_refused_before_it_is_written(tmp_path: Path) -> None:
     path = made(tmp_path / "journal.jsonl", 0)
     with pytest.raises(StoreError, match="2 rows"):
-        Journal.open(path).record(question(1), GemmTimes(((1.0,),)))
-    assert answers(path) == []
+        Journal.open(path).record(request(1), GemmTimes(((1.0,),)))
+    assert results(path) == []
 
 
 def test_threads_that_share_a_journal_lose_and_mix_nothing(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     journal = Journal.create(path, {})
     threads = [
-        threading.Thread(target=lambda: [journal.through(answer_of)(question(n)) for n in range(1, 200)])
+        threading.Thread(target=lambda: [journal.through(answer_of)(request(n)) for n in range(1, 200)])
         for _ in range(8)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert Counter(asked.tokens for asked, _ in answers(path)) == Counter(range(1, 200))
+    assert Counter(asked.tokens for asked, _ in results(path)) == Counter(range(1, 200))
     assert len(path.read_bytes().splitlines()) == 200
 
 
@@ -189,7 +189,7 @@ def test_each_answer_is_one_line_of_the_file_at_once(tmp_path: Path) -> None:
     path = made(tmp_path / "journal.jsonl", 0)
     journal = Journal.open(path)
     for number in range(1, 5):
-        journal.record(question(number), answer_of(question(number)))
+        journal.record(request(number), answer_of(request(number)))
         assert len(path.read_bytes().splitlines()) == number + 1
 
 
@@ -198,11 +198,11 @@ def test_cut_at_any_byte_a_journal_loses_its_last_line_alone(tmp_path: Path, clo
     path = made(tmp_path / "journal.jsonl", 5)
     if closed:
         Journal.open(path).finish()
-    whole, told = path.read_bytes(), answers(path)
+    whole, told = path.read_bytes(), results(path)
     for length in range(whole.index(b"\n") + 1, len(whole) + 1):
         path.write_bytes(whole[:length])
         kept = whole[:length].count(b"\n") - 1
-        assert answers(path) == told[:kept]
+        assert results(path) == told[:kept]
 
 
 def test_cut_at_any_byte_a_journal_goes_on_as_if_never_cut(tmp_path: Path) -> None:
@@ -210,9 +210,9 @@ def test_cut_at_any_byte_a_journal_goes_on_as_if_never_cut(tmp_path: Path) -> No
     whole = path.read_bytes()
     for length in range(whole.index(b"\n") + 1, len(whole) + 1):
         path.write_bytes(whole[:length])
-        ask = Journal.open(path).through(answer_of)
+        measure = Journal.open(path).through(answer_of)
         for number in range(1, 5):
-            ask(question(number))
+            measure(request(number))
         assert path.read_bytes() == whole
 
 
@@ -254,10 +254,10 @@ def test_garbage_in_the_middle_is_named_by_file_and_line(tmp_path: Path, line: b
 
 
 BAD_LINES = {
-    "no question": {"x": 1},
+    "no request": {"x": 1},
     "nothing": {},
-    "no answer": {"s": [1, "up", [1, 1, 1, 1, 1, False], [1], 1]},
-    "two answers": {"c": [1, [[1, 1, 1, 1, 1, 1, False]] * 2], "e": 1.0, "f": ["a", "b"]},
+    "no result": {"s": [1, "up", [1, 1, 1, 1, 1, False], [1], 1]},
+    "two results": {"c": [1, [[1, 1, 1, 1, 1, 1, False]] * 2], "e": 1.0, "f": ["a", "b"]},
     "another projection": {"s": [1, "side", [1, 1, 1, 1, 1, False], [1], 1], "us": [[1.0]]},
     "text for a number": {"s": ["1", "up", [1, 1, 1, 1, 1, False], [1], 1], "us": [[1.0]]},
     "true for a number": {"s": [True, "up", [1, 1, 1, 1, 1, False], [1], 1], "us": [[1.0]]},
@@ -384,7 +384,7 @@ def test_a_journal_is_never_written_over(tmp_path: Path) -> None:
     path = made(tmp_path / "journal.jsonl", 1)
     with pytest.raises(StoreError, match="File exists"):
         Journal.create(path, CIRCUMSTANCES)
-    assert len(answers(path)) == 1
+    assert len(results(path)) == 1
 
 
 def test_a_closing_line_finishes_a_journal(tmp_path: Path) -> None:
@@ -404,14 +404,14 @@ def test_a_journal_is_closed_once(tmp_path: Path) -> None:
 def test_an_answer_after_the_closing_line_opens_the_journal_again(tmp_path: Path) -> None:
     path = made(tmp_path / "journal.jsonl", 1)
     Journal.open(path).finish()
-    Journal.open(path).record(question(2), answer_of(question(2)))
+    Journal.open(path).record(request(2), answer_of(request(2)))
     assert (Journal.open(path).is_finished, journal_reader.is_finished(path)) == (False, False)
 
 
 def test_a_journal_that_was_opened_again_is_closed_again(tmp_path: Path) -> None:
     journal = Journal.open(made(tmp_path / "journal.jsonl", 1))
     journal.finish()
-    journal.record(question(2), answer_of(question(2)))
+    journal.record(request(2), answer_of(request(2)))
     journal.finish()
     assert journal_reader.is_finished(tmp_path / "journal.jsonl")
 
@@ -429,11 +429,11 @@ def test_a_line_that_the_disk_took_in_part_is_cut_off_before_the_next_one(tmp_pa
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) - 20, unlimited[1]))
     try:
         with pytest.raises(StoreError, match="File too large"):
-            journal.record(question(2), answer_of(question(2)))
+            journal.record(request(2), answer_of(request(2)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert (tmp_path / "cut.jsonl").stat().st_size == len(whole) - 20
-    journal.record(question(2), answer_of(question(2)))
+    journal.record(request(2), answer_of(request(2)))
     assert (tmp_path / "cut.jsonl").read_bytes() == whole
 
 
@@ -443,7 +443,7 @@ def test_an_answer_that_the_disk_refused_is_not_known(tmp_path: Path) -> None:
     (tmp_path / "journal.jsonl").mkdir()
     with pytest.raises(StoreError):
         journal.record(RACE, Failure("a", "b"))
-    assert journal.answer(RACE) is None
+    assert journal.result(RACE) is None
 
 
 def test_a_replayed_strategy_comes_to_the_same_result(tmp_path: Path) -> None:
@@ -456,7 +456,7 @@ def test_a_packed_journal_is_replayed_as_well(tmp_path: Path) -> None:
     path = made(tmp_path / "journal.jsonl", 3)
     packed = tmp_path / "journal.jsonl.gz"
     packed.write_bytes(gzip.compress(path.read_bytes()))
-    assert replay([packed])(question(3)) == replay([path])(question(3))
+    assert replay([packed])(request(3)) == replay([path])(request(3))
 
 
 def test_a_packed_journal_that_is_cut_short_is_refused_by_name(tmp_path: Path) -> None:
@@ -476,8 +476,8 @@ def test_of_two_journals_the_first_that_knows_answers(tmp_path: Path) -> None:
     one.record(CHECK, Accuracy(0.1))
     two.record(CHECK, Accuracy(0.2))
     two.record(RACE, answer_of(RACE))
-    ask = replay([tmp_path / "one", tmp_path / "two"])
-    assert (ask(CHECK), ask(RACE)) == (Accuracy(0.1), two.answer(RACE))
+    measure = replay([tmp_path / "one", tmp_path / "two"])
+    assert (measure(CHECK), measure(RACE)) == (Accuracy(0.1), two.result(RACE))
 
 
 def test_journals_of_different_circumstances_are_not_replayed_together(tmp_path: Path) -> None:
@@ -489,6 +489,6 @@ def test_journals_of_different_circumstances_are_not_replayed_together(tmp_path:
 
 @pytest.mark.parametrize("kind", [LookupError, MoEExtError])
 def test_a_replay_names_the_question_that_no_journal_answers(tmp_path: Path, kind: type[Exception]) -> None:
-    ask = replay([made(tmp_path / "journal.jsonl", 1)])
+    measure = replay([made(tmp_path / "journal.jsonl", 1)])
     with pytest.raises(kind, match=r"journal\.jsonl.*tokens=2"):
-        ask(question(2))
+        measure(request(2))

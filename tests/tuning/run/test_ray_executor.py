@@ -103,7 +103,7 @@ def of_its_share(cores: int, folder: Path) -> tuple[CompilePoolLike, BenchProces
 
 
 SETS_FREE, FAILS, DIES, IS_BROKEN, EXITS = range(10_000, 10_005)
-"""Numbers of tokens: of a question that a binary waits for, and of some that end badly."""
+"""Numbers of tokens: of a request that a binary waits for, and of some that end badly."""
 
 
 def moody(cores: int, folder: Path) -> tuple[CompilePoolLike, BenchProcessLike]:
@@ -113,22 +113,22 @@ def moody(cores: int, folder: Path) -> tuple[CompilePoolLike, BenchProcessLike]:
     class CompilePool(RecordedCompilePool):
         def result(self, job: CompileJob) -> Resources | Failure:
             if job.tokens == SETS_FREE and not free.wait(SOON_S):
-                return Failure("Timeout", "no question came through")
+                return Failure("Timeout", "no request came through")
             return super().result(job)
 
     class Worker(RecordedWorker):
-        def ask(self, question: BenchRequest) -> BenchResult:
-            if question.tokens == FAILS:
+        def measure(self, request: BenchRequest) -> BenchResult:
+            if request.tokens == FAILS:
                 return Failure("OutOfResources", "shared memory")
-            if question.tokens == DIES:
+            if request.tokens == DIES:
                 raise MoEExtError("the measuring process did not start: no CUDA")
-            if question.tokens == IS_BROKEN:
+            if request.tokens == IS_BROKEN:
                 raise ZeroDivisionError("by zero")
-            if question.tokens == EXITS:
+            if request.tokens == EXITS:
                 os._exit(1)
-            if question.tokens == SETS_FREE:
+            if request.tokens == SETS_FREE:
                 free.set()
-            return super().ask(question)
+            return super().measure(request)
 
     return CompilePool(), Worker(seconds=0.01)
 
@@ -156,13 +156,13 @@ def test_without_ray_the_user_is_told_what_to_install(monkeypatch: pytest.Monkey
     ["local", "10.0.0.3", "ray://127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:99999", "127.0.0.1:-1", "127.0.0.1:", "\0:1"],
 )
 def test_an_address_where_no_cluster_answers_is_named_at_once(unconnected: None, address: str) -> None:
-    with pytest.raises(MoEExtError, match=r"no Ray cluster answers at .*: expected HOST:PORT"):
+    with pytest.raises(MoEExtError, match=r"no Ray cluster results at .*: expected HOST:PORT"):
         ray_executor.ray_executors(address, H100, recorded)
 
 
 def test_the_address_may_come_from_rays_own_variable(unconnected: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    with pytest.raises(MoEExtError, match=r"no Ray cluster answers at '127\.0\.0\.1:1'"):
+    with pytest.raises(MoEExtError, match=r"no Ray cluster results at '127\.0\.0\.1:1'"):
         ray_executor.ray_executors(None, H100, recorded)
 
 
@@ -225,12 +225,12 @@ class TestAPairOfStations:
         waiting = threading.Thread(target=lambda: made.append(pair[0].binary(job)))
         waiting.start()
         waiting.join(0.5)
-        assert pair[0].ask(CheckAccuracy(SETS_FREE, {})) == Accuracy(1e-3)
+        assert pair[0].measure(CheckAccuracy(SETS_FREE, {})) == Accuracy(1e-3)
         waiting.join(SOON_S)
         assert made == [recorded_needs(job)]
 
     def test_a_failure_is_an_answer(self, pair: Sequence[Executor]) -> None:
-        assert pair[0].ask(CheckAccuracy(FAILS, {})) == Failure("OutOfResources", "shared memory")
+        assert pair[0].measure(CheckAccuracy(FAILS, {})) == Failure("OutOfResources", "shared memory")
 
     @pytest.mark.parametrize(
         ("tokens", "says"),
@@ -241,13 +241,13 @@ class TestAPairOfStations:
         self, pair: Sequence[Executor], tokens: int, says: str
     ) -> None:
         with pytest.raises(MoEExtError) as raised:
-            pair[0].ask(CheckAccuracy(tokens, {}))
+            pair[0].measure(CheckAccuracy(tokens, {}))
         assert str(raised.value) == f"{pair[0].name}: {says}"
 
     def test_a_process_that_ends_takes_its_executor_with_it(self, pair: Sequence[Executor]) -> None:
         """The last of these tests."""
         with pytest.raises(MoEExtError, match=f"{pair[1].name} is gone"):
-            pair[1].ask(CheckAccuracy(EXITS, {}))
+            pair[1].measure(CheckAccuracy(EXITS, {}))
 
 
 def test_an_actor_killed_in_the_middle_changes_no_result(cluster: None) -> None:
@@ -260,7 +260,7 @@ def test_an_actor_killed_in_the_middle_changes_no_result(cluster: None) -> None:
 
         assert executor.run_tasks(found, TASKS, kill_one) == alone()
         with pytest.raises(MoEExtError, match=r"GPU 0 is gone"):
-            lost.ask(QUESTION)
+            lost.measure(QUESTION)
 
 
 def test_gpus_of_another_model_are_left_out(cluster: None, caplog: pytest.LogCaptureFixture) -> None:
@@ -285,9 +285,9 @@ def test_a_gpu_that_does_not_start_is_left_out(cluster: None, caplog: pytest.Log
 def test_gpus_in_use_by_another_job_are_not_waited_for(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_executor, "_PLACED_WITHIN_S", 0.5)
     holder = ray.remote(num_gpus=2, num_cpus=0)(RecordedWorker).remote()
-    ray.get(holder.ask.remote(QUESTION))
+    ray.get(holder.measure.remote(QUESTION))
     try:
-        with pytest.raises(GpuError, match=r"\d: no answer in time \(expected a free GPU"):
+        with pytest.raises(GpuError, match=r"\d: no result in time \(expected a free GPU"):
             ray_executor.ray_executors(None, H100, recorded)
     finally:
         ray.kill(holder)

@@ -21,7 +21,7 @@ import pytest
 from sglang_moe_ext.core import StoreError
 from sglang_moe_ext.tuning.run import run_folder
 from sglang_moe_ext.tuning.run.journal import Journal
-from tests.tuning.journal_strategies import answer_of, halving, question
+from tests.tuning.journal_strategies import answer_of, halving, request
 
 REPO_ROOT = Path(__file__).resolve().parents[3]
 TUNER = Path(__file__).parents[1] / "children" / "tuner.py"
@@ -38,10 +38,10 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def interrupted(count: int = 1) -> Path:
-    """The folder of a run that ended after that many answers."""
+    """The folder of a run that ended after that many results."""
     with run_folder.begin(CIRCUMSTANCES) as run:
         for number in range(1, count + 1):
-            run.journal.record(question(number), answer_of(question(number)))
+            run.journal.record(request(number), answer_of(request(number)))
     return run.folder
 
 
@@ -101,8 +101,8 @@ def test_each_kill_costs_one_question_at_most(killed: Killed) -> None:
 
 
 def test_a_run_that_was_killed_ends_as_one_that_was_not(killed: Killed, tmp_path: Path) -> None:
-    ask = Journal.create(tmp_path / "straight.jsonl", {}).through(answer_of)
-    assert killed.said == repr([halving(ask, tokens) for tokens in range(1, BATCH_SIZES + 1)])
+    measure = Journal.create(tmp_path / "straight.jsonl", {}).through(answer_of)
+    assert killed.said == repr([halving(measure, tokens) for tokens in range(1, BATCH_SIZES + 1)])
 
 
 def test_a_run_that_was_killed_stays_one_run(killed: Killed) -> None:
@@ -151,7 +151,7 @@ def test_of_many_who_resume_one_run_at_once_one_gets_it() -> None:
 def test_a_resumed_run_knows_what_was_answered() -> None:
     interrupted(3)
     with run_folder.resume(CIRCUMSTANCES, None) as run:
-        assert [asked for asked, _ in run.journal.known()] == [question(1), question(2), question(3)]
+        assert [asked for asked, _ in run.journal.known()] == [request(1), request(2), request(3)]
 
 
 def test_a_resumed_run_finds_its_binaries() -> None:
@@ -213,7 +213,7 @@ def test_a_finished_run_that_is_named_answers_what_it_knows() -> None:
     with run_folder.resume(CIRCUMSTANCES, folder) as run:
         run.finish()
     with run_folder.resume(CIRCUMSTANCES, folder) as run:
-        assert run.journal.answer(question(1)) is not None
+        assert run.journal.result(request(1)) is not None
 
 
 def test_a_finished_run_has_no_binaries() -> None:
@@ -291,7 +291,7 @@ def test_a_run_without_its_binaries_is_gone_on_with() -> None:
     interrupted()
     run_folder.begin(CIRCUMSTANCES).close()
     with run_folder.resume(CIRCUMSTANCES, older) as run:
-        assert run.triton_cache.is_dir() and run.journal.answer(question(1)) is not None
+        assert run.triton_cache.is_dir() and run.journal.result(request(1)) is not None
 
 
 def test_a_run_that_is_held_keeps_its_binaries_beside_the_newest_that_is_not() -> None:

@@ -15,6 +15,7 @@ from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEExtError, Pr
 from sglang_moe_ext.tuning.bench.messages import BenchGemm, BenchLayers, BenchRequest, BenchResult, CheckAccuracy, Pair
 from sglang_moe_ext.tuning.bench.routing import UNIFORM
 from sglang_moe_ext.tuning.bench.worker import BenchProcess
+from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.run import journal, search_loop
 from sglang_moe_ext.tuning.run.executor import Executor, LocalExecutor
 from sglang_moe_ext.tuning.run.journal import Journal
@@ -84,7 +85,7 @@ def test_several_executors_choose_what_one_does(count: int, tmp_path: Path) -> N
 def test_several_executors_ask_nothing_twice(tmp_path: Path) -> None:
     executors = [ReplayingStation(formula, f"GPU {index}", seconds=0.0005) for index in range(3)]
     found(new_journal(tmp_path), *executors)
-    asked = [repr(question) for executor in executors for question in executor.asked]
+    asked = [repr(request) for executor in executors for request in executor.asked]
     assert len(asked) == len(set(asked))
 
 
@@ -97,21 +98,21 @@ def test_what_several_executors_wrote_replays_to_what_they_chose(tmp_path: Path)
 
 @dataclass
 class DyingStation(ReplayingStation):
-    """Answers so many questions, and then no more."""
+    """Results so many requests, and then no more."""
 
     answers_left: int = 0
 
-    def ask(self, question: BenchRequest) -> BenchResult:
+    def measure(self, request: BenchRequest) -> BenchResult:
         if self.answers_left <= 0:
             raise GONE
         self.answers_left -= 1
-        return super().ask(question)
+        return super().measure(request)
 
 
-@pytest.mark.parametrize("answers", [0, 1, 37, 150])
-def test_a_executor_that_dies_in_the_middle_changes_no_choice(answers: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("results", [0, 1, 37, 150])
+def test_a_executor_that_dies_in_the_middle_changes_no_choice(results: int, tmp_path: Path) -> None:
     executors = [
-        DyingStation(formula, "GPU 0", answers_left=answers),
+        DyingStation(formula, "GPU 0", answers_left=results),
         ReplayingStation(formula, "GPU 1", seconds=0.001),
     ]
     assert found(new_journal(tmp_path), *executors) == alone()
@@ -121,7 +122,7 @@ def test_what_a_lost_executor_had_answered_is_not_asked_again(tmp_path: Path) ->
     dying = DyingStation(formula, "GPU 0", answers_left=37)
     other = ReplayingStation(formula, "GPU 1", seconds=0.001)
     found(new_journal(tmp_path), dying, other)
-    assert {repr(question) for question in dying.asked}.isdisjoint(map(repr, other.asked))
+    assert {repr(request) for request in dying.asked}.isdisjoint(map(repr, other.asked))
 
 
 def test_a_run_whose_last_executor_dies_can_be_gone_on_with(tmp_path: Path) -> None:
@@ -158,8 +159,8 @@ def test_incumbents_are_asked_for_when_all_is_screened(tmp_path: Path) -> None:
 
     search_loop.measure_all(request, MEASURING, tasks, incumbents, [executor], new_journal(tmp_path), unseen)
     after = executor.asked[len(asked_before) :]
-    assert all(isinstance(question, BenchGemm) for question in asked_before)
-    assert all(isinstance(question, BenchLayers | CheckAccuracy) for question in after) and after
+    assert all(isinstance(request, BenchGemm) for request in asked_before)
+    assert all(isinstance(request, BenchLayers | CheckAccuracy) for request in after) and after
 
 
 def test_no_binary_is_waited_for_that_was_not_wanted(tmp_path: Path) -> None:
@@ -203,7 +204,7 @@ def test_a_binary_that_cannot_run_is_never_timed(needs: Resources | Failure, tmp
 
 def test_a_pair_whose_own_binary_does_not_compile_is_not_raced(tmp_path: Path) -> None:
     winner = alone()[64].pair
-    failing = set(candidates.pair_jobs(winner, SHAPE, 64, GPU.sm))
+    failing = set(candidates.pair_jobs(winner, Problem(SHAPE, GPU, "sglang"), 64))
     executor = ReplayingStation(formula, needs=lambda job: UNFIT["does not compile"] if job in failing else FITS)
     results = found(new_journal(tmp_path), executor)
     assert results[64].pair not in (winner, TODAY)
@@ -213,7 +214,7 @@ def test_a_pair_whose_own_binary_does_not_compile_is_not_raced(tmp_path: Path) -
 
 
 def test_where_nothing_runs_right_the_error_names_the_gpu(tmp_path: Path) -> None:
-    def broken(question: BenchRequest) -> BenchResult:
+    def broken(request: BenchRequest) -> BenchResult:
         return Failure("CudaError", "an illegal memory access was encountered")
 
     with pytest.raises(MoEExtError, match="nothing ran right on NVIDIA H200"):
@@ -221,8 +222,8 @@ def test_where_nothing_runs_right_the_error_names_the_gpu(tmp_path: Path) -> Non
 
 
 def test_a_batch_size_where_nothing_runs_costs_itself_alone(tmp_path: Path) -> None:
-    def broken_at_64(question: BenchRequest) -> BenchResult:
-        return Failure("CudaError", "no") if question.tokens == 64 else formula(question)
+    def broken_at_64(request: BenchRequest) -> BenchResult:
+        return Failure("CudaError", "no") if request.tokens == 64 else formula(request)
 
     results = found(new_journal(tmp_path), ReplayingStation(broken_at_64))
     assert results == {m: result for m, result in alone().items() if m != 64}
@@ -288,8 +289,8 @@ class Isolated:
         known = self.run.known()
         return {
             (asked.projection, asked.key)
-            for asked, answer in known
-            if isinstance(asked, BenchGemm) and not isinstance(answer, Failure)
+            for asked, result in known
+            if isinstance(asked, BenchGemm) and not isinstance(result, Failure)
         }
 
     def starts(self) -> int:

@@ -109,7 +109,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(killed: Killed, tmp_path
 
 def test_a_run_that_was_killed_asks_nothing_that_one_that_was_not_would_not(killed: Killed, tmp_path: Path) -> None:
     _, executor = uninterrupted(tmp_path)
-    assert set(killed.asked) == {repr(question) for question in executor.asked}
+    assert set(killed.asked) == {repr(request) for request in executor.asked}
 
 
 def test_a_run_that_was_killed_stays_one_run(killed: Killed) -> None:
@@ -141,13 +141,13 @@ def test_effort_budget_and_gpus_may_change_when_a_run_is_gone_on_with() -> None:
         assert second.folder == first.folder
 
 
+REQUEST = request_of(LAYER)
+ELSEWHERE = dataclasses.replace(REQUEST.problem, shape=dataclasses.replace(REQUEST.shape, ep=2))
 OTHERS = {
     "seed": lambda: opened(dataclasses.replace(request_of(LAYER), seed=1), resume=True),
     "layer": lambda: opened(request_of("qwen3_30b_a3b_fp8_block"), resume=True),
     "routing": lambda: opened(resume=True, routing=UNIFORM),
-    "expert parallelism": lambda: opened(
-        dataclasses.replace(request_of(LAYER), shape=dataclasses.replace(request_of(LAYER).shape, ep=2)), resume=True
-    ),
+    "expert parallelism": lambda: opened(dataclasses.replace(request_of(LAYER), problem=ELSEWHERE), resume=True),
     "kernel": lambda: session.open_run(
         request_of(LAYER), dataclasses.replace(MEASURING, resume=True), dataclasses.replace(SOURCE, fingerprint="2")
     ),
@@ -172,8 +172,8 @@ def test_a_named_run_of_another_seed_is_refused_with_both_seeds() -> None:
 class EngineThatIsAsked:
     """What the engine runs today, without an engine."""
 
-    def answer(self, question: lookup_probe.LookupRequest) -> SimpleNamespace:
-        return SimpleNamespace(**{of: dict.fromkeys(question.tokens, config) for of, config in TODAY.items()})
+    def answer(self, request: lookup_probe.LookupRequest) -> SimpleNamespace:
+        return SimpleNamespace(**{of: dict.fromkeys(request.tokens, config) for of, config in TODAY.items()})
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def results(run: RunFolder, gpus: tuple[str, ...] = ("0",)) -> dict[int, MeasuredChoice]:
     measuring: MeasureOptions = dataclasses.replace(MEASURING, effort="quick", gpus=gpus)
     request = request_of(LAYER, FEW, measuring)
-    kept = plan.prune_space(request.shape, request.gpu).kept
+    kept = plan.prune_space(request.problem).kept
     today: lookup_probe.SglangProbe = EngineThatIsAsked()  # type: ignore[assignment]
     return session.measure(request, measuring, run, kept, today, SOURCE, unseen).pairs
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -27,6 +28,7 @@ from sglang_moe_ext.engines.sglang.sharding import launched_shape
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.models import builtin_models
 from sglang_moe_ext.tuning import plan
+from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.search import candidates
 from sglang_moe_ext.tuning.search.candidates import Candidates
 from sglang_moe_ext.tuning.search.screening import EFFORTS
@@ -34,6 +36,7 @@ from sglang_moe_ext.tuning.search.screening import EFFORTS
 GPUS = {name: specs.find(name) for name in ("H200", "RTX 4090", "A100")}
 SHAPES = sorted({launched_shape(model, Parallelism()) for model in builtin_models().values()}, key=str)
 GLM = MoEShape(65, 1536, 2048, 5, fused_shared=1)
+GLM_ON_H200 = Problem(GLM, GPUS["H200"], "sglang")
 BOUND = 2500
 WITH_TMA: list[tuple[Projection, ...]] = [(), ("up",), ("down",), ("up", "down")]
 
@@ -50,7 +53,7 @@ slow = settings(deadline=None, max_examples=25)
 def kept_of(shape: MoEShape, gpu: str) -> tuple[TileConfig, ...]:
     """What the rules keep; nothing where the GPU cannot do the layer at all."""
     try:
-        return plan.prune_space(shape, GPUS[gpu]).kept
+        return plan.prune_space(Problem(shape, GPUS[gpu], "sglang")).kept
     except (GpuError, ModelError):
         return ()
 
@@ -58,7 +61,9 @@ def kept_of(shape: MoEShape, gpu: str) -> tuple[TileConfig, ...]:
 def listed(
     shape: MoEShape, gpu: str, tokens: int, keys: int | None, with_tma: tuple[Projection, ...] = ()
 ) -> Candidates:
-    return candidates.list_candidates(kept_of(shape, gpu), shape, GPUS[gpu], tokens, keys=keys, with_tma=with_tma)
+    return candidates.list_candidates(
+        kept_of(shape, gpu), Problem(shape, GPUS[gpu], "sglang"), tokens, keys=keys, with_tma=with_tma
+    )
 
 
 def without_tma(config: TileConfig) -> TileConfig:
@@ -150,7 +155,11 @@ def binaries(shape: MoEShape) -> set[CompileJob]:
     return {
         job
         for m in plan.DEFAULT_TOKENS
-        for job in candidates.screening_jobs(listed(shape, "H200", m, EFFORTS["full"].keys, ("down",)), shape, m, sm)
+        for job in candidates.screening_jobs(
+            listed(shape, "H200", m, EFFORTS["full"].keys, ("down",)),
+            Problem(shape, replace(GPUS["H200"], sm=sm), "sglang"),
+            m,
+        )
     }
 
 
@@ -162,14 +171,15 @@ def test_a_full_search_of_all_batch_sizes_needs_a_bounded_number_of_binaries(lay
 
 def test_batch_sizes_share_binaries() -> None:
     alone = sum(
-        len(candidates.screening_jobs(listed(GLM, "H200", m, 96, ("down",)), GLM, m, 90)) for m in plan.DEFAULT_TOKENS
+        len(candidates.screening_jobs(listed(GLM, "H200", m, 96, ("down",)), GLM_ON_H200, m))
+        for m in plan.DEFAULT_TOKENS
     )
     assert len(binaries(GLM)) < alone / 2
 
 
 def test_a_pair_needs_a_binary_of_each_gemm_for_its_own_group() -> None:
     pair = {"up": TileConfig(16, 64, 64, 8, 4, 3), "down": TileConfig(16, 128, 64, 1, 4, 4)}
-    jobs = candidates.pair_jobs(pair, GLM, 64, 90)  # type: ignore[arg-type]
+    jobs = candidates.pair_jobs(pair, GLM_ON_H200, 64)  # type: ignore[arg-type]
     assert [(job.projection, job.key, job.group_m, job.sorted_rows) for job in jobs] == [
         ("up", pair["up"].compile_key, 8, False),
         ("down", pair["down"].compile_key, 1, False),
@@ -178,7 +188,7 @@ def test_a_pair_needs_a_binary_of_each_gemm_for_its_own_group() -> None:
 
 def test_tma_in_the_down_gemm_has_the_up_gemm_write_sorted_rows() -> None:
     pair = {"up": TileConfig(16, 64, 64, 8, 4, 3), "down": TileConfig(16, 128, 64, 1, 4, 4, use_tma=True)}
-    assert [job.sorted_rows for job in candidates.pair_jobs(pair, GLM, 64, 90)] == [True, False]  # type: ignore[arg-type]
+    assert [job.sorted_rows for job in candidates.pair_jobs(pair, GLM_ON_H200, 64)] == [True, False]  # type: ignore[arg-type]
 
 
 def test_a_layer_that_the_gpu_cannot_do_has_no_candidates() -> None:

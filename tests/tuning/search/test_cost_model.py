@@ -8,6 +8,7 @@ from benchmarks import prediction_regret
 from sglang_moe_ext.core import PROJECTIONS, Gpu, MoEShape, Quantization, TileConfig
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.gpu.roofline import gemm_floor
+from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.search import cost_model, predict, space
 
 H200, RTX_4090 = specs.find("H200"), specs.find("RTX_4090")
@@ -41,7 +42,7 @@ def candidates(shape: MoEShape, gpu: Gpu) -> tuple[TileConfig, ...]:
 
 
 def first(shape: MoEShape, gpu: Gpu, tokens: int) -> TileConfig:
-    return predict.by_estimate(candidates(shape, gpu), shape, gpu, tokens)[0]
+    return predict.by_estimate(candidates(shape, gpu), Problem(shape, gpu, "sglang"), tokens)[0]
 
 
 def us(config: TileConfig, shape: MoEShape, gpu: Gpu, tokens: int) -> float:

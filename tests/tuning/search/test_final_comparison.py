@@ -1,4 +1,4 @@
-"""The rematch, on a GPU that is a table: what wins, what stays, and what can never win."""
+"""The final comparison, on a GPU that is a table: what wins, what stays, and what can never win."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def pair(up: TileConfig, down: TileConfig | None = None) -> Pair:
 
 @dataclass(slots=True)
 class TableGpu:
-    """Answers as a GPU would on which a layer with each configuration takes so many microseconds.
+    """Results as a GPU would on which a layer with each configuration takes so many microseconds.
 
     `jitter` is a factor by place and round, `luck` one of each race, by its data and the configuration;
     `throttled_races`: the first so many are throttled, and twice as slow for all but the incumbent.
@@ -54,15 +54,15 @@ class TableGpu:
     throttled_races: int = 0
     asked: list[BenchRequest] = field(default_factory=list)
 
-    def __call__(self, question: BenchRequest) -> BenchResult:
-        self.asked.append(question)
-        match question:
+    def __call__(self, request: BenchRequest) -> BenchResult:
+        self.asked.append(request)
+        match request:
             case BenchLayers(_, pairs, rounds, _, data):
                 return self._raced([racer["up"] for racer in pairs], rounds, data)
             case CheckAccuracy(_, checked):
                 return FAILED if checked["up"] in self.unchecked else Accuracy(self.errors.get(checked["up"], 1e-3))
             case _:
-                raise AssertionError(question)
+                raise AssertionError(request)
 
     def _raced(self, configs: list[TileConfig], rounds: int, data: int) -> BenchResult:
         if self.fails & set(configs) or (len(configs) > 1 and self.fails_beside_others & set(configs)):
@@ -82,11 +82,11 @@ class TableGpu:
 
     @property
     def races(self) -> list[BenchLayers]:
-        return [question for question in self.asked if isinstance(question, BenchLayers)]
+        return [request for request in self.asked if isinstance(request, BenchLayers)]
 
     @property
     def checked(self) -> list[TileConfig]:
-        return [question.pair["up"] for question in self.asked if isinstance(question, CheckAccuracy)]
+        return [request.pair["up"] for request in self.asked if isinstance(request, CheckAccuracy)]
 
 
 def decided(gpu: TableGpu, shape: MoEShape = SHAPE, finalists: Sequence[Pair] | None = None) -> MeasuredChoice | None:
@@ -205,13 +205,13 @@ class NoisyGpu:
     sigma: float
     dice: random.Random
 
-    def __call__(self, question: BenchRequest) -> BenchResult:
-        if isinstance(question, CheckAccuracy):
+    def __call__(self, request: BenchRequest) -> BenchResult:
+        if isinstance(request, CheckAccuracy):
             return Accuracy(1e-3)
-        assert isinstance(question, BenchLayers)
+        assert isinstance(request, BenchLayers)
         rows = [
-            tuple(self.us[racer["up"]] * self.dice.lognormvariate(0, self.sigma) for _ in range(question.rounds))
-            for racer in question.pairs
+            tuple(self.us[racer["up"]] * self.dice.lognormvariate(0, self.sigma) for _ in range(request.rounds))
+            for racer in request.pairs
         ]
         return LayerTimes(tuple(rows), ROUTINGS)
 
@@ -335,7 +335,7 @@ def test_where_no_rival_runs_beside_the_incumbent_it_stays() -> None:
 def test_no_question_is_asked_twice() -> None:
     gpu = TableGpu({INCUMBENT: 10, FAST: 8}, fails_beside_others=frozenset({FAST}), throttled_races=9)
     decided(gpu)
-    assert all(question not in gpu.asked[:place] for place, question in enumerate(gpu.asked))
+    assert all(request not in gpu.asked[:place] for place, request in enumerate(gpu.asked))
 
 
 def test_a_throttled_race_is_run_again() -> None:

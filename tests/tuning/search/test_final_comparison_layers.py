@@ -13,8 +13,8 @@ from sglang_moe_ext.tuning.search.statistics import Interval
 
 ROUNDS = 4
 BROKEN = Failure("OutOfResources", "shared memory")
-SLOW = Failure("Timeout", "no answer")
-CROWDED = Failure("Timeout", "runs alone, but not in a race with the others: no answer")
+SLOW = Failure("Timeout", "no result")
+CROWDED = Failure("Timeout", "runs alone, but not beside the others: no result")
 
 
 def pair(number: int) -> Pair:
@@ -34,14 +34,14 @@ class SmallGpu:
     throttled_races: int = 0
     asked: list[BenchLayers] = field(default_factory=list)
 
-    def __call__(self, question: BenchRequest) -> BenchResult:
-        assert isinstance(question, BenchLayers)
-        self.asked.append(question)
-        if any(racer in self.broken for racer in question.pairs):
+    def __call__(self, request: BenchRequest) -> BenchResult:
+        assert isinstance(request, BenchLayers)
+        self.asked.append(request)
+        if any(racer in self.broken for racer in request.pairs):
             return BROKEN
-        if len(question.pairs) > self.room:
+        if len(request.pairs) > self.room:
             return SLOW
-        us = tuple((9.0 + racer["up"].group_m,) * question.rounds for racer in question.pairs)
+        us = tuple((9.0 + racer["up"].group_m,) * request.rounds for racer in request.pairs)
         return LayerTimes(us, 1, "too hot" if len(self.asked) <= self.throttled_races else None)
 
     @property
@@ -55,8 +55,8 @@ def raced(gpu: SmallGpu, incumbent: Pair | None = INCUMBENT) -> InterleavedCompa
 
 
 def finished(found: InterleavedComparison) -> list[int]:
-    """The numbers of the rivals that came to the end."""
-    return [number for number, rival in enumerate(found.rivals, 1) if isinstance(rival, ComparedLayer)]
+    """The numbers of the challengers that came to the end."""
+    return [number for number, challenger in enumerate(found.challengers, 1) if isinstance(challenger, ComparedLayer)]
 
 
 def test_the_incumbent_runs_first_and_last() -> None:
@@ -76,7 +76,7 @@ def test_the_field_is_halved_until_it_has_room_and_the_incumbent_stays_in() -> N
 
 
 def test_who_was_cut_is_told_that_it_runs_alone() -> None:
-    assert raced(SmallGpu(room=4)).rivals[2:] == (CROWDED,) * 6
+    assert raced(SmallGpu(room=4)).challengers[2:] == (CROWDED,) * 6
 
 
 def test_where_there_is_room_for_no_rival_the_incumbent_alone_has_a_time() -> None:
@@ -86,7 +86,7 @@ def test_where_there_is_room_for_no_rival_the_incumbent_alone_has_a_time() -> No
 
 def test_where_there_is_room_for_nothing_each_has_its_reason() -> None:
     found = raced(SmallGpu(room=1))
-    assert (found.raced, {found.incumbent, *found.rivals}) == (None, {CROWDED})
+    assert (found.times, {found.incumbent, *found.challengers}) == (None, {CROWDED})
 
 
 def test_without_an_incumbent_the_field_is_halved_down_to_one() -> None:
@@ -98,17 +98,17 @@ def test_without_an_incumbent_the_field_is_halved_down_to_one() -> None:
 def test_a_broken_one_is_left_out_before_the_field_is_halved() -> None:
     gpu = SmallGpu(room=6, broken=(RIVALS[0],))
     found = raced(gpu)
-    assert (gpu.fields, finished(found), found.rivals[0]) == ([10, 9, 5], [2, 3, 4], BROKEN)
+    assert (gpu.fields, finished(found), found.challengers[0]) == ([10, 9, 5], [2, 3, 4], BROKEN)
 
 
 def test_what_breaks_a_small_race_is_found_alone() -> None:
     found = raced(SmallGpu(broken=(RIVALS[7],)))
-    assert (finished(found), found.rivals[7]) == ([1, 2, 3, 4, 5, 6, 7], BROKEN)
+    assert (finished(found), found.challengers[7]) == ([1, 2, 3, 4, 5, 6, 7], BROKEN)
 
 
 def test_over_a_broken_incumbent_there_is_no_gain_and_no_noise() -> None:
     found = raced(SmallGpu(broken=(INCUMBENT,)))
-    gains = {rival.gain for rival in found.rivals if isinstance(rival, ComparedLayer)}
+    gains = {challenger.gain for challenger in found.challengers if isinstance(challenger, ComparedLayer)}
     assert (found.incumbent, gains, found.noise) == (BROKEN, {None}, None)
 
 
@@ -134,8 +134,8 @@ def test_every_race_is_on_the_data_that_was_asked_for() -> None:
 def test_a_throttled_race_is_run_again_twice(throttled: int, attempts: list[int], why: str | None) -> None:
     gpu = SmallGpu(throttled_races=throttled)
     found = raced(gpu)
-    assert found.raced is not None
-    assert ([race.attempt for race in gpu.asked], found.raced.throttled) == (attempts, why)
+    assert found.times is not None
+    assert ([race.attempt for race in gpu.asked], found.times.throttled) == (attempts, why)
 
 
 def test_an_answer_to_another_question_is_a_mistake() -> None:

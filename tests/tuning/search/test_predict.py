@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
 from sglang_moe_ext.core import CompileJob, EngineError, Failure, MoEShape, Quantization, Resources, TileConfig
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tuning.compile.kernel_source import Compiled
+from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.search import predict, space
 
 GPU = specs.find("H200")
 SHAPE = MoEShape(128, 768, 2048, 8)
+PROBLEM = Problem(SHAPE, GPU, "sglang")
 BLOCK_WISE = MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", (128, 128)))
 CANDIDATES = space.prune(space.full_space(), SHAPE, GPU).kept
 TOKENS = (1, 17, 64, 1024, 16384)
@@ -25,38 +28,38 @@ FAULTS = {
 
 
 class TableCompiler:
-    """Gives every job the answer of `answer`, and remembers what it was asked."""
+    """Gives every job the result of `result`, and remembers what it was asked."""
 
-    def __init__(self, answer: Callable[[CompileJob], Resources | Failure]) -> None:
-        self.answer = answer
+    def __init__(self, result: Callable[[CompileJob], Resources | Failure]) -> None:
+        self.result = result
         self.asked: list[CompileJob] = []
 
     def __call__(self, jobs: Sequence[CompileJob]) -> Compiled:
         self.asked.extend(jobs)
-        return {job: self.answer(job) for job in jobs}
+        return {job: self.result(job) for job in jobs}
 
 
 def predicted(compiler: TableCompiler, tokens: Sequence[int] = TOKENS) -> dict[int, predict.PredictedConfig]:
-    return predict.predict_table(CANDIDATES, SHAPE, GPU, tokens, compiler)
+    return predict.predict_table(CANDIDATES, PROBLEM, tokens, compiler)
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
 def test_what_is_ranked_first_and_has_a_fault_is_never_in_the_table(fault: Resources | Failure) -> None:
-    best = {predict.best_of_each_key(CANDIDATES, SHAPE, GPU, m)[0].compile_key for m in TOKENS}
+    best = {predict.best_of_each_key(CANDIDATES, PROBLEM, m)[0].compile_key for m in TOKENS}
     found = predicted(TableCompiler(lambda job: fault if job.key in best else CLEAN))
     assert best.isdisjoint(chosen.config.compile_key for chosen in found.values())
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
 def test_a_fault_of_the_down_gemm_alone_is_enough(fault: Resources | Failure) -> None:
-    best = {predict.best_of_each_key(CANDIDATES, SHAPE, GPU, m)[0].compile_key for m in TOKENS}
+    best = {predict.best_of_each_key(CANDIDATES, PROBLEM, m)[0].compile_key for m in TOKENS}
     found = predicted(TableCompiler(lambda job: fault if job.projection == "down" and job.key in best else CLEAN))
     assert best.isdisjoint(chosen.config.compile_key for chosen in found.values())
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
 def test_a_clean_candidate_is_found_however_far_down_it_is_ranked(fault: Resources | Failure) -> None:
-    last = predict.best_of_each_key(CANDIDATES, SHAPE, GPU, 64)[-1]
+    last = predict.best_of_each_key(CANDIDATES, PROBLEM, 64)[-1]
     found = predicted(TableCompiler(lambda job: CLEAN if job.key == last.compile_key else fault), [64])
     assert found[64].config.compile_key == last.compile_key
 
@@ -72,7 +75,7 @@ def test_an_m_asked_for_twice_has_one_entry() -> None:
 def test_of_the_candidates_compiled_first_the_one_predicted_fastest_is_chosen() -> None:
     compiler = TableCompiler(lambda _: CLEAN)
     found = predicted(compiler, [64])[64]
-    front = predict.best_of_each_key(CANDIDATES, SHAPE, GPU, 64)[: predict.FRONT]
+    front = predict.best_of_each_key(CANDIDATES, PROBLEM, 64)[: predict.FRONT]
     resources = dict.fromkeys(("up", "down"), CLEAN)
     assert found.us == min(predict.cost_model.pair_us(config, SHAPE, GPU, 64, resources) for config in front)
 
@@ -102,23 +105,23 @@ def test_where_all_spill_the_error_says_so() -> None:
 
 def test_without_candidates_there_is_an_error_rather_than_an_empty_table() -> None:
     with pytest.raises(EngineError, match="M=64"):
-        predict.predict_table((), SHAPE, GPU, [64], TableCompiler(lambda _: CLEAN))
+        predict.predict_table((), PROBLEM, [64], TableCompiler(lambda _: CLEAN))
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_every_candidate_is_ranked_once(tokens: int) -> None:
-    assert sorted(predict.by_estimate(CANDIDATES, SHAPE, GPU, tokens)) == sorted(CANDIDATES)
+    assert sorted(predict.by_estimate(CANDIDATES, PROBLEM, tokens)) == sorted(CANDIDATES)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_the_ranking_keeps_one_candidate_of_each_binary(tokens: int) -> None:
-    keys = [config.compile_key for config in predict.best_of_each_key(CANDIDATES, SHAPE, GPU, tokens)]
+    keys = [config.compile_key for config in predict.best_of_each_key(CANDIDATES, PROBLEM, tokens)]
     assert sorted(keys) == sorted({config.compile_key for config in CANDIDATES})
 
 
 def test_the_binaries_of_a_config_are_those_of_both_gemms_for_any_group() -> None:
     config = TileConfig(16, 64, 128, 16, 4, 3)
-    jobs = predict.jobs_of(config, BLOCK_WISE, 64, 90)
+    jobs = predict.list_jobs(config, replace(PROBLEM, shape=BLOCK_WISE), 64)
     assert {(name, job.projection, job.key, job.group_m, job.sm) for name, job in jobs.items()} == {
         (projection, projection, config.compile_key, None, 90) for projection in ("up", "down")
     }

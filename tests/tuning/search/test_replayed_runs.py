@@ -13,13 +13,13 @@ from sglang_moe_ext.tuning import plan
 from sglang_moe_ext.tuning.bench import messages_json
 from sglang_moe_ext.tuning.bench.messages import (
     Accuracy,
-    Ask,
     BenchGemm,
     BenchLayers,
     BenchRequest,
     BenchResult,
     CheckAccuracy,
     LayerTimes,
+    Measure,
     Pair,
 )
 from sglang_moe_ext.tuning.run.journal import Journal, UnknownRequestError
@@ -32,38 +32,38 @@ from tests.tuning.recorded_runs import LAYERS, ReplayingStation, incumbents_of, 
 FEW = (16, 1024)
 
 
-def what_changed(layer: str, question: BenchRequest) -> str:
-    """Which constant makes the strategy ask what the recorded run did not."""
-    there = [each for each, _ in recorded(layer).answers.values() if each.tokens == question.tokens]
+def what_changed(layer: str, request: BenchRequest) -> str:
+    """Which constant makes the strategy measure what the recorded run did not."""
+    there = [each for each, _ in recorded(layer).results.values() if each.tokens == request.tokens]
     if not there:
         return "plan.DEFAULT_TOKENS"
-    match question:
+    match request:
         case BenchGemm():
-            return _what_changed_of_screens(question, [each for each in there if isinstance(each, BenchGemm)])
+            return _what_changed_of_screens(request, [each for each in there if isinstance(each, BenchGemm)])
         case BenchLayers(rounds=rounds):
             races = [each for each in there if isinstance(each, BenchLayers)]
             if rounds not in {race.rounds for race in races}:
                 return "EFFORTS['full'].rounds"
-            if len(question.pairs) not in {len(race.pairs) for race in races}:
+            if len(request.pairs) not in {len(race.pairs) for race in races}:
                 return "EFFORTS['full'].finalists"
             return "search._PER_BLOCK_M, or how search.finalists ranks pairs"
         case CheckAccuracy():
-            return "rematch.LEAST_GAIN, rematch.TOLERATED_ERROR, or how a rematch ranks its entrants"
+            return "final_comparison.LEAST_GAIN, final_comparison.TOLERATED_ERROR, or how it ranks the runners"
 
 
-def _what_changed_of_screens(question: BenchGemm, there: list[BenchGemm]) -> str:
+def _what_changed_of_screens(request: BenchGemm, there: list[BenchGemm]) -> str:
     alike = [
         each
         for each in there
-        if each.projection == question.projection and (len(each.groups) > 1) == (len(question.groups) > 1)
+        if each.projection == request.projection and (len(each.groups) > 1) == (len(request.groups) > 1)
     ]
-    of_key = [each for each in alike if each.key == question.key]
-    grouped = len(question.groups) > 1
-    if any(each.groups == question.groups for each in of_key):
+    of_key = [each for each in alike if each.key == request.key]
+    grouped = len(request.groups) > 1
+    if any(each.groups == request.groups for each in of_key):
         return "search._GROUPED_SAMPLES" if grouped else "search._SAMPLES"
     if of_key:
         return "the GROUP_SIZE_M of space.full_space, or the wave model's order of them"
-    if grouped and sum(each.key.use_tma == question.key.use_tma for each in alike) != EFFORTS["full"].grouped:
+    if grouped and sum(each.key.use_tma == request.key.use_tma for each in alike) != EFFORTS["full"].grouped:
         return "EFFORTS['full'].grouped"
     if grouped:
         return "search._HOPELESS, or how search.screened ranks what it timed"
@@ -73,15 +73,15 @@ def _what_changed_of_screens(question: BenchGemm, there: list[BenchGemm]) -> str
     return "space.full_space, space.RULES, the wave model, or which twins have TMA"
 
 
-def replaying(layer: str) -> Ask:
-    """The recorded answers; a question that has none names the constant that changed."""
+def replaying(layer: str) -> Measure:
+    """The recorded results; a request that has none names the constant that changed."""
 
-    def answered(question: BenchRequest) -> BenchResult:
+    def answered(request: BenchRequest) -> BenchResult:
         try:
-            return replayed(layer)(question)
+            return replayed(layer)(request)
         except UnknownRequestError as error:
-            changed = what_changed(layer, question)
-            pytest.fail(f"{layer}: {question} was not recorded: {changed} changed; record the run anew ({error})")
+            changed = what_changed(layer, request)
+            pytest.fail(f"{layer}: {request} was not recorded: {changed} changed; record the run anew ({error})")
 
     return answered
 
@@ -93,8 +93,8 @@ class Replay:
     asked: list[BenchRequest]
     journal: Journal
 
-    def known(self, question: BenchRequest) -> BenchResult | None:
-        return self.journal.answer(question)
+    def known(self, request: BenchRequest) -> BenchResult | None:
+        return self.journal.measure(request)
 
 
 @pytest.fixture(scope="module", params=LAYERS)
@@ -108,15 +108,15 @@ def replay(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def race_of(replay: Replay, tokens: int) -> tuple[BenchLayers, LayerTimes]:
     """The race that decided that M: the last one."""
     race = [asked for asked in replay.asked if isinstance(asked, BenchLayers) and asked.tokens == tokens][-1]
-    answer = replay.known(race)
-    assert isinstance(answer, LayerTimes)
-    return race, answer
+    result = replay.known(race)
+    assert isinstance(result, LayerTimes)
+    return race, result
 
 
 def is_right(replay: Replay, tokens: int, pair: Pair) -> bool:
-    answer = replay.known(CheckAccuracy(tokens, pair))
+    result = replay.known(CheckAccuracy(tokens, pair))
     tolerated = TOLERATED_ERROR[LAYERS[replay.layer].quantization.scheme]
-    return isinstance(answer, Accuracy) and answer.error <= tolerated
+    return isinstance(result, Accuracy) and result.error <= tolerated
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -134,7 +134,7 @@ def test_each_batch_size_has_a_choice(replay: Replay) -> None:
 
 
 def test_nothing_is_asked_twice(replay: Replay) -> None:
-    assert len({messages_json.identity(question) for question in replay.asked}) == len(replay.asked)
+    assert len({messages_json.identity(request) for request in replay.asked}) == len(replay.asked)
 
 
 def test_the_choice_took_part_in_the_race_that_decided(replay: Replay) -> None:
@@ -197,7 +197,7 @@ def test_every_candidate_counts_as_tried(replay: Replay) -> None:
 
 
 def test_a_finished_run_is_decided_again_without_a_question(replay: Replay) -> None:
-    executor = ReplayingStation(lambda question: pytest.fail(f"asked {question}"))
+    executor = ReplayingStation(lambda request: pytest.fail(f"asked {request}"))
     assert measured(replay.layer, Journal.open(replay.journal.path), [executor]) == replay.results
 
 

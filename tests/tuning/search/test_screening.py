@@ -1,4 +1,4 @@
-"""What is timed at one M, and what comes to the rematch, on a GPU that is a table."""
+"""What is timed at one M, and what comes to the final comparison, on a GPU that is a table."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class TableGpu:
     fails: frozenset[CompileKey] = frozenset()
     asked: list[BenchGemm] = field(default_factory=list)
 
-    def __call__(self, question: BenchRequest) -> BenchResult:
-        assert isinstance(question, BenchGemm)
-        self.asked.append(question)
-        if question.key in self.fails:
+    def __call__(self, request: BenchRequest) -> BenchResult:
+        assert isinstance(request, BenchGemm)
+        self.asked.append(request)
+        if request.key in self.fails:
             return Failure("OutOfResources", "shared memory")
-        times = [self.us.get(question.key.with_group(group), 100.0) for group in question.groups]
-        return GemmTimes(tuple((us,) * question.samples for us in times))
+        times = [self.us.get(request.key.with_group(group), 100.0) for group in request.groups]
+        return GemmTimes(tuple((us,) * request.samples for us in times))
 
 
 def nothing_known(projection: Projection, key: CompileKey) -> None:

@@ -1,4 +1,4 @@
-"""Where one configuration serves both GEMMs: which binaries are timed again, and what comes to the rematch."""
+"""Where one configuration serves both GEMMs: which binaries are timed again, and what comes to the final comparison."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from sglang_moe_ext.core import PROJECTIONS, MoEShape, TileConfig
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tuning import plan
 from sglang_moe_ext.tuning.bench.messages import Pair
+from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.run import search_loop
 from sglang_moe_ext.tuning.run.journal import Journal
 from sglang_moe_ext.tuning.search import candidates
@@ -66,9 +67,12 @@ def test_a_slow_down_gemm_makes_a_fast_up_gemm_no_finalist() -> None:
 
 @functools.cache
 def measured() -> dict[int, MeasuredChoice]:
-    """What a run for vLLM chooses on a GPU whose answers follow from a formula."""
-    request = replace(request_of("glm_4_7_flash_bf16", TOKENS), engine="vllm", shape=MoEShape(64, 1536, 2048, 4))
-    kept = plan.prune_space(request.shape, request.gpu, request.adapter).kept
+    """What a run for vLLM chooses on a GPU whose results follow from a formula."""
+    request = replace(
+        request_of("glm_4_7_flash_bf16", TOKENS),
+        problem=Problem(MoEShape(64, 1536, 2048, 4), specs.find("H200"), "vllm"),
+    )
+    kept = plan.prune_space(request.problem).kept
     tasks = search_loop.largest_first({m: candidates.list_for_request(request, MEASURING, kept, m) for m in TOKENS})
     today: dict[int, Pair] = dict.fromkeys(TOKENS, TODAY)
     with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +92,7 @@ def test_a_run_for_vllm_finds_what_is_faster_than_today() -> None:
 
 
 def test_both_gemms_are_screened_with_the_same_candidates() -> None:
-    shape, gpu = MoEShape(128, 768, 2048, 8), specs.find("H200")
-    found = candidates.list_shared_candidates(plan.prune_space(shape, gpu).kept, shape, gpu, 64, keys=24)
+    problem = Problem(MoEShape(128, 768, 2048, 8), specs.find("H200"), "sglang")
+    found = candidates.list_shared_candidates(plan.prune_space(problem).kept, problem, 64, keys=24)
     assert found["up"] == found["down"]
     assert len({config.compile_key for config in found["up"]}) == 24

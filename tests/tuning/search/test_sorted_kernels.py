@@ -44,9 +44,9 @@ class FakeGpu:
     fails: Callable[[Runner], bool] = lambda runner: False
     asked: list[BenchRequest] = field(default_factory=list)
 
-    def __call__(self, question: BenchRequest) -> BenchResult:
-        self.asked.append(question)
-        match question:
+    def __call__(self, request: BenchRequest) -> BenchResult:
+        self.asked.append(request)
+        match request:
             case BenchKernelPlan(_, path, samples):
                 if self.fails(path):
                     return Failure("OutOfResources", "shared memory")
@@ -56,10 +56,10 @@ class FakeGpu:
             case CheckAccuracy(_, runner):
                 return Accuracy(self.error(runner))
             case _:
-                raise AssertionError(f"{question} is not about paths")
+                raise AssertionError(f"{request} is not about paths")
 
     def screened(self) -> list[KernelPlan]:
-        return [question.path for question in self.asked if isinstance(question, BenchKernelPlan)]
+        return [request.plan for request in self.asked if isinstance(request, BenchKernelPlan)]
 
 
 def raced(gpu: FakeGpu, tokens: int = 4096, shape: MoEShape = SHAPE) -> MeasuredChoice[Runner] | None:
