@@ -39,12 +39,12 @@ def main() -> int:
         model = ServedModel(engine, Plan(folder, "spread", asked.tokens + 1024, (), 1))
     resolver = attach.sglang_resolver()
     assert isinstance(resolver, ConfigResolver)
-    chooses = resolver.path
+    chooses = resolver.plan
     kinds: dict[str, Callable[..., object]] = {"our": chooses, "the engine's": lambda *_: None}
     taken: dict[str, list[float]] = {kind: [] for kind in kinds}
     for turn in range(TURNS):
         for kind, chosen in kinds.items():
-            resolver.path = chosen  # type: ignore[method-assign,assignment]
+            resolver.plan = chosen  # type: ignore[method-assign,assignment]
             resolver.answers.clear()
             model.prefill_ms(asked.tokens, 0)
             taken[kind] += [model.prefill_ms(asked.tokens, 1 + turn * RUNS + run) for run in range(RUNS)]

@@ -1,4 +1,4 @@
-"""Our own path through a fused-MoE layer, as a choice: the tiles of its kernels; those lie in `kernels/sorted_*.py`."""
+"""Kernel plans: which of our kernels (`kernels/sorted_*.py`) run a fused-MoE layer, and with which tiles."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def test_a_shipped_path_was_faster_and_right_in_the_run_that_made_the_table_besi
     table = provenance.read(path.with_name(path.name.replace(kernel_table.SUFFIX, ".json")))
     assert table is not None
     assert {entry.run for entry in entries.values()} == {entry.run for entry in table.entries.values()}
-    won = [entry.figures for entry in entries.values() if entry.path is not None]
+    won = [entry.figures for entry in entries.values() if entry.plan is not None]
     assert won
     assert all(figures["gain_low"] > 1 and figures["gain"] > 1.01 for figures in won)
     assert all(figures["relative_error"] < 5e-2 for figures in won)

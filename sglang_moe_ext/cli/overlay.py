@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     engine, triton = installation.find(), installation.running_triton()
     if engine is None or triton is None:
         raise EngineError("SGLang and Triton are not both installed here: run overlay where the server runs")
-    root = config_dir.place(engine).absolute()
+    root = config_dir.overlay_folder(engine).absolute()
     set_by_user = os.environ.get(env.SGLANG_CONFIG_DIR)
     if set_by_user and Path(set_by_user).absolute() != root:
         raise EngineError(

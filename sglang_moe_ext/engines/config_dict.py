@@ -7,6 +7,7 @@ from typing import Any
 
 from sglang_moe_ext.core import TileConfig
 from sglang_moe_ext.sorted_kernels import KernelPlan
+from sglang_moe_ext.tables.config_table import FIELDS
 
 ConfigDict = dict[str, Any]
 
@@ -30,14 +31,7 @@ def tile_of(entry: Mapping[str, Any]) -> TileConfig:
 
 def launch_args(config: TileConfig) -> ConfigDict:
     """What the kernel takes of a configuration: all but USE_TMA."""
-    return {
-        "BLOCK_SIZE_M": config.block_m,
-        "BLOCK_SIZE_N": config.block_n,
-        "BLOCK_SIZE_K": config.block_k,
-        "GROUP_SIZE_M": config.group_m,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+    return {name: getattr(config, ours) for name, ours in FIELDS.items()}
 
 
 def config_dict_of(config: TileConfig) -> ConfigDict:
@@ -56,12 +50,12 @@ def drop_tma(entry: Mapping[str, Any]) -> ConfigDict:
 
 
 class ConfigWithPlan(ConfigDict):
-    """An entry of the down GEMM that carries our path along.
+    """An entry of the down GEMM that carries our kernel plan along.
 
     The engine hands it from its lookup to its sequence of kernels as it is; its copies, and the engine's own kernels,
     know the entry alone.
     """
 
-    def __init__(self, entry: Mapping[str, Any], path: KernelPlan) -> None:
+    def __init__(self, entry: Mapping[str, Any], plan: KernelPlan) -> None:
         super().__init__(entry)
-        self.path = path
+        self.plan = plan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast, get_args
 
 from sglang_moe_ext.core import MoEShape, Quantization, Scheme
@@ -13,7 +13,10 @@ INT4_WEIGHTS_PER_BYTE = 2
 
 @dataclass(frozen=True, slots=True)
 class LookupLayer:
-    """The layer of one call: w1 [experts, rows, hidden], w2 [experts, hidden, intermediate], int4 packed."""
+    """The layer of one call: w1 [experts, rows, hidden], w2 [experts, hidden, intermediate], int4 packed.
+
+    `shape` is the layer as our tables know it; None if it is of a kind that we have no tables for.
+    """
 
     w1_shape: tuple[int, ...]
     w2_shape: tuple[int, ...]
@@ -21,25 +24,7 @@ class LookupLayer:
     dtype: str | None
     block_shape: tuple[int, int] | None
     per_channel: bool
-
-    def shape(self) -> MoEShape | None:
-        """The layer as our tables know it, or None where it is of a kind that we have no tables for.
-
-        The call does not tell bf16 from fp16, nor which experts are fused shared ones; neither is in a table's name.
-        """
-        if self.dtype is not None and self.dtype not in get_args(Scheme):
-            return None
-        scheme = cast("Scheme | None", self.dtype)
-        experts, hidden_size, columns = self.w2_shape
-        intermediate_size = columns * (INT4_WEIGHTS_PER_BYTE if scheme == "int4_w4a16" else 1)
-        return MoEShape(
-            experts=experts,
-            intermediate_size=intermediate_size,
-            hidden_size=hidden_size,
-            top_k=self.top_k,
-            quantization=Quantization(scheme, self.block_shape, self.per_channel),
-            gated=self.w1_shape[1] > intermediate_size,
-        )
+    shape: MoEShape | None = field(compare=False)
 
 
 def lookup_layer(
@@ -50,14 +35,43 @@ def lookup_layer(
     block_shape: Sequence[int] | None,
     per_channel: bool = False,
 ) -> LookupLayer:
-    """The layer that a call of `try_get_optimal_moe_config` is about."""
+    """The layer that a call of `try_get_optimal_moe_config` is about.
+
+    Raises:
+        TypeError, ValueError, IndexError: the arguments are no shapes of weights, or no block of scales.
+    """
     block = None if not block_shape else (int(block_shape[0]), int(block_shape[1]))
-    return LookupLayer(tuple(w1_shape), tuple(w2_shape), top_k, dtype, block, bool(per_channel))
+    w1, w2, per_channel = tuple(w1_shape), tuple(w2_shape), bool(per_channel)
+    return LookupLayer(w1, w2, top_k, dtype, block, per_channel, _shape(w1, w2, top_k, dtype, block, per_channel))
+
+
+def _shape(
+    w1: tuple[int, ...],
+    w2: tuple[int, ...],
+    top_k: int,
+    dtype: str | None,
+    block: tuple[int, int] | None,
+    per_channel: bool,
+) -> MoEShape | None:
+    """A call tells neither bf16 from fp16, nor which experts are fused shared ones; neither is in a table's name."""
+    if dtype is not None and dtype not in get_args(Scheme):
+        return None
+    scheme = cast("Scheme | None", dtype)
+    experts, hidden_size, columns = w2
+    intermediate_size = columns * (INT4_WEIGHTS_PER_BYTE if scheme == "int4_w4a16" else 1)
+    return MoEShape(
+        experts=experts,
+        intermediate_size=intermediate_size,
+        hidden_size=hidden_size,
+        top_k=top_k,
+        quantization=Quantization(scheme, block, per_channel),
+        gated=w1[1] > intermediate_size,
+    )
 
 
 def layer_from_name(
     experts: int, intermediate_size: int, dtype: str | None, block_shape: tuple[int, int] | None
 ) -> LookupLayer:
-    """A layer of which only what stands in a table's name is known: nobody may ask its hidden size, nor its top-k."""
+    """A layer of which only what a table's name says is known; its hidden size and top-k are meaningless."""
     columns = intermediate_size // (INT4_WEIGHTS_PER_BYTE if dtype == "int4_w4a16" else 1)
     return lookup_layer((experts, 2 * intermediate_size, 1), (experts, 1, columns), 1, dtype, block_shape)

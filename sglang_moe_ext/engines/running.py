@@ -57,3 +57,24 @@ def is_out_of_resources(error: BaseException) -> bool:
     from triton.runtime.errors import OutOfResources
 
     return isinstance(error, OutOfResources)
+
+
+_COMPILERS = ("triton.compiler.", "triton.backends.nvidia.compiler", "triton.backends.amd.compiler")
+_BINDS_ARGUMENTS = "triton.runtime.jit"
+_OF_THE_DRIVER = "[CUDA]"
+
+
+def is_compile_failure(error: BaseException) -> bool:
+    """Whether it was raised while Triton compiled a kernel or bound its launch options, so that nothing has run.
+
+    The compiler raises its own errors, and those of MLIR, LLVM and ptxas as RuntimeError; so its frames tell, and not
+    the class. An error of the driver may be the late echo of another kernel's, and is not one.
+    """
+    if not isinstance(error, Exception) or _OF_THE_DRIVER in str(error):
+        return False
+    names: list[str] = []
+    trace = error.__traceback__
+    while trace is not None:
+        names.append(trace.tb_frame.f_globals.get("__name__", ""))
+        trace = trace.tb_next
+    return any(name.startswith(_COMPILERS) for name in names) or names[-1:] == [_BINDS_ARGUMENTS]

@@ -47,8 +47,23 @@ def parse(name: str) -> TableKey:
 
 @dataclass(frozen=True, slots=True)
 class TableNaming:
-    """`has_down`: the engine reads a table for the down projection alone, beside the other one."""
+    """How one engine names its tables.
+
+    `has_down`: the engine reads a table for the down projection alone, beside the other one. `metadata_keys`: keys of a
+    table that are no number of tokens, and that the engine skips.
+    """
 
     key: Callable[[MoEShape, str], TableKey]
     file_name: Callable[[TableKey], str]
     has_down: bool
+    metadata_keys: frozenset[str] = frozenset()
+
+
+def other_spelling(name: str) -> str | None:
+    """The file's name as the other engine writes it: SGLang puts a space into `block_shape=[128, 128]`, vLLM does not.
+
+    >>> other_spelling("E=8,N=64,device_name=NVIDIA_H200,dtype=fp8_w8a8,block_shape=[128, 128].json")
+    'E=8,N=64,device_name=NVIDIA_H200,dtype=fp8_w8a8,block_shape=[128,128].json'
+    """
+    spelt = name.replace(", ", ",") if ", " in name else re.sub(r"(block_shape=\[\d+),(?=\d+\])", r"\1, ", name)
+    return None if spelt == name else spelt

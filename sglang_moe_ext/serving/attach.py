@@ -68,9 +68,9 @@ def sglang_resolver() -> ConfigResolver | None:
 
 
 def kernel_plans(layer: LookupLayer, tokens: Sequence[int]) -> dict[int, KernelPlan | None]:
-    """Which of our own paths SGLang's layers take at each M; empty where our functions are not in place."""
+    """Which of our kernel plans SGLang's layers take at each M; empty where our functions are not in place."""
     found = sglang_resolver()
-    return {} if found is None else {m: found.path(layer, m) for m in tokens}
+    return {} if found is None else {m: found.plan(layer, m) for m in tokens}
 
 
 def decline_plan(layer: LookupLayer) -> None:

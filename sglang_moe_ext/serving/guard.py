@@ -1,26 +1,29 @@
-"""What keeps a configuration from ending or corrupting a server: shared memory that is there, TMA where it is right."""
+"""Check each configuration before it is launched: it must compile, compute right results, and fit shared memory."""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
-from sglang_moe_ext.core import Gpu, MoEShape, Projection, TileConfig
-from sglang_moe_ext.engines import config_dict, running
+from sglang_moe_ext.core import Gpu, MoEShape, Projection, TableError, TileConfig
+from sglang_moe_ext.engines import config_dict, launch_rules
 from sglang_moe_ext.engines.config_dict import ConfigDict
-from sglang_moe_ext.engines.sglang import support
+from sglang_moe_ext.engines.launch_rules import KernelLaunch, LaunchRule
 from sglang_moe_ext.gpu.shared_memory import smem_bytes
+from sglang_moe_ext.tables import config_table
+from sglang_moe_ext.untrusted import show
 
 log = logging.getLogger(__name__)
 
 _FEWEST_STAGES, _SMALLEST_SIDE = 2, 32
+_KIB = 1024
 
 
 def degrade(config: TileConfig) -> Iterator[TileConfig]:
-    """Ever smaller ones: fewer stages, then a narrower N, then a shorter K, last one stage.
+    """Yield ever smaller configurations: fewer stages, then a narrower N, then a shorter K, last one stage.
 
     BLOCK_SIZE_M stays: tokens are sorted into blocks of it. Halves of a BLOCK_SIZE_K divide what it divides, so a
     block of scales still holds whole tiles.
@@ -39,29 +42,91 @@ def degrade(config: TileConfig) -> Iterator[TileConfig]:
 
 
 @dataclass(frozen=True, slots=True)
+class SafeEntry:
+    """An entry that may be launched. `why`: what was changed, and what the engine alone would do; None: nothing was."""
+
+    entry: ConfigDict
+    why: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedEntry:
+    """An entry that nothing small can mend, and why."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class EntryChange:
+    """An entry as it was written, and why another one runs."""
+
+    written: Mapping[str, Any]
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class ConfigGuard:
-    """The rules of one SGLang on one GPU; without a GPU that is known, only a launch tells what fits."""
+    """The rules of one release of an engine on one GPU. Without a known GPU, only a launch tells what fits."""
 
     version: tuple[int, int, int]
     gpu: Gpu | None
+    engine: Literal["sglang", "vllm"] = "sglang"
 
-    def safe(self, entry: ConfigDict, shape: MoEShape, projection: Projection) -> ConfigDict:
-        """A fresh entry that this GPU can run and that computes what it should; most often a plain copy."""
-        return fit_to_shared_memory(self._right(entry, shape, projection), shape, self.gpu)
+    def check(self, entry: Any, shape: MoEShape, projection: Projection) -> SafeEntry | RefusedEntry:
+        """A fresh entry that this GPU can run and that computes right results, or the reason why there is none.
 
-    def _right(self, entry: ConfigDict, shape: MoEShape, projection: Projection) -> ConfigDict:
-        if entry.get(config_dict.USE_TMA):
-            if support.is_right(projection, shape.quantization, self.version):
-                return dict(entry)
-            warn_once(
-                f"USE_TMA of the {projection} projection is off for {shape}: "
-                "this SGLang would end or compute wrong results with it"
-            )
-        return config_dict.drop_tma(entry)
+        Each reason is logged once.
+        """
+        try:
+            config = config_table.parse_tile(entry)
+        except TableError as error:
+            return self._refuse(f"{error}; the engine alone would end", shape, projection)
+        match launch_rules.apply(KernelLaunch(self.engine, self.version, config, shape, projection)):
+            case LaunchRule() as rule:
+                return self._refuse(f"{config} breaks the rule that {rule.name}: {rule.harm}", shape, projection)
+            case ruled:
+                changes = [f"{describe_change(config, ruled.config, rule)}: {rule.harm}" for rule in ruled.mended]
+        for change in changes:
+            warn_once(f"the {projection} projection of {shape}: {change}")
+        safe = _write_back(entry, config, ruled.config)
+        fitted = fit_to_shared_memory(safe, shape, self.gpu)
+        if fitted is not safe and self.gpu is not None:
+            smaller = describe_changes(ruled.config, config_dict.tile_of(fitted))
+            limit = f"{self.gpu.smem_per_block / _KIB:.0f} KiB"
+            changes.append(f"fitted to {limit}: {smaller}; the engine alone would end")
+        return SafeEntry(fitted, "; ".join(changes) or None)
+
+    def _refuse(self, why: str, shape: MoEShape, projection: Projection) -> RefusedEntry:
+        warn_once(f"the engine's default runs for the {projection} projection of {shape}: {why}")
+        return RefusedEntry(why)
+
+
+def _write_back(entry: ConfigDict, written: TileConfig, config: TileConfig) -> ConfigDict:
+    """A copy of the entry that says what `config` does; an entry that says so already keeps its form."""
+    copy = dict(entry) if config.use_tma else config_dict.drop_tma(entry)
+    has_floats = any(isinstance(copy.get(name), float) for name in config_table.FIELDS)
+    is_same = replace(written, use_tma=config.use_tma) == config
+    return copy if is_same and not has_floats else config_dict.resize(copy, config)
+
+
+def describe_change(before: TileConfig, after: TileConfig, rule: LaunchRule) -> str:
+    """What mending one rule changed, in the words of a table."""
+    return next((it for it in _changes(before, after) if it.partition(" ")[0] in rule.name), rule.name)
+
+
+def describe_changes(before: TileConfig, after: TileConfig) -> str:
+    """All that is different, in the words of a table: `num_stages 5 -> 2`."""
+    return ", ".join(_changes(before, after))
+
+
+def _changes(before: TileConfig, after: TileConfig) -> list[str]:
+    names = {ours: name for name, ours in config_table.FIELDS.items()} | {"use_tma": config_dict.USE_TMA}
+    pairs = [(names[it.name], getattr(before, it.name), getattr(after, it.name)) for it in fields(TileConfig)]
+    return [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
 
 
 def fit_to_shared_memory(entry: ConfigDict, shape: MoEShape, gpu: Gpu | None) -> ConfigDict:
-    """The entry, or a smaller one where that asks for more shared memory than the GPU has a block."""
+    """The entry itself, or a smaller one if it asks for more shared memory than the GPU has a block."""
     config = config_dict.tile_of(entry)
     if gpu is None or (asked := smem_bytes(config, shape, gpu.sm)) <= gpu.smem_per_block:
         return entry
@@ -77,114 +142,5 @@ def fit_to_shared_memory(entry: ConfigDict, shape: MoEShape, gpu: Gpu | None) ->
 
 @functools.lru_cache(maxsize=4096)
 def warn_once(text: str) -> None:
-    """One line in the server's log, however often it is true."""
-    log.warning("sglang-moe-ext: %s", text)
-
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class GuardedLauncher:
-    """An engine's function that launches one GEMM of a layer, as its callers call it: A, B, ... config, ...
-
-    `override` is the configuration of the engine's `override_config`, None where none is in force. `fitted` says before
-    the first launch of a kind which smaller entry runs in the place of the one that is asked for, if one must.
-    """
-
-    function: Callable[..., Any]
-    config_position: int
-    override: Callable[[], object]
-    fitted: Callable[[tuple[Any, ...], dict[str, Any]], ConfigDict | None] | None = None
-
-
-def launch_hook(launcher: GuardedLauncher) -> Callable[..., Any]:
-    """A function to stand where the launcher stood: what Triton refuses runs smaller, from then on for its shape.
-
-    Triton refuses before it launches anything, so a second try finds all tensors as they were. What torch.compile
-    traces, as it does the attention of vLLM's K2 Horizon, is the engine's own launch: a graph has no place for ours.
-    """
-    original, position, is_traced = launcher.function, launcher.config_position, running.is_traced()
-    known: dict[Any, ConfigDict | None] = {}
-
-    @functools.wraps(original)
-    def launched(*args: Any, **kwargs: Any) -> Any:
-        if is_traced():
-            return original(*args, **kwargs)
-        once, named = args, kwargs
-        if (known or launcher.fitted) and (entry := _known(known, launcher, args, kwargs)) is not None:
-            once, named = _with_config(position, args, kwargs, entry)
-        try:
-            return original(*once, **named)
-        except Exception as error:
-            if not running.is_out_of_resources(error) or launcher.override():
-                raise
-            entry, result = _smaller(launcher, once, named, error)
-            known[_key(position, args, kwargs)] = entry
-            return result
-
-    return launched
-
-
-def _config(position: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    config: Mapping[str, Any] = args[position] if len(args) > position else kwargs["config"]
-    return config
-
-
-def _with_config(position: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], entry: ConfigDict) -> Arguments:
-    if len(args) > position:
-        return (*args[:position], dict(entry), *args[position + 1 :]), dict(kwargs)
-    return args, {**kwargs, "config": dict(entry)}
-
-
-def _key(position: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The configuration, and the weights that it is launched for: what decides how much memory it asks for."""
-    weights = args[1] if len(args) > 1 else kwargs["B"]
-    hidden = args[0] if args else kwargs["A"]
-    uses_tma = kwargs.get("a_use_tma"), kwargs.get("b_use_tma")
-    return tuple(_config(position, args, kwargs).items()), tuple(weights.shape), weights.dtype, hidden.dtype, uses_tma
-
-
-def _known(
-    known: dict[Any, ConfigDict | None], launcher: GuardedLauncher, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> ConfigDict | None:
-    if launcher.override():
-        return None
-    try:
-        key = _key(launcher.config_position, args, kwargs)
-        if launcher.fitted is None or key in known:
-            return known.get(key)
-    except (TypeError, KeyError, AttributeError):  # called in a way that is not the engine's
-        return None
-    try:
-        known[key] = launcher.fitted(args, kwargs)
-    except Exception as error:  # whatever is broken here, the launch itself tells what fits
-        warn_once(f"a launch is not looked at before it runs: {type(error).__name__}: {error}")
-        known[key] = None
-    return known[key]
-
-
-def _smaller(
-    launcher: GuardedLauncher, args: tuple[Any, ...], kwargs: Mapping[str, Any], refused: Exception
-) -> tuple[ConfigDict, Any]:
-    """The first smaller entry that Triton does not refuse, and what the launch with it returned.
-
-    Raises:
-        Exception: `refused`, where Triton refuses all of them.
-    """
-    entry = _config(launcher.config_position, args, kwargs)
-    if "BLOCK_SIZE_N" not in entry:  # vLLM's launcher for groups along K chooses a tile itself
-        raise refused
-    asked = config_dict.tile_of(entry)
-    for config in degrade(asked):
-        smaller = config_dict.resize(entry, config)
-        try:
-            once_more, named = _with_config(launcher.config_position, args, kwargs, smaller)
-            result = launcher.function(*once_more, **named)
-        except Exception as error:
-            if not running.is_out_of_resources(error):
-                raise
-            continue
-        warn_once(f"{asked} does not fit this GPU ({refused}): runs {config} instead; tune this model on this GPU")
-        return smaller, result
-    raise refused
+    """Write one line to the server's log, however often it is true."""
+    log.warning("sglang-moe-ext: %s", show(text, 600))

@@ -21,7 +21,7 @@ from sglang_moe_ext.tables import config_table
 
 
 def add_hook_state(
-    said: Mapping[str, Any], engine: Engine, layer: LookupLayer, tokens: Sequence[int], places: Iterable[TableDir]
+    said: Mapping[str, Any], engine: Engine, layer: LookupLayer, tokens: Sequence[int], table_dirs: Iterable[TableDir]
 ) -> Any:
     """The answer with `plugin`, what became of our hooks, and `whys`, by M why it is not the engine's own choice.
 
@@ -30,24 +30,24 @@ def add_hook_state(
     state, taken = attach.state(engine), attach.choices(layer, tokens, engine)
     whys = {m: why for m, choice in taken.items() if (why := _why(choice)) is not None}
     plugin = "active" if state.is_active else f"off: {state.why}"
-    return {**said, "plugin": plugin, "whys": whys, "files": _files(said["files"], taken, places)}
+    return {**said, "plugin": plugin, "whys": whys, "files": _files(said["files"], taken, table_dirs)}
 
 
 def _why(choice: Choice) -> str | None:
     match choice:
         case OurEntry():
-            return f"{choice.place} table, entry {choice.entry}; {choice.origin}"
+            return f"{choice.table_dir} table, entry {choice.entry}; {choice.origin}"
         case EngineDefault(why):
             return f"the engine's default: {why}"
         case EngineEntry():
             return None
 
 
-def _files(opened: Sequence[str], taken: Mapping[int, Choice], places: Iterable[TableDir]) -> list[str]:
+def _files(opened: Sequence[str], taken: Mapping[int, Choice], table_dirs: Iterable[TableDir]) -> list[str]:
     """The tables that something was taken from: ours, and the engine's where its own lookup ran."""
     ours = [choice.path for choice in taken.values() if isinstance(choice, OurEntry)]
     ours = [file for up in ours for file in (up, up.with_name(f"{up.stem}_down.json")) if file.exists()]
-    roots = [place.root for place in places if place.is_engines]
+    roots = [table_dir.root for table_dir in table_dirs if table_dir.is_engines]
     is_asked = not taken or any(isinstance(choice, EngineEntry) for choice in taken.values())
     theirs = [Path(file) for file in opened if is_asked and any(root in Path(file).parents for root in roots)]
     return list(dict.fromkeys(str(file) for file in (*ours, *theirs) if config_table.is_table(file.name)))

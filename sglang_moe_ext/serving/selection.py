@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from sglang_moe_ext.core import Table, TileConfig
 from sglang_moe_ext.engines import running
@@ -14,46 +14,52 @@ from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.serving import table_search
 from sglang_moe_ext.serving.table_search import FoundTables, TableCandidate, TableDir
 from sglang_moe_ext.tables import config_table
+from sglang_moe_ext.untrusted import show
 
 SATURATED_TOKENS = 4096
 """From here on every expert has whole tiles of rows, and more tokens mean more of the same tiles."""
 _FARTHEST = 2.0
 """A table covers the numbers of tokens within this ratio of one that it was made for."""
-_STANDING = {"transferred": 1, "predicted": 2}
-"""After what was measured, and what is of unknown origin: an engine ships it, or a user put it there."""
+_STANDING = {"measured": 0, "transferred": 1, "predicted": 2}
+"""A smaller number stands first. A table without provenance stands with the measured: an engine ships it, or a user put
+it there by hand."""
 
 
 @dataclass(frozen=True, slots=True)
 class OurEntry:
     """A configuration of one of our tables; no `down`: both GEMMs run `up`.
 
-    `entry` is the M that it was made for, `origin` what is known of it: measured or predicted, and for what else.
+    `table_dir` is the folder's name, `entry` the M that the configuration was made for, `origin` how it came to be. The
+    options are launch options beside the tile, as the table has them.
     """
 
     up: TileConfig
     down: TileConfig | None
     most_block_m: int
-    place: str
+    table_dir: str
     path: Path
     entry: int
     origin: str
+    up_options: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    down_options: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def why(self) -> str:
         """The same for all entries of one table: a log says it once."""
-        return f"{self.place} table {self.path} ({self.origin})"
+        return f"{self.table_dir} table {show(str(self.path))} ({self.origin})"
 
 
 @dataclass(frozen=True, slots=True)
 class EngineEntry:
-    """The engine's own lookup knows no worse."""
+    """Use the engine's own lookup. `instead`: what to use if that raises; None: the engine's default."""
 
     why: str
+    instead: OurEntry | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EngineDefault:
-    """The engine's lookup would take a far neighbour out of a table of ours; its default is the better guess."""
+    """Use the engine's default: its own lookup would take a far neighbour from a table of ours."""
 
     why: str
 
@@ -62,73 +68,96 @@ Choice = OurEntry | EngineEntry | EngineDefault
 
 
 def covers(table: Table, tokens: int) -> bool:
-    """Whether the entry that is nearest was made for about as many tokens."""
+    """Whether the nearest entry was made for about as many tokens."""
     key = config_table.nearest(table, tokens)
     if tokens > key:
         return tokens <= _FARTHEST * key or key >= SATURATED_TOKENS
     return key <= _FARTHEST * tokens
 
 
-def select(shelf: FoundTables, tokens: int) -> Choice:
-    """What was asked for, then measured before predicted, this GPU and this Triton before others, then by place."""
-    read = _read_by_engine(shelf)
+def select(tables: FoundTables, tokens: int) -> Choice:
+    """What was asked for, then measured before predicted, this GPU and this Triton before others, then by folder."""
+    read = _read_by_engine(tables)
     theirs = read if read is not None and read.known is None else None
-    fitting = [one for one in shelf.candidates if one.up and (one is theirs or covers(one.up, tokens))]
+    fitting = [one for one in tables.candidates if one.up and (one is theirs or covers(one.up, tokens))]
     if not fitting:
         # Not the number: this is logged once for all of them.
-        why = "no table is for this many tokens" if any(one.up for one in shelf.candidates) else "there is no table"
+        why = "no table is for this many tokens" if any(one.up for one in tables.candidates) else "there is no table"
         return EngineEntry(why) if read is None else EngineDefault(why)
-    # The first of equals: candidates lie in the order of places.
+    # The first of equals: candidates lie in the order of their folders.
     best = min(fitting, key=lambda one: _rank(one, tokens))
     if best is theirs:
-        return EngineEntry(f"its own table {best.path.parent.name}/{best.path.name} stands before any of ours")
-    return _of(best, tokens)
+        name = show(f"{best.path.parent.name}/{best.path.name}")
+        return EngineEntry(f"its own table {name} stands before any of ours", _take_entry(best, tokens))
+    return _take_entry(best, tokens)
 
 
-def _read_by_engine(shelf: FoundTables) -> TableCandidate | None:
-    """What the engine's own lookup takes of its places, for this GPU's name.
+def _read_by_engine(tables: FoundTables) -> TableCandidate | None:
+    """What the engine's own lookup takes from its folders, for this GPU's name.
 
-    Where Tritons have folders, its Triton's table or else the newest; where they have none, the first that there is.
+    If each Triton has a folder, the running Triton's table or else the newest; otherwise the first that there is.
     """
-    own = [one for one in shelf.candidates if one.place.is_engines and not one.is_alias]
-    exact = next((one for one in own if one.is_exact_triton and not one.place.is_flat), None)
+    own = [one for one in tables.candidates if one.table_dir.is_engines and not (one.is_alias or one.is_misspelt)]
+    exact = next((one for one in own if one.is_exact_triton and not one.table_dir.is_flat), None)
     return exact or (own[0] if own else None)
 
 
-def best_table(shelf: FoundTables) -> TableCandidate | None:
-    """The table that stands before all others, whatever the number of tokens; None where that is the engine's own."""
-    found = [one for one in shelf.candidates if one.up]
+def best_table(tables: FoundTables) -> TableCandidate | None:
+    """The table that stands before all others, for any number of tokens; None if that is the engine's own."""
+    found = [one for one in tables.candidates if one.up]
     best = min(found, key=lambda one: _rank(one, next(iter(one.up))), default=None)
-    return None if best is not None and best is _read_by_engine(shelf) and best.known is None else best
+    return None if best is not None and best is _read_by_engine(tables) and best.known is None else best
 
 
 def _origin(candidate: TableCandidate, tokens: int) -> str:
-    return (candidate.known and candidate.known.origin(config_table.nearest(candidate.up, tokens))) or "origin unknown"
+    known = candidate.known
+    if known is not None and known.broken is not None:
+        return "origin unknown, its provenance cannot be read"
+    return (known and known.origin(config_table.nearest(candidate.up, tokens))) or "origin unknown"
+
+
+def _standing(candidate: TableCandidate, tokens: int) -> int:
+    """An entry of unknown origin in a table of ours is worth no more than a predicted one.
+
+    In the engine's own folder such an entry is one that the engine shipped, and that ours were merged with.
+    """
+    known = candidate.known
+    if known is None:
+        return 0
+    origin = known.origin(config_table.nearest(candidate.up, tokens))
+    if origin is None:
+        is_shipped = candidate.table_dir.is_engines and known.broken is None
+        return 0 if is_shipped else _STANDING["predicted"]
+    return _STANDING[origin]
 
 
 def _rank(candidate: TableCandidate, tokens: int) -> tuple[int, ...]:
-    standing = _STANDING.get(_origin(candidate, tokens), 0)
-    return not candidate.place.is_asked_for, standing, candidate.is_alias, not candidate.is_exact_triton
+    standing = _standing(candidate, tokens)
+    return not candidate.table_dir.is_asked_for, standing, candidate.is_alias, not candidate.is_exact_triton
 
 
-def _of(candidate: TableCandidate, tokens: int) -> OurEntry:
-    up = candidate.up[config_table.nearest(candidate.up, tokens)]
-    down = None
+def _take_entry(candidate: TableCandidate, tokens: int) -> OurEntry:
+    """The entries of that table for that many tokens."""
+    up_key = config_table.nearest(candidate.up, tokens)
+    up, down, down_options = candidate.up[up_key], None, {}
     if candidate.down and covers(candidate.down, tokens):
-        nearest = candidate.down[config_table.nearest(candidate.down, tokens)]
+        down_key = config_table.nearest(candidate.down, tokens)
         # Both GEMMs share one sort of the tokens.
-        down = nearest if nearest.block_m == up.block_m else None
+        if candidate.down[down_key].block_m == up.block_m:
+            down, down_options = candidate.down[down_key], dict(candidate.down_options.get(down_key, {}))
     most_block_m = max(config.block_m for config in (candidate.down or candidate.up).values())
-    triton = "" if candidate.is_exact_triton else f", made with {candidate.made_with}"
+    triton = "" if candidate.is_exact_triton else f", made with {show(candidate.made_with)}"
     device = f", made for {candidate.device_name}" if candidate.is_alias else ""
     return OurEntry(
         up,
         down,
         most_block_m,
-        place=candidate.place.name,
+        table_dir=candidate.table_dir.name,
         path=candidate.path,
-        entry=config_table.nearest(candidate.up, tokens),
+        entry=up_key,
         origin=f"{_origin(candidate, tokens)}{device}{triton}",
+        up_options=candidate.up_options.get(up_key, {}),
+        down_options=down_options,
     )
 
 
@@ -149,43 +178,43 @@ class RunningEngine(Protocol):
 class TableSelector:
     """Reads the tables of a layer when it first asks."""
 
-    def __init__(self, engine: RunningEngine, places: Callable[[], Sequence[TableDir]]) -> None:
-        self._engine, self._places = engine, places
-        self._shelves: dict[LookupLayer, FoundTables | None] = {}
+    def __init__(self, engine: RunningEngine, table_dirs: Callable[[], Sequence[TableDir]]) -> None:
+        self._engine, self._table_dirs = engine, table_dirs
+        self._tables: dict[LookupLayer, FoundTables | None] = {}
         self._said: set[tuple[LookupLayer, str]] = set()
 
-    def of(self, layer: LookupLayer, tokens: int) -> Choice:
+    def select(self, layer: LookupLayer, tokens: int) -> Choice:
         """Which configuration runs, before any guard looks at it."""
         if self._engine.is_deterministic():
             return EngineEntry("deterministic inference reads no table")
-        found = self.known_shelf(layer)
+        found = self.tables(layer)
         if found is None:
             return EngineEntry("no tables are known for this kind of layer or GPU")
         return select(found, tokens)
 
-    def known_shelf(self, layer: LookupLayer) -> FoundTables | None:
+    def tables(self, layer: LookupLayer) -> FoundTables | None:
         """The tables for it, read once."""
-        if layer not in self._shelves:
-            self._shelves[layer] = self.shelf(layer)
-        return self._shelves[layer]
+        if layer not in self._tables:
+            self._tables[layer] = self.search(layer)
+        return self._tables[layer]
 
-    def shelf(self, layer: LookupLayer, *, any_layer: bool = False) -> FoundTables | None:
+    def search(self, layer: LookupLayer, *, any_layer: bool = False) -> FoundTables | None:
         """The tables for it, read now; None where it is of a kind, or on a GPU, that has none."""
-        shape, device_name, triton = layer.shape(), self._engine.device_name(), self._engine.triton
+        shape, device_name, triton = layer.shape, self._engine.device_name(), self._engine.triton
         if shape is None or device_name is None or triton is None:
             return None
         gpu = running.running_gpu(device_name)
-        return table_search.search(shape, device_name, gpu, triton, self._places(), any_layer=any_layer)
+        return table_search.search(shape, device_name, gpu, triton, self._table_dirs(), any_layer=any_layer)
 
     def say(self, layer: LookupLayer, choice: Choice) -> None:
         """One line for each reason of each layer."""
         if (layer, choice.why) not in self._said:
             self._said.add((layer, choice.why))
-            log.info("sglang-moe-ext: %s: %s", layer.shape() or layer, describe(choice))
+            log.info("sglang-moe-ext: %s: %s", layer.shape or layer, describe(choice))
 
     def forget(self) -> None:
         """Read all tables anew."""
-        self._shelves.clear()
+        self._tables.clear()
 
 
 def describe(choice: Choice) -> str:

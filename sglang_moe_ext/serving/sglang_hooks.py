@@ -19,13 +19,14 @@ from sglang_moe_ext.engines.sglang import hook_points, kernel_sequence
 from sglang_moe_ext.engines.sglang import kernel_sequence as known_sequence
 from sglang_moe_ext.engines.sglang.hook_points import SglangHookPoints
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
-from sglang_moe_ext.serving import guard, sglang_lookup_hook
-from sglang_moe_ext.serving.guard import GuardedLauncher, warn_once
+from sglang_moe_ext.serving import launch_guard, sglang_lookup_hook
+from sglang_moe_ext.serving.guard import warn_once
+from sglang_moe_ext.serving.launch_guard import GuardedLauncher
 from sglang_moe_ext.serving.table_search import TableDir
 from sglang_moe_ext.tables import user_store
 
 Declines = Callable[[tuple[int, ...], tuple[int, ...]], None]
-"""What hears of the weights, [experts, ...] of both GEMMs, for which our path is not to be chosen again."""
+"""What hears of the weights, [experts, ...] of both GEMMs, for which our kernels is not to be chosen again."""
 
 
 _OUT_OF_MEMORY = "OutOfMemoryError"
@@ -44,14 +45,14 @@ def sequence_hook(engine: SglangHookPoints, original: Callable[..., Any], declin
 
     @functools.wraps(original)
     def _fused_moe_kernel_sequence(*args: Any, **kwargs: Any) -> Any:
-        path = kernel_sequence.plan_of(args, kwargs)
-        if path is None or is_traced():
+        plan = kernel_sequence.plan_of(args, kwargs)
+        if plan is None or is_traced():
             return original(*args, **kwargs)
         try:
             given = parameters.given(args, kwargs)
             gate = kernel_sequence.refusal(parameters, given, engine)
             if gate is None:
-                return kernel_sequence.run(given, path, engine)
+                return kernel_sequence.run(given, plan, engine)
             why, is_lasting = gate.why, True
         except Exception as error:  # the engine's own kernels have all that they need
             why, is_lasting = f"{type(error).__name__}: {error}", type(error).__name__ != _OUT_OF_MEMORY
@@ -104,7 +105,7 @@ def install_hooks(layer: ModuleType, way: str) -> sglang_lookup_hook.ConfigResol
     launcher = GuardedLauncher(engine.launch, hook_points.CONFIG_POSITION, engine.override)
     replaced = [
         (engine.lookup, sglang_lookup_hook.lookup_hook(engine, resolver)),
-        (engine.launch, guard.launch_hook(launcher)),
+        (engine.launch, launch_guard.launch_hook(launcher)),
     ]
     if engine.sequence is not None:
         replaced.append((engine.sequence, sequence_hook(engine, engine.sequence, resolver.decline_plan)))

@@ -4,40 +4,45 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sglang_moe_ext.core import TileConfig
+from sglang_moe_ext.core import Projection, TileConfig
 from sglang_moe_ext.engines import config_dict, lookup_args, running
 from sglang_moe_ext.engines.config_dict import ConfigDict, ConfigWithPlan
 from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.engines.sglang.hook_points import SglangHookPoints
-from sglang_moe_ext.serving.guard import ConfigGuard, warn_once
+from sglang_moe_ext.serving.guard import ConfigGuard, EntryChange, RefusedEntry, SafeEntry, warn_once
 from sglang_moe_ext.serving.kernel_selection import KernelPlans
 from sglang_moe_ext.serving.selection import Choice, EngineDefault, EngineEntry, OurEntry, TableSelector
 from sglang_moe_ext.serving.table_search import TableDir
 from sglang_moe_ext.sorted_kernels import KernelPlan
+from sglang_moe_ext.untrusted import show
 
 _MOST_ANSWERS = 65536
 """Of a process: every layer for every M up to 16384, a few times over."""
+
+
+EntryChanges = dict[Projection, EntryChange]
 
 
 @dataclass(frozen=True, slots=True)
 class ServedConfigs:
     """What the engine's lookup returns, in parts; both entries are copied before they leave.
 
-    `path`: what runs instead of the engine's own kernels, which both entries are for.
+    `plan`: what runs instead of the engine's own kernels, which both entries are for. `changes`: what the guard did.
     """
 
     up: ConfigDict
     down: ConfigDict | None
     most_block_m: int | None
-    path: KernelPlan | None = None
+    plan: KernelPlan | None = None
+    changes: EntryChanges = field(default_factory=dict)
 
     def down_to_hand_on(self) -> ConfigDict | None:
         """A fresh entry of the down GEMM."""
-        if self.down is not None and self.path is not None:
-            return ConfigWithPlan(self.down, self.path)
+        if self.down is not None and self.plan is not None:
+            return ConfigWithPlan(self.down, self.plan)
         return None if self.down is None else self.down.copy()
 
 
@@ -59,11 +64,11 @@ class ConfigResolver:
     """Finds answers: reads the tables of a layer when it first asks, and says in a line what it found."""
 
     def __init__(
-        self, engine: SglangHookPoints, places: Callable[[], Sequence[TableDir]], at_first_call: Callable[[], None]
+        self, engine: SglangHookPoints, table_dirs: Callable[[], Sequence[TableDir]], at_first_call: Callable[[], None]
     ) -> None:
-        self._engine, self._choices = engine, TableSelector(engine, places)
+        self._engine, self._choices = engine, TableSelector(engine, table_dirs)
         self._at_first_call: Callable[[], None] | None = at_first_call
-        self._paths, self.answers = KernelPlans(engine, places, self._choices.known_shelf), Answers()
+        self._plans, self.answers = KernelPlans(engine, table_dirs, self._choices.tables), Answers()
         self._guards: dict[str, ConfigGuard] = {}
 
     def __call__(self, call: SglangCall, original: Callable[[], Any]) -> ServedConfigs:
@@ -74,21 +79,17 @@ class ConfigResolver:
         choice = self.choice(call.layer, call.tokens)
         self._choices.say(call.layer, choice)
         match choice:
-            case OurEntry(up, down, most_block_m):
-                answer = ServedConfigs(
-                    config_dict.config_dict_of(up),
-                    config_dict.config_dict_of(down) if down is not None else None,
-                    most_block_m if down is not None else None,
-                )
+            case OurEntry():
+                answer = _take(choice)
             case EngineDefault():
                 answer = self._default(call)
-            case EngineEntry():
-                answer = self._of_engine(call, original)
-        if not call.wants_down:  # whoever asks so hands the entry to the kernel as it is, and that knows no USE_TMA
+            case EngineEntry(_, instead):
+                answer = self._ask_engine(call, original, instead)
+        if not call.wants_down:  # the caller hands the entry to the kernel as it is, and that knows no USE_TMA
             answer = replace(answer, up=config_dict.drop_tma(answer.up))
-        elif (path := self.path(call.layer, call.tokens)) is not None:
-            answer = _behind(path, answer)
-        return self._safe(answer, call.layer)
+        elif (plan := self.plan(call.layer, call.tokens)) is not None:
+            answer = _attach_plan(plan, answer)
+        return self._check(answer, call)
 
     def _default(self, call: SglangCall) -> ServedConfigs:
         layer, block = call.layer, call.layer.block_shape
@@ -97,46 +98,84 @@ class ConfigResolver:
             self._engine.default_entry(call.tokens, (layer.w1_shape, layer.w2_shape), rest), None, None
         )
 
-    def _of_engine(self, call: SglangCall, original: Callable[[], Any]) -> ServedConfigs:
-        """A table of the engine's own that it cannot read ends a server: its default, if it has one, does not."""
+    def _ask_engine(self, call: SglangCall, original: Callable[[], Any], instead: OurEntry | None) -> ServedConfigs:
+        """A table that the engine cannot read ends a server; our reading of it, or the engine's default, does not."""
         try:
             return from_engine(original(), call.wants_down)
         except Exception as error:
-            answer = self._default(call)
-            warn_once(f"the engine's default runs, its own lookup failed: {type(error).__name__}: {error}")
+            answer = self._default(call) if instead is None else _take(instead)
+            what = "the engine's default runs" if instead is None else f"the engine's {instead.path.name} is read by us"
+            warn_once(f"{what}, its own lookup failed: {type(error).__name__}: {show(error)}")
             return answer
 
     def choice(self, layer: LookupLayer, tokens: int) -> Choice:
         """Which configuration runs, before the guard looks at it."""
-        return self._choices.of(layer, tokens)
+        return self._choices.select(layer, tokens)
 
-    def path(self, layer: LookupLayer, tokens: int) -> KernelPlan | None:
+    def plan(self, layer: LookupLayer, tokens: int) -> KernelPlan | None:
         """What runs in place of the engine's own kernels, before anything is known of the batch but its size."""
-        return self._paths.of(layer, tokens)
+        return self._plans.select(layer, tokens)
+
+    def remarks(self, layer: LookupLayer) -> tuple[str, ...]:
+        """What is odd about the tables of the layer."""
+        found = self._choices.tables(layer)
+        return () if found is None else found.remarks
 
     def decline_plan(self, w1_shape: tuple[int, ...], w2_shape: tuple[int, ...]) -> None:
-        """Never again choose our path for layers of such weights."""
-        if self._paths.decline(w1_shape, w2_shape):
+        """Never again choose our kernels for layers of such weights."""
+        if self._plans.decline(w1_shape, w2_shape):
             self.answers.clear()
 
-    def _safe(self, answer: ServedConfigs, layer: LookupLayer) -> ServedConfigs:
-        shape, device_name = layer.shape(), self._engine.device_name()
+    def _check(self, answer: ServedConfigs, call: SglangCall) -> ServedConfigs:
+        """The answer as it may be launched. An entry that cannot be mended is replaced by the engine's default."""
+        shape, device_name = call.layer.shape, self._engine.device_name()
         if shape is None or device_name is None:
             return answer
         if device_name not in self._guards:
             self._guards[device_name] = ConfigGuard(self._engine.engine.version, running.running_gpu(device_name))
         guard = self._guards[device_name]
-        down = None if answer.down is None else guard.safe(answer.down, shape, "down")
-        return replace(answer, up=guard.safe(answer.up, shape, "up"), down=down)
+        up = guard.check(answer.up, shape, "up")
+        changes = _changes("up", answer.up, up)
+        if isinstance(up, RefusedEntry):
+            if answer.down is not None:
+                changes |= {"down": EntryChange(answer.down, f"the up projection's entry is refused: {up.why}")}
+            answer = self._default(call)
+            default = guard.check(answer.up, shape, "up")
+            return replace(answer, up=default.entry if isinstance(default, SafeEntry) else answer.up, changes=changes)
+        answer = replace(answer, up=up.entry)
+        if answer.down is not None:
+            down = guard.check(answer.down, shape, "down")
+            changes |= _changes("down", answer.down, down)
+            answer = replace(answer, down=down.entry if isinstance(down, SafeEntry) else config_dict.drop_tma(up.entry))
+        if answer.most_block_m is not None and answer.most_block_m > LARGEST_BLOCK_M:
+            answer = replace(answer, most_block_m=answer.up["BLOCK_SIZE_M"])
+        return replace(answer, changes=changes)
 
 
-def _behind(path: KernelPlan, answer: ServedConfigs) -> ServedConfigs:
-    """The path, with entries for the engine's own kernels where it may not run: for its blocks of the sort."""
-    if answer.up["BLOCK_SIZE_M"] == path.block_m and answer.down is not None:
-        return replace(answer, path=path)
-    known = path.up if isinstance(path.up, TileConfig) else config_dict.tile_of(answer.up)
-    entry = config_dict.config_dict_of(replace(known, block_m=path.block_m, use_tma=False))
-    return ServedConfigs(entry, dict(entry), path.block_m, path)
+LARGEST_BLOCK_M = 1024
+"""The engine allocates rows for blocks of the largest BLOCK_SIZE_M of a table, which a stranger's table may state."""
+
+
+def _take(entry: OurEntry) -> ServedConfigs:
+    """The entry as the engine has one, with the launch options of its table."""
+    up, down = config_dict.config_dict_of(entry.up) | dict(entry.up_options), None
+    if entry.down is not None:
+        down = config_dict.config_dict_of(entry.down) | dict(entry.down_options)
+    return ServedConfigs(up, down, entry.most_block_m if down is not None else None)
+
+
+def _changes(projection: Projection, written: ConfigDict, checked: SafeEntry | RefusedEntry) -> EntryChanges:
+    why = checked.why if isinstance(checked, SafeEntry) else f"refused: {checked.why}"
+    return {} if why is None else {projection: EntryChange(written, why)}
+
+
+def _attach_plan(plan: KernelPlan, answer: ServedConfigs) -> ServedConfigs:
+    """The plan, with entries for the engine's own kernels where it may not run: for its blocks of the sort."""
+    if answer.up["BLOCK_SIZE_M"] == plan.block_m and answer.down is not None:
+        return replace(answer, plan=plan)
+    known = plan.up if isinstance(plan.up, TileConfig) else config_dict.tile_of(answer.up)
+    entry = config_dict.config_dict_of(replace(known, block_m=plan.block_m, use_tma=False))
+    return ServedConfigs(entry, dict(entry), plan.block_m, plan)
 
 
 def from_engine(returned: Any, wants_down: bool) -> ServedConfigs:
@@ -155,7 +194,7 @@ def lookup_hook(engine: SglangHookPoints, resolve: ConfigResolver) -> Callable[.
         try:
             return resolve(call, own)
         except Exception as error:  # whatever is broken here, the engine's own lookup runs
-            warn_once(f"the engine's own lookup runs, ours failed: {type(error).__name__}: {error}")
+            warn_once(f"the engine's own lookup runs, ours failed: {type(error).__name__}: {show(error)}")
             return from_engine(own(), call.wants_down)
 
     @functools.wraps(original)
@@ -171,16 +210,19 @@ def lookup_hook(engine: SglangHookPoints, resolve: ConfigResolver) -> Callable[.
         **named: Any,
     ) -> Any:
         per_channel, wants_down = named.get("per_channel_quant", False), named.get("return_down_config", False)
-        block = tuple(block_shape) if block_shape else None
         try:
+            block = tuple(block_shape) if block_shape else None
             key = (M, w1_shape, w2_shape, top_k, dtype, block, per_channel, wants_down, is_marlin)
             answer = answers.get(key)
-        except TypeError:  # a shape that is a list
+        except (TypeError, ValueError):  # a shape that is a list, a block that is none
             return original(w1_shape, w2_shape, top_k, dtype, M, is_marlin, block_shape, *rest, **named)
         if rest or engine.override():
             return original(w1_shape, w2_shape, top_k, dtype, M, is_marlin, block_shape, *rest, **named)
         if answer is None:
-            layer = lookup_args.lookup_layer(w1_shape, w2_shape, top_k, dtype, block_shape, per_channel)
+            try:
+                layer = lookup_args.lookup_layer(w1_shape, w2_shape, top_k, dtype, block_shape, per_channel)
+            except (TypeError, ValueError, IndexError):  # no shapes of weights
+                return original(w1_shape, w2_shape, top_k, dtype, M, is_marlin, block_shape, *rest, **named)
             answer = resolved(
                 SglangCall(layer, M, is_marlin, wants_down),
                 lambda: original(w1_shape, w2_shape, top_k, dtype, M, is_marlin, block_shape, **named),

@@ -12,14 +12,16 @@ from types import ModuleType
 from typing import Any
 
 from sglang_moe_ext import __version__, env, package_data
-from sglang_moe_ext.engines import running
+from sglang_moe_ext.core import MoEShape
+from sglang_moe_ext.engines import config_dict, launch_rules, launch_shape, running
 from sglang_moe_ext.engines.config_dict import ConfigDict
 from sglang_moe_ext.engines.vllm import hook_points, launch_args, support
 from sglang_moe_ext.engines.vllm.hook_points import VllmHookPoints
 from sglang_moe_ext.engines.vllm.installation import VllmInstallation
 from sglang_moe_ext.engines.vllm.table_names import NAMING
-from sglang_moe_ext.serving import guard, vllm_lookup_hook
-from sglang_moe_ext.serving.guard import GuardedLauncher, fit_to_shared_memory, warn_once
+from sglang_moe_ext.serving import launch_guard, vllm_lookup_hook
+from sglang_moe_ext.serving.guard import ConfigGuard, RefusedEntry, SafeEntry, warn_once
+from sglang_moe_ext.serving.launch_guard import GuardedLauncher
 from sglang_moe_ext.serving.table_search import TableDir
 from sglang_moe_ext.serving.vllm_lookup_hook import VllmTableResolver
 from sglang_moe_ext.tables import user_store
@@ -62,19 +64,19 @@ def install_hooks(layer: ModuleType, way: str) -> VllmTableResolver:
     """
     engine = hook_points.locate(layer)
     line = ActivityLine(engine, way)
-    overlay = VllmTableResolver(engine, lambda: table_dirs(engine.engine), line.looked_up)
+    resolver = VllmTableResolver(engine, lambda: table_dirs(engine.engine), line.looked_up)
     replaced = [
-        (engine.lookup, vllm_lookup_hook.lookup_hook(engine, overlay)),
-        (engine.table, vllm_lookup_hook.table_hook(engine, overlay)),
+        (engine.lookup, vllm_lookup_hook.lookup_hook(engine, resolver)),
+        (engine.table, vllm_lookup_hook.table_hook(engine, resolver)),
     ]
     launchers = (engine.launch, engine.launch_groups)
-    replaced += [(function, guard.launch_hook(_launcher(engine, function))) for function in launchers]
+    replaced += [(function, launch_guard.launch_hook(_launcher(engine, function))) for function in launchers]
     built = _building(engine.building, line)
     for original, ours in replaced:
         running.replace(_THEIRS, original, ours)
     type.__setattr__(engine.kernel, "__init__", built)
     _speak_through_the_engine()
-    return overlay
+    return resolver
 
 
 def _launcher(engine: VllmHookPoints, function: Callable[..., Any]) -> GuardedLauncher:
@@ -86,12 +88,22 @@ def _launcher(engine: VllmHookPoints, function: Callable[..., Any]) -> GuardedLa
         entry, device_name = arguments["config"], engine.device_name()
         if device_name is None or "BLOCK_SIZE_N" not in entry:
             return None
-        shape = launch_args.shape_of(arguments)
-        runs = launch_args.clamp_to_block(entry, shape)
-        smaller = fit_to_shared_memory(runs, shape, running.running_gpu(device_name))
-        return None if smaller is runs else smaller
+        guard = ConfigGuard(engine.engine.version, running.running_gpu(device_name), "vllm")
+        runs = fit_launch(guard, entry, launch_shape.shape_of(arguments))
+        return None if runs.why is None else runs.entry
 
     return GuardedLauncher(function, hook_points.CONFIG_POSITION, engine.override, fitted)
+
+
+def fit_launch(guard: ConfigGuard, entry: ConfigDict, shape: MoEShape) -> SafeEntry:
+    """The entry as it may be launched. Tokens are sorted already, so its BLOCK_SIZE_M stays."""
+    clamped = launch_args.clamp_to_block(entry, shape)
+    match guard.check(clamped, shape, "up"):
+        case SafeEntry() as safe:
+            return safe
+        case RefusedEntry(why):
+            plain = launch_rules.plain_tile(entry["BLOCK_SIZE_M"], shape)
+            return SafeEntry(config_dict.resize(clamped, plain), f"refused: {why}: {plain} runs")
 
 
 class ActivityLine:
@@ -108,7 +120,11 @@ class ActivityLine:
 
     def built(self, runs: object) -> None:
         """Those experts run a layer from now on."""
-        reads = "reads them" if support.read_tables(runs) else "reads no table, so that none can matter to it"
+        reads = (
+            "uses Triton config tables"
+            if support.read_tables(runs)
+            else "does not use Triton config tables; tuning has no effect"
+        )
         self._say(f"{type(runs).__name__} {reads}")
 
     def _say(self, what: str) -> None:
@@ -116,7 +132,7 @@ class ActivityLine:
             return
         self._said.add(what)
         release = self._engine.engine
-        folders = ", ".join(str(place.root) for place in table_dirs(release) if os.path.isdir(place.root))
+        folders = ", ".join(str(table_dir.root) for table_dir in table_dirs(release) if os.path.isdir(table_dir.root))
         active = f"{__version__} is active in vLLM {release.version_text}, by {self._way}"
         log.info("sglang-moe-ext %s, with the tables in %s: %s", active, folders, what)
 

@@ -1,8 +1,8 @@
-"""The functions that stand in the place of vLLM's `get_moe_configs` and `try_get_optimal_moe_config`.
+"""Replace vLLM's `get_moe_configs` and `try_get_optimal_moe_config`.
 
-The first is asked by what stands in a file's name: neither M nor the hidden size nor top-k, and which table is best
-depends on all three. So the second, which is told them, is replaced too: ours notes them and calls the engine's own,
-which asks the first for a table, and takes its nearest entry, or its default, or its override, as it ever did.
+The first is called with what a file's name says: neither M nor the hidden size nor top-k, and which table is best
+depends on all three. The second is called with them, so it is replaced too: ours notes them and calls the engine's own,
+which calls the first for a table, and takes its nearest entry, or its default, or its override, as before.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sglang_moe_ext.engines import config_dict, lookup_args
 from sglang_moe_ext.engines.config_dict import ConfigDict
 from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.engines.vllm.hook_points import VllmHookPoints
-from sglang_moe_ext.engines.vllm.launch_args import config_dict_of
+from sglang_moe_ext.engines.vllm.launch_args import clamp_to_block, config_dict_of
 from sglang_moe_ext.serving import selection
-from sglang_moe_ext.serving.guard import warn_once
+from sglang_moe_ext.serving.guard import ConfigGuard, EntryChange, RefusedEntry, SafeEntry, warn_once
 from sglang_moe_ext.serving.selection import Choice, EngineDefault, EngineEntry, OurEntry, TableSelector
 from sglang_moe_ext.serving.table_search import TableDir
+from sglang_moe_ext.untrusted import show
 
 Rows = dict[int, ConfigDict] | None
 """A table as the engine has it; None: its default runs."""
@@ -34,41 +35,63 @@ _MOST_ANSWERS = 65536
 
 @dataclass(frozen=True, slots=True)
 class VllmCall:
-    """For whom the engine's own lookup asks for a table."""
+    """The call for which the engine's own lookup asks for a table. `wants_default`: give it none."""
 
     layer: LookupLayer
     tokens: int
+    wants_default: bool = False
 
 
 class VllmTableResolver:
     """Answers the engine's question for a table, and remembers what its lookup made of that."""
 
     def __init__(
-        self, engine: VllmHookPoints, places: Callable[[], Sequence[TableDir]], at_first_call: Callable[[], None]
+        self, engine: VllmHookPoints, table_dirs: Callable[[], Sequence[TableDir]], at_first_call: Callable[[], None]
     ) -> None:
-        self._engine, self._choices, self._at_first_call = engine, TableSelector(engine, places), at_first_call
+        self._engine, self._choices, self._at_first_call = engine, TableSelector(engine, table_dirs), at_first_call
         self._asking = threading.local()
         self.answers: dict[Key, ConfigDict] = {}
+        self.refused: dict[tuple[LookupLayer, int], EntryChange] = {}
 
     def choice(self, layer: LookupLayer, tokens: int) -> Choice:
         """Which configuration runs, before the guard looks at it."""
         if self._engine.runs_cuda(layer, tokens):
             return EngineEntry("a CUDA kernel runs it, for which no table of ours is")
-        return self._choices.of(layer, tokens)
+        return self._choices.select(layer, tokens)
+
+    def remarks(self, layer: LookupLayer) -> tuple[str, ...]:
+        """What is odd about the tables of the layer."""
+        found = self._choices.tables(layer)
+        return () if found is None else found.remarks
 
     def answered(self, key: Key, own: Callable[[], ConfigDict]) -> ConfigDict:
         """What the engine's own lookup returns, while the tables that it asks us for are for that call."""
         tokens, *of_layer = key
         try:
             call = VllmCall(lookup_args.lookup_layer(*of_layer), tokens)
-        except (TypeError, ValueError, IndexError):  # shapes that are none
+        except (TypeError, ValueError, IndexError):  # no shapes of weights
             return own()
         with self._asking_for(call):
             entry = config_dict.drop_tma(own())
+            if (why := self._why_refused(call, entry)) is not None:
+                self.refused[call.layer, tokens] = EntryChange(entry, f"refused: {why}")
+                with self._asking_for(replace(call, wants_default=True)):
+                    entry = config_dict.drop_tma(own())
         if len(self.answers) >= _MOST_ANSWERS:
             self.answers.clear()
         self.answers[key] = entry
         return entry
+
+    def _why_refused(self, call: VllmCall, entry: ConfigDict) -> str | None:
+        """Why no launch can run blocks of that many rows: the launch guard mends all else, and keeps BLOCK_SIZE_M."""
+        shape = call.layer.shape
+        if shape is None or "BLOCK_SIZE_N" not in entry:
+            return None
+        match ConfigGuard(self._engine.engine.version, None, "vllm").check(clamp_to_block(entry, shape), shape, "up"):
+            case RefusedEntry(why):
+                return why
+            case SafeEntry():
+                return None
 
     @contextmanager
     def _asking_for(self, call: VllmCall) -> Iterator[None]:
@@ -83,41 +106,53 @@ class VllmTableResolver:
         call: VllmCall | None = getattr(self._asking, "call", None)
         if call is None:
             return self._whole(named, own)
+        if call.wants_default:
+            return None
         self._at_first_call()
         choice = self.choice(call.layer, call.tokens)
         self._choices.say(call.layer, choice)
         match choice:
-            case OurEntry(up):
-                return {call.tokens: config_dict_of(up)}
+            case OurEntry():
+                return _take(choice, call.tokens)
             case EngineDefault():
                 return None
-            case EngineEntry():
-                return _unless_broken(own)
+            case EngineEntry(_, instead):
+                return _ask_engine(own, lambda: None if instead is None else _take(instead, call.tokens))
 
     def _whole(self, named: LookupLayer, own: Callable[[], Rows]) -> Rows:
         if self._engine.is_deterministic():
             return own()
-        shelf = self._choices.shelf(named, any_layer=True)
-        table = None if shelf is None else selection.best_table(shelf)
-        return _unless_broken(own) if table is None else {m: config_dict_of(config) for m, config in table.up.items()}
+        tables = self._choices.search(named, any_layer=True)
+        table = None if tables is None else selection.best_table(tables)
+        if table is None:
+            return _ask_engine(own, lambda: None)
+        return {m: config_dict_of(config) for m, config in table.up.items()}
 
     def forget(self) -> None:
         """Read all tables anew."""
         self.answers.clear()
+        self.refused.clear()
         self._choices.forget()
 
 
-def _unless_broken(own: Callable[[], Rows]) -> Rows:
-    """A table of the engine's own, or of the user's, that it cannot read ends a server: its default does not."""
+def _take(entry: OurEntry, tokens: int) -> Rows:
+    """A table of that entry alone, with the launch options that its file has."""
+    return {tokens: config_dict_of(entry.up) | dict(entry.up_options)}
+
+
+def _ask_engine(own: Callable[[], Rows], instead: Callable[[], Rows]) -> Rows:
+    """A table that the engine cannot read ends a server; our reading of it, or the engine's default, does not."""
     try:
         return own()
     except Exception as error:
-        warn_once(f"the engine's default runs, its own lookup failed: {type(error).__name__}: {error}")
-        return None
+        rows = instead()
+        what = "the engine's default runs" if rows is None else "the engine's table is read by us"
+        warn_once(f"{what}, its own lookup failed: {type(error).__name__}: {show(error)}")
+        return rows
 
 
-def table_hook(engine: VllmHookPoints, overlay: VllmTableResolver) -> Callable[..., Any]:
-    """A function to stand where `engine.table` stood, before its cache. It never raises where that would not have."""
+def table_hook(engine: VllmHookPoints, resolver: VllmTableResolver) -> Callable[..., Any]:
+    """The function that replaces `engine.table`, before its cache. It never raises if that would not have."""
     original = engine.table
 
     @functools.wraps(original)
@@ -134,13 +169,13 @@ def table_hook(engine: VllmHookPoints, overlay: VllmTableResolver) -> Callable[.
 
         try:
             block = (block_n, block_k) if block_n and block_k else None
-            return overlay.rows(lookup_args.layer_from_name(E, N, dtype, block), own)
+            return resolver.rows(lookup_args.layer_from_name(E, N, dtype, block), own)
         except Exception as error:  # whatever is broken here, the engine's own lookup runs
-            warn_once(f"the engine's own tables are taken, ours failed: {type(error).__name__}: {error}")
+            warn_once(f"the engine's own tables are taken, ours failed: {type(error).__name__}: {show(error)}")
             return own()
 
     def cache_clear() -> None:
-        overlay.forget()
+        resolver.forget()
         original.cache_clear()
 
     named = vars(get_moe_configs)
@@ -149,9 +184,9 @@ def table_hook(engine: VllmHookPoints, overlay: VllmTableResolver) -> Callable[.
     return get_moe_configs
 
 
-def lookup_hook(engine: VllmHookPoints, overlay: VllmTableResolver) -> Callable[..., Any]:
-    """A function to stand where `engine.lookup` stood. It never raises where that would not have."""
-    original, answers = engine.lookup, overlay.answers
+def lookup_hook(engine: VllmHookPoints, resolver: VllmTableResolver) -> Callable[..., Any]:
+    """The function that replaces `engine.lookup`. It never raises if that would not have."""
+    original, answers = engine.lookup, resolver.answers
 
     @functools.wraps(original)
     def try_get_optimal_moe_config(
@@ -170,10 +205,10 @@ def lookup_hook(engine: VllmHookPoints, overlay: VllmTableResolver) -> Callable[
         try:
             key: Key = (M, w1_shape, w2_shape, top_k, dtype, tuple(block_shape) if block_shape else None)
             answer = answers.get(key)
-        except TypeError:  # a shape that is a list
+        except (TypeError, ValueError):  # a shape that is a list, a block that is none
             return own()
         if rest or named or engine.override():
             return own()
-        return (answer or overlay.answered(key, own)).copy()
+        return (answer or resolver.answered(key, own)).copy()
 
     return try_get_optimal_moe_config

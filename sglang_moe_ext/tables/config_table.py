@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sglang_moe_ext.core import Table, TableError, TileConfig
 from sglang_moe_ext.tables import files
+from sglang_moe_ext.untrusted import show
 
-_FIELDS = {
+FIELDS = {
     "BLOCK_SIZE_M": "block_m",
     "BLOCK_SIZE_N": "block_n",
     "BLOCK_SIZE_K": "block_k",
@@ -25,6 +27,9 @@ _LARGEST = {"BLOCK_SIZE_M": 1024, "BLOCK_SIZE_N": 1024, "BLOCK_SIZE_K": 1024, "n
 _TRITON_DEFAULTS = {"num_warps": 4, "num_stages": 3}
 # Options of other vendors' Triton and of vLLM's files: harmless to read, and no part of a configuration of ours.
 _PASSED_OVER = frozenset({"SPLIT_K", "waves_per_eu", "matrix_instr_nonkdim", "kpack", "num_ctas"})
+_KNOWN_NAMES = frozenset(FIELDS) | _PASSED_OVER | {"USE_TMA"}
+_MOST_TOKENS = 10**18
+_LARGEST_NUMBER = 2**20
 _TOKENS = re.compile(r"[1-9][0-9]{0,18}")
 
 
@@ -47,16 +52,11 @@ def read(path: Path) -> Table:
     Raises:
         TableError: it cannot be read, or is no table; the message names the file and the first thing wrong.
     """
+    document = files.read_json(path)
     try:
-        data = files.read_bounded(path)
-    except OSError as error:
-        raise TableError(f"cannot read table {path}: {error.strerror}") from error
-    try:
-        return parse(json.loads(data.decode("utf-8")))  # as the engines read it: no byte order mark, no other encoding
-    except (ValueError, RecursionError) as error:
-        raise TableError(f"{path} is not valid JSON ({error}): delete it or tune again") from error
+        return parse(document)
     except TableError as error:
-        raise TableError(f"{path}: {error}") from error
+        raise TableError(f"{show(str(path))}: {error}") from error
 
 
 def parse(document: object) -> Table:
@@ -72,7 +72,7 @@ def parse(document: object) -> Table:
         if text == "triton_version":
             continue
         if not _TOKENS.fullmatch(text):
-            raise TableError(f"key {text!r}: expected a number of tokens such as 64")
+            raise TableError(f"key {show(text)!r}: expected a number of tokens such as 64")
         table[int(text)] = _entry(text, entry)
     if not table:
         raise TableError("it has no entries")
@@ -82,26 +82,114 @@ def parse(document: object) -> Table:
 def _entry(text: str, entry: object) -> TileConfig:
     if not isinstance(entry, Mapping):
         raise TableError(f"entry {text}: expected an object, found {type(entry).__name__}")
-    unknown = sorted(set(entry) - set(_FIELDS) - _PASSED_OVER - {"USE_TMA"})
+    unknown = sorted(set(entry) - set(FIELDS) - _PASSED_OVER - {"USE_TMA"})
     if unknown:
-        raise TableError(f"entry {text} has {unknown[0]!r}: expected only {', '.join(_FIELDS)}, USE_TMA")
-    values = {ours: _number(text, name, entry) for name, ours in _FIELDS.items()}
+        raise TableError(f"entry {text} has {show(unknown[0])!r}: expected only {', '.join(FIELDS)}, USE_TMA")
+    values = {ours: _number(text, name, entry) for name, ours in FIELDS.items()}
     use_tma = entry.get("USE_TMA", False)
     if not isinstance(use_tma, bool):
-        raise TableError(f"entry {text} has USE_TMA={use_tma!r}: expected true or false")
+        raise TableError(f"entry {text} has USE_TMA={show(use_tma)}: expected true or false")
     return TileConfig(**values, use_tma=use_tma)
 
 
 def _number(text: str, name: str, entry: Mapping[str, Any]) -> int:
     value = entry.get(name, _TRITON_DEFAULTS.get(name))
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST.get(name, 4096):
-        found = "nothing" if value is None else repr(value)
+        found = "nothing" if value is None else show(value)
         raise TableError(
             f"entry {text} has {name}={found}: expected a whole number from 1 to {_LARGEST.get(name, 4096)}"
         )
     if name in _POWERS_OF_TWO and value & (value - 1):
         raise TableError(f"entry {text} has {name}={value}: expected a power of two")
     return value
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedTable:
+    """A table that comes from anywhere, as far as it can be used.
+
+    `options`: launch options that a TileConfig does not have, by M; the engines pass them on to Triton. `foreign_keys`:
+    keys that are no number, on which SGLang's lookup raises. `remarks`: everything else that is odd.
+    """
+
+    table: Table
+    options: Mapping[int, Mapping[str, Any]]
+    foreign_keys: tuple[str, ...]
+    has_byte_order_mark: bool
+    remarks: tuple[str, ...]
+
+
+_MOST_REMARKS = 8
+
+
+def load(path: Path) -> LoadedTable:
+    """The entries of a file that can be used; one that cannot is left out with a remark.
+
+    Raises:
+        TableError: the file cannot be read, or none of its entries can be used.
+    """
+    document, has_mark = files.read_json_with_mark(path)
+    try:
+        return _load(document, has_mark)
+    except TableError as error:
+        raise TableError(f"{show(str(path))}: {error}") from error
+
+
+def _load(document: object, has_mark: bool) -> LoadedTable:
+    if not isinstance(document, Mapping):
+        raise TableError(f"expected an object of M -> configuration, found {type(document).__name__}")
+    table: Table = {}
+    options: dict[int, dict[str, Any]] = {}
+    foreign: list[str] = []
+    remarks: list[str] = []
+    for text, entry in document.items():
+        try:
+            tokens = int(text)
+        except ValueError:
+            foreign.append(show(text, 40))
+            continue
+        if not 0 < tokens < _MOST_TOKENS:
+            remarks.append(f"key {show(text, 40)!r}: expected a number of tokens such as 64")
+            continue
+        try:
+            table[tokens] = parse_tile(entry)
+        except TableError as error:
+            remarks.append(f"entry {tokens} is left out: {error}")
+            continue
+        if more := {name: it for name, it in entry.items() if name not in _KNOWN_NAMES}:
+            options[tokens] = more
+    if not table:
+        raise TableError("; ".join(remarks[:1]) or "it has no entries")
+    if names := sorted({name for more in options.values() for name in more}):
+        remarks.append(f"launch options that are passed on to Triton as they are: {show(', '.join(names))}")
+    if len(remarks) > _MOST_REMARKS:
+        remarks[_MOST_REMARKS:] = [f"and {len(remarks) - _MOST_REMARKS} more"]
+    return LoadedTable(dict(sorted(table.items())), options, tuple(foreign), has_mark, tuple(remarks))
+
+
+def parse_tile(entry: object) -> TileConfig:
+    """The configuration that an entry of a stranger's table means, whether Triton can compile it or not; 2.0 is 2.
+
+    Raises:
+        TableError: it is no configuration.
+    """
+    if not isinstance(entry, Mapping):
+        raise TableError(f"expected an object, found {type(entry).__name__}")
+    values = {ours: _parse_number(name, entry.get(name, _TRITON_DEFAULTS.get(name))) for name, ours in FIELDS.items()}
+    return TileConfig(**values, use_tma=bool(entry.get("USE_TMA", False)))
+
+
+def _parse_number(name: str, value: object) -> int:
+    least, most = 0 if name == "num_stages" else 1, _LARGEST.get(name, _LARGEST_NUMBER)
+    match value:
+        case bool():
+            pass
+        case int() if least <= value <= most:
+            return value
+        case float() if value.is_integer() and least <= value <= most:
+            return int(value)
+    found = "nothing" if value is None else show(value, 40)
+    raise TableError(f"{name}={found}: expected a whole number from {least} to {most}")
 
 
 def to_json(table: Table, *, triton_version: str | None = None, with_split_k: bool = False) -> str:
@@ -111,7 +199,7 @@ def to_json(table: Table, *, triton_version: str | None = None, with_split_k: bo
     """
     document: dict[str, object] = {} if triton_version is None else {"triton_version": triton_version}
     document |= {
-        str(m): {name: getattr(config, ours) for name, ours in _FIELDS.items()}
+        str(m): {name: getattr(config, ours) for name, ours in FIELDS.items()}
         | ({"USE_TMA": True} if config.use_tma else {})
         | ({"SPLIT_K": 1} if with_split_k else {})
         for m, config in sorted(table.items())

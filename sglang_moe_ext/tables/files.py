@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from sglang_moe_ext.core import StoreError, TableError
+from sglang_moe_ext.untrusted import show
 
 
 def write_together(contents: Mapping[Path, str]) -> None:
@@ -69,8 +71,42 @@ def read_bounded(path: Path) -> bytes:
             raise OSError(errno.EINVAL, "it is no regular file")
         data = file.read(_MOST_BYTES + 1)
     if len(data) > _MOST_BYTES:
-        raise TableError(f"{path} is larger than {_MOST_BYTES} bytes: expected a table of kernel configurations")
+        raise TableError(
+            f"{show(str(path))} is larger than {_MOST_BYTES} bytes: expected a table of kernel configurations"
+        )
     return data
+
+
+def read_json(path: Path) -> Any:
+    """The document in a file that comes from anywhere, read as the engines do: UTF-8 without a byte order mark.
+
+    Raises:
+        TableError: it cannot be read, or is no JSON; the message names the file.
+    """
+    return _parse(path, _read(path))
+
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def read_json_with_mark(path: Path) -> tuple[Any, bool]:
+    """The same, and whether a byte order mark stands before it, which the engines cannot read."""
+    data = _read(path)
+    return _parse(path, data.removeprefix(_BYTE_ORDER_MARK)), data.startswith(_BYTE_ORDER_MARK)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return read_bounded(path)
+    except OSError as error:
+        raise TableError(f"cannot read table {show(str(path))}: {error.strerror}") from error
+
+
+def _parse(path: Path, data: bytes) -> Any:
+    try:
+        return json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise TableError(f"{show(str(path))} is not valid JSON ({show(error)}): delete it or tune again") from error
 
 
 def _without_waiting(path: str, flags: int) -> int:

@@ -1,8 +1,9 @@
-"""Where our own path is the faster one: `<table>.paths.json` beside a table, which no engine reads."""
+"""Where our own kernels are faster: `<table>.paths.json` beside a table, which no engine reads."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -13,6 +14,7 @@ from sglang_moe_ext.core import TableError, TileConfig
 from sglang_moe_ext.sorted_kernels import Down, DownConfig, KernelPlan, ShortKDownConfig, Up, UpConfig
 from sglang_moe_ext.tables import files, provenance, user_store
 from sglang_moe_ext.tables.provenance import TuningRun
+from sglang_moe_ext.untrusted import show
 
 FORMAT = 1
 """Of the file, and of our kernels: where one comes to do something else, nothing measured before may choose it."""
@@ -30,9 +32,9 @@ _TOKENS = re.compile(r"[1-9][0-9]{0,18}")
 
 @dataclass(frozen=True, slots=True)
 class KernelEntry:
-    """What was measured at one M. No path: the engine's own kernels were as fast, or none of ours was right."""
+    """What was measured at one M. No plan: the engine's own kernels were as fast, or none of ours was right."""
 
-    path: KernelPlan | None
+    plan: KernelPlan | None
     run: TuningRun
     figures: dict[str, float] = field(default_factory=dict)
 
@@ -41,13 +43,13 @@ KernelTable = dict[int, KernelEntry]
 
 
 def path_beside(table: Path) -> Path:
-    """The file of the paths of the layer that a table is for."""
+    """The file of the kernel plans of the layer that a table is for."""
     return table.with_name(f"{table.stem}{SUFFIX}")
 
 
-def document_of(path: KernelPlan) -> dict[str, Any]:
-    """The path as JSON has it."""
-    return {"up": _with_kernel(path.up, _UP), "down": _with_kernel(path.down, _DOWN)}
+def document_of(plan: KernelPlan) -> dict[str, Any]:
+    """The plan as JSON has it."""
+    return {"up": _with_kernel(plan.up, _UP), "down": _with_kernel(plan.down, _DOWN)}
 
 
 def _with_kernel(config: Up | Down, kernels: Mapping[str, type[Any]]) -> dict[str, Any]:
@@ -56,34 +58,35 @@ def _with_kernel(config: Up | Down, kernels: Mapping[str, type[Any]]) -> dict[st
 
 
 def parse_plan(document: Any) -> KernelPlan:
-    """Raises TableError where the document is no path."""
+    """Raises TableError where the document is no kernel plan."""
     match document:
         case {"up": up, "down": down, **rest} if not rest:
-            path = KernelPlan(_config(up, _UP), _config(down, _DOWN))
-            if path.block_m % path.down.block_m == 0:
-                return path
-            raise TableError(f"a down tile of {path.down.block_m} rows in blocks of {path.block_m}: expected a divisor")
-    raise TableError(f"expected a path with up and down, found {json.dumps(document)[:80]}")
+            plan = KernelPlan(_config(up, _UP), _config(down, _DOWN))
+            if plan.block_m % plan.down.block_m == 0:
+                return plan
+            raise TableError(f"a down tile of {plan.down.block_m} rows in blocks of {plan.block_m}: expected a divisor")
+    raise TableError(f"expected a kernel plan with up and down, found {show(document, 80)}")
 
 
 def _config(document: Any, kernels: Mapping[str, type[Any]]) -> Any:
     kind = kernels.get(str(document.get("kernel"))) if isinstance(document, dict) else None
     if kind is None:
-        raise TableError(f"expected a kernel of {', '.join(kernels)}, found {json.dumps(document)[:80]}")
+        raise TableError(f"expected a kernel of {', '.join(kernels)}, found {show(document, 80)}")
     values = {name: value for name, value in document.items() if name != "kernel"}
     if values.keys() != {item.name for item in fields(kind)}:
-        raise TableError(f"a configuration of {document['kernel']} with {', '.join(sorted(values))}: not its fields")
+        found = show(", ".join(sorted(values)))
+        raise TableError(f"a configuration of {document['kernel']} with {found}: not its fields")
     for item in fields(kind):
         _check(item.name, values[item.name], is_flag=item.type == "bool")
     if values.get("use_tma"):
-        raise TableError("an up GEMM of the engine with use_tma: our path takes it without")
+        raise TableError("an up GEMM of the engine with use_tma: our kernels take it without")
     return kind(**values)
 
 
 def _check(name: str, value: object, *, is_flag: bool) -> None:
     largest = _LARGEST.get(name, _LARGEST_SIDE)
     if type(value) is not (bool if is_flag else int) or not (is_flag or 1 <= value <= largest):
-        raise TableError(f"{name}={value!r}: expected {'true or false' if is_flag else f'1 to {largest}'}")
+        raise TableError(f"{name}={show(value)}: expected {'true or false' if is_flag else f'1 to {largest}'}")
     if name in _POWERS_OF_TWO and value & (value - 1):
         raise TableError(f"{name}={value}: expected a power of two")
 
@@ -96,7 +99,7 @@ def to_json(table: KernelTable) -> str:
         "runs": [asdict(run) for run in runs],
         "entries": {
             str(m): {
-                "path": entry.path and document_of(entry.path),
+                "path": entry.plan and document_of(entry.plan),
                 "run": runs.index(entry.run),
                 "figures": entry.figures,
             }
@@ -107,10 +110,10 @@ def to_json(table: KernelTable) -> str:
 
 
 def parse(document: Any) -> KernelTable:
-    """Raises TableError where the document is no table of paths of this format."""
+    """Raises TableError where the document is no table of kernel plans of this format."""
     try:
         if document["format"] != FORMAT:
-            raise TableError(f"a table of paths of format {document['format']!r}: expected {FORMAT}")
+            raise TableError(f"a table of kernel plans of format {show(document['format'])}: expected {FORMAT}")
         runs = [provenance.parse_run(run) for run in document["runs"]]
         return {
             _tokens(m): KernelEntry(
@@ -121,12 +124,12 @@ def parse(document: Any) -> KernelTable:
             for m, entry in document["entries"].items()
         }
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise TableError(f"no table of paths: {type(error).__name__} {error}") from error
+        raise TableError(f"no table of kernel plans: {type(error).__name__} {show(error)}") from error
 
 
 def _tokens(text: str) -> int:
     if not _TOKENS.fullmatch(text):
-        raise TableError(f"key {text!r}: expected a number of tokens such as 4096")
+        raise TableError(f"key {show(text)!r}: expected a number of tokens such as 4096")
     return int(text)
 
 
@@ -134,25 +137,22 @@ def read(path: Path) -> KernelTable:
     """What lies there; nothing where there is no file.
 
     Raises:
-        TableError: it cannot be read, or is no table of paths.
+        TableError: it cannot be read, or is no table of kernel plans.
     """
+    if not os.path.lexists(path):
+        return {}
+    document = files.read_json(path)
     try:
-        if not path.exists():
-            return {}
-        return parse(json.loads(files.read_bounded(path).decode("utf-8")))
-    except OSError as error:
-        raise TableError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise TableError(f"{path} is not valid JSON ({error}): delete it or tune again") from error
+        return parse(document)
     except TableError as error:
-        raise TableError(f"{path}: {error}") from error
+        raise TableError(f"{show(str(path))}: {error}") from error
 
 
 def put(path: Path, table: KernelTable) -> None:
     """Write the entries; those of other numbers of tokens that lie there already stay.
 
     Raises:
-        MoEExtError: what lies there is no table of paths, or the disk refuses.
+        MoEExtError: what lies there is no table of kernel plans, or the disk refuses.
     """
     with user_store.locked([path.parent]):
         files.write_together({path: to_json(read(path) | table)})

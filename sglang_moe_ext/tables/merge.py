@@ -16,12 +16,18 @@ _ORIGINS: tuple[Origin, ...] = get_args(Origin)
 
 @dataclass(frozen=True, slots=True)
 class StoredTable:
-    """A table with what is known of it; without provenance it is the engine's or a user's, and counts as measured."""
+    """A table with what is known of it.
+
+    Without provenance it is the engine's or a user's, and counts as measured. With provenance that cannot be read it is
+    worth no more than a predicted one, and a predicted one never replaces it: it may have been measured.
+    """
 
     table: Table
     provenance: Provenance | None
 
     def _worth(self, tokens: int) -> int:
+        if self.is_broken():
+            return -_ORIGINS.index("predicted")
         known = None if self.provenance is None else self.provenance.origin(tokens)
         return 0 if known is None else -_ORIGINS.index(known)
 
@@ -32,6 +38,10 @@ class StoredTable:
     def has_measured(self) -> bool:
         """True where some entry is not known to be other than measured."""
         return self.worth() == 0
+
+    def is_broken(self) -> bool:
+        """Whether its provenance cannot be read."""
+        return self.provenance is not None and self.provenance.broken is not None
 
     def of_worth(self, least: int) -> StoredTable:
         """The entries that are worth so much."""
@@ -68,7 +78,7 @@ def merge_tables(old: StoredTable | None, new: StoredTable) -> StoredTable | Ref
     """
     if old is None:
         return new
-    least = old.worth()
+    least = 0 if old.is_broken() else old.worth()
     if new.worth() < least:
         there, ours = _ORIGINS[-least], _ORIGINS[-new.worth()]
         return RefusedTable(f"a {there} table already lies there, and a {ours} one never replaces it")

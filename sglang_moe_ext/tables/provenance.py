@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
 from sglang_moe_ext.core import Origin, TableError
 from sglang_moe_ext.tables import files
+from sglang_moe_ext.untrusted import show
 
 FORMAT = 1
 
@@ -45,11 +47,16 @@ class ProvenanceEntry:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What is known of each entry of a table, by M."""
+    """What is known of each entry of a table, by M.
+
+    `broken`: why the file cannot be read; then nothing is known, and the table is worth no more than a predicted one.
+    """
 
     entries: dict[int, ProvenanceEntry]
+    broken: str | None = None
 
     def origin(self, tokens: int) -> Origin | None:
+        """How that entry came to be; None if the file does not say so."""
         entry = self.entries.get(tokens)
         return None if entry is None else entry.origin
 
@@ -73,25 +80,32 @@ def to_json(provenance: Provenance) -> str:
 
 
 def read(table: Path) -> Provenance | None:
-    """The provenance of a table, or None where it has none or one that cannot be trusted to mean what it says."""
-    try:
-        return parse(json.loads(files.read_bounded(sidecar(table)).decode("utf-8")))
-    except (OSError, ValueError, RecursionError, TableError):
+    """The provenance of a table: None if there is no such file, a `broken` one if it cannot be read."""
+    path = sidecar(table)
+    if not os.path.lexists(path):
         return None
+    try:
+        document = files.read_json(path)
+    except TableError as error:
+        return Provenance({}, broken=str(error))
+    try:
+        return parse(document)
+    except TableError as error:
+        return Provenance({}, broken=f"{show(str(path))}: {error}")
 
 
 def parse(document: Any) -> Provenance:
     """Raises TableError where the document is no provenance of this format."""
     try:
         if document["format"] != FORMAT:
-            raise TableError(f"provenance format {document['format']!r}: expected {FORMAT}")
+            raise TableError(f"provenance format {show(document['format'])}: expected {FORMAT}")
         runs = [parse_run(run) for run in document["runs"]]
         entries = {
             int(m): ProvenanceEntry(_origin(entry["origin"]), runs[entry["run"]], _figures(entry["figures"]))
             for m, entry in document["entries"].items()
         }
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise TableError(f"no provenance of ours: {type(error).__name__} {error}") from error
+        raise TableError(f"no provenance of ours: {type(error).__name__} {show(error)}") from error
     return Provenance(entries)
 
 
@@ -100,7 +114,7 @@ def parse_run(document: dict[str, Any]) -> TuningRun:
     values = {item.name: document[item.name] for item in fields(TuningRun)}
     for name, value in values.items():
         if not isinstance(value, str | int | None):
-            raise TableError(f"run with {name}={value!r}: expected text or a whole number")
+            raise TableError(f"run with {name}={show(value)}: expected text or a whole number")
     return TuningRun(**values)
 
 
@@ -112,4 +126,4 @@ def _origin(text: str) -> Origin:
     for origin in get_args(Origin):
         if text == origin:
             return origin  # type: ignore[no-any-return]
-    raise TableError(f"origin {text!r}: expected one of {', '.join(get_args(Origin))}")
+    raise TableError(f"origin {show(text)}: expected one of {', '.join(get_args(Origin))}")

@@ -100,7 +100,7 @@ def choose_for_sglang(
 
 
 def _overlay(engine: SglangInstallation, triton: str, why: str) -> InstallTarget:
-    root = config_dir.place(engine)
+    root = config_dir.overlay_folder(engine)
     config_dir.build(root, engine.configs_root)
     note = f"{why}start the server with {env.SGLANG_CONFIG_DIR}={root}"
     return InstallTarget(_configs(root, triton), {env.SGLANG_CONFIG_DIR: str(root)}, note, is_of_this_engine=True)

@@ -7,15 +7,16 @@ import itertools
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sglang_moe_ext.core import MoEShape, Projection, Quantization, TileConfig
-from sglang_moe_ext.engines import config_dict
+from sglang_moe_ext.core import Gpu, MoEShape, Projection, Quantization, TileConfig
+from sglang_moe_ext.engines import config_dict, launch_rules
+from sglang_moe_ext.engines.launch_rules import KernelLaunch
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.gpu.shared_memory import smem_bytes
 from sglang_moe_ext.serving import guard
-from sglang_moe_ext.serving.guard import ConfigGuard, degrade
+from sglang_moe_ext.serving.guard import ConfigGuard, SafeEntry, degrade
 from tests.tables.generated import powers_of_two
 
 RTX_4090, H200 = specs.find("RTX 4090"), specs.find("H200")
@@ -49,6 +50,21 @@ shapes = st.sampled_from([dataclasses.replace(GLM, quantization=it) for it in QU
 @pytest.fixture(autouse=True)
 def _nothing_said_yet() -> None:
     guard.warn_once.cache_clear()
+
+
+def safe(
+    version: tuple[int, int, int], gpu: Gpu | None, entry: dict[str, Any], shape: MoEShape, of: Projection
+) -> dict[str, Any]:
+    """The entry that leaves the guard."""
+    checked = ConfigGuard(version, gpu).check(entry, shape, of)
+    assert isinstance(checked, SafeEntry), checked
+    return checked.entry
+
+
+def is_sound(config: TileConfig, shape: MoEShape) -> bool:
+    """Whether it keeps the rules that do not concern USE_TMA."""
+    launch = KernelLaunch("sglang", NEW, dataclasses.replace(config, use_tma=False), shape, "up")
+    return all(rule.keeps(launch) for rule in launch_rules.RULES)
 
 
 def changed(before: TileConfig, after: TileConfig) -> set[str]:
@@ -100,20 +116,23 @@ def test_the_last_step_is_small_enough_for_any_gpu() -> None:
 @settings(deadline=None)
 @given(usual, shapes, st.sampled_from(["up", "down"]))
 def test_an_entry_that_fits_and_is_right_is_a_plain_copy(config: TileConfig, shape: MoEShape, of: Projection) -> None:
+    assume(is_sound(config, shape))
     entry = config_dict.config_dict_of(dataclasses.replace(config, use_tma=False)) | {"waves_per_eu": 2}
-    safe = ConfigGuard(NEW, None).safe(entry, shape, of)
-    assert safe == entry
-    assert safe is not entry
+    left = safe(NEW, None, entry, shape, of)
+    assert left == entry
+    assert left is not entry
 
 
 @settings(deadline=None)
 @given(usual, shapes)
 def test_what_leaves_the_guard_fits_wherever_a_smaller_one_does(config: TileConfig, shape: MoEShape) -> None:
+    assume(is_sound(config, shape))
+
     def fits(it: TileConfig) -> bool:
         return smem_bytes(it, shape, RTX_4090.sm) <= RTX_4090.smem_per_block
 
-    safe = ConfigGuard(NEW, RTX_4090).safe(config_dict.config_dict_of(config), shape, "up")
-    assert fits(config_dict.tile_of(safe)) == any(map(fits, (config, *degrade(config))))
+    left = safe(NEW, RTX_4090, config_dict.config_dict_of(config), shape, "up")
+    assert fits(config_dict.tile_of(left)) == any(map(fits, (config, *degrade(config))))
 
 
 @pytest.mark.parametrize(
@@ -127,29 +146,29 @@ def test_a_single_stage_asks_for_what_the_compiler_says(quantization: str, expec
 
 def test_the_crash_of_glm_4_7_flash_on_an_rtx_4090_is_a_configuration_that_fits() -> None:
     assert (smem_bytes(SEED, GLM, RTX_4090.sm), RTX_4090.smem_per_block) == (147_456, 101_376)
-    safe = config_dict.tile_of(ConfigGuard(NEW, RTX_4090).safe(config_dict.config_dict_of(SEED), GLM, "up"))
-    assert safe == dataclasses.replace(SEED, num_stages=3)
-    assert smem_bytes(safe, GLM, RTX_4090.sm) <= RTX_4090.smem_per_block
+    left = config_dict.tile_of(safe(NEW, RTX_4090, config_dict.config_dict_of(SEED), GLM, "up"))
+    assert left == dataclasses.replace(SEED, num_stages=3)
+    assert smem_bytes(left, GLM, RTX_4090.sm) <= RTX_4090.smem_per_block
 
 
 def test_the_same_configuration_stays_as_it_is_on_an_h200() -> None:
-    assert ConfigGuard(NEW, H200).safe(config_dict.config_dict_of(SEED), GLM, "up") == config_dict.config_dict_of(SEED)
+    assert safe(NEW, H200, config_dict.config_dict_of(SEED), GLM, "up") == config_dict.config_dict_of(SEED)
 
 
 def test_what_else_an_entry_says_stays_when_it_is_made_smaller() -> None:
     entry = config_dict.config_dict_of(SEED) | {"waves_per_eu": 2, "SPLIT_K": 1}
-    safe = ConfigGuard(NEW, RTX_4090).safe(entry, GLM, "up")
-    assert safe == entry | {"num_stages": 3}
+    left = safe(NEW, RTX_4090, entry, GLM, "up")
+    assert left == entry | {"num_stages": 3}
 
 
 def test_an_entry_without_stages_is_held_against_what_triton_takes() -> None:
     entry = {"BLOCK_SIZE_M": 128, "BLOCK_SIZE_N": 256, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 8}
-    assert ConfigGuard(NEW, RTX_4090).safe(entry, GLM, "up")["num_stages"] < 3
+    assert safe(NEW, RTX_4090, entry, GLM, "up")["num_stages"] < 3
 
 
 def test_what_was_made_smaller_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(3):
-        ConfigGuard(NEW, RTX_4090).safe(config_dict.config_dict_of(SEED), GLM, "up")
+        safe(NEW, RTX_4090, config_dict.config_dict_of(SEED), GLM, "up")
     (line,) = caplog.messages
     assert "147456 B" in line
     assert "101376 B" in line
@@ -164,7 +183,7 @@ def test_tma_of_the_down_projection_stays_where_it_is_right_alone(name: str) -> 
     entry: dict[str, Any] = config_dict.config_dict_of(dataclasses.replace(SEED, use_tma=True))
     shape = dataclasses.replace(GLM, quantization=QUANTIZATIONS[name])
     assert config_dict.USE_TMA in entry
-    assert ConfigGuard(NEW, H200).safe(entry, shape, "down").get(config_dict.USE_TMA, False) == (name in DOWN_IS_RIGHT)
+    assert safe(NEW, H200, entry, shape, "down").get(config_dict.USE_TMA, False) == (name in DOWN_IS_RIGHT)
 
 
 @pytest.mark.parametrize("version", [OLD, NEW], ids=["0.5.17", "0.5.18"])
@@ -173,17 +192,17 @@ def test_tma_of_the_up_projection_stays_from_0_5_18_on(name: str, version: tuple
     entry = config_dict.config_dict_of(dataclasses.replace(SEED, use_tma=True))
     shape = dataclasses.replace(GLM, quantization=QUANTIZATIONS[name])
     stays = version == NEW and name not in UP_IS_WRONG
-    assert ConfigGuard(version, H200).safe(entry, shape, "up").get(config_dict.USE_TMA, False) == stays
+    assert safe(version, H200, entry, shape, "up").get(config_dict.USE_TMA, False) == stays
 
 
 def test_tma_that_is_off_leaves_no_key_behind() -> None:
     entry = config_dict.config_dict_of(SEED) | {config_dict.USE_TMA: False}
-    assert config_dict.USE_TMA not in ConfigGuard(OLD, H200).safe(entry, GLM, "up")
+    assert config_dict.USE_TMA not in safe(OLD, H200, entry, GLM, "up")
 
 
 def test_wrong_tma_is_said_once_for_each_layer_and_projection(caplog: pytest.LogCaptureFixture) -> None:
     shape = dataclasses.replace(GLM, quantization=QUANTIZATIONS["fp8-channel"])
     for group_m, projection in itertools.product((1, 16), ("up", "down", "down")):
         entry = config_dict.config_dict_of(dataclasses.replace(SEED, use_tma=True, group_m=group_m))
-        ConfigGuard(OLD, H200).safe(entry, shape, projection)  # type: ignore[arg-type]
+        safe(OLD, H200, entry, shape, projection)  # type: ignore[arg-type]
     assert len(caplog.messages) == 2

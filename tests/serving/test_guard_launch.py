@@ -16,8 +16,8 @@ from triton.runtime.errors import OutOfResources
 from sglang_moe_ext.core import TileConfig
 from sglang_moe_ext.engines import config_dict
 from sglang_moe_ext.engines.sglang.hook_points import CONFIG_POSITION
-from sglang_moe_ext.serving import guard
-from sglang_moe_ext.serving.guard import GuardedLauncher as Launch
+from sglang_moe_ext.serving import guard, launch_guard
+from sglang_moe_ext.serving.launch_guard import GuardedLauncher as Launch
 
 LARGE = TileConfig(128, 256, 64, 16, 8, 4)
 WEIGHTS = torch.empty(8, 512, 256, dtype=torch.bfloat16, device="meta")
@@ -54,7 +54,7 @@ def hooked(launcher: Launcher) -> Any:
     def invoke_fused_moe_kernel(*args: Any, **kwargs: Any) -> Any:
         return launcher(*args, **kwargs)
 
-    return guard.launch_hook(Launch(invoke_fused_moe_kernel, CONFIG_POSITION, lambda: launcher.override))
+    return launch_guard.launch_hook(Launch(invoke_fused_moe_kernel, CONFIG_POSITION, lambda: launcher.override))
 
 
 def by_position(config: dict[str, Any], weights: torch.Tensor = WEIGHTS) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -195,7 +195,7 @@ def test_a_launch_inside_a_graph_that_torch_compiles_is_the_engines_own() -> Non
     def own(hidden: torch.Tensor, weights: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
         return hidden @ weights * config["num_stages"]
 
-    run = guard.launch_hook(Launch(own, 2, lambda: None, lambda *_: ENTRY | {"num_stages": 2}))
+    run = launch_guard.launch_hook(Launch(own, 2, lambda: None, lambda *_: ENTRY | {"num_stages": 2}))
     hidden, weights = torch.ones(2, 4), torch.ones(4, 4)
     compiled = torch.compile(lambda it: run(it, weights, ENTRY), fullgraph=True, backend="eager")
     assert torch.equal(compiled(hidden), own(hidden, weights, ENTRY))

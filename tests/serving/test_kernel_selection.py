@@ -1,4 +1,4 @@
-"""At which numbers of tokens our path is chosen, out of tables that may be of other layers, places, or broken."""
+"""At which numbers of tokens our path is chosen, out of tables that may be of other layers, table_dirs, or broken."""
 
 from __future__ import annotations
 
@@ -67,54 +67,54 @@ def test_a_path_is_chosen_only_where_no_neighbour_lost(by_tokens: dict[int, Kern
     assert (found is not None) == (not lost_below and not lost_above)
 
 
-def places(tmp_path: Path) -> list[TableDir]:
+def table_dirs(tmp_path: Path) -> list[TableDir]:
     return [TableDir("your", tmp_path / "yours"), TableDir("the shipped", tmp_path / "shipped")]
 
 
-def write(place: TableDir, entries: KernelTable, *, triton: str = TRITON, device: str = DEVICE) -> Path:
+def write(table_dir: TableDir, entries: KernelTable, *, triton: str = TRITON, device: str = DEVICE) -> Path:
     table_file = table_names.file_name(table_names.table_key(SHAPE, device))
-    file = kernel_table.path_beside(place.root / table_names.version_folder(triton) / table_file)
+    file = kernel_table.path_beside(table_dir.root / table_names.version_folder(triton) / table_file)
     kernel_table.put(file, entries)
     return file
 
 
 def test_what_the_user_measured_stands_before_what_is_shipped(tmp_path: Path) -> None:
-    yours, shipped = places(tmp_path)
+    yours, shipped = table_dirs(tmp_path)
     write(shipped, table(m1024=path(64), m4096=path(64)))
     write(yours, table(m1024=None))
     found = kernel_selection.load_plans(SHAPE, DEVICE, TRITON, [yours, shipped])
-    assert {m: entry.path for m, entry in found.items()} == {1024: None, 4096: path(64)}
+    assert {m: entry.plan for m, entry in found.items()} == {1024: None, 4096: path(64)}
 
 
 @pytest.mark.parametrize("other", [{"triton": "3.5.1"}, {"device": "NVIDIA H100"}], ids=["Triton", "GPU"])
 def test_nothing_is_taken_over_from_another(other: dict[str, str], tmp_path: Path) -> None:
-    write(places(tmp_path)[0], CASES, **other)
-    assert kernel_selection.load_plans(SHAPE, DEVICE, TRITON, places(tmp_path)) == {}
+    write(table_dirs(tmp_path)[0], CASES, **other)
+    assert kernel_selection.load_plans(SHAPE, DEVICE, TRITON, table_dirs(tmp_path)) == {}
 
 
 @pytest.mark.parametrize("name", ["hidden_size", "top_k"])
 def test_entries_of_a_layer_that_only_shares_the_name_of_the_file_are_passed_over(name: str, tmp_path: Path) -> None:
-    write(places(tmp_path)[0], CASES)
+    write(table_dirs(tmp_path)[0], CASES)
     unlike = dataclasses.replace(SHAPE, **{name: 4})
-    assert kernel_selection.load_plans(unlike, DEVICE, TRITON, places(tmp_path)) == {}
+    assert kernel_selection.load_plans(unlike, DEVICE, TRITON, table_dirs(tmp_path)) == {}
 
 
 @pytest.mark.parametrize("figures", [{"us": kernel_selection.SHORTEST_US - 1}, {}], ids=["short", "nobody knows"])
 def test_a_layer_that_is_shorter_than_what_it_costs_the_host_is_left_to_the_engine(
     figures: dict[str, float], tmp_path: Path
 ) -> None:
-    write(places(tmp_path)[0], {1024: KernelEntry(path(), RUN, figures), 4096: KernelEntry(path(), RUN, LONG)})
-    found = kernel_selection.load_plans(SHAPE, DEVICE, TRITON, places(tmp_path))
-    assert {m: entry.path for m, entry in found.items()} == {1024: None, 4096: path()}
+    write(table_dirs(tmp_path)[0], {1024: KernelEntry(path(), RUN, figures), 4096: KernelEntry(path(), RUN, LONG)})
+    found = kernel_selection.load_plans(SHAPE, DEVICE, TRITON, table_dirs(tmp_path))
+    assert {m: entry.plan for m, entry in found.items()} == {1024: None, 4096: path()}
 
 
 def test_a_broken_table_is_passed_over_with_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    yours, shipped = places(tmp_path)
+    yours, shipped = table_dirs(tmp_path)
     write(shipped, CASES)
     write(yours, CASES).write_text('{"format": 1, "runs": [', encoding="utf-8")
     with caplog.at_level(logging.WARNING):
         assert kernel_selection.load_plans(SHAPE, DEVICE, TRITON, [yours, shipped]) == CASES
-    assert "passes over a table of paths" in caplog.text
+    assert "passes over a table of kernel plans" in caplog.text
 
 
 @pytest.mark.parametrize(("value", "is_on"), [(None, True), ("1", True), ("0", False)])

@@ -58,12 +58,12 @@ def write(
     return path
 
 
-def at(place: TableDir, root: Path) -> TableDir:
-    return dataclasses.replace(place, root=root)
+def at(table_dir: TableDir, root: Path) -> TableDir:
+    return dataclasses.replace(table_dir, root=root)
 
 
-def choice(places: list[TableDir], tokens: int = 64, gpu: Gpu = H200, shape: MoEShape = SHAPE) -> Choice:
-    return selection.select(table_search.search(shape, gpu.device_name, gpu, TRITON, places), tokens)
+def choice(table_dirs: list[TableDir], tokens: int = 64, gpu: Gpu = H200, shape: MoEShape = SHAPE) -> Choice:
+    return selection.select(table_search.search(shape, gpu.device_name, gpu, TRITON, table_dirs), tokens)
 
 
 def mark_of(chosen: Choice) -> int:
@@ -72,7 +72,7 @@ def mark_of(chosen: Choice) -> int:
 
 
 def candidate(
-    place: TableDir = YOURS,
+    table_dir: TableDir = YOURS,
     origin: Origin | None = "measured",
     *,
     alias: bool = False,
@@ -83,13 +83,13 @@ def candidate(
     table: Table = dict.fromkeys(keys, config(mark))
     made = None if origin is None else known(table, origin)
     folder = table_names.version_folder(TRITON if exact else OLDER_TRITON)
-    return TableCandidate(place, place.root / folder / "table.json", "a GPU", alias, exact, table, made, None)
+    return TableCandidate(table_dir, table_dir.root / folder / "table.json", "a GPU", alias, exact, table, made, None)
 
 
 def standing(chosen: TableCandidate) -> tuple[bool, ...]:
     """What it is better for than another, the weightiest first."""
     is_predicted = chosen.known is not None and chosen.known.origin(64) == "predicted"
-    return chosen.place.is_asked_for, not is_predicted, not chosen.is_alias, chosen.is_exact_triton
+    return chosen.table_dir.is_asked_for, not is_predicted, not chosen.is_alias, chosen.is_exact_triton
 
 
 PAIRS = {
@@ -110,7 +110,9 @@ def test_the_better_of_two_tables_is_taken(first: TableCandidate, second: TableC
         dataclasses.replace(first, up={64: config(1)}),
         dataclasses.replace(second, up=dict.fromkeys(second.up, config(2))),
     )
-    order = [it for place in (YOURS, SHIPPED, ASKED_FOR, ENGINES) for it in (worse, better) if it.place == place]
+    order = [
+        it for table_dir in (YOURS, SHIPPED, ASKED_FOR, ENGINES) for it in (worse, better) if it.table_dir == table_dir
+    ]
     assert mark_of(selection.select(FoundTables(tuple(order)), 64)) == 1
 
 
@@ -126,7 +128,7 @@ any_candidate = st.builds(
 @settings(deadline=None)
 @given(st.lists(any_candidate, min_size=1, max_size=6))
 def test_no_table_that_is_left_stands_higher_than_the_one_that_is_taken(found: list[TableCandidate]) -> None:
-    found.sort(key=lambda it: [YOURS, SHIPPED, ENGINES].index(it.place))
+    found.sort(key=lambda it: [YOURS, SHIPPED, ENGINES].index(it.table_dir))
     marked = [dataclasses.replace(it, up={64: config(mark)}) for mark, it in enumerate(found, start=1)]
     taken = mark_of(selection.select(FoundTables(tuple(marked)), 64)) - 1
     assert standing(found[taken]) == max(map(standing, found))
@@ -179,11 +181,11 @@ def test_a_table_covers_what_lies_within_twice_its_keys_and_all_beyond_saturatio
 
 
 @pytest.mark.parametrize(
-    ("place", "expected"), [(ENGINES, EngineDefault), (YOURS, EngineEntry)], ids=["engines", "yours"]
+    ("table_dir", "expected"), [(ENGINES, EngineDefault), (YOURS, EngineEntry)], ids=["engines", "yours"]
 )
 @pytest.mark.parametrize("tokens", [1, 8192])
-def test_an_uncovered_number_of_tokens_runs_no_far_neighbour(place: TableDir, expected: type, tokens: int) -> None:
-    assert isinstance(selection.select(FoundTables((candidate(place, keys=KEYS_MIDDLE),)), tokens), expected)
+def test_an_uncovered_number_of_tokens_runs_no_far_neighbour(table_dir: TableDir, expected: type, tokens: int) -> None:
+    assert isinstance(selection.select(FoundTables((candidate(table_dir, keys=KEYS_MIDDLE),)), tokens), expected)
 
 
 def test_few_lines_say_what_is_chosen_for_all_numbers_of_tokens() -> None:
@@ -199,14 +201,14 @@ OTHER_LAYERS = {
 
 @pytest.mark.parametrize("other", OTHER_LAYERS.values(), ids=OTHER_LAYERS)
 @pytest.mark.parametrize(
-    ("place", "expected"), [(ENGINES, EngineDefault), (YOURS, EngineEntry)], ids=["engines", "yours"]
+    ("table_dir", "expected"), [(ENGINES, EngineDefault), (YOURS, EngineEntry)], ids=["engines", "yours"]
 )
 def test_a_table_for_another_layer_of_the_same_file_name_is_not_used(
-    tmp_path: Path, other: MoEShape, place: TableDir, expected: type
+    tmp_path: Path, other: MoEShape, table_dir: TableDir, expected: type
 ) -> None:
     table = {64: config()}
     write(tmp_path, table, known(table, shape=str(other)))
-    assert isinstance(choice([at(place, tmp_path)]), expected)
+    assert isinstance(choice([at(table_dir, tmp_path)]), expected)
 
 
 LAYERS = {
@@ -302,13 +304,13 @@ def test_a_table_cut_off_at_any_byte_is_passed_over_with_one_line(
     path = write(tmp_path / "yours", broken, known(broken))
     write(tmp_path / "shipped", whole, known(whole))
     text = path.read_bytes()
-    places = [at(YOURS, tmp_path / "yours"), at(SHIPPED, tmp_path / "shipped")]
+    table_dirs = [at(YOURS, tmp_path / "yours"), at(SHIPPED, tmp_path / "shipped")]
     for length in range(len(text.rstrip())):
         path.write_bytes(text[:length])
         caplog.clear()
-        assert (mark_of(choice(places)), len(caplog.messages)) == (2, 1), length
+        assert (mark_of(choice(table_dirs)), len(caplog.messages)) == (2, 1), length
     path.write_bytes(text)
-    assert mark_of(choice(places)) == 1
+    assert mark_of(choice(table_dirs)) == 1
 
 
 def test_provenance_cut_off_at_any_byte_makes_a_table_of_unknown_origin(tmp_path: Path) -> None:
@@ -347,7 +349,9 @@ def test_what_is_no_table_is_passed_over_with_one_line(
     path.unlink()
     make(path)
     write(tmp_path / "shipped", whole, known(whole))
-    assert mark_of(choice([at(YOURS, tmp_path / "yours"), at(SHIPPED, tmp_path / "shipped")])) == 2
+    # A sound table of the up projection is not lost for what lies beside it.
+    taken = choice([at(YOURS, tmp_path / "yours"), at(SHIPPED, tmp_path / "shipped")])
+    assert (mark_of(taken), getattr(taken, "down", None)) == (1 if down else 2, None)
     assert len(caplog.messages) == 1
     assert str(up_path.with_suffix("")) in caplog.text
 
@@ -355,9 +359,9 @@ def test_what_is_no_table_is_passed_over_with_one_line(
 @pytest.mark.parametrize("make", [a_folder, None, Path.touch], ids=["empty", "missing", "a-file"])
 def test_a_place_without_tables_has_none(tmp_path: Path, make: Any, caplog: pytest.LogCaptureFixture) -> None:
     if make is not None:
-        make(tmp_path / "place")
+        make(tmp_path / "folder")
     with caplog.at_level(logging.DEBUG):
-        assert isinstance(choice([at(YOURS, tmp_path / "place")]), EngineEntry)
+        assert isinstance(choice([at(YOURS, tmp_path / "folder")]), EngineEntry)
     assert not caplog.messages
 
 
@@ -412,4 +416,4 @@ def test_a_table_whose_provenance_has_a_figure_that_no_float_holds_is_of_unknown
     path.write_text(path.read_text(encoding="utf-8").replace("1.0", "1" + "0" * 400), encoding="utf-8")
     chosen = choice([at(YOURS, tmp_path)])
     assert isinstance(chosen, OurEntry)
-    assert chosen.origin == "origin unknown"
+    assert chosen.origin == "origin unknown, its provenance cannot be read"

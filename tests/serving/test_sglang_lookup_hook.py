@@ -31,7 +31,7 @@ W1, W2 = (8, 512, 512), (8, 512, 256)
 class Engine:
     """A lookup that answers as the engine's does, and notes each call; `lookup` is what stands in its place."""
 
-    def __init__(self, places: Sequence[TableDir] = (), version: str = "0.5.23") -> None:
+    def __init__(self, table_dirs: Sequence[TableDir] = (), version: str = "0.5.23") -> None:
         self.calls: list[dict[str, Any]] = []
         self.override: dict[str, Any] | None = None
         self.error: Exception | None = None
@@ -47,7 +47,7 @@ class Engine:
         found = SglangHookPoints(
             SglangInstallation(version, Path(), "3.7.1"), package, module, module, module, self.own, print, None
         )
-        self.resolver = sglang_lookup_hook.ConfigResolver(found, lambda: list(places), self.at_first_call)
+        self.resolver = sglang_lookup_hook.ConfigResolver(found, lambda: list(table_dirs), self.at_first_call)
         self.lookup = sglang_lookup_hook.lookup_hook(found, self.resolver)
 
     def at_first_call(self) -> None:
@@ -263,11 +263,11 @@ def test_the_arguments_of_a_call_are_one_of_our_shapes(
     dtype: str | None, block: list[int] | None, per_channel: bool, shape: MoEShape
 ) -> None:
     w1 = (8, 2 * shape.intermediate_size, 512)
-    assert lookup_layer(w1, W2, 2, dtype, block, per_channel).shape() == shape
+    assert lookup_layer(w1, W2, 2, dtype, block, per_channel).shape == shape
 
 
 def test_a_layer_without_a_gate_is_told_by_its_rows() -> None:
-    shape = lookup_layer((8, 256, 512), W2, 2, None, None, False).shape()
+    shape = lookup_layer((8, 256, 512), W2, 2, None, None, False).shape
     assert shape is not None
     assert not shape.gated
 

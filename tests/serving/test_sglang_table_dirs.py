@@ -32,18 +32,18 @@ def test_the_users_tables_come_before_the_shipped_ones_and_those_before_the_engi
     tuned = package_data.folder("tuned_configs")
     assert tuned is not None
     expected = [tmp_path / "store" / "tables" / "sglang", tuned / "configs", engine.configs_root]
-    assert [place.root for place in table_dirs(engine)] == expected
+    assert [table_dir.root for table_dir in table_dirs(engine)] == expected
 
 
 def test_only_the_last_place_is_read_by_the_engine_itself(engine: SglangInstallation) -> None:
-    assert [place.is_engines for place in table_dirs(engine)] == [False, False, True]
+    assert [table_dir.is_engines for table_dir in table_dirs(engine)] == [False, False, True]
 
 
 def test_without_shipped_tables_the_others_are_left(
     engine: SglangInstallation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(package_data, "folder", lambda _: None)
-    assert [place.name for place in table_dirs(engine)] == ["your", "the engine's"]
+    assert [table_dir.name for table_dir in table_dirs(engine)] == ["your", "the engine's"]
 
 
 def test_a_folder_that_the_user_names_to_the_engine_takes_the_place_of_its_own_and_is_asked_for(
@@ -57,7 +57,7 @@ def test_a_folder_that_the_user_names_to_the_engine_takes_the_place_of_its_own_a
 def test_our_own_overlay_is_not_what_a_user_asks_for(
     engine: SglangInstallation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(env.SGLANG_CONFIG_DIR, str(directory.place(engine)))
+    monkeypatch.setenv(env.SGLANG_CONFIG_DIR, str(directory.overlay_folder(engine)))
     assert not table_dirs(engine)[-1].is_asked_for
 
 
@@ -72,4 +72,4 @@ def test_a_user_without_a_home_has_the_other_places(
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv(env.SGLANG_CONFIG_DIR, named)
     monkeypatch.setattr(pwd, "getpwuid", nobody)
-    assert [place.name for place in table_dirs(engine)] == ["the shipped", "the engine's"]
+    assert [table_dir.name for table_dir in table_dirs(engine)] == ["the shipped", "the engine's"]

@@ -38,10 +38,10 @@ def config(mark: int) -> TileConfig:
 
 
 def put(
-    place: TableDir, mark: int, origin: Origin | None, *, triton: str = TRITON, keys: tuple[int, ...] = (64,)
+    table_dir: TableDir, mark: int, origin: Origin | None, *, triton: str = TRITON, keys: tuple[int, ...] = (64,)
 ) -> Path:
-    folder = place.root if place.is_flat else place.root / sglangs.version_folder(triton)
-    path = folder / place.dialect.file_name(place.dialect.key(SHAPE, H200.device_name))
+    folder = table_dir.root if table_dir.is_flat else table_dir.root / sglangs.version_folder(triton)
+    path = folder / table_dir.dialect.file_name(table_dir.dialect.key(SHAPE, H200.device_name))
     table: Table = dict.fromkeys(keys, config(mark))
     run = dataclasses.replace(A_RUN, shape=str(SHAPE), triton=triton)
     known = (
@@ -50,7 +50,7 @@ def put(
         else {provenance.sidecar(path): Provenance(dict.fromkeys(table, ProvenanceEntry(origin, run)))}
     )
     files.write_together(
-        {path: config_table.to_json(table), **{place: provenance.to_json(it) for place, it in known.items()}}
+        {path: config_table.to_json(table), **{path: provenance.to_json(it) for path, it in known.items()}}
     )
     return path
 
@@ -77,16 +77,16 @@ def test_the_folder_that_the_user_names_comes_first_and_vllms_own_last(
     monkeypatch.setenv(env.VLLM_CONFIG_FOLDER, str(tmp_path / "named"))
     found = table_dirs(ENGINE)
     roots = [tmp_path / "named", tmp_path / "store/tables/vllm", ENGINE.configs_folder]
-    assert [place.root for place in found if "tuned" not in str(place.root)] == roots
-    assert [place.is_asked_for for place in found] == [True] + [False] * 3
+    assert [table_dir.root for table_dir in found if "tuned" not in str(table_dir.root)] == roots
+    assert [table_dir.is_asked_for for table_dir in found] == [True] + [False] * 3
 
 
 def test_no_table_of_sglang_is_served_that_nobody_exported() -> None:
-    assert {place.dialect for place in table_dirs(ENGINE)} == {table_names.NAMING}
+    assert {table_dir.dialect for table_dir in table_dirs(ENGINE)} == {table_names.NAMING}
 
 
 def test_without_a_named_folder_the_engine_reads_its_own_alone() -> None:
-    assert [place.root for place in table_dirs(ENGINE) if place.is_engines] == [ENGINE.configs_folder]
+    assert [table_dir.root for table_dir in table_dirs(ENGINE) if table_dir.is_engines] == [ENGINE.configs_folder]
 
 
 @pytest.mark.parametrize(

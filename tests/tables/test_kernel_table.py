@@ -35,7 +35,7 @@ def test_entries_of_other_numbers_of_tokens_stay(tmp_path: Path) -> None:
     file = tmp_path / "E=8.paths.json"
     kernel_table.put(file, {64: KernelEntry(None, RUN), 4096: KernelEntry(None, RUN)})
     kernel_table.put(file, {4096: KernelEntry(PATH, RUN)})
-    assert {m: entry.path for m, entry in kernel_table.read(file).items()} == {64: None, 4096: PATH}
+    assert {m: entry.plan for m, entry in kernel_table.read(file).items()} == {64: None, 4096: PATH}
 
 
 def test_a_layer_without_a_file_has_no_paths(tmp_path: Path) -> None:

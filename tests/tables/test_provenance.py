@@ -63,22 +63,39 @@ def test_any_bytes_beside_a_table_are_provenance_or_unknown(
 ) -> None:
     table = tmp_path_factory.getbasetemp() / "any_bytes.json"
     provenance.sidecar(table).write_bytes(data)
-    assert provenance.read(table) is None
+    read = provenance.read(table)
+    assert read is not None and read.entries == {} and read.broken
 
 
 @pytest.mark.parametrize("data", DAMAGE.values(), ids=DAMAGE.keys())
-def test_damaged_provenance_is_unknown(tmp_path: Path, data: bytes) -> None:
+def test_damaged_provenance_is_broken_and_names_the_file(tmp_path: Path, data: bytes) -> None:
     table = tmp_path / "table.json"
     provenance.sidecar(table).write_bytes(data)
-    assert provenance.read(table) is None
+    read = provenance.read(table)
+    assert read is not None and read.entries == {}
+    assert str(provenance.sidecar(table)) in str(read.broken)
 
 
-def test_a_table_with_damaged_provenance_counts_as_measured(tmp_path: Path) -> None:
+def test_a_table_without_a_provenance_file_has_no_provenance(tmp_path: Path) -> None:
+    assert provenance.read(tmp_path / "table.json") is None
+
+
+@pytest.mark.parametrize("data", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_table_with_damaged_provenance_is_worth_no_more_than_a_predicted_one(tmp_path: Path, data: bytes) -> None:
+    table = tmp_path / "table.json"
+    table.write_text(config_table.to_json({64: generated.config()}))
+    provenance.sidecar(table).write_bytes(data)
+    stored = merge.read(table)
+    assert stored is not None and not stored.has_measured()
+
+
+def test_a_predicted_table_never_replaces_one_with_damaged_provenance(tmp_path: Path) -> None:
+    """It may have been measured."""
     table = tmp_path / "table.json"
     table.write_text(config_table.to_json({64: generated.config()}))
     provenance.sidecar(table).write_bytes(DAMAGE["cut short"])
-    stored = merge.read(table)
-    assert stored is not None and stored.has_measured()
+    predicted = merge.StoredTable({64: generated.config()}, KNOWN)
+    assert isinstance(merge.merge_tables(merge.read(table), predicted), merge.RefusedTable)
 
 
 def test_a_table_without_provenance_counts_as_measured(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.tables import user_store
 
 
-def place(engine: SglangInstallation) -> Path:
+def overlay_folder(engine: SglangInstallation) -> Path:
     """Where that engine's overlay lies: in the user's store, one for each release."""
     return user_store.root() / "overlay" / f"sglang-{engine.version_text}"
 

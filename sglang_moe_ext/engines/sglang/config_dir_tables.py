@@ -24,7 +24,7 @@ Version = tuple[int, int, int]
 Outcome = dict[Path, str | None]
 
 
-"""For each place: why our table was not put there, or None where it was."""
+"""By file: why our table was not put there, or None where it was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +68,13 @@ def put(name: str, sources: Sources, folder: Path, version: Version) -> Outcome:
     down_file = best.with_name(f"{best.stem}_down.json")
     # The engine may have a table for the down projection, with another BLOCK_SIZE_M: ours must stand before it.
     down = _read(down_file) if down_file.exists() else _as_down(up)
-    up_place, down_place = folder / name, folder / down_file.name
+    up_path, down_path = folder / name, folder / down_file.name
     changes = {
-        up_place: safe(up, key, version),
-        down_place: safe(down, replace(key, down=True), version),
+        up_path: safe(up, key, version),
+        down_path: safe(down, replace(key, down=True), version),
     }
-    results = merge.put(changes, [(up_place, down_place)])
-    return {place: result.why if isinstance(result, RefusedTable) else None for place, result in results.items()}
+    results = merge.put(changes, [(up_path, down_path)])
+    return {path: result.why if isinstance(result, RefusedTable) else None for path, result in results.items()}
 
 
 def _best(name: str, sources: Sources, running: str) -> Path:

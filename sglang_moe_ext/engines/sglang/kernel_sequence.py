@@ -1,4 +1,4 @@
-"""What SGLang hands to the kernels of a layer behind the sort: whether our path may run for it, and with what.
+"""What SGLang hands to the kernels of a layer behind the sort: whether our kernels may run for it, and with what.
 
 The arguments of `_fused_moe_kernel_sequence` grow with the releases. One that is not known here must be what it is when
 it is not given; else the engine's own kernels run.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 FIRST_RELEASE = (0, 5, 11)
 """The first with a function of all kernels behind the sort."""
 DOWN_POSITION = 9
-"""Of `down_config`, the entry that carries our path, in all releases from 0.5.11 to 0.5.23."""
+"""Of `down_config`, the entry that carries our kernel plan, in all releases from 0.5.11 to 0.5.23."""
 _DOWN = "down_config"
 _BY_POSITION = (
     "hidden_states", "w1", "w2", "topk_weights", "topk_ids",
@@ -99,7 +99,7 @@ GATES = (
     _unless_given("its activations come quantized", "a1_scale", "a2_scale", "a1_q"),
     _unless_set("it weighs the input of the experts", "apply_router_weight_on_input"),
     _unless_set("its sum is somebody else's", "no_combine", "no_combine_keep_router_weight", "defer_sum"),
-    _unless_set("some of its experts are of other ranks, where our path was never measured", "filter_expert"),
+    _unless_set("some of its experts are of other ranks, where our kernels were never measured", "filter_expert"),
     _unless_given("LoRA adapters look between its kernels", "hooks"),
 )
 _KNOWN = _TAKEN.union(*(gate.names for gate in GATES))
@@ -119,7 +119,7 @@ class SequenceParameters:
 
 
 def parameters(function: Callable[..., Any]) -> SequenceParameters:
-    """Those of this release's function, where it takes what our path needs in the order that is known.
+    """Those of this release's function, where it takes what our kernels need in the order that is known.
 
     Raises:
         EngineError: it does not.
@@ -134,13 +134,13 @@ def parameters(function: Callable[..., Any]) -> SequenceParameters:
 
 
 def plan_of(args: tuple[Any, ...], kwargs: Arguments) -> KernelPlan | None:
-    """The path that our lookup chose for this call, if it did."""
+    """The kernel plan that our lookup chose for this call, if it did."""
     entry = args[DOWN_POSITION] if len(args) > DOWN_POSITION else kwargs.get(_DOWN)
-    return entry.path if isinstance(entry, ConfigWithPlan) else None
+    return entry.plan if isinstance(entry, ConfigWithPlan) else None
 
 
 def refusal(of: SequenceParameters, given: Arguments, engine: SglangHookPoints) -> ArgumentGate | None:
-    """Why our path may not run for these arguments, defaults included.
+    """Why our kernels may not run for these arguments, defaults included.
 
     Raises:
         EngineError: this engine says of a setting in a way that is not known.
@@ -186,7 +186,7 @@ def _of_tensors(given: Arguments) -> ArgumentGate | None:
     return None
 
 
-def run(given: Arguments, path: KernelPlan, engine: SglangHookPoints) -> torch.Tensor:
+def run(given: Arguments, plan: KernelPlan, engine: SglangHookPoints) -> torch.Tensor:
     """What the sequence returns: [tokens, hidden], the hidden states themselves where it works in place."""
     import torch
 
@@ -194,11 +194,11 @@ def run(given: Arguments, path: KernelPlan, engine: SglangHookPoints) -> torch.T
 
     hidden, factor = given["hidden_states"], given["routed_scaling_factor"]
     out: torch.Tensor = hidden if given["inplace"] else torch.empty_like(hidden)
-    sorted_layer.run(_layer(given, path, engine), out, 1.0 if factor is None else float(factor))
+    sorted_layer.run(_layer(given, plan, engine), out, 1.0 if factor is None else float(factor))
     return out
 
 
-def _layer(given: Arguments, path: KernelPlan, engine: SglangHookPoints) -> SortedLayer:
+def _layer(given: Arguments, plan: KernelPlan, engine: SglangHookPoints) -> SortedLayer:
     from sglang_moe_ext.engines.sglang.runner import LoadedSglang
     from sglang_moe_ext.engines.sglang.sorted_layer import SortedLayer
     from sglang_moe_ext.engines.tensors import LayerTensors
@@ -220,7 +220,7 @@ def _layer(given: Arguments, path: KernelPlan, engine: SglangHookPoints) -> Sort
         ),
         tensors=LayerTensors(hidden, w1, w2, given["w1_scale"], given["w2_scale"], given["topk_weights"], topk_ids),
         aligned=(given["sorted_token_ids"], given["expert_ids"], given["num_tokens_post_padded"]),
-        path=path,
+        plan=plan,
     )
 
 

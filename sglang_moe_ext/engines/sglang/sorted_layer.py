@@ -1,4 +1,4 @@
-"""SGLang's fused-MoE layer by our path, behind the engine's sort: rows keep the order of the experts to the last sum.
+"""SGLang's fused-MoE layer run by our kernels: rows keep the order of the experts from the sort to the last sum.
 
 The up GEMM, the engine's or ours; our activation, with the quantization where there is one; our down GEMM through TMA;
 a weighted sum that gathers a token's rows in order. The inputs stay as they are until that sum: whatever fails before
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SortedLayer:
-    """One batch of one layer. `aligned`: the engine's sort of it into blocks of the path's `block_m`."""
+    """One batch of one layer. `aligned`: the engine's sort of it into blocks of the plan's `block_m`."""
 
     engine: LoadedSglang
     shape: MoEShape
     tensors: LayerTensors
     aligned: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    path: KernelPlan
+    plan: KernelPlan
 
     @property
     def rows(self) -> int:
         """Of what lies between the GEMMs; those of padding are never read into a result."""
-        return sorted_rows(self.shape, self.tensors.hidden.shape[0], self.path.block_m)
+        return sorted_rows(self.shape, self.tensors.hidden.shape[0], self.plan.block_m)
 
     @property
     def has_experts_elsewhere(self) -> bool:
@@ -65,17 +65,17 @@ def run(layer: SortedLayer, out: torch.Tensor, routed_scaling_factor: float = 1.
     write_sum(layer, run_down(layer, inner), out, routed_scaling_factor)
 
 
-def sort_tokens(engine: LoadedSglang, shape: MoEShape, tensors: LayerTensors, path: KernelPlan) -> SortedLayer:
+def sort_tokens(engine: LoadedSglang, shape: MoEShape, tensors: LayerTensors, plan: KernelPlan) -> SortedLayer:
     """The batch, with the engine's sort of it, which is run."""
-    return SortedLayer(engine, shape, tensors, engine.align(tensors.topk_ids, path.block_m, shape.experts), path)
+    return SortedLayer(engine, shape, tensors, engine.align(tensors.topk_ids, plan.block_m, shape.experts), plan)
 
 
-def result(engine: LoadedSglang, shape: MoEShape, tensors: LayerTensors, path: KernelPlan) -> torch.Tensor:
+def result(engine: LoadedSglang, shape: MoEShape, tensors: LayerTensors, plan: KernelPlan) -> torch.Tensor:
     """[tokens, hidden], the engine's sort included."""
     import torch
 
     out = torch.empty_like(tensors.hidden)
-    run(sort_tokens(engine, shape, tensors, path), out)
+    run(sort_tokens(engine, shape, tensors, plan), out)
     return out
 
 
@@ -86,7 +86,7 @@ def read(layer: SortedLayer) -> RowValues:
     from sglang_moe_ext.kernels import swiglu
 
     hidden = layer.tensors.hidden
-    if isinstance(layer.path.up, TileConfig) or layer.shape.quantization.scheme is None:
+    if isinstance(layer.plan.up, TileConfig) or layer.shape.quantization.scheme is None:
         return RowValues(hidden)
     values, scale = torch.empty_like(hidden, dtype=torch.float8_e4m3fn), _scale_for(hidden)
     swiglu.launch_quantize(hidden, values, scale)
@@ -98,7 +98,7 @@ def run_up(layer: SortedLayer, hidden: RowValues) -> RowValues:
     import torch
 
     columns, (width, _) = layer.shape.intermediate_size, layer.shape.gemm("up")
-    match layer.path.up:
+    match layer.plan.up:
         case TileConfig() as config:
             gate_up = hidden.values.new_empty(layer.rows, width)
             runner.launch(layer.engine, layer.shape, "up", _engines_gemm(layer, gate_up), config, writes_sorted=True)
@@ -114,7 +114,7 @@ def run_up(layer: SortedLayer, hidden: RowValues) -> RowValues:
             scale = _scale_for(gate_up) if quantizes else None
             sorted_up.launch_up(
                 hidden.values, tensors.w1, gate_up, *layer.aligned, config,
-                pairs=tensors.topk_ids.numel(), top_k=shape.top_k, align_block_m=layer.path.block_m,
+                pairs=tensors.topk_ids.numel(), top_k=shape.top_k, align_block_m=layer.plan.block_m,
                 scales=layer.scales(hidden.scale, tensors.w1_scale), out_scale=scale,
             )  # fmt: skip
             return RowValues(gate_up, scale)
@@ -147,8 +147,8 @@ def run_down(layer: SortedLayer, inner: RowValues) -> torch.Tensor:
     _, experts, padded = layer.aligned
     down = layer.tensors.hidden.new_empty(layer.rows, layer.shape.hidden_size)
     weights, scales = layer.tensors.w2, layer.scales(inner.scale, layer.tensors.w2_scale)
-    align = layer.path.block_m
-    match layer.path.down:
+    align = layer.plan.block_m
+    match layer.plan.down:
         case ShortKDownConfig() as short:
             sorted_down_short_k.launch_short_down(
                 inner.values, weights, down, experts, padded, short, align_block_m=align, scales=scales
@@ -171,7 +171,7 @@ def write_sum(layer: SortedLayer, down: torch.Tensor, out: torch.Tensor, routed_
     positions = torch.empty_like(layer.tensors.topk_ids, dtype=torch.int32, memory_format=torch.contiguous_format)
     gather_sum.launch_inverse(
         ids, experts, padded, positions,
-        align_block_m=layer.path.block_m, experts_elsewhere=layer.has_experts_elsewhere,
+        align_block_m=layer.plan.block_m, experts_elsewhere=layer.has_experts_elsewhere,
     )  # fmt: skip
     gather_sum.launch_gather_sum(
         down, positions, layer.tensors.topk_weights, out, routed_scaling_factor=routed_scaling_factor

@@ -44,6 +44,11 @@ def is_version_folder(name: str) -> bool:
     return re.fullmatch(r"triton_\d+(_\d+)*", name) is not None
 
 
+def is_any_version_folder(name: str) -> bool:
+    """True for the folder of a release or of an own build of Triton, such as triton_3_7_1+git9f3a2b1c."""
+    return re.fullmatch(r"triton_\d+(_\d+)*([+._-].*)?", name) is not None
+
+
 def version_folder(triton_version: str) -> str:
     """The folder of the tables that were made with this Triton."""
     return f"triton_{triton_version.replace('.', '_')}"

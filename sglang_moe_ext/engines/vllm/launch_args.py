@@ -1,39 +1,22 @@
-"""What a launch of vLLM's kernel says of its GEMM: its weights as one of our shapes, and the tile that really runs."""
+"""What vLLM's launchers make of a configuration before their kernels run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_moe_ext.core import MoEShape, Quantization, Scheme, TileConfig
+from sglang_moe_ext.core import MoEShape, TileConfig
 from sglang_moe_ext.engines.config_dict import ConfigDict, launch_args
 
-_FLAGS: tuple[tuple[str, Scheme], ...] = (
-    ("use_fp8_w8a8", "fp8_w8a8"),
-    ("use_int8_w8a8", "int8_w8a8"),
-    ("use_int8_w8a16", "int8_w8a16"),
-    ("use_int4_w4a16", "int4_w4a16"),
-)
-
-
-def shape_of(arguments: Mapping[str, Any]) -> MoEShape:
-    """The GEMM of a launcher's arguments by name; `intermediate_size` is the columns of this GEMM alone."""
-    scheme = next((scheme for flag, scheme in _FLAGS if arguments.get(flag)), None)
-    block = arguments.get("block_shape")
-    experts, columns, reduction = arguments["B"].shape
-    quantization = Quantization(scheme, (int(block[0]), int(block[1])) if block else None)
-    return MoEShape(experts, columns, reduction, arguments["top_k"], quantization, gated=False)
+SPLIT_K = "SPLIT_K"
 
 
 def clamp_to_block(entry: Mapping[str, Any], shape: MoEShape) -> ConfigDict:
-    """The entry as the launcher cuts it: a tile reaches over no more of K than one block of scales."""
+    """The entry as the launcher cuts it: BLOCK_SIZE_K is no larger than either side of a block of scales."""
     quantization = shape.quantization
     if not quantization.is_block_wise or quantization.block_shape is None:
         return dict(entry)
     return {**entry, "BLOCK_SIZE_K": min(entry["BLOCK_SIZE_K"], *quantization.block_shape)}
-
-
-SPLIT_K = "SPLIT_K"
 
 
 def config_dict_of(config: TileConfig) -> ConfigDict:

@@ -46,4 +46,4 @@ def file_name(key: TableKey) -> str:
     )
 
 
-NAMING = TableNaming(table_key, file_name, has_down=False)
+NAMING = TableNaming(table_key, file_name, has_down=False, metadata_keys=frozenset({"triton_version"}))

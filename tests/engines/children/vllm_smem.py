@@ -15,6 +15,7 @@ import torch
 import triton
 
 from sglang_moe_ext.core import TileConfig
+from sglang_moe_ext.engines import launch_shape
 from sglang_moe_ext.engines.config_dict import tile_of
 from sglang_moe_ext.engines.vllm import bootstrap, launch_args
 from sglang_moe_ext.engines.vllm.installation import LAYER_MODULE
@@ -92,7 +93,7 @@ def main(asked: list[Any]) -> list[list[int]]:
         layer.enable_swap_ab = lambda m, n, sm=sm: swaps and sm == 90 and m < 64 <= n
         arguments = arguments_of(kind, TileConfig(block_m, block_n, block_k, 1, warps, stages))
         layer.invoke_fused_moe_triton_kernel(**arguments)
-        shape = launch_args.shape_of(arguments)
+        shape = launch_shape.shape_of(arguments)
         formula = smem_bytes(tile_of(launch_args.clamp_to_block(arguments["config"], shape)), shape, sm)
         said.append([int(compiled.binary.metadata.shared), formula])
     return said

@@ -310,15 +310,15 @@ def test_the_line_that_is_printed_sets_the_variable_in_a_shell(
 
 def test_built_twice_an_overlay_is_the_same(engine: SglangInstallation, capsys: pytest.CaptureFixture[str]) -> None:
     first = said(capsys)[1]
-    before = {path: path.read_bytes() for path in overlays.place(engine).rglob("*.json")}
+    before = {path: path.read_bytes() for path in overlays.overlay_folder(engine).rglob("*.json")}
     assert said(capsys)[1] == first
-    assert {path: path.read_bytes() for path in overlays.place(engine).rglob("*.json")} == before
+    assert {path: path.read_bytes() for path in overlays.overlay_folder(engine).rglob("*.json")} == before
 
 
 def test_tuning_writes_into_the_same_overlay(engine: SglangInstallation) -> None:
     destination = install_target.choose_for_sglang("overlay", None, engine, "3.7.1")
     assert destination is not None
-    assert destination.folder == overlays.place(engine) / "configs" / RUNNING
+    assert destination.folder == overlays.overlay_folder(engine) / "configs" / RUNNING
 
 
 def test_a_variable_that_names_another_folder_is_not_overruled(
@@ -332,15 +332,15 @@ def test_a_variable_that_names_another_folder_is_not_overruled(
 def test_a_variable_that_names_the_overlay_is_as_it_should_be(
     engine: SglangInstallation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(env.SGLANG_CONFIG_DIR, str(overlays.place(engine)))
-    assert said(capsys)[0][-1] == f"export {env.SGLANG_CONFIG_DIR}={shlex.quote(str(overlays.place(engine)))}"
+    monkeypatch.setenv(env.SGLANG_CONFIG_DIR, str(overlays.overlay_folder(engine)))
+    assert said(capsys)[0][-1] == f"export {env.SGLANG_CONFIG_DIR}={shlex.quote(str(overlays.overlay_folder(engine)))}"
 
 
 def test_a_triton_of_its_own_build_gets_no_overlay(engine: SglangInstallation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installation, "running_triton", lambda: "3.7.1+git1234")
     with pytest.raises(EngineError, match="is a build of its own"):
         overlay.run(argparse.Namespace())
-    assert not overlays.place(engine).exists()
+    assert not overlays.overlay_folder(engine).exists()
 
 
 def test_without_an_engine_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
