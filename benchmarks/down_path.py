@@ -102,7 +102,7 @@ class Racer:
         Raises:
             EngineError: none of our paths runs, or the engine's own layer does not.
         """
-        times, _ = sorted_kernels.screen_plans(self.shape, tokens, [tuned["up"]], self._ask)
+        times, _ = sorted_kernels.screen_plans(self.shape, tokens, [tuned["up"]], self._ask, lambda _: None)
         if not times:
             raise EngineError(f"none of our paths runs for M={tokens}")
         path = min(times, key=times.__getitem__)

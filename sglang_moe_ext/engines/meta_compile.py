@@ -39,8 +39,26 @@ def weights(shape: MoEShape, projection: Projection) -> tuple[torch.Tensor, torc
     return meta((shape.experts, *stored.shape[1:]), stored.dtype), meta((shape.experts, *scale.shape[1:]), scale.dtype)
 
 
-def compile_last_launch(sm: int, launch: Callable[[], None]) -> Resources | Failure:
+def compile_last_launch(sm: int, launch: Callable[[], object]) -> Resources | Failure:
     """What the last binary that `launch` launches needs on that architecture, or why the compiler refuses it."""
+    compiled = _compile_launches(sm, launch)
+    return compiled if isinstance(compiled, Failure) else resources_of(compiled[-1])
+
+
+def compile_every_launch(sm: int, launch: Callable[[], object]) -> Resources | Failure:
+    """The most that any binary needs which `launch` launches on that architecture, or why the compiler refuses one."""
+    compiled = _compile_launches(sm, launch)
+    if isinstance(compiled, Failure):
+        return compiled
+    needs = [resources_of(kernel) for kernel in compiled]
+    return Resources(
+        smem_bytes=max(need.smem_bytes for need in needs),
+        registers=max(need.registers for need in needs),
+        spill_bytes=max(need.spill_bytes for need in needs),
+    )
+
+
+def _compile_launches(sm: int, launch: Callable[[], object]) -> list[Any] | Failure:
     import triton
     from triton.runtime.jit import JITFunction
 
@@ -59,7 +77,7 @@ def compile_last_launch(sm: int, launch: Callable[[], None]) -> Resources | Fail
         return Failure(type(error).__name__, (str(error).strip().splitlines() or ["no message"])[-1][:300])
     finally:
         JITFunction.run = run
-    return resources_of(compiled[-1])
+    return compiled
 
 
 GROUP = "GROUP_SIZE_M"

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from sglang_moe_ext.core import MoEExtError
 from sglang_moe_ext.kernels.launcher import launch
+from sglang_moe_ext.sorted_kernels import SCALE_GROUP
 
-GROUP = 128
+GROUP = SCALE_GROUP
 """Columns that share one scale."""
 _ROWS = 4
 LONGEST_ROW = 8192

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sglang_moe_ext.core import CompileJob, Failure, MoEShape, Projection, Quantization, Resources, TileConfig
+from sglang_moe_ext.core import Failure, MoEShape, Projection, Quantization, Resources, TileConfig
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tuning import plan
 from sglang_moe_ext.tuning.bench.messages import (
@@ -25,6 +25,7 @@ from sglang_moe_ext.tuning.bench.messages import (
     Pair,
 )
 from sglang_moe_ext.tuning.bench.routing import MIXED
+from sglang_moe_ext.tuning.compile.kernel_source import Job
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.request import MeasureOptions, TuneRequest
 from sglang_moe_ext.tuning.run import journal, journal_reader, search_loop
@@ -124,17 +125,17 @@ class ReplayingStation:
     results: Measure
     name: str = "GPU 0"
     seconds: float = 0.0
-    needs: Callable[[CompileJob], Resources | Failure] = lambda job: FITS
+    needs: Callable[[Job], Resources | Failure] = lambda job: FITS
     asked: list[BenchRequest] = field(default_factory=list)
-    wanted: set[CompileJob] = field(default_factory=set)
+    wanted: set[Job] = field(default_factory=set)
 
     def get_ready(self) -> None:
         """At once."""
 
-    def want(self, jobs: Iterable[CompileJob]) -> None:
+    def want(self, jobs: Iterable[Job]) -> None:
         self.wanted.update(jobs)
 
-    def binary(self, job: CompileJob) -> Resources | Failure:
+    def binary(self, job: Job) -> Resources | Failure:
         return self.needs(job)
 
     def measure(self, request: BenchRequest) -> BenchResult:

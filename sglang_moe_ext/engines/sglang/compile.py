@@ -11,11 +11,23 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEShape, Projection, Resources
+from sglang_moe_ext.core import (
+    PROJECTIONS,
+    CompileJob,
+    CompileKey,
+    Failure,
+    MoEShape,
+    Projection,
+    Resources,
+    TileConfig,
+)
 from sglang_moe_ext.engines import meta_compile
 from sglang_moe_ext.engines.meta_compile import any_group, meta
+from sglang_moe_ext.engines.sglang import sorted_layer
 from sglang_moe_ext.engines.sglang.runner import LoadedSglang, launch, load
-from sglang_moe_ext.engines.tensors import GemmTensors, sorted_rows
+from sglang_moe_ext.engines.sglang.sorted_layer import RowValues, SortedLayer
+from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors, sorted_rows
+from sglang_moe_ext.sorted_kernels import SCALE_GROUP, DownConfig, KernelPlan, SortedKernelJob, UpConfig
 
 if TYPE_CHECKING:
     import torch
@@ -96,10 +108,14 @@ def _prepare(kernels: Any, sm: int) -> None:
         setattr(kernels, f"{prefix}per_token_group_quant_int8", _quantized("int8", _groups))
 
 
-def compile_job(job: CompileJob) -> Resources | Failure:
+def compile_job(job: CompileJob | SortedKernelJob) -> Resources | Failure:
     """What the binary of this job needs, or why the compiler refuses it."""
     engine = _engine()
     _prepare(engine.kernels, job.sm)
+    return _compile_sorted(engine, job) if isinstance(job, SortedKernelJob) else _compile_gemm(engine, job)
+
+
+def _compile_gemm(engine: LoadedSglang, job: CompileJob) -> Resources | Failure:
     config = job.key.with_group(job.group_m or 1)
     tensors = _tensors(engine, job.shape, job.projection, job.tokens, job.key)
 
@@ -108,3 +124,52 @@ def compile_job(job: CompileJob) -> Resources | Failure:
             launch(engine, job.shape, job.projection, tensors, config, writes_sorted=job.sorted_rows)
 
     return meta_compile.compile_last_launch(job.sm, launch_it)
+
+
+def _compile_sorted(engine: LoadedSglang, job: SortedKernelJob) -> Resources | Failure:
+    from sglang_moe_ext.kernels import tma
+
+    tma.capability = lambda _: divmod(job.sm, 10)  # type: ignore[assignment]
+    match job.config:
+        case TileConfig() | UpConfig() as up:
+            plan = KernelPlan(up, DownConfig(job.block_m, 128, 64, 1, 4, 3))
+        case down:
+            plan = KernelPlan(TileConfig(job.block_m, 128, 64, 1, 4, 3), down)
+    layer = sorted_layer.sort_tokens(engine, job.shape, _layer_tensors(job), plan)
+
+    def launch_up() -> None:
+        sorted_layer.run_activation(layer, sorted_layer.run_up(layer, sorted_layer.read(layer)))
+
+    def launch_down() -> None:
+        down = sorted_layer.run_down(layer, _activations(layer))
+        sorted_layer.write_sum(layer, down, layer.tensors.hidden)
+
+    return meta_compile.compile_every_launch(job.sm, launch_up if job.projection == "up" else launch_down)
+
+
+def _layer_tensors(job: SortedKernelJob) -> LayerTensors:
+    import torch
+
+    (w1, w1_scale), (w2, w2_scale) = (meta_compile.weights(job.shape, projection) for projection in PROJECTIONS)
+    routed = job.tokens, job.shape.top_k
+    return LayerTensors(
+        hidden=meta((job.tokens, job.shape.hidden_size), getattr(torch, job.shape.dtype)),
+        w1=w1,
+        w2=w2,
+        w1_scale=w1_scale,
+        w2_scale=w2_scale,
+        topk_weights=meta(routed, torch.float32),
+        topk_ids=meta(routed, torch.int32),
+    )
+
+
+def _activations(layer: SortedLayer) -> RowValues:
+    """What the down GEMM reads [rows, I], with the scales of rows or of groups of columns."""
+    import torch
+
+    shape = layer.shape
+    size = layer.rows, shape.intermediate_size
+    if shape.quantization.scheme is None:
+        return RowValues(meta(size, getattr(torch, shape.dtype)))
+    groups = 1 if shape.quantization.per_channel else shape.intermediate_size // SCALE_GROUP
+    return RowValues(meta(size, torch.float8_e4m3fn), meta((layer.rows, groups), torch.float32))

@@ -12,10 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sglang_moe_ext.core import CompileJob, Failure, Resources
+from sglang_moe_ext.core import Failure, Resources
+from sglang_moe_ext.sorted_kernels import SortedKernelJob
+from sglang_moe_ext.tuning.compile.kernel_source import digest_of_sorted_kernels
 
 if TYPE_CHECKING:
-    from sglang_moe_ext.tuning.compile.kernel_source import KernelSource
+    from sglang_moe_ext.tuning.compile.kernel_source import Job, KernelSource
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ class CompileCache:
         database.execute(statement)
         return database
 
-    def get(self, source: KernelSource, job: CompileJob) -> Resources | Failure | None:
+    def get(self, source: KernelSource, job: Job) -> Resources | Failure | None:
         try:
             with self._in_use:
                 found = self._database.execute("SELECT result FROM compiled WHERE key = ?", (_key(source, job),))
@@ -61,7 +63,7 @@ class CompileCache:
         except (sqlite3.Error, ValueError, TypeError, KeyError):
             return None
 
-    def put(self, source: KernelSource, job: CompileJob, result: Resources | Failure) -> None:
+    def put(self, source: KernelSource, job: Job, result: Resources | Failure) -> None:
         """Keep the result, unless it is a failure that may not come again."""
         if isinstance(result, Failure) and result.kind not in _REFUSALS:
             return
@@ -74,8 +76,11 @@ class CompileCache:
             log.warning("the compile cache cannot be written (%s)", error)
 
 
-def _key(source: KernelSource, job: CompileJob) -> str:
-    return hashlib.sha256(json.dumps([source.fingerprint, asdict(job)], sort_keys=True).encode()).hexdigest()
+def _key(source: KernelSource, job: Job) -> str:
+    what: list[object] = [source.fingerprint, asdict(job)]
+    if isinstance(job, SortedKernelJob):  # its fields alone do not tell an UpConfig from a DownConfig
+        what += [type(job.config).__name__, digest_of_sorted_kernels()]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 def _parsed(document: dict[str, object]) -> Resources | Failure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -12,8 +13,11 @@ from pathlib import Path
 import sglang_moe_ext.kernels
 from sglang_moe_ext.core import CompileJob, EngineError, Failure, Resources
 from sglang_moe_ext.engines.adapter import EngineAdapter, InstallationLike
+from sglang_moe_ext.sorted_kernels import SortedKernelJob
 
-Compiled = dict[CompileJob, Resources | Failure]
+Job = CompileJob | SortedKernelJob
+"""What a pool compiles: one binary of the engine's kernel, or the binaries of one half of a plan of our kernels."""
+Compiled = dict[Job, Resources | Failure]
 Progress = Callable[[int, int], None]
 """Called with how many binaries are done, of how many wanted so far; from the pool's own thread."""
 
@@ -52,5 +56,15 @@ def kernel_source(engine: InstallationLike | None, adapter: EngineAdapter) -> Ke
 
 
 def _digest_of_ours() -> str:
+    return _digest("fused_moe*.py")
+
+
+@functools.cache
+def digest_of_sorted_kernels() -> str:
+    """Changes with the kernels that a SortedKernelJob compiles."""
+    return _digest("*.py")
+
+
+def _digest(pattern: str) -> str:
     folder = Path(sglang_moe_ext.kernels.__path__[0])
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("fused_moe*.py")))).hexdigest()
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob(pattern)))).hexdigest()

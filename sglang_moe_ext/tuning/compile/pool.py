@@ -10,9 +10,9 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from sglang_moe_ext.core import CompileJob, Failure, Resources
+from sglang_moe_ext.core import Failure, Resources
 from sglang_moe_ext.tuning.compile.cache import CompileCache
-from sglang_moe_ext.tuning.compile.kernel_source import Compiled, KernelSource, Progress
+from sglang_moe_ext.tuning.compile.kernel_source import Compiled, Job, KernelSource, Progress
 from sglang_moe_ext.tuning.compile.processes import UNABLE, CompileProcesses
 
 TIMEOUT_S = 60.0
@@ -41,11 +41,11 @@ class CompilePool:
         self._makes_binaries = triton_cache is not None
         self._processes = CompileProcesses(source.module, workers or default_workers(), timeout_s, triton_cache)
         # Of the background thread alone:
-        self._taken_in: set[CompileJob] = set()
-        self._queue: OrderedDict[CompileJob, None] = OrderedDict()
+        self._taken_in: set[Job] = set()
+        self._queue: OrderedDict[Job, None] = OrderedDict()
         # Of every thread, under the condition:
         self._changed = threading.Condition()
-        self._inbox: list[tuple[Sequence[CompileJob], bool]] = []
+        self._inbox: list[tuple[Sequence[Job], bool]] = []
         self._results: Compiled = {}
         self._is_closing = False
         self._over: Failure | None = None
@@ -55,14 +55,14 @@ class CompilePool:
         self._thread = threading.Thread(target=self._run, name="compile pool", daemon=True)
         self._thread.start()
 
-    def want(self, jobs: Iterable[CompileJob], *, first: bool = False) -> None:
+    def want(self, jobs: Iterable[Job], *, first: bool = False) -> None:
         """Queue the jobs that are not known yet; `first`: before all that waits, as also what waits already."""
         wanted = tuple(jobs)
         with self._changed:
             self._inbox.append((wanted, first))
             self._ring()
 
-    def result(self, job: CompileJob) -> Resources | Failure:
+    def result(self, job: Job) -> Resources | Failure:
         """Wait for the job; it comes before all that waits in the queue and that nobody waits for."""
         with self._changed:
             if job not in self._results:
@@ -134,7 +134,7 @@ class CompilePool:
         if len(self._taken_in) > before:
             self._answer(known)
 
-    def _known(self, job: CompileJob) -> Resources | Failure | None:
+    def _known(self, job: Job) -> Resources | Failure | None:
         known = self._cache.get(self._source, job)
         return None if isinstance(known, Resources) and self._makes_binaries else known
 
@@ -145,7 +145,7 @@ class CompilePool:
             self._answer(dict.fromkeys(self._queue, self._processes.unable))
             self._queue.clear()
 
-    def _queue_again(self, jobs: Sequence[CompileJob]) -> None:
+    def _queue_again(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             self._queue[job] = None
             self._queue.move_to_end(job, last=False)
@@ -165,7 +165,7 @@ def default_workers() -> int:
 
 def compile_all(
     source: KernelSource,
-    jobs: Sequence[CompileJob],
+    jobs: Sequence[Job],
     *,
     cache: CompileCache,
     workers: int | None = None,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sglang_moe_ext import env
 from sglang_moe_ext.core import CompileJob, Failure, Resources
+from sglang_moe_ext.tuning.compile.kernel_source import Job
 from sglang_moe_ext.tuning.compile.worker import CompileChild, ForkServer, ended
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ its first binary takes up to a second more than the next (SGLang 0.5.23, sm_90, 
 
 UNABLE = "CompilePoolUnable"
 """Kind of the failure of every job where nothing can be compiled: it says nothing of the job."""
-Finished = list[tuple[CompileJob, Resources | Failure]]
+Finished = list[tuple[Job, Resources | Failure]]
 
 
 class CompileProcesses:
@@ -38,7 +39,7 @@ class CompileProcesses:
     def __init__(self, module: str, size: int, timeout_s: float, triton_cache: Path | None) -> None:
         self.unable: Failure | None = None
         """Why there are no workers, and will be none; of no job's making."""
-        self._given_back: list[CompileJob] = []
+        self._given_back: list[Job] = []
         self._has_lost_a_fork_server = False
         self._module, self._size, self._timeout_s = module, size, timeout_s
         self._scratch = tempfile.TemporaryDirectory(prefix="sglang_moe_ext-", ignore_cleanup_errors=True)
@@ -74,7 +75,7 @@ class CompileProcesses:
                 self._give_up(f"no process can be started to compile in: {error}")
             return None
 
-    def hand_over(self, job: CompileJob, worker: CompileChild) -> None:
+    def hand_over(self, job: Job, worker: CompileChild) -> None:
         worker.job, worker.deadline = job, time.monotonic() + self._timeout_s
         with contextlib.suppress(ConnectionError):  # it has just died: `finished` sees it too
             worker.connection.send(job)
@@ -115,7 +116,7 @@ class CompileProcesses:
             self._bury(worker)
         return finished
 
-    def given_back(self) -> list[CompileJob]:
+    def given_back(self) -> list[Job]:
         """Jobs that were handed over, and are to be handed over again."""
         jobs, self._given_back = self._given_back, []
         return jobs
@@ -152,7 +153,7 @@ class CompileProcesses:
         self.unable = Failure(UNABLE, why)
         return [(job, self.unable) for job in self._end_all()]
 
-    def _end_all(self) -> list[CompileJob]:
+    def _end_all(self) -> list[Job]:
         """The jobs that were being compiled."""
         for worker in self._workers:
             worker.kill()
@@ -172,5 +173,9 @@ class CompileProcesses:
 def _failed(worker: CompileChild, kind: str, message: str) -> Finished:
     if worker.job is None:
         return []
-    log.warning("%s: %s: left out", worker.job.key, message)
+    log.warning("%s: %s: left out", _name(worker.job), message)
     return [(worker.job, Failure(kind, message))]
+
+
+def _name(job: Job) -> object:
+    return job.key if isinstance(job, CompileJob) else job.config

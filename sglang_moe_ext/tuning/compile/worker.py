@@ -20,7 +20,8 @@ from collections.abc import Mapping
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
-from sglang_moe_ext.core import CompileJob, Failure, Resources
+from sglang_moe_ext.core import Failure, Resources
+from sglang_moe_ext.tuning.compile.kernel_source import Job
 
 ANSWER_S = 30.0
 """A fork or a burial takes milliseconds; longer, and the fork_server is taken for lost."""
@@ -31,7 +32,7 @@ class CompileChild:
 
     def __init__(self, pid: int, connection: Connection) -> None:
         self.pid, self.connection = pid, connection
-        self.job: CompileJob | None = None
+        self.job: Job | None = None
         self.deadline = 0.0
         self.compiled = 0
 
@@ -161,7 +162,7 @@ def _compile_what_comes(module: str, pool: Connection, timeout_s: float) -> None
             signal.alarm(0)
 
 
-def _compiled(module: str, job: CompileJob) -> Resources | Failure:
+def _compiled(module: str, job: Job) -> Resources | Failure:
     try:
         answer: Resources | Failure = importlib.import_module(module).compile_job(job)
         return answer

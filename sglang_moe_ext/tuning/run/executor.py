@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-from sglang_moe_ext.core import CompileJob, Failure, GpuError, MoEExtError, Resources
+from sglang_moe_ext.core import Failure, GpuError, MoEExtError, Resources
 from sglang_moe_ext.tuning.bench.messages import BenchRequest, BenchResult
+from sglang_moe_ext.tuning.compile.kernel_source import Job
 
 
 class Executor(Protocol):
@@ -29,10 +30,10 @@ class Executor(Protocol):
             MoEExtError: it cannot be started.
         """
 
-    def want(self, jobs: Iterable[CompileJob]) -> None:
+    def want(self, jobs: Iterable[Job]) -> None:
         """Queue these for compilation; does not wait."""
 
-    def binary(self, job: CompileJob) -> Resources | Failure:
+    def binary(self, job: Job) -> Resources | Failure:
         """The resources of the binary; waits until it is compiled."""
 
     def measure(self, request: BenchRequest) -> BenchResult:
@@ -49,9 +50,9 @@ class Executor(Protocol):
 class CompilePoolLike(Protocol):
     """What an executor needs of a compile pool."""
 
-    def want(self, jobs: Iterable[CompileJob], *, first: bool = False) -> None: ...
+    def want(self, jobs: Iterable[Job], *, first: bool = False) -> None: ...
 
-    def result(self, job: CompileJob) -> Resources | Failure: ...
+    def result(self, job: Job) -> Resources | Failure: ...
 
     def close(self) -> None: ...
 
@@ -78,10 +79,10 @@ class LocalExecutor:
     def get_ready(self) -> None:
         self.worker.device_name  # noqa: B018 - waits for the process
 
-    def want(self, jobs: Iterable[CompileJob]) -> None:
+    def want(self, jobs: Iterable[Job]) -> None:
         self.pool.want(jobs)
 
-    def binary(self, job: CompileJob) -> Resources | Failure:
+    def binary(self, job: Job) -> Resources | Failure:
         return self.pool.result(job)
 
     def measure(self, request: BenchRequest) -> BenchResult:
@@ -144,10 +145,10 @@ class _Watched:
     def get_ready(self) -> None:
         self._noting(self.executor.get_ready)
 
-    def want(self, jobs: Iterable[CompileJob]) -> None:
+    def want(self, jobs: Iterable[Job]) -> None:
         self._noting(lambda: self.executor.want(jobs))
 
-    def binary(self, job: CompileJob) -> Resources | Failure:
+    def binary(self, job: Job) -> Resources | Failure:
         return self._noting(lambda: self.executor.binary(job))
 
     def measure(self, request: BenchRequest) -> BenchResult:

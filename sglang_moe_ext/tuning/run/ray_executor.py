@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sglang_moe_ext import __version__
-from sglang_moe_ext.core import CompileJob, Failure, GpuError, MoEExtError, Resources
+from sglang_moe_ext.core import Failure, GpuError, MoEExtError, Resources
 from sglang_moe_ext.tuning.bench.messages import BenchRequest, BenchResult
+from sglang_moe_ext.tuning.compile.kernel_source import Job
 from sglang_moe_ext.tuning.run.executor import BenchProcessLike, CompilePoolLike, Executor
 
 log = logging.getLogger(__name__)
@@ -64,10 +65,10 @@ class RayExecutor:
     def get_ready(self) -> None:
         """It said what GPU it has before it became an executor."""
 
-    def want(self, jobs: Iterable[CompileJob]) -> None:
+    def want(self, jobs: Iterable[Job]) -> None:
         _got(self.name, self.actor.want.remote(list(jobs)))
 
-    def binary(self, job: CompileJob) -> Resources | Failure:
+    def binary(self, job: Job) -> Resources | Failure:
         needs: Resources | Failure = _got(self.name, self.actor.binary.remote(job))
         return needs
 
@@ -100,10 +101,10 @@ class _Held:
         self._open.callback(self._worker.close)
         return self._worker.device_name
 
-    def want(self, jobs: list[CompileJob]) -> None:
+    def want(self, jobs: list[Job]) -> None:
         self._pool.want(jobs)
 
-    def binary(self, job: CompileJob) -> Resources | Failure:
+    def binary(self, job: Job) -> Resources | Failure:
         return self._pool.result(job)
 
     def measure(self, request: BenchRequest) -> BenchResult:

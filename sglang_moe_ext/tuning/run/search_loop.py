@@ -10,8 +10,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEExtError, Projection, Resources
+from sglang_moe_ext.core import CompileKey, Failure, MoEExtError, Projection, Resources
+from sglang_moe_ext.sorted_kernels import KernelPlan, list_jobs
 from sglang_moe_ext.tuning.bench.messages import BenchGemm, BenchRequest, BenchResult, Measure, Pair, Runner
+from sglang_moe_ext.tuning.compile.kernel_source import Job
 from sglang_moe_ext.tuning.compile.processes import UNABLE
 from sglang_moe_ext.tuning.request import MeasureOptions, Progress, TuneRequest
 from sglang_moe_ext.tuning.run.executor import Executor, run_tasks
@@ -139,7 +141,7 @@ class _Search:
         return (search.finalists if self.request.adapter.HAS_DOWN_TABLES else of_both)(screening, count)
 
 
-def _binary(executor: Executor, job: CompileJob) -> Resources | Failure:
+def _binary(executor: Executor, job: Job) -> Resources | Failure:
     """What the binary needs.
 
     Raises:
@@ -163,6 +165,8 @@ def _screen(of: _Search, task: SearchTask, executor: Executor) -> Screening:
     screening = search.screen(task.tokens, task.listed, of.effort, measure, clean, of.budget.share(), of.fastest_keys)
     for pair in of.finalists(screening, of.effort.finalists):
         executor.want(candidates.pair_jobs(pair, problem, task.tokens))
+    if of.with_sorted_kernels:
+        executor.want(sorted_kernels.screening_jobs(problem, task.tokens))
     return screening
 
 
@@ -192,4 +196,13 @@ def _decide(
     if chosen is None or not of.with_sorted_kernels or of.budget.is_spent():
         return chosen, None
     ups = [pair["up"] for pair in runnable]
-    return chosen, sorted_kernels.compare_plans(shape, tokens, chosen.pair, ups, measure, rounds=rounds)
+    executor.want(sorted_kernels.screening_jobs(problem, tokens, [chosen.pair["up"], *ups]))
+
+    def clean(plan: KernelPlan) -> Failure | None:
+        troubles = (
+            candidates.misfit(job, _binary(executor, job), problem.gpu)
+            for job in list_jobs(plan, shape, tokens, problem.gpu.sm)
+        )
+        return next((trouble for trouble in troubles if trouble is not None), None)
+
+    return chosen, sorted_kernels.compare_plans(shape, tokens, chosen.pair, ups, measure, clean, rounds=rounds)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_moe_ext import __version__
-from sglang_moe_ext.core import CompileJob, EngineError, TileConfig
+from sglang_moe_ext.core import EngineError, TileConfig
 from sglang_moe_ext.engines.adapter import ProbeLike
 from sglang_moe_ext.tuning import verify_install
 from sglang_moe_ext.tuning.bench.gpu_bench import BenchSetup
 from sglang_moe_ext.tuning.bench.worker import BenchProcess
 from sglang_moe_ext.tuning.compile.cache import CompileCache, default_path
-from sglang_moe_ext.tuning.compile.kernel_source import KernelSource, kernel_source
+from sglang_moe_ext.tuning.compile.kernel_source import Job, KernelSource, kernel_source
 from sglang_moe_ext.tuning.compile.pool import CompilePool
 from sglang_moe_ext.tuning.request import MeasureOptions, Progress, TuneRequest
 from sglang_moe_ext.tuning.results_to_tables import driver_version, version_of
@@ -92,7 +92,7 @@ def start_executors(
     measuring: MeasureOptions,
     source: KernelSource,
     triton_cache: Path,
-    jobs: Sequence[CompileJob],
+    jobs: Sequence[Job],
     ends: ExitStack,
     progress: Progress,
 ) -> list[Executor]:

@@ -17,6 +17,7 @@ from sglang_moe_ext.core import (
     TileConfig,
 )
 from sglang_moe_ext.tuning.bench.messages import Pair
+from sglang_moe_ext.tuning.compile.kernel_source import Job
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.request import MeasureOptions, TuneRequest
 from sglang_moe_ext.tuning.search import cost_model, predict
@@ -106,7 +107,7 @@ def screening_jobs(candidates: Candidates, problem: Problem, tokens: int) -> lis
     )
 
 
-def misfit(job: CompileJob, needs: Resources | Failure, gpu: Gpu) -> Failure | None:
+def misfit(job: Job, needs: Resources | Failure, gpu: Gpu) -> Failure | None:
     """What stands against launching that binary on that GPU, None where nothing does."""
     if isinstance(needs, Failure):
         return needs

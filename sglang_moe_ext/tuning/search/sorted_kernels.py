@@ -6,54 +6,39 @@ import itertools
 import logging
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, cast
 
 from sglang_moe_ext.core import Failure, MoEShape, TileConfig
-from sglang_moe_ext.sorted_kernels import LONGEST_K, Down, DownConfig, KernelPlan, ShortKDownConfig, Up, UpConfig
+from sglang_moe_ext.sorted_kernels import (
+    LONGEST_K,
+    Down,
+    DownConfig,
+    KernelPlan,
+    ShortKDownConfig,
+    SortedKernelJob,
+    Up,
+    UpConfig,
+    list_jobs,
+    why_unsupported,
+)
 from sglang_moe_ext.tuning.bench.messages import BenchKernelPlan, GemmTimes, Measure, Pair, Runner
+from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.search import final_comparison
 from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
 
-_GROUP = 128
-"""Columns that share a scale of block-wise float8."""
 BLOCKS_M = (64, 128)
 _FEWEST_ROWS = 32
 
 
-@dataclass(frozen=True, slots=True)
-class PlanRule:
-    """One constraint of the layer and its batch; `why` is what a report says where it does not hold."""
-
-    why: str
-    keeps: Callable[[MoEShape, int], bool]
-
-
-def _is_multiplied(shape: MoEShape, _: int) -> bool:
-    quantization = shape.quantization
-    is_scaled = quantization.per_channel or quantization.block_shape == (_GROUP, _GROUP)
-    return quantization.scheme is None or (quantization.scheme == "fp8_w8a8" and is_scaled)
-
-
-RULES = (
-    PlanRule("our kernels multiply 16 bits, and float8 in blocks of 128 or per channel", _is_multiplied),
-    PlanRule("with expert parallelism our kernels were never measured", lambda shape, _: shape.ep == 1),
-    PlanRule("our activation is SwiGLU", lambda shape, _: shape.gated),
-    PlanRule(
-        f"our tiles take whole groups of {_GROUP} columns",
-        lambda shape, _: not (shape.intermediate_size % _GROUP or shape.hidden_size % _GROUP),
-    ),
-    # H200, 2026-11-21: below, ours lost at every M of four layers (docs/down_projection.md).
-    PlanRule(
-        f"with fewer than {_FEWEST_ROWS} rows an expert, tiles of {BLOCKS_M[0]} rows are padding",
-        lambda shape, tokens: tokens * shape.top_k >= _FEWEST_ROWS * shape.experts,
-    ),
-)
-
-
 def why_not(shape: MoEShape, tokens: int) -> str | None:
     """Why no kernel plan is tried there, None where some are."""
-    return next((rule.why for rule in RULES if not rule.keeps(shape, tokens)), None)
+    if why := why_unsupported(shape):
+        return why
+    # H200, 2026-11-21: below, ours lost at every M of four layers (docs/down_projection.md).
+    if tokens * shape.top_k < _FEWEST_ROWS * shape.experts:
+        return f"with fewer than {_FEWEST_ROWS} rows an expert, tiles of {BLOCKS_M[0]} rows are padding"
+    return None
 
 
 _Kind = Literal["16 bits", "block", "channel"]
@@ -143,18 +128,37 @@ def _kind(shape: MoEShape) -> _Kind:
 
 log = logging.getLogger(__name__)
 
+CleanPlan = Callable[[KernelPlan], Failure | None]
+"""What is known against a plan before it runs; waits for its binaries. A test says None."""
 _SAMPLES = 4
 _FINALISTS = 3
 
 
+def screening_jobs(problem: Problem, tokens: int, engines_ups: Iterable[TileConfig] = ()) -> list[SortedKernelJob]:
+    """The binaries of all plans that a screening may time at that M, without the engine's ups where none is given."""
+    shape, sm = problem.shape, problem.gpu.sm
+    if why_not(shape, tokens):
+        return []
+    downs = {block_m: down_configs(shape, block_m) for block_m in BLOCKS_M}
+    plans = [KernelPlan(up, down) for up in up_configs(shape, engines_ups) for down in downs[up.block_m]]
+    return list(dict.fromkeys(job for plan in plans for job in list_jobs(plan, shape, tokens, sm)))
+
+
 def compare_plans(
-    shape: MoEShape, tokens: int, chosen: Pair, engines_ups: Iterable[TileConfig], measure: Measure, *, rounds: int
+    shape: MoEShape,
+    tokens: int,
+    chosen: Pair,
+    engines_ups: Iterable[TileConfig],
+    measure: Measure,
+    clean: CleanPlan,
+    *,
+    rounds: int,
 ) -> MeasuredChoice[Runner] | None:
     """The kernel plan that beats the chosen pair beyond doubt, or the pair; None where no plan can be tried."""
     if why := why_not(shape, tokens):
         log.info("M=%d: our own kernels are not tried: %s", tokens, why)
         return None
-    times, failures = screen_plans(shape, tokens, [chosen["up"], *engines_ups], measure)
+    times, failures = screen_plans(shape, tokens, [chosen["up"], *engines_ups], measure, clean)
     best: list[Runner] = [*sorted(times, key=times.__getitem__)[:_FINALISTS]]
     tried, incumbent = len(times) + sum(failures.values()), cast("Runner", chosen)
     return final_comparison.confirm(
@@ -163,14 +167,14 @@ def compare_plans(
 
 
 def screen_plans(
-    shape: MoEShape, tokens: int, engines_ups: Iterable[TileConfig], measure: Measure
+    shape: MoEShape, tokens: int, engines_ups: Iterable[TileConfig], measure: Measure, clean: CleanPlan
 ) -> tuple[dict[KernelPlan, float], Mapping[str, int]]:
     """Microseconds of the layer: each up with the first down of its blocks, then the best of each with every down."""
     times: dict[KernelPlan, float] = {}
     failures: dict[str, int] = {}
 
     def runs(plan: KernelPlan) -> bool:
-        result = measure(BenchKernelPlan(tokens, plan, _SAMPLES))
+        result = clean(plan) or measure(BenchKernelPlan(tokens, plan, _SAMPLES))
         if isinstance(result, GemmTimes):
             times[plan] = statistics.median(result.us[0])
         elif isinstance(result, Failure):

@@ -12,9 +12,21 @@ from pathlib import Path
 import pytest
 
 from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEExtError, Projection, Resources
-from sglang_moe_ext.tuning.bench.messages import BenchGemm, BenchLayers, BenchRequest, BenchResult, CheckAccuracy, Pair
+from sglang_moe_ext.sorted_kernels import SortedKernelJob, list_jobs
+from sglang_moe_ext.tuning.bench.messages import (
+    BenchGemm,
+    BenchKernelPlan,
+    BenchLayers,
+    BenchRequest,
+    BenchResult,
+    CheckAccuracy,
+    GemmTimes,
+    LayerTimes,
+    Pair,
+)
 from sglang_moe_ext.tuning.bench.routing import UNIFORM
 from sglang_moe_ext.tuning.bench.worker import BenchProcess
+from sglang_moe_ext.tuning.compile.kernel_source import Job
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.run import journal, search_loop
 from sglang_moe_ext.tuning.run.executor import Executor, LocalExecutor
@@ -366,3 +378,37 @@ def test_where_every_candidate_fails_nothing_is_said_of_the_incumbent(tmp_path: 
     executor.needs = lambda job: Failure("CompilationError", "refused")
     with pytest.raises(MoEExtError, match=r"nothing ran right on NVIDIA H200 .*CompilationError"):
         found(new_journal(tmp_path), executor)
+
+
+def with_plans(request: BenchRequest) -> BenchResult:
+    """A GPU on which every plan of our own kernels is as fast as the next."""
+    match request:
+        case BenchKernelPlan():
+            return GemmTimes(((1.0,) * request.samples,))
+        case BenchLayers(_, pairs, rounds):
+            return LayerTimes(((1.0,) * rounds,) * len(pairs), routings=1)
+    return formula(request)
+
+
+def test_binaries_of_our_own_kernels_are_made_by_the_pool_before_they_are_timed(tmp_path: Path) -> None:
+    made: list[object] = []
+
+    def needs(job: Job) -> Resources | Failure:
+        made.append(job)
+        return Resources(smem_bytes=65536, registers=128, spill_bytes=0)
+
+    executor = ReplayingStation(with_plans, needs=needs)
+    found(new_journal(tmp_path), executor, with_sorted_kernels=True)
+    timed = [request for request in executor.asked if isinstance(request, BenchKernelPlan)]
+    needed = {job for request in timed for job in list_jobs(request.plan, SHAPE, request.tokens, GPU.sm)}
+    assert timed and needed <= executor.wanted and needed <= set(made)
+
+
+def test_one_of_our_own_kernels_that_does_not_fit_is_not_timed(tmp_path: Path) -> None:
+    def needs(job: Job) -> Resources | Failure:
+        smem_bytes = 300_000 if isinstance(job, SortedKernelJob) else 65536
+        return Resources(smem_bytes, registers=128, spill_bytes=0)
+
+    executor = ReplayingStation(with_plans, needs=needs)
+    found(new_journal(tmp_path), executor, with_sorted_kernels=True)
+    assert not [request for request in executor.asked if isinstance(request, BenchKernelPlan)]

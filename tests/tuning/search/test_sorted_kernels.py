@@ -1,4 +1,4 @@
-"""Our own path against what was chosen of the engine's kernels: which are tried, and what it takes to win."""
+"""Our own plan against what was chosen of the engine's kernels: which are tried, and what it takes to win."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from sglang_moe_ext.core import Failure, MoEShape, Quantization, TileConfig
-from sglang_moe_ext.sorted_kernels import KernelPlan, ShortKDownConfig, UpConfig
+from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.sorted_kernels import KernelPlan, ShortKDownConfig, UpConfig, list_jobs
 from sglang_moe_ext.tuning.bench.messages import (
     Accuracy,
     BenchKernelPlan,
@@ -21,8 +22,10 @@ from sglang_moe_ext.tuning.bench.messages import (
     Pair,
     Runner,
 )
+from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.search import sorted_kernels
 from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
+from sglang_moe_ext.tuning.search.sorted_kernels import CleanPlan
 
 SHAPE = MoEShape(128, 768, 2048, 8)
 BLOCK = Quantization("fp8_w8a8", (128, 128))
@@ -31,8 +34,8 @@ PAIR: Pair = {"up": TileConfig(128, 256, 64, 1, 8, 4), "down": TileConfig(128, 2
 PAIR_US = 1000.0
 
 
-def is_fused(path: KernelPlan) -> bool:
-    return isinstance(path.up, UpConfig) and path.up.is_fused
+def is_fused(plan: KernelPlan) -> bool:
+    return isinstance(plan.up, UpConfig) and plan.up.is_fused
 
 
 @dataclass
@@ -47,32 +50,34 @@ class FakeGpu:
     def __call__(self, request: BenchRequest) -> BenchResult:
         self.asked.append(request)
         match request:
-            case BenchKernelPlan(_, path, samples):
-                if self.fails(path):
+            case BenchKernelPlan(_, plan, samples):
+                if self.fails(plan):
                     return Failure("OutOfResources", "shared memory")
-                return GemmTimes(((self.us(path),) * samples,))
+                return GemmTimes(((self.us(plan),) * samples,))
             case BenchLayers(_, runners, rounds):
                 return LayerTimes(tuple((self.us(runner),) * rounds for runner in runners), 4)
             case CheckAccuracy(_, runner):
                 return Accuracy(self.error(runner))
             case _:
-                raise AssertionError(f"{request} is not about paths")
+                raise AssertionError(f"{request} is not about plans")
 
     def screened(self) -> list[KernelPlan]:
         return [request.plan for request in self.asked if isinstance(request, BenchKernelPlan)]
 
 
-def raced(gpu: FakeGpu, tokens: int = 4096, shape: MoEShape = SHAPE) -> MeasuredChoice[Runner] | None:
-    return sorted_kernels.compare_plans(shape, tokens, PAIR, [], gpu, rounds=8)
+def compared(
+    gpu: FakeGpu, tokens: int = 4096, shape: MoEShape = SHAPE, clean: CleanPlan = lambda plan: None
+) -> MeasuredChoice[Runner] | None:
+    return sorted_kernels.compare_plans(shape, tokens, PAIR, [], gpu, clean, rounds=8)
 
 
 def faster(share: float) -> Callable[[Runner], float]:
-    """Fused paths take that share of the pair's time, others as long as the pair."""
+    """Fused plans take that share of the pair's time, others as long as the pair."""
     return lambda runner: PAIR_US * (share if isinstance(runner, KernelPlan) and is_fused(runner) else 1.0)
 
 
 def test_a_path_that_is_faster_wins() -> None:
-    found = raced(FakeGpu(us=faster(0.9)))
+    found = compared(FakeGpu(us=faster(0.9)))
     assert found is not None
     assert isinstance(found.pair, KernelPlan)
     assert is_fused(found.pair)
@@ -81,20 +86,22 @@ def test_a_path_that_is_faster_wins() -> None:
 
 @pytest.mark.parametrize("share", [1.0, 0.995, 1.1], ids=["as fast", "by less than the noise", "slower"])
 def test_the_pair_stays_where_no_path_is_faster_beyond_doubt(share: float) -> None:
-    found = raced(FakeGpu(us=faster(share)))
+    found = compared(FakeGpu(us=faster(share)))
     assert found is not None
     assert found.pair == PAIR
 
 
 def test_a_fast_wrong_path_is_never_chosen() -> None:
     wrong = FakeGpu(us=faster(0.5), error=lambda runner: 0.3 if isinstance(runner, KernelPlan) else 1e-3)
-    found = raced(wrong)
+    found = compared(wrong)
     assert found is not None
     assert found.pair == PAIR
 
 
 def test_paths_that_cannot_run_are_counted_and_cost_nothing_else() -> None:
-    found = raced(FakeGpu(us=faster(0.9), fails=lambda runner: isinstance(runner, KernelPlan) and runner.block_m == 64))
+    found = compared(
+        FakeGpu(us=faster(0.9), fails=lambda runner: isinstance(runner, KernelPlan) and runner.block_m == 64)
+    )
     assert found is not None
     assert isinstance(found.pair, KernelPlan)
     assert found.pair.block_m == 128
@@ -102,7 +109,7 @@ def test_paths_that_cannot_run_are_counted_and_cost_nothing_else() -> None:
 
 
 def test_the_pair_stays_where_no_path_runs() -> None:
-    found = raced(FakeGpu(fails=lambda runner: True))
+    found = compared(FakeGpu(fails=lambda runner: True))
     assert found is not None
     assert found.pair == PAIR
 
@@ -122,14 +129,14 @@ def test_the_pair_stays_where_no_path_runs() -> None:
 )
 def test_where_our_kernels_cannot_or_need_not_run_nothing_is_asked(shape: MoEShape, tokens: int) -> None:
     gpu = FakeGpu()
-    assert raced(gpu, tokens, shape) is None
+    assert compared(gpu, tokens, shape) is None
     assert gpu.asked == []
 
 
 @pytest.mark.parametrize("quantization", [Quantization(), BLOCK, CHANNEL], ids=str)
 def test_few_paths_are_tried_since_each_is_compiled_where_it_is_measured(quantization: Quantization) -> None:
     gpu = FakeGpu()
-    raced(gpu, shape=replace(SHAPE, quantization=quantization))
+    compared(gpu, shape=replace(SHAPE, quantization=quantization))
     paths = gpu.screened()
     assert len(paths) == len(set(paths)) <= 40
 
@@ -137,8 +144,8 @@ def test_few_paths_are_tried_since_each_is_compiled_where_it_is_measured(quantiz
 @pytest.mark.parametrize("quantization", [Quantization(), BLOCK, CHANNEL], ids=str)
 def test_every_path_sorts_into_blocks_that_its_down_tiles_divide(quantization: Quantization) -> None:
     gpu = FakeGpu()
-    raced(gpu, shape=replace(SHAPE, quantization=quantization))
-    assert all(path.block_m % path.down.block_m == 0 for path in gpu.screened())
+    compared(gpu, shape=replace(SHAPE, quantization=quantization))
+    assert all(plan.block_m % plan.down.block_m == 0 for plan in gpu.screened())
 
 
 def test_an_up_gemm_of_the_engine_is_tried_without_tma() -> None:
@@ -150,3 +157,22 @@ def test_an_up_gemm_of_the_engine_is_tried_without_tma() -> None:
 def test_rows_of_a_are_kept_only_where_they_are_short(columns: int, is_tried: bool) -> None:
     found = sorted_kernels.down_configs(MoEShape(256, columns, 7168, 8, BLOCK), 64)
     assert any(isinstance(config, ShortKDownConfig) for config in found) == is_tried
+
+
+def test_a_plan_whose_binary_does_not_fit_is_never_launched() -> None:
+    too_large = Failure("OutOfResources", "shared memory")
+    gpu = FakeGpu()
+    compared(gpu, clean=lambda plan: too_large if is_fused(plan) else None)
+    assert gpu.screened() and not any(map(is_fused, gpu.screened()))
+
+
+@pytest.mark.parametrize("quantization", [Quantization(), BLOCK, CHANNEL], ids=str)
+def test_every_binary_that_a_screening_needs_is_known_before_it(quantization: Quantization) -> None:
+    shape, gpu = replace(SHAPE, quantization=quantization), FakeGpu()
+    wanted = sorted_kernels.screening_jobs(Problem(shape, specs.find("H200"), "sglang"), 4096, [PAIR["up"]])
+    compared(gpu, shape=shape)
+    assert {job for plan in gpu.screened() for job in list_jobs(plan, shape, 4096, 90)} <= set(wanted)
+
+
+def test_where_no_plan_is_tried_nothing_is_compiled() -> None:
+    assert sorted_kernels.screening_jobs(Problem(SHAPE, specs.find("H200"), "sglang"), 1) == []

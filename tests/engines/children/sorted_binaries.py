@@ -1,0 +1,85 @@
+"""Child: which binaries a layer of our own kernels launches, and which the compile pool makes for its plan.
+
+stdin: [{"shape": text as --shape takes it, "plan": a kernel plan as JSON has it, "tokens": M}]. Last line of stdout:
+for each {"launched": hashes, "made": hashes, "needs": [shared memory, registers, spilled bytes] of each half}. No GPU
+is here, so tensors have no storage, and nothing is launched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from dataclasses import astuple
+from typing import Any
+
+import triton
+from triton.runtime.jit import JITFunction
+
+from sglang_moe_ext.core import Failure
+from sglang_moe_ext.engines import meta_compile
+from sglang_moe_ext.engines.sglang import compile as sglang_compile
+from sglang_moe_ext.engines.sglang import sorted_layer
+from sglang_moe_ext.kernels.compiled import TargetOnlyDriver
+from sglang_moe_ext.models import parse_shape
+from sglang_moe_ext.sorted_kernels import KernelPlan, SortedKernelJob, list_jobs
+from sglang_moe_ext.tables import kernel_table
+
+SM = 90
+hashes: list[str] = []
+run = JITFunction.run
+
+
+def note(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
+    """Compile where a kernel would be launched, and note which binary that makes."""
+    self.device_caches.clear()
+    hashes.append(run(self, *arguments, grid=grid, warmup=True, **named).hash)
+
+
+def launched(job: SortedKernelJob, plan: KernelPlan) -> list[str]:
+    """By the whole layer, as the measuring process runs it."""
+    engine = sglang_compile._engine()
+    sglang_compile._prepare(engine.kernels, SM)
+    triton.runtime.driver.set_active(TargetOnlyDriver(SM))
+    hashes.clear()
+    JITFunction.run = note
+    try:
+        sorted_layer.result(engine, job.shape, sglang_compile._layer_tensors(job), plan)
+    finally:
+        JITFunction.run = run
+    return sorted(hashes)
+
+
+def made(jobs: tuple[SortedKernelJob, ...]) -> tuple[list[str], list[Any]]:
+    """The binaries of the jobs, and what each job says that they need."""
+    hashes.clear()
+    keep = meta_compile.resources_of
+
+    def keep_hash(kernel: Any) -> Any:
+        hashes.append(kernel.hash)
+        return keep(kernel)
+
+    meta_compile.resources_of = keep_hash
+    try:
+        needs = [sglang_compile.compile_job(job) for job in jobs]
+    finally:
+        meta_compile.resources_of = keep
+    return sorted(hashes), [repr(need) if isinstance(need, Failure) else astuple(need) for need in needs]
+
+
+def answer(document: dict[str, Any]) -> dict[str, Any]:
+    plan = kernel_table.parse_plan(document["plan"])
+    jobs = list_jobs(plan, parse_shape(document["shape"]), document["tokens"], SM)
+    hashes_made, needs = made(jobs)
+    return {"launched": launched(jobs[0], plan), "made": hashes_made, "needs": needs}
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        print(json.dumps([answer(document) for document in json.load(sys.stdin)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The compile pool makes every binary that a layer of our own kernels launches: the measuring process only loads them."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_moe_ext.core import MoEShape, Quantization, TileConfig
+from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, ShortKDownConfig, UpConfig
+from sglang_moe_ext.tables import kernel_table
+from tests.engines.installed import run_in_engine
+
+CHILD = Path(__file__).parents[1] / "children" / "sorted_binaries.py"
+VERSIONS = ("0.5.12", "0.5.23")
+BF16 = MoEShape(64, 1536, 2048, 4)
+BLOCK = MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", (128, 128)))
+SHORT = MoEShape(256, 256, 7168, 8, Quantization("fp8_w8a8", (128, 128)))
+CHANNEL = MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", per_channel=True))
+DOWN_16 = DownConfig(64, 128, 64, 8, 4, 4, True, 2)
+DOWN_8 = DownConfig(64, 128, 128, 8, 4, 4, True, 2)
+CASES = {
+    "16 bits, fused up": (BF16, KernelPlan(UpConfig(64, 128, 64, 8, 4, 4), DOWN_16), 4096),
+    "16 bits, up as it lies": (BF16, KernelPlan(UpConfig(128, 256, 64, 8, 8, 4, True, 1, False, True), DOWN_16), 16384),
+    "16 bits, the engine's up": (BF16, KernelPlan(TileConfig(64, 128, 64, 8, 4, 4), DOWN_16), 1024),
+    "block, fused up": (BLOCK, KernelPlan(UpConfig(64, 128, 128, 8, 8, 3), DOWN_8), 4096),
+    "block, up as it lies": (BLOCK, KernelPlan(UpConfig(64, 128, 128, 8, 4, 3, False, 1, False), DOWN_8), 1024),
+    "block, short K": (
+        SHORT,
+        KernelPlan(TileConfig(64, 128, 128, 8, 4, 3), ShortKDownConfig(64, 64, 128, 28, 4, 3)),
+        4096,
+    ),
+    "channel, the engine's up": (CHANNEL, KernelPlan(TileConfig(64, 128, 128, 8, 4, 3), DOWN_8), 4096),
+}
+
+
+@functools.cache
+def binaries(version: str) -> dict[str, Any]:
+    """Of each case in that version, all from one process."""
+    asked = [
+        {"shape": str(shape), "plan": kernel_table.document_of(plan), "tokens": tokens}
+        for shape, plan, tokens in CASES.values()
+    ]
+    return dict(zip(CASES, run_in_engine(version, CHILD, asked), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_layer_launches_the_binaries_that_the_pool_made(version: str, case: str) -> None:
+    found = binaries(version)[case]
+    assert len(found["launched"]) >= 4
+    assert set(found["launched"]) == set(found["made"])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_each_half_states_what_its_largest_kernel_needs(version: str, case: str) -> None:
+    for smem_bytes, registers, spill_bytes in binaries(version)[case]["needs"]:
+        assert 32 * 1024 < smem_bytes <= 232_448
+        assert 64 < registers <= 255
+        assert spill_bytes == 0
