@@ -1,204 +1,194 @@
-"""Our path against the engine's layer, as shipped and tuned: whole layers in turn, and where the time of ours goes.
+"""Our kernel plans against the engine's layer, as shipped and tuned: whole layers in turn, and where the time goes.
 
-usage, from the repository root: python -m benchmarks.down_path [--layers NAME ...] [--batch-size M ...] [--rounds 32]
+usage, from the repository root: python -m benchmarks.kernel_plans [--layers NAME ...] [--batch-size M ...]
+    [--rounds 24] [--as-on GPU ...] [--seconds 280]
 
-As shipped: the engine's own lookup, without us. Tuned: what a server beside which this package is installed takes.
-Ours: the fastest of the paths that the tuner tries. Cold L2 before each launch, uniform and Zipf routing in turn, whole
-layers: sort, quantization, up, activation, down, sum.
+As shipped: the engine's own lookup, without us. Tuned: the fastest of that, of what a server beside which this package
+is installed takes with our kernels off, and of what both take on the GPUs of `--as-on`. Ours: the fastest plan in
+Triton alone, and the fastest with a warp-specialized kernel, of those that the tuner tries. Cold L2 before each launch,
+uniform and Zipf routing in turn, whole layers: sort, quantization, up, activation, down, sum. Binaries are compiled by
+the compile pool; a launch that hangs costs a minute and its plan. After `--seconds`, no further layer is begun.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import geometric_mean, median
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+from benchmarks import plan_report
+from benchmarks.plan_bench import LayersSetup, OfLayer, StageTimes, TimeStages
+from benchmarks.plan_report import PlanKind, PlanTimes, Row
 from benchmarks.vs_upstream.report import here
-from sglang_moe_ext.core import EngineError, Failure, MoEExtError, MoEShape, Quantization
-from sglang_moe_ext.engines.sglang import lookup_probe, sorted_layer
+from sglang_moe_ext import env
+from sglang_moe_ext.core import EngineError, Failure, Gpu, MoEExtError, MoEShape, Quantization
+from sglang_moe_ext.engines.registry import SGLANG
+from sglang_moe_ext.engines.sglang import lookup_probe
+from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.gpu.roofline import pair_floor_us
-from sglang_moe_ext.sorted_kernels import KernelPlan
-from sglang_moe_ext.tables import kernel_table
+from sglang_moe_ext.sorted_kernels import KernelPlan, WarpSpecializedDown, WarpSpecializedUp, list_jobs
 from sglang_moe_ext.tuning import verify_install
-from sglang_moe_ext.tuning.bench import routing
-from sglang_moe_ext.tuning.bench.gpu_bench import BenchSetup, GpuBench
+from sglang_moe_ext.tuning.bench import messages
 from sglang_moe_ext.tuning.bench.messages import (
     Accuracy,
+    BenchKernelPlan,
     BenchLayers,
     BenchRequest,
-    BenchResult,
     CheckAccuracy,
+    GemmTimes,
     LayerTimes,
     Pair,
     Runner,
-    describe,
 )
-from sglang_moe_ext.tuning.bench.timer import Stopwatch, cuda_queue
-from sglang_moe_ext.tuning.search import sorted_kernels, statistics
+from sglang_moe_ext.tuning.bench.worker import BenchLike, BenchProcess
+from sglang_moe_ext.tuning.compile.cache import CompileCache
+from sglang_moe_ext.tuning.compile.kernel_source import kernel_source
+from sglang_moe_ext.tuning.compile.pool import CompilePool
+from sglang_moe_ext.tuning.problem import Problem
+from sglang_moe_ext.tuning.search import candidates, sorted_kernels, statistics
+from sglang_moe_ext.tuning.search.sorted_kernels import CleanPlan
 
 _BLOCK = Quantization("fp8_w8a8", (128, 128))
 LAYERS = {
-    "GLM-4.7-Flash bf16": MoEShape(65, 1536, 2048, 5, fused_shared=1),
-    "Qwen3-30B-A3B bf16": MoEShape(128, 768, 2048, 8),
     "Qwen3-30B-A3B fp8 block": MoEShape(128, 768, 2048, 8, _BLOCK),
-    "Qwen3-30B-A3B fp8 channel": MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", per_channel=True)),
     "DeepSeek-V3 TP8 fp8 block": MoEShape(257, 256, 7168, 9, _BLOCK, fused_shared=1),
+    "Qwen3-30B-A3B bf16": MoEShape(128, 768, 2048, 8),
+    "GLM-4.7-Flash bf16": MoEShape(65, 1536, 2048, 5, fused_shared=1),
+    "Qwen3-30B-A3B fp8 channel": MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", per_channel=True)),
 }
-TOKENS = (1, 64, 256, 512, 1024, 2048, 4096, 8192, 16384)
-MANY_TOKENS = 1024
-"""From here on ours is to win."""
-_SEED, _STAGE_TURNS = 2000, 12
-_A = TypeVar("_A", LayerTimes, Accuracy)
+EP_LAYERS = {f"Qwen3-30B-A3B fp8 block EP{ep}": MoEShape(128 // ep, 768, 2048, 8, _BLOCK, ep=ep) for ep in (2, 4, 8)}
+TOKENS = (1024, 2048, 4096, 8192, 16384)
+COMPILED_AT = 4096
+"""The binaries of a plan do not change between the numbers of tokens that are raced."""
+_SCREENED_ROUNDS, _SAMPLES = 8, 4
+_A = TypeVar("_A", LayerTimes, Accuracy, StageTimes, GemmTimes)
+Measure = Callable[[OfLayer], object]
+"""The GPU's side; a test passes a table."""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One M. Times in microseconds; `errors` of tuned and ours against float32."""
+class LayerRace:
+    """One layer on this GPU. `clean` waits for the binaries of a plan, and says what stands against them."""
 
-    tokens: int
-    tuned: Pair
-    path: KernelPlan
-    shipped_us: float
-    tuned_us: float
-    ours_us: float
-    gain: statistics.Interval
-    errors: tuple[float, float]
-    stages_us: dict[str, float]
-    floor_us: float
+    problem: Problem
+    measure: Measure
+    clean: CleanPlan
 
+    def ask(self, request: BenchRequest | TimeStages) -> Any:
+        return self.measure(OfLayer(self.problem.shape, request))
 
-class Racer:
-    """One layer on this GPU."""
-
-    def __init__(self, shape: MoEShape, cache: Path) -> None:
-        self.shape = shape
-        self._bench: GpuBench = BenchSetup(shape, routing.SOURCES["mixed"], _SEED, cache, "sglang")()
-        self._stages = Stopwatch(cuda_queue())
-
-    def _ask(self, question: BenchRequest) -> BenchResult:
-        try:
-            return self._bench.measure(question)
-        except Exception as error:  # noqa: BLE001 - the compiler fails in many ways; each costs this path alone
-            print(f"  left out: {type(error).__name__}: {str(error)[:150]}", file=sys.stderr)
-            return Failure(type(error).__name__, str(error))
-
-    def _answered(self, question: BenchRequest, kind: type[_A]) -> _A:
-        answer = self._ask(question)
+    def answered(self, request: BenchRequest | TimeStages, kind: type[_A]) -> _A:
+        """Raises EngineError where it fails."""
+        answer = self.ask(request)
         if not isinstance(answer, kind):
-            raise EngineError(f"{question}: {answer}")
+            raise EngineError(f"{request}: {answer}")
         return answer
 
-    def raced(self, tokens: int, shipped: Pair, tuned: Pair, rounds: int, floor_us: float) -> Row:
-        """All three in turn.
+    def run(self, tokens: int, shipped: Pair, known: Sequence[Pair], rounds: int) -> Row:
+        """All in turn.
 
         Raises:
-            EngineError: none of our paths runs, or the engine's own layer does not.
+            EngineError: none of our plans runs, or the engine's own layer does not.
         """
-        times, _ = sorted_kernels.screen_plans(self.shape, tokens, [tuned["up"]], self._ask, lambda _: None)
-        if not times:
-            raise EngineError(f"none of our paths runs for M={tokens}")
-        path = min(times, key=times.__getitem__)
-        runners: tuple[Runner, ...] = (shipped, tuned, path)
-        raced = self._answered(BenchLayers(tokens, runners, rounds), LayerTimes)
-        shipped_us, tuned_us, ours_us = (statistics.typical_us(us, raced.routings) for us in raced.us)
-        wrong = [self._answered(CheckAccuracy(tokens, runner), Accuracy).error for runner in (tuned, path)]
+        tuned = self._fastest(tokens, [shipped, *known])
+        plans = self._fastest_plans(tokens, tuned)
+        raced = self.answered(BenchLayers(tokens, (shipped, tuned, *plans.values()), rounds), LayerTimes)
+        shipped_us, tuned_us, *plans_us = (statistics.typical_us(us, raced.routings) for us in raced.us)
         return Row(
             tokens,
             tuned,
-            path,
             shipped_us,
             tuned_us,
-            ours_us,
-            gain=statistics.gain(raced.us[1], raced.us[2], raced.routings),
-            errors=(wrong[0], wrong[1]),
-            stages_us=self._by_stage(tokens, path),
-            floor_us=floor_us,
+            error=self._error(tokens, tuned),
+            plans={
+                kind: PlanTimes(
+                    plan,
+                    us,
+                    statistics.gain(raced.us[1], samples, raced.routings),
+                    self._error(tokens, plan),
+                    self.answered(TimeStages(tokens, plan), StageTimes).us,
+                )
+                for (kind, plan), us, samples in zip(plans.items(), plans_us, raced.us[2:], strict=True)
+            },
+            floor_us=pair_floor_us(self.problem.shape, self.problem.gpu, tokens),
         )
 
-    def _by_stage(self, tokens: int, path: KernelPlan) -> dict[str, float]:
-        """Median microseconds of each stage of ours alone, on what the stages before it left."""
-        import torch
+    def _fastest(self, tokens: int, pairs: Iterable[Pair]) -> Pair:
+        by_identity = {messages.identity(pair): pair for pair in pairs}
+        distinct = list(by_identity.values())
+        if len(distinct) == 1:
+            return distinct[0]
+        raced = self.answered(BenchLayers(tokens, tuple(distinct), _SCREENED_ROUNDS), LayerTimes)
+        us = [statistics.typical_us(samples, raced.routings) for samples in raced.us]
+        return distinct[us.index(min(us))]
 
-        layer_of = self._bench.layer
-        batch = layer_of.batch(tokens, _SEED)
-        tensors = layer_of.whole(batch, 0)
+    def _fastest_plans(self, tokens: int, tuned: Pair) -> dict[PlanKind, KernelPlan]:
+        """Of each kind that runs. Raises EngineError where none does."""
+        times, failures = sorted_kernels.screen_plans(self.problem, tokens, [tuned["up"]], self.ask, self.clean)
+        if failures:
+            print(f"  M={tokens}: plans left out: {failures}", file=sys.stderr)
+        self._complete_triton(tokens, times)
+        found: dict[PlanKind, KernelPlan] = {}
+        for kind in plan_report.PLAN_KINDS:
+            of_kind = [plan for plan in times if plan.is_warp_specialized == (kind == "warp-specialized")]
+            if of_kind:
+                found[kind] = min(of_kind, key=times.__getitem__)
+        if not found:
+            raise EngineError(f"none of our plans runs for M={tokens}")
+        return found
 
-        def aligned() -> sorted_layer.SortedLayer:
-            return sorted_layer.sort_tokens(layer_of.engine, self.shape, tensors, path)
+    def _complete_triton(self, tokens: int, times: dict[KernelPlan, float]) -> None:
+        """Time the best up of blocks of 128 rows that is not warp-specialized with every down that is not either."""
+        of_blocks = [p for p in times if p.block_m == 128 and not isinstance(p.up, WarpSpecializedUp)]
+        if not of_blocks:
+            return
+        up = min(of_blocks, key=times.__getitem__).up
+        for down in sorted_kernels.down_configs(self.problem, tokens, 128):
+            plan = KernelPlan(up, down)
+            if isinstance(down, WarpSpecializedDown) or plan in times or self.clean(plan) is not None:
+                continue
+            result = self.ask(BenchKernelPlan(tokens, plan, _SAMPLES))
+            if isinstance(result, GemmTimes):
+                times[plan] = statistics.typical_us(result.us[0], 1)
 
-        layer = aligned()
-        hidden = sorted_layer.read(layer)
-        gate_up = sorted_layer.run_up(layer, hidden)
-        inner = sorted_layer.run_activation(layer, gate_up)
-        down_rows, out = sorted_layer.run_down(layer, inner), torch.empty_like(batch.hidden)
-        stages: dict[str, Callable[[], object]] = {
-            "align": aligned,
-            **({} if hidden.scale is None else {"quantize": lambda: sorted_layer.read(layer)}),
-            "up": lambda: sorted_layer.run_up(layer, hidden),
-            **({} if inner is gate_up else {"activation": lambda: sorted_layer.run_activation(layer, gate_up)}),
-            "down": lambda: sorted_layer.run_down(layer, inner),
-            "sum": lambda: sorted_layer.write_sum(layer, down_rows, out),
-        }
-        alone = [lambda _, launch=launch: launch() for launch in stages.values()]
-        rows = self._stages.rounds(alone, range(_STAGE_TURNS))
-        return {name: median(row[at] for row in rows) for at, name in enumerate(stages)}
-
-
-_HEADER = """\
-| M | as shipped us | tuned us | ours us | tuned / ours | 95 % | shipped / ours | of floor | error, tuned and ours \
-| stages of ours, us | tuned | ours |
-|---:|---:|---:|---:|---:|---|---:|---:|---|---|---|---|"""
-
-
-def _cells(row: Row) -> str:
-    cells = (
-        str(row.tokens),
-        f"{row.shipped_us:.1f}",
-        f"{row.tuned_us:.1f}",
-        f"{row.ours_us:.1f}",
-        f"{row.gain.value:.3f}x",
-        f"{row.gain.low:.3f} to {row.gain.high:.3f}",
-        f"{row.shipped_us / row.ours_us:.2f}x",
-        f"{row.floor_us / row.ours_us:.0%}",
-        " and ".join(f"{error:.2e}" for error in row.errors),
-        ", ".join(f"{name} {us:.0f}" for name, us in row.stages_us.items()),
-        describe(row.tuned),
-        str(row.path).removeprefix("KERNEL "),
-    )
-    return f"| {' | '.join(cells)} |"
+    def _error(self, tokens: int, runner: Runner) -> float:
+        return self.answered(CheckAccuracy(tokens, runner), Accuracy).error
 
 
-def _document(row: Row) -> dict[str, Any]:
-    return {
-        "m": row.tokens,
-        "us": [row.shipped_us, row.tuned_us, row.ours_us],
-        "gain": [row.gain.value, row.gain.low, row.gain.high],
-        "errors": row.errors,
-        "stages_us": row.stages_us,
-        "path": kernel_table.document_of(row.path),
-    }
+@dataclass(frozen=True, slots=True)
+class KnownPairs:
+    """By M, what the engine takes as shipped on this GPU, and all other pairs that may be the tuned one."""
+
+    shipped: dict[int, Pair]
+    others: list[Pair]
 
 
-def _means(rows: Sequence[Row]) -> str:
-    """Geometric means over the many tokens: of ours, and of a server that runs ours only where it is the faster."""
-    many = [row for row in rows if row.tokens >= MANY_TOKENS]
-    if not many:
-        return "no M is large enough for a mean"
-    ours = geometric_mean(row.gain.value for row in many)
-    served = geometric_mean(max(1.0, row.gain.value) for row in many)
-    shipped = geometric_mean(row.shipped_us / min(row.ours_us, row.tuned_us) for row in many)
-    return (
-        f"geometric means for M >= {MANY_TOKENS}: ours {ours:.3f}x of the tuned engine, the faster of both "
-        f"{served:.3f}x, which is {shipped:.3f}x of the engine as shipped"
-    )
+def known_pairs(shape: MoEShape, tokens: Sequence[int], as_on: Sequence[Gpu]) -> KnownPairs:
+    """Asked of the engine, in a process each, all at once.
+
+    Raises:
+        EngineError: the engine does not answer.
+    """
+    environment = {**os.environ, env.KERNELS: "0"}
+    asked = [
+        (lookup_probe.LookupRequest(shape, tokens, gpu), who)
+        for gpu in (None, *as_on)
+        for who in (lookup_probe.ALONE, lookup_probe.AS_SERVED)
+    ]
+    with ThreadPoolExecutor(len(asked)) as threads:
+        answers = list(threads.map(lambda it: lookup_probe.ask(it[0], environment, who=it[1]), asked))
+    shipped, *others = (verify_install.pairs_of(answer) for answer in answers)
+    return KnownPairs(shipped, [pair for by_tokens in others for pair in by_tokens.values()])
 
 
 def run(arguments: argparse.Namespace, command: str) -> None:
@@ -207,43 +197,83 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     Raises:
         MoEExtError: there is no GPU or no engine.
     """
-    place = here(command)
-    engine = place.engine
+    place, began = here(command), time.monotonic()
+    engine, layers = place.engine, LAYERS | EP_LAYERS
     print(f"{place.gpu.device_name}, SGLang {engine.version_text}, Triton {engine.triton}, {place.date}: `{command}`")
+    as_on = [specs.find(name) for name in arguments.as_on]
     document: dict[str, Any] = {}
-    for name in arguments.layers:
-        shape = LAYERS[name]
-        question = lookup_probe.LookupRequest(shape, arguments.batch_size)
-        shipped, tuned = (
-            verify_install.pairs_of(lookup_probe.ask(question, who=who))
-            for who in (lookup_probe.ALONE, lookup_probe.AS_SERVED)
-        )
-        print(f"\n## {name}\n\n{_HEADER}", flush=True)
-        with tempfile.TemporaryDirectory() as cache:
-            racer, rows = Racer(shape, Path(cache)), []
-            for m in arguments.batch_size:
-                try:
-                    floor_us = pair_floor_us(shape, place.gpu, m)
-                    rows.append(racer.raced(m, shipped[m], tuned[m], arguments.rounds, floor_us))
-                except Exception as error:  # noqa: BLE001 - of one batch size; the others are still to be raced
-                    print(f"| {m} | {type(error).__name__}: {str(error)[:200]} |", flush=True)
-                    traceback.print_exc()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ThreadPoolExecutor(2) as asking,
+        CompilePool(kernel_source(engine, SGLANG), cache=CompileCache(None), triton_cache=Path(folder)) as pool,
+    ):
+        make = cast("Callable[[], BenchLike]", LayersSetup(Path(folder)))  # which is asked about a layer
+        process = BenchProcess(make, timeout_s=OfLayer.TIME_LIMIT_S)
+        try:
+            known = {
+                name: asking.submit(known_pairs, layers[name], arguments.batch_size, as_on) for name in arguments.layers
+            }
+            for name in arguments.layers:
+                if time.monotonic() - began > arguments.seconds:
+                    print(f"\n## {name}\n\nnot begun: {arguments.seconds} s are over", flush=True)
                     continue
-                print(_cells(rows[-1]), flush=True)
-        print(f"\n{_means(rows)}", flush=True)
-        document[name] = [_document(row) for row in rows]
+                problem = Problem(layers[name], place.gpu, "sglang")
+                pairs = known[name].result()
+                want(pool, problem, pairs, arguments.batch_size)
+                race = LayerRace(problem, cast("Measure", process.measure), clean_with(pool, problem))
+                document[name] = race_layer(name, race, pairs, arguments.batch_size, arguments.rounds)
+        finally:
+            process.close()
     print(f"\n{json.dumps(document)}")
+
+
+def want(pool: CompilePool, problem: Problem, pairs: KnownPairs, tokens: Sequence[int]) -> None:
+    """Have the layer's binaries compiled: of the engine's pairs first, then of our plans."""
+    distinct = {messages.identity(pair): pair for pair in (*pairs.shipped.values(), *pairs.others)}
+    pool.want(job for pair in distinct.values() for m in tokens for job in candidates.pair_jobs(pair, problem, m))
+    pool.want(sorted_kernels.screening_jobs(problem, COMPILED_AT, [pair["up"] for pair in distinct.values()]))
+
+
+def clean_with(pool: CompilePool, problem: Problem) -> CleanPlan:
+    """What the compiler has against a plan."""
+
+    def clean(plan: KernelPlan) -> Failure | None:
+        jobs = list_jobs(plan, problem.shape, COMPILED_AT, problem.gpu.sm)
+        troubles = (candidates.misfit(job, pool.result(job), problem.gpu) for job in jobs)
+        return next((trouble for trouble in troubles if trouble is not None), None)
+
+    return clean
+
+
+def race_layer(
+    name: str, race: LayerRace, pairs: KnownPairs, tokens: Sequence[int], rounds: int
+) -> list[dict[str, Any]]:
+    """Print the layer's table, row by row; the rows for programs."""
+    print(f"\n## {name}\n\n{plan_report.HEADER}", flush=True)
+    rows: list[Row] = []
+    for m in tokens:
+        try:
+            rows.append(race.run(m, pairs.shipped[m], pairs.others, rounds))
+        except Exception as error:  # noqa: BLE001 - of one batch size; the others are still to be raced
+            print(f"| {m} | {type(error).__name__}: {str(error)[:200]} |", flush=True)
+            traceback.print_exc()
+            continue
+        print(plan_report.cells(rows[-1]), flush=True)
+    print(f"\n{plan_report.means(rows)}", flush=True)
+    return [plan_report.document(row) for row in rows]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 an error in one line, 2 usage."""
     given = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS), metavar="NAME")
+    parser.add_argument("--layers", nargs="+", choices=LAYERS | EP_LAYERS, default=list(LAYERS), metavar="NAME")
     parser.add_argument("--batch-size", nargs="+", type=int, default=list(TOKENS), metavar="M")
-    parser.add_argument("--rounds", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--as-on", nargs="*", default=[], metavar="GPU")
+    parser.add_argument("--seconds", type=float, default=280.0)
     try:
-        run(parser.parse_args(given), shlex.join(["python", "-m", "benchmarks.down_path", *given]))
+        run(parser.parse_args(given), shlex.join(["python", "-m", "benchmarks.kernel_plans", *given]))
     except MoEExtError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
