@@ -31,7 +31,7 @@ from benchmarks.plan_bench import LayersSetup, OfLayer, StageTimes, TimeStages
 from benchmarks.plan_report import PlanKind, PlanTimes, Row
 from benchmarks.vs_upstream.report import here
 from sglang_moe_ext import env
-from sglang_moe_ext.core import EngineError, Failure, Gpu, MoEExtError, MoEShape, Quantization
+from sglang_moe_ext.core import CompileJob, EngineError, Failure, Gpu, MoEExtError, MoEShape, Quantization
 from sglang_moe_ext.engines.registry import SGLANG
 from sglang_moe_ext.engines.sglang import lookup_probe
 from sglang_moe_ext.gpu import specs
@@ -172,6 +172,10 @@ class KnownPairs:
     shipped: dict[int, Pair]
     others: list[Pair]
 
+    @property
+    def distinct(self) -> list[Pair]:
+        return list({messages.identity(pair): pair for pair in (*self.shipped.values(), *self.others)}.values())
+
 
 def known_pairs(shape: MoEShape, tokens: Sequence[int], as_on: Sequence[Gpu]) -> KnownPairs:
     """Asked of the engine, in a process each, all at once.
@@ -210,16 +214,18 @@ def run(arguments: argparse.Namespace, command: str) -> None:
         make = cast("Callable[[], BenchLike]", LayersSetup(Path(folder)))  # which is asked about a layer
         process = BenchProcess(make, timeout_s=OfLayer.TIME_LIMIT_S)
         try:
+            problems = {name: Problem(layers[name], place.gpu, "sglang") for name in arguments.layers}
             known = {
-                name: asking.submit(known_pairs, layers[name], arguments.batch_size, as_on) for name in arguments.layers
+                name: asking.submit(_ask_and_compile, pool, problem, arguments.batch_size, as_on)
+                for name, problem in problems.items()
             }
-            for name in arguments.layers:
+            for name, problem in problems.items():
                 if time.monotonic() - began > arguments.seconds:
                     print(f"\n## {name}\n\nnot begun: {arguments.seconds} s are over", flush=True)
                     continue
-                problem = Problem(layers[name], place.gpu, "sglang")
                 pairs = known[name].result()
-                want(pool, problem, pairs, arguments.batch_size)
+                for job in jobs_of_pairs(problem, pairs, arguments.batch_size):
+                    pool.result(job)  # so that none is compiled where it is timed
                 race = LayerRace(problem, cast("Measure", process.measure), clean_with(pool, problem))
                 document[name] = race_layer(name, race, pairs, arguments.batch_size, arguments.rounds)
         finally:
@@ -227,11 +233,18 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     print(f"\n{json.dumps(document)}")
 
 
-def want(pool: CompilePool, problem: Problem, pairs: KnownPairs, tokens: Sequence[int]) -> None:
-    """Have the layer's binaries compiled: of the engine's pairs first, then of our plans."""
-    distinct = {messages.identity(pair): pair for pair in (*pairs.shipped.values(), *pairs.others)}
-    pool.want(job for pair in distinct.values() for m in tokens for job in candidates.pair_jobs(pair, problem, m))
-    pool.want(sorted_kernels.screening_jobs(problem, COMPILED_AT, [pair["up"] for pair in distinct.values()]))
+def _ask_and_compile(pool: CompilePool, problem: Problem, tokens: Sequence[int], as_on: Sequence[Gpu]) -> KnownPairs:
+    """Have the layer's binaries compiled as soon as the engine has answered: its own first, then those of our plans."""
+    pairs = known_pairs(problem.shape, tokens, as_on)
+    pool.want(jobs_of_pairs(problem, pairs, tokens))
+    pool.want(sorted_kernels.screening_jobs(problem, COMPILED_AT, [pair["up"] for pair in pairs.distinct]))
+    return pairs
+
+
+def jobs_of_pairs(problem: Problem, pairs: KnownPairs, tokens: Sequence[int]) -> list[CompileJob]:
+    """All binaries of the engine that are raced."""
+    jobs = (job for pair in pairs.distinct for m in tokens for job in candidates.pair_jobs(pair, problem, m))
+    return list(dict.fromkeys(jobs))
 
 
 def clean_with(pool: CompilePool, problem: Problem) -> CleanPlan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ class LayersBench:
     """The measurements of the layer that is asked about; the weights of the one before are dropped."""
 
     def __init__(self, setup: LayersSetup) -> None:
+        os.environ["TRITON_CACHE_DIR"] = str(setup.triton_cache)
         import torch
 
         from sglang_moe_ext.engines.registry import SGLANG
