@@ -109,6 +109,15 @@ def test_a_layer_that_is_shorter_than_what_it_costs_the_host_is_left_to_the_engi
     assert {m: entry.plan for m, entry in found.items()} == {1024: None, 4096: path()}
 
 
+@pytest.mark.parametrize(("incumbent_us", "runs"), [(399.0, False), (400.0, True), (549.0, True)])
+def test_a_plan_is_not_given_up_for_being_fast(incumbent_us: float, runs: bool, tmp_path: Path) -> None:
+    """The engine's layer says how long the host has; ours may take less than the host needs."""
+    figures = {"us": 310.0, "incumbent_us": incumbent_us}
+    write(table_dirs(tmp_path)[0], {4096: KernelEntry(path(), RUN, figures)})
+    found = kernel_selection.load_plans(SHAPE, DEVICE, TRITON, table_dirs(tmp_path))
+    assert (found[4096].plan is not None) == runs
+
+
 def test_a_broken_table_is_passed_over_with_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     yours, shipped = table_dirs(tmp_path)
     write(shipped, CASES)
