@@ -95,7 +95,7 @@ _SHORT_DOWNS_BLOCK_FP8 = ((64, 64, 128, 28, 4, 3), (64, 64, 128, 112, 4, 3))
 
 _FEWEST_TOKENS_IN_GLUON = 512
 """Below, tiles of 128 rows are mostly padding."""
-# The winners of H100, Triton 3.6.0, 2026-11-26 (docs/benchmarks/warp_specialized.md); the best guess first.
+# Each won somewhere on an H100 or an H200, 2026-11-26 (docs/benchmarks/warp_specialized.md); the best guess first.
 _UPS_IN_GLUON = (WarpSpecializedUp(2), WarpSpecializedUp(8), WarpSpecializedUp(1, persistent=False))
 _DOWNS_IN_GLUON: dict[_Kind, tuple[WarpSpecializedDown, ...]] = {
     "16 bits": (WarpSpecializedDown("wide", 4), WarpSpecializedDown("wide", 8)),
