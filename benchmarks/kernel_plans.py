@@ -32,6 +32,7 @@ from benchmarks.plan_report import PlanKind, PlanTimes, Row
 from benchmarks.vs_upstream.report import here
 from sglang_moe_ext import env
 from sglang_moe_ext.core import CompileJob, EngineError, Failure, Gpu, MoEExtError, MoEShape, Quantization
+from sglang_moe_ext.engines.lookup_probe import LookupRequest
 from sglang_moe_ext.engines.registry import SGLANG
 from sglang_moe_ext.engines.sglang import lookup_probe
 from sglang_moe_ext.gpu import specs
@@ -185,12 +186,12 @@ def known_pairs(shape: MoEShape, tokens: Sequence[int], as_on: Sequence[Gpu]) ->
     """
     environment = {**os.environ, env.KERNELS: "0"}
     asked = [
-        (lookup_probe.LookupRequest(shape, tokens, gpu), who)
+        (LookupRequest(shape, tokens, gpu), who)
         for gpu in (None, *as_on)
         for who in (lookup_probe.ALONE, lookup_probe.AS_SERVED)
     ]
     with ThreadPoolExecutor(len(asked)) as threads:
-        answers = list(threads.map(lambda it: lookup_probe.ask(it[0], environment, who=it[1]), asked))
+        answers = list(threads.map(lambda it: it[1].ask(it[0], environment), asked))
     shipped, *others = (verify_install.pairs_of(answer) for answer in answers)
     return KnownPairs(shipped, [pair for by_tokens in others for pair in by_tokens.values()])
 

@@ -4,7 +4,7 @@ usage, from the repository root: python -m benchmarks.serving_speed [--models NA
        [--weights spread|engine] [--eager-decode] [--out FOLDER]
 
 The plugin takes its tables from where a server would (SGLANG_MOE_EXT_STORE): tune the models before, with
-`python -m sglang_moe_ext.tune --model NAME --install none`. Needs SGLang 0.5.15 and a GPU that holds a model twice.
+`sglang-moe-ext tune --model NAME --install none`. Needs SGLang 0.5.15 and a GPU that holds a model twice.
 `--weights engine` are those of the engine's own dummy loader, whose layers add nothing to their input.
 """
 

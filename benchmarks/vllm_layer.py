@@ -33,19 +33,20 @@ _RACE_SEED = "1"
 
 
 def tune(arguments: Sequence[str], out: Path, log: Path) -> dict[str, Any]:
-    """The last line of the tune command, run in a process of its own.
+    """The document of the tune command, run in a process of its own.
 
     Raises:
         MoEExtError: it fails.
     """
     environment = {**os.environ, env.STORE: str(out / "store")}
     with log.open("a", encoding="utf-8") as errors:
-        command = [sys.executable, "-W", "ignore", "-m", "sglang_moe_ext.tune", "--engine", "vllm", *arguments]
+        command = [sys.executable, "-W", "ignore", "-m", "sglang_moe_ext.tune", "--engine", "vllm"]
+        command += ["--json", *arguments]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, check=False)
         errors.write(done.stdout)
     if done.returncode != 0:
         raise MoEExtError(f"{' '.join(arguments)} failed: {log.read_text(encoding='utf-8').strip().splitlines()[-1]}")
-    document: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    document: dict[str, Any] = json.loads(done.stdout)
     return document
 
 

@@ -1,3 +1,3 @@
-"""Fused-MoE kernel configurations that are right, fast and picked up by themselves, for SGLang and vLLM."""
+"""Fast and safe fused-MoE kernel configurations for SGLang and vLLM, found for your model on your GPU."""
 
 __version__ = "0.1.0"

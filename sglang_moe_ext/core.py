@@ -1,12 +1,16 @@
-"""The nouns that every part of the project speaks in, and the errors that users see; imports nothing of ours."""
+"""The dataclasses that every part of the project shares, and the errors that users see."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-Scheme = Literal["fp8_w8a8", "int8_w8a8", "int8_w8a16", "int4_w4a16"]
+from sglang_moe_ext.schemes import Scales, SchemeRow, find_row
+from sglang_moe_ext.schemes import Scheme as Scheme  # noqa: PLC0414 (exported)
+
 ActivationDtype = Literal["bfloat16", "float16"]
+CheckpointDtype = Literal["bfloat16", "float16", "float32"]
+"""Engines serve a checkpoint in float32 in one of 16 bits; which one is theirs to choose."""
 Projection = Literal["up", "down"]
 Origin = Literal["measured", "transferred", "predicted"]
 """How an entry came to be: timed on the GPU it is for, timed there in another engine, or ranked by a model of the GPU.
@@ -42,31 +46,56 @@ class EngineError(MoEExtError):
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointFormat:
+    """What a checkpoint says of its quantized experts beyond the scheme: engines choose a backend by it.
+
+    `method` as config.json names it, in lower case with underscores. `group` is the stored group size, before a split
+    makes an engine halve it.
+    """
+
+    method: str
+    bits: int = 8
+    group: int | None = None
+    symmetric: bool = True
+    activation_order: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Quantization:
     """How the expert weights are stored. No scheme: they are not quantized.
 
-    `block_shape` is (N, K) of the weights that share one scale; (0, group) for groups along K alone.
+    `block_shape` is (N, K) of the weights that share one scale; (0, group) for groups along K alone. `checkpoint` takes
+    no part in comparisons: kernels and tables do not depend on it. It is None where a user stated the layer.
     """
 
     scheme: Scheme | None = None
     block_shape: tuple[int, int] | None = None
     per_channel: bool = False
+    checkpoint: CheckpointFormat | None = field(default=None, compare=False)
+
+    @property
+    def row(self) -> SchemeRow:
+        """The facts of its scheme."""
+        return find_row(self.scheme)
+
+    @property
+    def scales(self) -> Scales:
+        """What one scale covers."""
+        if self.scheme is None:
+            return "none"
+        if self.block_shape is not None:
+            return "block" if self.is_block_wise else "group"
+        return "channel" if self.per_channel else "tensor"
 
     @property
     def weight_bits(self) -> int:
         """Bits of one weight."""
-        match self.scheme:
-            case None:
-                return 16
-            case "int4_w4a16":
-                return 4
-            case _:
-                return 8
+        return self.row.weight_bits
 
     @property
     def activation_bits(self) -> int:
         """Bits of one activation as the GEMM reads it."""
-        return 8 if self.scheme in ("fp8_w8a8", "int8_w8a8") else 16
+        return self.row.activation_bits
 
     @property
     def is_block_wise(self) -> bool:
@@ -77,13 +106,24 @@ class Quantization:
         if self.scheme is None:
             return "not quantized"
         if self.block_shape is not None:
-            return f"{self.scheme} {'block' if self.is_block_wise else 'group'} {list(self.block_shape)}"
-        return f"{self.scheme} per {'channel' if self.per_channel else 'tensor'}"
+            return f"{self.scheme} {self.scales} {list(self.block_shape)}"
+        return f"{self.scheme} per {self.scales}"
+
+
+@dataclass(frozen=True, slots=True)
+class OlderReading:
+    """What SGLang before that release makes of a checkpoint that newer ones read as its config.json means."""
+
+    before: tuple[int, int, int]
+    quantization: Quantization
 
 
 @dataclass(frozen=True, slots=True)
 class MoEModel:
-    """The experts of a checkpoint, as its config.json states them: before an engine fuses, shards or pads."""
+    """The experts of a checkpoint, as its config.json states them: before an engine fuses, shards or pads.
+
+    `zero_experts` are choices of the router that have no weights. `older_readings` are in the order of releases.
+    """
 
     name: str
     architecture: str
@@ -94,8 +134,11 @@ class MoEModel:
     shared_experts: int = 0
     gated: bool = True
     quantization: Quantization = field(default_factory=Quantization)
-    dtype: ActivationDtype = "bfloat16"
+    dtype: CheckpointDtype = "bfloat16"
     source: str = ""
+    zero_experts: int = 0
+    older_readings: tuple[OlderReading, ...] = ()
+    moe_layers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +160,8 @@ class MoEShape:
 
     w1 is [experts, 2 * intermediate_size, hidden_size] ([experts, intermediate_size, hidden_size] when not gated),
     w2 is [experts, hidden_size, intermediate_size]; `experts` and `top_k` include the `fused_shared` experts, which lie
-    last and which every token takes.
+    last and which every token takes. `zero_experts` are ids behind the routed ones that a router may give and that
+    compute nothing.
     """
 
     experts: int
@@ -129,6 +173,7 @@ class MoEShape:
     gated: bool = True
     ep: int = 1
     fused_shared: int = 0
+    zero_experts: int = 0
 
     def gemm(self, projection: Projection) -> tuple[int, int]:
         """(N, K) of one expert's GEMM: output columns and reduction length."""
@@ -195,7 +240,10 @@ Table = dict[int, TileConfig]
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """What a kernel can rely on. Bandwidth in GB/s, dense rates in TFLOP/s; `device_name` as torch.cuda reports it."""
+    """What a kernel can rely on. Bandwidth in GB/s, dense rates in TFLOP/s; `device_name` as torch.cuda reports it.
+
+    `memory_gib` is at least what a process can have; None where it is not known.
+    """
 
     device_name: str
     sm: int
@@ -207,6 +255,7 @@ class Gpu:
     fp8_tflops: float | None
     l2_mib: float
     source: str
+    memory_gib: float | None = None
 
     def tflops(self, activation_bits: int) -> float:
         """Dense rate of the matrix units for operands of that width."""

@@ -27,8 +27,8 @@ class KernelLimit:
 
 def _is_multiplied(shape: MoEShape) -> bool:
     quantization = shape.quantization
-    is_scaled = quantization.per_channel or quantization.block_shape == (SCALE_GROUP, SCALE_GROUP)
-    return quantization.scheme is None or (quantization.scheme == "fp8_w8a8" and is_scaled)
+    has_whole_groups = not quantization.is_block_wise or quantization.block_shape == (SCALE_GROUP, SCALE_GROUP)
+    return quantization.scales in quantization.row.sorted_kernels and has_whole_groups
 
 
 LIMITS = (

@@ -1,8 +1,11 @@
-"""Prints values that come from a stranger: a server, a checkpoint, a captured file, a table, an engine's error."""
+"""Prints values and reads files of strangers: of a server, a checkpoint, a captured file, a table, an error."""
 
 from __future__ import annotations
 
+import errno
+import os
 import reprlib
+import stat
 
 LIMIT = 200
 """Characters of one printed value, as the default of `show`."""
@@ -60,3 +63,19 @@ def _message(error: BaseException) -> str:
 
 def _escape(letter: str) -> str:
     return letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
+
+
+def read_regular_file(path: str | os.PathLike[str], most_bytes: int) -> bytes:
+    """The content of a file that is one: a pipe or a device might never end.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or has more bytes; `strerror` says which.
+    """
+    # without O_NONBLOCK, opening a pipe waits for somebody to write into it
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_CLOEXEC)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise OSError(errno.EFBIG, f"it is larger than {most_bytes >> 20} MiB", os.fspath(path))
+    return content

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -19,11 +20,12 @@ REPO_ROOT = Path(__file__).resolve().parents[1]
 NEVER_MOVED = {"torch", "triton", "transformers", "sglang", "vllm", "numpy"}
 HEAVY = {"torch", "triton", "transformers", "rich", "numpy"}
 ATTACHED = {
-    "": "core engines env gpu import_hook package_data serving sorted_kernels startup tables",
-    "engines.": "config_dict installed lookup_args running sglang table_names",
-    "engines.sglang.": "config_dir hook_points installation kernel_sequence support table_names",
+    "": "core engines env gpu import_hook package_data schemes serving sorted_kernels startup tables untrusted",
+    "engines.": "config_dict installed launch_rules launch_shape lookup_args running sglang table_names weight_only",
+    "engines.sglang.": "hook_points installation kernel_sequence support table_names",
     "gpu.": "shared_memory specs",
-    "serving.": "attach guard kernel_selection plugin selection sglang_hooks sglang_lookup_hook table_search",
+    "serving.": "attach guard kernel_selection launch_guard plugin selection sglang_hooks sglang_lookup_hook "
+    "table_search",
     "tables.": "config_table files kernel_table provenance user_store",
 }
 """By package, the modules of ours that a server has once its engine's layer is hooked."""
@@ -67,12 +69,35 @@ def test_the_wheel_asks_for_nothing_but_extras(wheel: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["sglang_moe_ext_startup.pth", "sglang_moe_ext/py.typed", "sglang_moe_ext/models/models.json"],
-    ids=["startup file", "type marker", "model facts"],
+    [
+        "sglang_moe_ext_startup.pth",
+        "sglang_moe_ext/py.typed",
+        "sglang_moe_ext/models/models.json",
+        "sglang_moe_ext/_docs/index.md",
+    ],
+    ids=["startup file", "type marker", "model facts", "documentation"],
 )
 def test_the_wheel_carries(wheel: Path, name: str) -> None:
     with zipfile.ZipFile(wheel) as archive:
         assert name in archive.namelist()
+
+
+def test_the_source_distribution_carries_documentation_and_tests(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", tmp_path]
+    subprocess.run(command, cwd=REPO_ROOT, check=True, capture_output=True)
+    (built,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"README.md", "CONTRIBUTING.md", "docs/index.md", "docs/benchmarks/tuning.md", "tests/conftest.py"} <= names
+
+
+def test_the_metadata_name_every_supported_python_and_no_placeholder(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = archive.read(name).decode()
+    classifiers = [line.rpartition(" :: ")[2] for line in metadata.splitlines() if "Python :: 3." in line]
+    assert classifiers == ["3.10", "3.11", "3.12", "3.13"]
+    assert "example.com" not in metadata and "TODO" not in metadata
 
 
 def test_the_wheel_carries_no_tests_and_names_its_entry_points(wheel: Path) -> None:
@@ -128,8 +153,8 @@ def test_a_hooked_server_has_loaded_no_module_of_ours_but_these() -> None:
     assert {name for name in loaded if name.startswith("sglang_moe_ext")} == expected
 
 
-def test_the_table_of_models_in_the_readme_is_what_the_code_says() -> None:
-    command = [sys.executable, "tools/readme_models.py", "--check"]
+def test_the_table_of_models_in_the_documentation_is_what_the_code_says() -> None:
+    command = [sys.executable, "tools/model_table.py", "--check"]
     environment = {"PYTHONPATH": str(REPO_ROOT), "PATH": ""}
     done = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
@@ -139,6 +164,7 @@ PUBLIC = {
     "sglang_moe_ext.startup": ["install"],
     "sglang_moe_ext.tune": ["main"],
     "sglang_moe_ext.export": ["main"],
+    "sglang_moe_ext.api": ["resolve", "predict", "measure", "lookup", "install"],
     "sglang_moe_ext.cli.main": ["main"],
     "sglang_moe_ext.serving.plugin": ["register_sglang", "register_vllm", "attach_patched"],
 }

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_moe_ext.engines import table_names
-from sglang_moe_ext.engines.sglang import missing_config_log
+from sglang_moe_ext.engines import missing_config_log, table_names
 from sglang_moe_ext.engines.sglang import table_names as sglang_table_names
 from sglang_moe_ext.engines.vllm import table_names as vllm_naming
 from sglang_moe_ext.gpu import specs

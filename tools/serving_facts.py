@@ -1,4 +1,4 @@
-"""Keep docs/serving_facts.md as the sources of the unpacked SGLang releases have it.
+"""Keep docs/sglang-releases.md as the sources of the unpacked SGLang releases have it.
 
 usage: python -m tools.serving_facts [--check]      (from the project's folder; --check only compares)
 """
@@ -16,10 +16,10 @@ from tools.engine_facts import BESIDE_SERVERS, CALLS, Facts, read
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINES = Path(os.environ.get("SGLANG_MOE_EXT_ENGINES", ROOT / ".engines")) / "sglang"
-DOCUMENT = ROOT / "docs" / "serving_facts.md"
+DOCUMENT = ROOT / "docs" / "sglang-releases.md"
 
 HEAD = """\
-# What serving relies on, release by release
+# What serving relies on in each release of SGLang
 
 Made by `python -m tools.serving_facts` from the sources of each release; a test fails where it differs.
 

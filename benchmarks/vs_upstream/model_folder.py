@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from sglang_moe_ext.core import ModelError, MoEModel
-from sglang_moe_ext.models.builtin import builtin_records, find_builtin
+from sglang_moe_ext.models.builtin import builtin_records
+from sglang_moe_ext.models.checkpoint_names import find_builtin
 from sglang_moe_ext.models.families import EXPERTS, HIDDEN, SHARED, TOP_K, WIDTH, Names
 from sglang_moe_ext.models.resolve import CONFIG, resolve
 
 _FP8 = "-FP8"
-_NUMBERS = tuple(field.name for field in fields(MoEModel) if field.name not in ("name", "source"))
+_NUMBERS = tuple(field.name for field in fields(MoEModel) if field.name not in ("name", "source", "moe_layers"))
 
 
 def named(name: str) -> MoEModel | None:

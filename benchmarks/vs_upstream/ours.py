@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.vs_upstream.timed_run import Run, timed
 from sglang_moe_ext.cli import layer_args
 from sglang_moe_ext.core import EngineError, Gpu, MoEShape
+from sglang_moe_ext.engines.lookup_probe import LookupRequest
 from sglang_moe_ext.engines.registry import ENGINES
 from sglang_moe_ext.engines.sglang import lookup_probe
 from sglang_moe_ext.tuning import install_target, verify_install
@@ -67,4 +68,4 @@ def choice(output_dir: Path, shape: MoEShape, gpu: Gpu, tokens: int) -> Pair:
 
 def engines_choice(shape: MoEShape, tokens: int) -> Pair:
     """Raises EngineError where the engine cannot be asked."""
-    return verify_install.pairs_of(lookup_probe.ask(lookup_probe.LookupRequest(shape, [tokens])))[tokens]
+    return verify_install.pairs_of(lookup_probe.ALONE.ask(LookupRequest(shape, [tokens])))[tokens]

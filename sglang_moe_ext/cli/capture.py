@@ -1,23 +1,27 @@
-"""`sglang-moe-ext capture`: ask a running server which experts its prompts take, and keep that for `tune`."""
+"""`sglang-moe-ext capture`: ask a running server which experts its prompts take, and store that for `tune`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from sglang_moe_ext.cli import console
+from sglang_moe_ext.cli.command import Command
 from sglang_moe_ext.core import EngineError, ModelError, MoEExtError, MoEModel
-from sglang_moe_ext.engines.sglang import server_routing
-from sglang_moe_ext.engines.sglang.server_routing import RoutingServer
+from sglang_moe_ext.engines.sglang import server_info, server_routing
+from sglang_moe_ext.engines.sglang.server_client import LONGEST_S, Server
 from sglang_moe_ext.models import resolve
 from sglang_moe_ext.serving import capture
 from sglang_moe_ext.serving.capture import RoutingTable
+from sglang_moe_ext.untrusted import read_regular_file, show
 
 FEW_ROWS = 16_384
 """The largest batch that is tuned by default; fewer rows repeat in it."""
+MOST_PROMPT_BYTES = 64 << 20
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:
@@ -51,9 +55,12 @@ def prompts(file: Path) -> list[str]:
         MoEExtError: the file cannot be read, or has none.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise MoEExtError(f"cannot read {file}: {error}; --prompts takes a text file, a prompt a line") from error
+        lines = read_regular_file(file, MOST_PROMPT_BYTES).decode("utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise MoEExtError(
+            f"cannot read {show(file)}: {show(reason)}; --prompts takes a text file, a prompt a line"
+        ) from error
     found = [_prompt(line) for line in lines if line.strip()]
     if not found:
         raise MoEExtError(f"{file} has no prompt: expected one a line")
@@ -70,23 +77,23 @@ def _prompt(line: str) -> str:
     return next((text for text in texts if isinstance(text, str) and text), line)
 
 
-def _served(server: RoutingServer, arguments: argparse.Namespace) -> tuple[str, MoEModel]:
-    """The name to tune by, and what it means."""
+def _find_model(server: Server, arguments: argparse.Namespace) -> tuple[str, MoEModel]:
+    """(the name to give to `tune`, the model)."""
     if arguments.model:
         return arguments.model, resolve(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    name = server.model_path()
+    name = server_info.ask_model_path(server)
     try:
         return name, resolve(name, trust_remote_code=arguments.trust_remote_code)
     except ModelError as error:
         raise ModelError(f"the server's model is not known here: {error}; name it with --model") from error
 
 
-def _ask(server: RoutingServer, texts: list[str], max_tokens: int, top_k: int) -> list[bytearray]:
+def _ask(server: Server, texts: list[str], max_tokens: int, top_k: int) -> list[bytearray]:
     """The rows of each layer, prompt after prompt."""
     gathered: list[bytearray] = []
     with console.Bar() as bar:
         for done, text in enumerate(texts, 1):
-            layers = server_routing.layers_of(server.generate(text, max_tokens), top_k)
+            layers = server_routing.split_layers(server_routing.generate(server, text, max_tokens), top_k)
             gathered = gathered or [bytearray() for _ in layers]
             if layers and len(layers) != len(gathered):
                 raise EngineError(f"the server returns {len(layers)} layers for prompt {done}, {len(gathered)} before")
@@ -100,11 +107,11 @@ def tables(gathered: list[bytearray], model: MoEModel) -> Iterator[RoutingTable]
     """One of each MoE layer.
 
     Raises:
-        EngineError: this model cannot have it.
+        EngineError: the model cannot have such ids.
     """
     layers = [bytes(rows) for rows in gathered]
     for layer in server_routing.routing_layers(layers):
-        wrong = server_routing.impossible(layers[layer], model.top_k, model.routed_experts)
+        wrong = server_routing.impossible(layers[layer], model.top_k, model.routed_experts, model.zero_experts)
         if wrong is not None:
             raise EngineError(
                 f"layer {layer} of the server gives {model.name} {wrong}; name the model it serves with --model"
@@ -120,27 +127,45 @@ def _write(folder: Path, found: list[RoutingTable]) -> list[Path]:
         raise MoEExtError(f"cannot write {folder}: {error.strerror}; choose another --output-dir") from error
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Ask the server about each prompt; the last line printed is JSON.
+def run(arguments: argparse.Namespace) -> Mapping[str, Any]:
+    """Ask the server about each prompt, and give the document of what was written.
 
     Raises:
         MoEExtError: the server does not answer with routing, or a file cannot be read or written.
     """
-    if arguments.max_tokens < 1 or not arguments.timeout > 0:
-        raise MoEExtError("--max-tokens and --timeout: expected positive numbers")
+    if arguments.max_tokens < 1 or not 0 < arguments.timeout <= LONGEST_S:
+        raise MoEExtError(f"--max-tokens and --timeout: expected positive numbers, of at most {LONGEST_S:.0f} seconds")
     texts = prompts(arguments.prompts)
-    server = RoutingServer(arguments.url, arguments.timeout, arguments.api_key)
-    name, model = _served(server, arguments)
+    server = server_routing.connect(arguments.url, arguments.api_key, arguments.timeout)
+    name, model = _find_model(server, arguments)
     found = list(tables(_ask(server, texts, arguments.max_tokens, model.top_k), model))
     if not found:
         raise EngineError(f"{arguments.url} returned no layer with experts: it ran none, or each prompt has one token")
     files = _write(arguments.output_dir, found)
     rows = found[0].rows
-    words = ["python", "-m", "sglang_moe_ext.tune", "--model", name, "--topk-ids-dir", str(arguments.output_dir)]
+    words = ["sglang-moe-ext", "tune", "--model", name, "--topk-ids-dir", str(arguments.output_dir)]
     command = shlex.join(words)
     print(f"{len(found)} layers of {model.name}, {rows} tokens of {len(texts)} prompts: {arguments.output_dir}")
     if rows < FEW_ROWS:
-        print(f"a batch of {FEW_ROWS} tokens repeats them: more prompts, or longer ones, tell more")
+        print(f"a batch of {FEW_ROWS} tokens repeats them: use more or longer prompts for a truer routing")
     print(f"next, with the server's --tp-size and --ep-size: {command}")
     written = [str(file) for file in files]
-    print(json.dumps({"model": name, "layers": len(found), "tokens": rows, "files": written, "next": command}))
+    return {"model": name, "layers": len(found), "tokens": rows, "files": written, "next": command}
+
+
+COMMAND = Command(
+    name="capture",
+    summary="record how the tokens of a running SGLang server choose experts, for tune",
+    description=(
+        "Send prompts to a running SGLang server and record which experts their tokens choose, in one file a layer,\n"
+        "which `sglang-moe-ext tune --topk-ids-dir` reads."
+    ),
+    examples=(
+        (
+            "sglang-moe-ext capture --url http://127.0.0.1:30000 --prompts prompts.txt",
+            "ask the server about each line of prompts.txt; it must run with --enable-return-routed-experts",
+        ),
+    ),
+    add_to=add_to,
+    run=run,
+)

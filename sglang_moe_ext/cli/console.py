@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 try:
     import rich.console
@@ -22,6 +25,61 @@ else:
 
 _SILENCE_S = 5.0
 """A log without a terminal gets a line at least this often while something moves."""
+
+
+class OutputError(Exception):
+    """Standard output takes no more. `why`: the system's reason, None where its reader has only stopped reading."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(str(error))
+        self.why = None if isinstance(error, BrokenPipeError) else error.strerror
+
+
+class CheckedOutput(io.TextIOBase):
+    """A stream whose failure cannot be taken for that of another file."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str, /) -> int:
+        """Raises OutputError where the stream refuses."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            raise OutputError(error) from error
+
+    def flush(self) -> None:
+        """Raises OutputError where the stream refuses."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            raise OutputError(error) from error
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+
+_bars_are_shown = True
+
+
+@contextlib.contextmanager
+def directed(*, is_for_programs: bool, is_quiet: bool) -> Iterator[None]:
+    """Send what is printed for people to standard error where a program reads standard output, or nowhere."""
+    global _bars_are_shown  # noqa: PLW0603 - as standard output itself, which is redirected for the same time
+    with contextlib.ExitStack() as redirected:
+        if is_quiet:
+            nowhere = redirected.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            redirected.enter_context(contextlib.redirect_stdout(nowhere))
+        elif is_for_programs:
+            redirected.enter_context(contextlib.redirect_stdout(sys.stderr))
+        _bars_are_shown = not is_quiet
+        try:
+            yield
+        finally:
+            _bars_are_shown = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +120,8 @@ class Bar:
         self._printed: dict[str, float] = {}
         self._live: Any = None
         self._tasks: dict[str, Any] = {}
-        if _rich and sys.stderr.isatty():
+        self._is_shown = _bars_are_shown
+        if self._is_shown and _rich and sys.stderr.isatty():
             self._live = rich.progress.Progress(
                 rich.progress.TextColumn("{task.description:>10}"),
                 rich.progress.BarColumn(),
@@ -91,6 +150,8 @@ class Bar:
             self._live.update(self._tasks[stage], completed=done, total=of)
             return
         elapsed = time.monotonic() - self._started
+        if not self._is_shown:
+            return
         if stage not in self._printed or done == of or elapsed - self._printed[stage] > _SILENCE_S:
             print(f"[{elapsed:6.1f} s] {stage} {done}/{of}", file=sys.stderr, flush=True)
             self._printed[stage] = elapsed

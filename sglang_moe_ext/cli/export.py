@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
-import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from sglang_moe_ext.core import EngineError, MoEExtError, StoreError
+from sglang_moe_ext.cli.command import Command
+from sglang_moe_ext.core import EngineError, StoreError
 from sglang_moe_ext.engines.registry import ENGINES
 from sglang_moe_ext.tables import merge
 from sglang_moe_ext.tables.merge import RefusedTable, StoredTable
@@ -23,12 +24,21 @@ _COMMAND = "sglang-moe-ext export"
 def add_to(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     parser.add_argument(
-        "journal", type=Path, nargs="?", help="a run's journal.jsonl, or its folder (default: the newest run)"
+        "journal",
+        type=Path,
+        nargs="?",
+        help="the journal.jsonl of a tuning run, or its folder (default: the newest run)",
     )
-    parser.add_argument("--engine", choices=tuple(ENGINES), required=True, help="the engine that the table is for")
-    parser.add_argument("--output-dir", "--save-dir", type=Path, help="write it there too, beside your own store")
+    parser.add_argument("--engine", choices=tuple(ENGINES), required=True, help="engine that the table is for")
     parser.add_argument(
-        "--fused-shared-experts", type=int, default=0, metavar="N", help="as many as SGLang fuses (default 0)"
+        "--output-dir", "--save-dir", type=Path, help="folder to write the table to, in addition to your own store"
+    )
+    parser.add_argument(
+        "--fused-shared-experts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="number of shared experts that SGLang fuses into the routed ones (default 0)",
     )
 
 
@@ -48,8 +58,8 @@ def _folders(arguments: argparse.Namespace, source: JournalSource) -> list[Path]
     return [stored] if chosen is None else [chosen.folder, stored]
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Write the table, marked as transferred; the last line printed is JSON.
+def run(arguments: argparse.Namespace) -> Mapping[str, Any]:
+    """Write the table, marked as transferred, and give the document of what was written.
 
     Raises:
         MoEExtError: the journal is none, has nothing for that engine, or a place cannot be written.
@@ -76,27 +86,28 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{shape} on {source.device_name}, measured in {theirs.TITLE} {source.version}, for {adapter.TITLE}:")
     for place, result in results.items():
         print(f"kept  {place}: {result.why}" if isinstance(result, RefusedTable) else f"wrote {place}")
-    print(
-        json.dumps(
-            {
-                "origin": "transferred",
-                "entries": {m: str(of.config) for m, of in found.items()},
-                "written": [str(place) for place, result in results.items() if isinstance(result, StoredTable)],
-                "kept": {
-                    str(place): result.why for place, result in results.items() if isinstance(result, RefusedTable)
-                },
-            }
-        )
-    )
+    return {
+        "origin": "transferred",
+        "entries": {m: str(of.config) for m, of in found.items()},
+        "written": [str(place) for place, result in results.items() if isinstance(result, StoredTable)],
+        "kept": {str(place): result.why for place, result in results.items() if isinstance(result, RefusedTable)},
+    }
 
 
-def main() -> int:
-    """Exit status: 0 done, 1 an error of ours in one line, 2 usage."""
-    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
-    add_to(parser)
-    try:
-        run(parser.parse_args())
-    except MoEExtError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+COMMAND = Command(
+    name="export",
+    summary="convert a run that measured SGLang into a table for vLLM, or the reverse",
+    description=(
+        "Convert the journal of a tuning run that measured one engine into a table for the other one. The table is\n"
+        "marked as transferred: it is preferred to a predicted table, and a measured table is preferred to it."
+    ),
+    examples=(
+        ("sglang-moe-ext export --engine vllm", "convert the newest run, which measured SGLang"),
+        (
+            "sglang-moe-ext export runs/3f2a --engine sglang --fused-shared-experts 1",
+            "convert a run that measured vLLM for a model whose shared expert SGLang fuses",
+        ),
+    ),
+    add_to=add_to,
+    run=run,
+)

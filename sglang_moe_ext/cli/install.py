@@ -3,73 +3,74 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
-from sglang_moe_ext.core import EngineError, MoEExtError
-from sglang_moe_ext.engines.sglang import installation
-from sglang_moe_ext.tables import config_table, merge, provenance, user_store
-from sglang_moe_ext.tables.merge import RefusedTable, StoredTable
+from sglang_moe_ext import api
+from sglang_moe_ext.cli import engine_choice
+from sglang_moe_ext.cli.command import Command
+from sglang_moe_ext.engines.registry import ENGINES
+from sglang_moe_ext.stock import reinstall
+from sglang_moe_ext.stock.reinstall import Reinstalled
+from sglang_moe_ext.tables import user_store
 from sglang_moe_ext.tuning import install_target
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
+    engine_choice.add_to(parser)
     install_target.add_to(parser)
 
 
-def _hidden_by(folders: Sequence[Path], target: Path, table: StoredTable) -> Path | None:
-    """The table for another Triton that this one, a prediction, would hide."""
-    if table.has_measured():
-        return None
-    found = sorted(path for folder in folders for path in folder.glob(f"triton_*/{target.name}"))
-    return next((path for path in found if path != target), None)
-
-
-def _put(up: Path, folder: Path, shipped: Path) -> dict[Path, str | None]:
-    """For the up table and the down table beside it: why it was not put there, or None where it was."""
-    down = up.with_name(f"{up.stem}_down.json")
-    found = {path: StoredTable(config_table.read(path), provenance.read(path)) for path in (up, down) if path.exists()}
-    targets = {folder / path.name: table for path, table in found.items()}
-    for target, table in targets.items():
-        hidden = _hidden_by((folder.parent, shipped), target, table)
-        if hidden is not None:
-            return dict.fromkeys(targets, f"a prediction would hide {hidden}")
-    pairs = [(folder / up.name, folder / down.name)] if len(found) > 1 else []
-    results = merge.put(targets, pairs)
-    return {target: result.why if isinstance(result, RefusedTable) else None for target, result in results.items()}
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Install every table that was made for the running Triton; the last line printed is JSON.
+def run(arguments: argparse.Namespace) -> Mapping[str, Any]:
+    """Install every table that was made for the running Triton, and give the document of what was written.
 
     Raises:
         MoEExtError: there is no engine, or a place cannot be written.
     """
-    engine = installation.find()
-    triton = installation.running_triton()
-    if engine is None or triton is None:
-        raise EngineError("SGLang and Triton are not both installed here: run install where the server runs")
-    destination = install_target.choose_for_sglang(arguments.install, arguments.output_dir, engine, triton)
-    if destination is None:
-        raise EngineError("--install none leaves nothing to do: choose engine or overlay")
-    outcome: dict[Path, str | None] = {}
-    for up in sorted(install_target.store_folder("sglang", triton).glob("E=*.json")):
-        if not config_table.is_up_table(up.name):
-            continue
-        try:
-            outcome |= _put(up, destination.folder, engine.configs_root)
-        except MoEExtError as error:
-            outcome[destination.folder / up.name] = str(error)
-    installed = [str(path) for path, why in outcome.items() if why is None]
-    kept = {str(path): why for path, why in outcome.items() if why is not None}
-    for name in installed:
-        print(f"wrote {name}")
-    for name, why in kept.items():
-        print(f"kept  {name}: {why}")
-    if not installed and not kept:
-        print(f"no table for Triton {triton} in {user_store.root()}")
-    if destination.note:
-        print(destination.note)
-    print(json.dumps({"written": installed, "kept": kept, "environment": destination.environment}))
+    if said := engine_choice.describe_choice(arguments.engine):
+        print(said)
+    engine = engine_choice.choose(arguments.engine)
+    done = api.install(engine, where=arguments.install, output_dir=arguments.output_dir)
+    _show(done)
+    return {
+        "engine": engine,
+        "written": [str(path) for path in done.written],
+        "kept": {str(path): why for path, why in done.kept.items()},
+        "other_tritons": done.other_tritons,
+        "environment": done.target.environment,
+    }
+
+
+def _show(done: Reinstalled) -> None:
+    for path in done.written:
+        print(f"wrote {path}")
+    for path, why in done.kept.items():
+        print(f"did not write {path}: {why}")
+    if not done.written and not done.kept:
+        print(f"no table for Triton {done.triton} in {user_store.root()}")
+    for folder, count in done.other_tritons.items():
+        print(
+            f"not installed, made with Triton {reinstall.triton_of(folder)}: {count} in the store; a server of "
+            f"{ENGINES[done.engine].TITLE} with the plugin reads them (`sglang-moe-ext doctor` shows it); "
+            f"for entries tuned with Triton {done.triton}, run `sglang-moe-ext tune` again"
+        )
+    if done.target.note:
+        print(done.target.note)
+
+
+COMMAND = Command(
+    name="install",
+    summary="write the tables of your own store into SGLang or vLLM, as after an upgrade of it",
+    description=(
+        "Write the tables of your own store that were made for the Triton of this environment into SGLang's or vLLM's\n"
+        "folder. A server in which the plugin is active reads the store itself and does not need this."
+    ),
+    examples=(
+        ("sglang-moe-ext install", "into the engine of this environment"),
+        ("sglang-moe-ext install --install overlay", "into a folder beside a read-only SGLang"),
+        ("sglang-moe-ext install --engine vllm --output-dir tables", "as a folder for VLLM_TUNED_CONFIG_FOLDER"),
+    ),
+    add_to=add_to,
+    run=run,
+)

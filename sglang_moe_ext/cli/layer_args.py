@@ -1,30 +1,42 @@
-"""What the flags of `layer_flags` mean: which layer a command is about, on which GPU, at which numbers of tokens."""
+"""Parse the flags that say which layer a command is about, on which GPU, at which numbers of tokens."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
+from typing import Any
 
+from sglang_moe_ext.cli import pasted_log
+from sglang_moe_ext.cli.pasted_log import StatedLaunch
 from sglang_moe_ext.core import Gpu, GpuError, ModelError, MoEModel, MoEShape, Parallelism
 from sglang_moe_ext.engines.adapter import EngineName
+from sglang_moe_ext.engines.missing_config_log import device_of
 from sglang_moe_ext.engines.registry import ENGINES, SGLANG, VLLM
-from sglang_moe_ext.engines.sglang import installation, missing_config_log, sharding
+from sglang_moe_ext.engines.sglang import installation, sharding
+from sglang_moe_ext.engines.vllm import installation as vllm_installation
 from sglang_moe_ext.engines.vllm import sharding as vllm_sharding
-from sglang_moe_ext.gpu import specs
-from sglang_moe_ext.models import builtin_models, parse_dtype_flag, parse_shape, resolve
+from sglang_moe_ext.gpu import memory, specs
+from sglang_moe_ext.models import parse_dtype_flag, parse_shape, resolve
+from sglang_moe_ext.models.checkpoint_names import NameMatch, match_name
 
 MOST_TOKENS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class LayerArgs:
-    """The layer that the flags mean; `vllm_shape` as vLLM has it, `device_name` where a log line had one."""
+    """The layer that the flags mean.
+
+    `vllm_shape` is the layer in vLLM, where it has one; `device_name` comes from a log line. `moe_layers` is None where
+    the number of layers is not known. `notes` are lines for the user.
+    """
 
     name: str
     shape: MoEShape
     architecture: str = ""
     vllm_shape: MoEShape | None = None
     device_name: str | None = None
+    moe_layers: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 def names_a_layer(arguments: argparse.Namespace) -> bool:
@@ -33,52 +45,61 @@ def names_a_layer(arguments: argparse.Namespace) -> bool:
 
 
 def parse_layer(arguments: argparse.Namespace) -> LayerArgs:
-    """The layer that the flags mean.
+    """The layer that the flags mean. Sets `arguments.engine` where no flag did.
 
     Raises:
         MoEExtError: they name none, several, or an impossible one.
     """
-    if sum(map(bool, (arguments.model, arguments.shape, arguments.from_log))) != 1:
+    if not names_a_layer(arguments) or (arguments.shape and (arguments.model or arguments.from_log)):
         raise ModelError("expected exactly one of --model, --shape and --from-log; --model GLM-4.7-Flash is an example")
-    if not arguments.model:
-        _refuse_flags_of_models(arguments)
-    is_for_vllm = _engine_of(arguments) == VLLM.NAME
     if arguments.from_log:
-        if is_for_vllm:
-            raise ModelError("--from-log reads SGLang's warning alone: name the model with --model, or --shape")
-        return _from_log(arguments.from_log)
-    if arguments.shape:
-        shape = parse_shape(arguments.shape)
-        return LayerArgs(str(shape), shape)
-    return _of_model_in_vllm(arguments) if is_for_vllm else _of_model(arguments)
+        layer = _parse_log(arguments)
+    elif arguments.shape:
+        layer = _parse_stated_shape(arguments)
+    elif _fill_engine(arguments, None) == VLLM.NAME:
+        layer = _parse_model_for_vllm(arguments)
+    else:
+        layer = _parse_model(arguments)
+    for note in layer.notes:
+        print(f"note: {note}")
+    return layer
 
 
-def _engine_of(arguments: argparse.Namespace) -> EngineName:
-    """SGLang for the commands that know no other."""
-    engine: EngineName = getattr(arguments, "engine", SGLANG.NAME)
+def _fill_engine(arguments: argparse.Namespace, of_line: EngineName | None) -> EngineName:
+    """The engine of --engine, else of the pasted line, else SGLang, as for commands without that flag."""
+    engine: EngineName = getattr(arguments, "engine", None) or of_line or SGLANG.NAME
+    arguments.engine = engine
     return engine
 
 
-def _refuse_flags_of_models(arguments: argparse.Namespace) -> None:
-    """--shape and --from-log state the layer as a rank has it, so nothing is left for these flags to say."""
-    given = {
-        "--tp-size": arguments.tp_size != 1,
-        "--ep-size": arguments.ep_size != 1,
-        "--dtype": arguments.dtype != "auto",
-        "--per-channel-quant": arguments.per_channel_quant,
-        "--disable-shared-experts-fusion": arguments.disable_shared_experts_fusion,
-        "--enable-expert-parallel": getattr(arguments, "enable_expert_parallel", False),
-        "--model-prefix": getattr(arguments, "model_prefix", None),
-    }
-    useless = next((flag for flag, is_given in given.items() if is_given), None)
-    if useless:
-        raise ModelError(
-            f"{useless} goes with --model alone: state the layer of one rank, as in "
-            "--shape E=65,N=1536,K=2048,topk=5,dtype=fp8_w8a8,per_channel_quant=True"
-        )
+def _parse_stated_shape(arguments: argparse.Namespace) -> LayerArgs:
+    _refuse_flags(arguments, ("--tp-size", "--ep-size", "--ep-num-redundant-experts", *_OF_CHECKPOINTS), "--shape")
+    _fill_engine(arguments, None)
+    shape = parse_shape(arguments.shape)
+    return LayerArgs(str(shape), shape)
 
 
-def _model(arguments: argparse.Namespace) -> MoEModel:
+_OF_CHECKPOINTS = (
+    "--dtype",
+    "--per-channel-quant",
+    "--disable-shared-experts-fusion",
+    "--enable-expert-parallel",
+    "--model-prefix",
+)
+
+
+def _refuse_flags(arguments: argparse.Namespace, flags: tuple[str, ...], beside: str) -> None:
+    """Refuse flags that have nothing left to say: --shape and a table's name state the layer as a rank has it."""
+    for flag in flags:
+        value = getattr(arguments, flag.removeprefix("--").replace("-", "_"), None)
+        if value not in (None, False, "auto"):
+            raise ModelError(
+                f"{flag} does not go with {beside}, which states the layer of one rank, as in "
+                "--shape E=65,N=1536,K=2048,topk=5,dtype=fp8_w8a8,per_channel_quant=True: leave it out, or use --model"
+            )
+
+
+def _resolve(arguments: argparse.Namespace) -> MoEModel:
     found = resolve(
         arguments.model,
         trust_remote_code=arguments.trust_remote_code,
@@ -87,39 +108,79 @@ def _model(arguments: argparse.Namespace) -> MoEModel:
     quantization = parse_dtype_flag(
         arguments.dtype, checkpoint=found.quantization, per_channel=arguments.per_channel_quant
     )
-    model = replace(found, quantization=quantization)
+    is_stated = arguments.dtype != "auto" or arguments.per_channel_quant
+    model = replace(found, quantization=quantization, older_readings=() if is_stated else found.older_readings)
     if arguments.dtype in ("fp16", "float16"):
         model = replace(model, dtype="float16")
     return model
 
 
-def _of_model_in_vllm(arguments: argparse.Namespace) -> LayerArgs:
+def _notes_on(model: MoEModel, argument: str) -> tuple[str, ...]:
+    """What was concluded from a checkpoint's name, where no config.json was read."""
+    match = match_name(argument)
+    inferred = isinstance(match, NameMatch) and not match.is_exact and match.model.name == model.name
+    return (match.note,) if inferred and isinstance(match, NameMatch) and match.model.source == model.source else ()
+
+
+def _parallelism(arguments: argparse.Namespace) -> Parallelism:
+    tp, ep = arguments.tp_size, arguments.ep_size
+    return Parallelism(1 if tp is None else tp, 1 if ep is None else ep)
+
+
+def _with_redundant(model: MoEModel, arguments: argparse.Namespace, parallelism: Parallelism) -> MoEModel:
+    """Redundant experts are further copies of routed ones: the engines add them before they split by expert."""
+    redundant: int = arguments.ep_num_redundant_experts
+    if redundant == 0:
+        return model
+    if redundant < 0 or parallelism.ep == 1:
+        raise ModelError(
+            f"--ep-num-redundant-experts {redundant}: expected a positive number beside an --ep-size above 1"
+        )
+    if (model.routed_experts + redundant) % parallelism.ep:
+        raise ModelError(
+            f"{model.name} has {model.routed_experts} experts, and {redundant} redundant ones make a number that "
+            f"--ep-size {parallelism.ep} does not divide"
+        )
+    return replace(model, routed_experts=model.routed_experts + redundant)
+
+
+def _parse_model_for_vllm(arguments: argparse.Namespace) -> LayerArgs:
     """vLLM fuses no shared experts, and with expert parallelism splits them over all ranks."""
-    model, ranks = _model(arguments), arguments.tp_size
-    if arguments.ep_size not in (1, ranks):
-        raise ModelError(f"--ep-size {arguments.ep_size}: vLLM splits experts over all {ranks} ranks, or not at all")
-    ep = ranks if arguments.enable_expert_parallel else arguments.ep_size
-    shape = vllm_sharding.launched_shape(model, Parallelism(ranks, ep))
-    return LayerArgs(model.name, shape, model.architecture, shape)
+    model, stated = _resolve(arguments), _parallelism(arguments)
+    ranks = stated.tp
+    if stated.ep not in (1, ranks):
+        raise ModelError(f"--ep-size {stated.ep}: vLLM splits experts over all {ranks} ranks, or not at all")
+    parallelism = Parallelism(ranks, ranks if arguments.enable_expert_parallel else stated.ep)
+    split = _with_redundant(model, arguments, parallelism)
+    shape = vllm_sharding.launched_shape(split, parallelism, engine_version=_vllm_version())
+    notes = _notes_on(model, arguments.model)
+    return LayerArgs(model.name, shape, model.architecture, shape, moe_layers=model.moe_layers, notes=notes)
 
 
-def _of_model(arguments: argparse.Namespace) -> LayerArgs:
+def _parse_model(arguments: argparse.Namespace) -> LayerArgs:
     if getattr(arguments, "enable_expert_parallel", False):
         raise ModelError("--enable-expert-parallel is vLLM's flag: say --ep-size, or --engine vllm")
-    model = _model(arguments)
-    parallelism = Parallelism(arguments.tp_size, arguments.ep_size)
+    model, parallelism = _resolve(arguments), _parallelism(arguments)
+    split = _with_redundant(model, arguments, parallelism)
     shape = sharding.launched_shape(
-        model,
+        split,
         parallelism,
         engine_version=_engine_version(),
         fuse_shared_experts=not arguments.disable_shared_experts_fusion,
     )
-    return LayerArgs(model.name, shape, model.architecture, _vllm_shape(model, parallelism))
+    return LayerArgs(
+        model.name,
+        shape,
+        model.architecture,
+        _vllm_shape(split, parallelism),
+        moe_layers=model.moe_layers,
+        notes=_notes_on(model, arguments.model),
+    )
 
 
 def _vllm_shape(model: MoEModel, parallelism: Parallelism) -> MoEShape | None:
     try:
-        return vllm_sharding.launched_shape(model, parallelism)
+        return vllm_sharding.launched_shape(model, parallelism, engine_version=_vllm_version())
     except ModelError:
         return None
 
@@ -129,27 +190,47 @@ def _engine_version() -> tuple[int, int, int]:
     return sharding.NEWEST if engine is None else engine.version
 
 
-def _from_log(line: str) -> LayerArgs:
-    key = missing_config_log.missing_table(line)
-    guesses = missing_config_log.guess_launches(key, builtin_models().values(), _engine_version())
-    layers = {replace(guess.shape, ep=1, fused_shared=0) for guess in guesses}
-    if len(layers) == 1:
-        guess = guesses[0]
-        vllm_shape = _vllm_shape(guess.model, guess.parallelism)
-        device_name = missing_config_log.device_of(key)
-        return LayerArgs(guess.model.name, guess.shape, guess.model.architecture, vllm_shape, device_name)
-    if layers:
-        names = ", ".join(guess.model.name for guess in guesses)
-        raise ModelError(f"--from-log: several models ask for that table ({names}): name yours with --model")
-    raise ModelError(
-        f"--from-log: no built-in model asks for a table of E={key.experts}, N={key.intermediate_size}, and the line "
-        "does not say its hidden size and top-k: "
-        f"add them with --shape E={key.experts},N={key.intermediate_size},K=...,topk=..."
+def _vllm_version() -> tuple[int, int, int]:
+    engine = vllm_installation.find()
+    return vllm_sharding.NEWEST if engine is None else engine.version
+
+
+def _parse_log(arguments: argparse.Namespace) -> LayerArgs:
+    _refuse_flags(arguments, _OF_CHECKPOINTS, "--from-log")
+    chosen = pasted_log.choose_launch(
+        pasted_log.read_text(arguments.from_log),
+        StatedLaunch(
+            model=_resolve(arguments) if arguments.model else None,
+            tp=arguments.tp_size,
+            ep=arguments.ep_size,
+            redundant_experts=arguments.ep_num_redundant_experts,
+            engine=getattr(arguments, "engine", None),
+        ),
+        _engine_version(),
+    )
+    guess = chosen.guess
+    _fill_engine(arguments, guess.engine)
+    is_for_vllm = guess.engine == VLLM.NAME
+    return LayerArgs(
+        guess.model.name,
+        guess.shape,
+        guess.model.architecture,
+        guess.shape if is_for_vllm else _vllm_shape(guess.model, guess.parallelism),
+        device_of(chosen.key),
+        guess.model.moe_layers,
+        chosen.notes,
     )
 
 
+def print_memory_note(layer: LayerArgs, gpu: Gpu) -> None:
+    """Say so where the experts of one rank cannot lie in the memory of the GPU."""
+    why = memory.why_too_large(layer.shape, gpu, layer.moe_layers)
+    if why is not None:
+        print(f"note: {layer.name}: {why}")
+
+
 def gpu_of(arguments: argparse.Namespace, layer: LayerArgs) -> tuple[Gpu, bool]:
-    """(the GPU that is meant, whether this machine has it).
+    """(The GPU that is meant, whether this machine has it).
 
     Raises:
         GpuError: none is named, and there is none here; or it is unknown.
@@ -160,7 +241,7 @@ def gpu_of(arguments: argparse.Namespace, layer: LayerArgs) -> tuple[Gpu, bool]:
     except GpuError:
         if wanted is None:
             raise
-        here = None  # a GPU that we know nothing of does not stand in the way of another
+        here = None  # an unknown GPU here does not matter for another one
     if wanted is None:
         if here is None:
             raise GpuError("this machine has no GPU: name the one that is meant, such as --gpu RTX_4090 or --gpu H200")
@@ -184,22 +265,47 @@ def tokens_of(arguments: argparse.Namespace, default: tuple[int, ...]) -> tuple[
     return tuple(sorted(set(tokens)))
 
 
+class _ListGpus(argparse.Action):
+    """Print the GPUs that --gpu knows, and end."""
+
+    def __init__(self, option_strings: list[str], dest: str, **_: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="print the GPUs that --gpu knows, and end")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        for gpu in specs.known_gpus().values():
+            size = "" if gpu.memory_gib is None else f", {gpu.memory_gib:g} GiB"
+            print(f"{gpu.device_name.replace(' ', '_')}  (sm_{gpu.sm}{size})")
+        print("and MIG slices of them, such as NVIDIA_A100-SXM4-80GB_MIG_3g.40gb")
+        parser.exit()
+
+
 def add_to(parser: argparse.ArgumentParser) -> None:
     """Add the flags; those that upstream's tuning scripts have keep their names and meaning."""
     what = parser.add_argument_group("which layer")
     what.add_argument("--model", help="a built-in name, a folder with config.json, or a hub id")
     what.add_argument("--shape", help="its numbers: E=65,N=1536,K=2048,topk=5[,dtype=fp8_w8a8][,block_shape=[128,128]]")
-    what.add_argument("--from-log", metavar="LINE", help="the server's own warning about the missing table, pasted")
+    what.add_argument(
+        "--from-log",
+        metavar="TEXT",
+        help="the server's warning about the missing table, as pasted, or the name of its log; --model, --tp-size and "
+        "--ep-size decide where several launches fit",
+    )
     what.add_argument(
         "--tp-size",
         "--tp",
         "-tp",
         "--tensor-parallel-size",
         type=int,
-        default=1,
         help="tensor-parallel size of the server (default 1)",
     )
-    what.add_argument("--ep-size", "--ep", type=int, default=1, help="expert-parallel size of the server (default 1)")
+    what.add_argument("--ep-size", "--ep", type=int, help="expert-parallel size of the server (default 1)")
+    what.add_argument(
+        "--ep-num-redundant-experts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="redundant experts of the server, as its flag of that name (default 0)",
+    )
     what.add_argument(
         "--dtype",
         default="auto",
@@ -208,9 +314,10 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--per-channel-quant", action="store_true", help="one scale for each output channel")
     what.add_argument("--disable-shared-experts-fusion", action="store_true", help="as the server's flag of that name")
     what.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that the model's folder brings (default: never)"
+        "--trust-remote-code", action="store_true", help="run Python code of the model's folder (default: never)"
     )
-    what.add_argument("--gpu", help="the GPU that is meant, such as RTX_4090 (default: this machine's)")
+    what.add_argument("--gpu", help="the GPU that is meant, such as RTX_4090 (default: the GPU of this machine)")
+    what.add_argument("--list-gpus", action=_ListGpus)
     what.add_argument("--batch-size", type=int, nargs="+", metavar="M", help="numbers of tokens (default: 1 to 16384)")
 
 
@@ -218,12 +325,12 @@ def add_engine_to(parser: argparse.ArgumentParser) -> None:
     """Add --engine, and the flags that only vLLM's tuning script has."""
     whose = parser.add_argument_group("whose layer")
     whose.add_argument(
-        "--engine", choices=tuple(ENGINES), default=SGLANG.NAME, help="the engine that is tuned (default sglang)"
+        "--engine", choices=tuple(ENGINES), help="the engine to tune (default: that of the pasted line, else sglang)"
     )
     whose.add_argument(
         "--enable-expert-parallel",
         "-enable-ep",
         action="store_true",
-        help="vLLM: experts lie on the ranks of --tp-size, each whole",
+        help="vLLM: each of the --tp-size ranks has whole experts",
     )
     whose.add_argument("--model-prefix", metavar="NAME", help="the section of config.json that describes the experts")

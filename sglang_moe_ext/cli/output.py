@@ -7,17 +7,20 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from sglang_moe_ext.cli import today
 from sglang_moe_ext.cli.console import Grid
 from sglang_moe_ext.core import CompileKey, Failure, MoEShape, Origin, TileConfig
+from sglang_moe_ext.engines.lookup_probe import LookupResult
 from sglang_moe_ext.engines.sglang import table_names
 from sglang_moe_ext.engines.vllm import table_names as vllm_naming
 from sglang_moe_ext.gpu.roofline import pair_floor_us
 from sglang_moe_ext.sorted_kernels import KernelPlan
 from sglang_moe_ext.tables import config_table, kernel_table
+from sglang_moe_ext.tuning import verify_install
 from sglang_moe_ext.tuning.bench.messages import Pair, Runner
 from sglang_moe_ext.tuning.compare_configs import TODAY, ConfigComparison, TimedConfig
 from sglang_moe_ext.tuning.pipeline import TuneOutcome
-from sglang_moe_ext.tuning.plan import TunePlan
+from sglang_moe_ext.tuning.plan import TunePlan, estimate_us
 from sglang_moe_ext.tuning.request import TuneRequest
 from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice, is_right
 from sglang_moe_ext.tuning.search.predict import PredictedConfig
@@ -28,11 +31,23 @@ _LONGEST_REASON = 160
 """Characters of a failure in a table for people; the document has all."""
 
 
-def predicted_row(tokens: int, result: PredictedConfig, floor_us: float) -> list[str]:
-    """The needs are the larger ones of both GEMMs."""
-    needs = result.resources.values()
-    smem, registers = max(need.smem_bytes for need in needs), max(need.registers for need in needs)
-    return [str(tokens), str(result.config), f"{result.us:.1f}", f"{floor_us:.1f}", f"{smem} B", str(registers)]
+def predicted_row(tokens: int, result: PredictedConfig, today: Pair | None, today_us: float | None) -> list[str]:
+    """What is new beside what the engine runs today, both predicted."""
+    gain = "-" if today_us is None else f"{today_us / result.us:.2f}x"
+    had = ["-", "-"] if today is None or today_us is None else [_short(today), f"{today_us:.1f}"]
+    return [str(tokens), *had, str(result.config), f"{result.us:.1f}", gain]
+
+
+def _short(pair: Pair) -> str:
+    return str(pair["up"]) if pair["up"] == pair["down"] else f"{pair['up']} / {pair['down']}"
+
+
+def incumbents(request: TuneRequest, outcome: TuneOutcome) -> dict[int, tuple[Pair, float]]:
+    """What the engine ran before, with its predicted time in microseconds; empty where it was not asked."""
+    if outcome.today is None:
+        return {}
+    pairs = verify_install.pairs_of(outcome.today)
+    return {m: (pair, estimate_us(pair, request.shape, request.gpu, m)) for m, pair in pairs.items()}
 
 
 def measured_rows(tokens: int, result: MeasuredChoice[Pair], floor_us: float) -> list[list[str]]:
@@ -195,7 +210,7 @@ def forecast(plan: TunePlan) -> Grid:
         for row in plan.rows
     ]
     columns = ["M", "floor us", "today us", "best us", "gain", "best candidate"]
-    title = "forecast of the up and down GEMM together (all predicted)"
+    title = "forecast of the up and down GEMM together, all predicted; below M=64 a gain is within the model's error"
     return Grid(title, columns, rows, frozenset({"best candidate"}))
 
 
@@ -218,9 +233,11 @@ def results(request: TuneRequest, outcome: TuneOutcome) -> Grid:
         columns = ["M", "", "configuration", "us", "gain", "roof", "error"]
         return Grid(title, columns, rows, frozenset({"", "configuration", "gain"}))
     predicted = {m: result for m, result in outcome.results.items() if isinstance(result, PredictedConfig)}
-    columns = ["M", "configuration", "predicted us", "floor us", "shared memory", "registers"]
-    rows = [predicted_row(m, result, floors[m]) for m, result in predicted.items()]
-    return Grid(title, columns, rows, frozenset({"configuration"}))
+    before = incumbents(request, outcome)
+    title += "\nus: up and down GEMM together, predicted as the gain is; below M=64 the gain is within its error"
+    columns = ["M", "today", "today us", "new", "new us", "gain"]
+    rows = [predicted_row(m, result, *before.get(m, (None, None))) for m, result in predicted.items()]
+    return Grid(title, columns, rows, frozenset({"today", "new"}))
 
 
 def _measured(outcome: TuneOutcome) -> dict[int, MeasuredChoice[Pair]]:
@@ -246,7 +263,53 @@ def document(request: TuneRequest, outcome: TuneOutcome) -> Mapping[str, Any]:
         "entries": len(outcome.results),
         "paths": [plan_measurement(m, raced) for m, raced in outcome.plans.items()],
         "measurements": [measurement(m, result) for m, result in _measured(outcome).items()],
+        "predictions": _predictions(request, outcome),
+        "today": _todays_sources(request, outcome.today),
     }
+
+
+def gains(request: TuneRequest, outcome: TuneOutcome) -> dict[int, float]:
+    """By number of tokens, how much faster the new configuration is than today's; where today's cannot run, nothing."""
+    before = incumbents(request, outcome)
+    found: dict[int, float] = {}
+    for m, result in outcome.results.items():
+        match result:
+            case MeasuredChoice() if math.isfinite(result.incumbent_us):
+                found[m] = result.gain.value
+            case PredictedConfig() if m in before:
+                found[m] = before[m][1] / result.us
+    return found
+
+
+def gain_line(found: Mapping[int, float], origin: Origin) -> str | None:
+    """All gains in one line for people; None where there is nothing to compare with."""
+    if not found:
+        return None
+    mean = math.exp(sum(map(math.log, found.values())) / len(found))
+    best = max(found, key=lambda m: found[m])
+    sizes = f"{len(found)} batch size{'s' if len(found) > 1 else ''}"
+    return f"{origin} gain over today: {mean:.2f}x, the geometric mean of {sizes}; most {found[best]:.2f}x at M={best}"
+
+
+def _predictions(request: TuneRequest, outcome: TuneOutcome) -> list[Mapping[str, Any]]:
+    before = incumbents(request, outcome)
+    return [
+        {
+            "m": m,
+            "today": None if m not in before else pair_entry(before[m][0]),
+            "today_us": None if m not in before else round(before[m][1], 2),
+            "new": _in_engines_spelling(result.config),
+            "new_us": round(result.us, 2),
+            "gain": None if m not in before else round(before[m][1] / result.us, 4),
+        }
+        for m, result in outcome.results.items()
+        if isinstance(result, PredictedConfig)
+    ]
+
+
+def _todays_sources(request: TuneRequest, answer: LookupResult | None) -> list[Mapping[str, Any]]:
+    found = {} if answer is None else today.sources(request, answer)
+    return [{"m": m, "source": source.text, "ours": source.is_ours} for m, source in found.items()]
 
 
 def comparison(request: TuneRequest, found: Mapping[int, ConfigComparison]) -> Grid:
@@ -306,4 +369,15 @@ def plan_document(request: TuneRequest, plan: TunePlan) -> Mapping[str, Any]:
         "dropped": plan.pruned.dropped,
         "binaries": plan.binaries,
         "estimated_s": round(plan.estimated_s),
+        "today": _todays_sources(request, plan.today),
+        "forecast": [
+            {
+                "m": row.tokens,
+                "floor_us": round(row.floor_us, 2),
+                "today_us": None if row.incumbent_us is None else round(row.incumbent_us, 2),
+                "best_us": round(row.best_us, 2),
+                "best": _in_engines_spelling(row.best),
+            }
+            for row in plan.rows
+        ],
     }

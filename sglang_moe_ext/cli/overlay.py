@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sglang_moe_ext import env, package_data
+from sglang_moe_ext.cli.command import Command
 from sglang_moe_ext.core import EngineError, MoEExtError
 from sglang_moe_ext.engines.sglang import config_dir, config_dir_tables, installation
 from sglang_moe_ext.engines.sglang.config_dir_tables import Outcome, Sources
+from sglang_moe_ext.engines.vllm import installation as vllm
 from sglang_moe_ext.tuning import install_target
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:
-    """The command takes no flags; its help says how to use what it prints."""
-    parser.epilog = (
-        f'In a shell: eval "$(sglang-moe-ext overlay | grep ^export)". A server started there reads the folder that '
-        f"{env.SGLANG_CONFIG_DIR} then names: the engine's own tables, and ours where they are better. Run it again "
-        "after an upgrade of SGLang or Triton."
-    )
+    """The command has no flags of its own."""
 
 
 def _sources(configs_root: Path, triton: str) -> Sources:
@@ -30,13 +28,18 @@ def _sources(configs_root: Path, triton: str) -> Sources:
     return Sources([users] if tuned is None else [users, tuned / "configs"], configs_root)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Build the overlay of the engine and the Triton that run here; the last line printed is JSON.
+def run(arguments: argparse.Namespace) -> Mapping[str, Any]:
+    """Build the overlay of the engine and the Triton that run here, and give the document of what was written.
 
     Raises:
         MoEExtError: there is no engine, the variable is set to another folder, or the overlay cannot be written.
     """
     engine, triton = installation.find(), installation.running_triton()
+    if engine is None and vllm.find() is not None:
+        raise EngineError(
+            "overlay is for SGLang, which is not installed here; a vLLM with the plugin reads your store, and "
+            f"one without it the folder that {env.VLLM_CONFIG_FOLDER} names: sglang-moe-ext install --output-dir FOLDER"
+        )
     if engine is None or triton is None:
         raise EngineError("SGLang and Triton are not both installed here: run overlay where the server runs")
     root = config_dir.overlay_folder(engine).absolute()
@@ -53,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     outcome: Outcome = {}
     for name in config_dir_tables.layers(sources):
         outcome |= _put(name, sources, destination.folder, engine.version)
-    _say(outcome, root)
+    return _report(outcome, root)
 
 
 def _put(name: str, sources: Sources, folder: Path, version: tuple[int, int, int]) -> Outcome:
@@ -63,7 +66,7 @@ def _put(name: str, sources: Sources, folder: Path, version: tuple[int, int, int
         return {folder / name: str(error)}
 
 
-def _say(outcome: Outcome, root: Path) -> None:
+def _report(outcome: Outcome, root: Path) -> Mapping[str, Any]:
     written = [str(path) for path, why in outcome.items() if why is None]
     kept = {str(path): why for path, why in outcome.items() if why is not None}
     for name in written:
@@ -71,4 +74,20 @@ def _say(outcome: Outcome, root: Path) -> None:
     for name, why in kept.items():
         print(f"kept  {name}: {why}")
     print(f"export {env.SGLANG_CONFIG_DIR}={shlex.quote(str(root))}")
-    print(json.dumps({"written": written, "kept": kept, "environment": {env.SGLANG_CONFIG_DIR: str(root)}}))
+    return {"written": written, "kept": kept, "environment": {env.SGLANG_CONFIG_DIR: str(root)}}
+
+
+COMMAND = Command(
+    name="overlay",
+    summary="make a folder of tables for SGLang processes that the plugin does not reach",
+    description=(
+        f"Make a folder that links the tables of SGLang and adds yours where they are better, and print the\n"
+        f"{env.SGLANG_CONFIG_DIR} that makes SGLang read it. Only processes that the plugin does not reach need it.\n"
+        "Run it again after an upgrade of SGLang or Triton. vLLM reads the folder of your store directly."
+    ),
+    examples=(
+        ('eval "$(sglang-moe-ext overlay | grep ^export)"', "a server started in this shell then reads the folder"),
+    ),
+    add_to=add_to,
+    run=run,
+)

@@ -1,50 +1,50 @@
-"""`python -m sglang_moe_ext.tune`: tune a layer for a GPU, install the tables, prove the pick-up."""
+"""`sglang-moe-ext tune`: tune a layer for a GPU, install the tables, prove that the engine reads them."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import logging
-import shlex
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
-from sglang_moe_ext.cli import console, layer_args, measure_args, output
-from sglang_moe_ext.core import Gpu, MoEExtError
+from sglang_moe_ext import env
+from sglang_moe_ext.cli import console, engine_choice, layer_args, measure_args, output, today
+from sglang_moe_ext.cli.command import Command, configure
+from sglang_moe_ext.core import Gpu, MoEExtError, StoreError
+from sglang_moe_ext.engines.lookup_probe import LookupResult
 from sglang_moe_ext.engines.registry import ENGINES
 from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.tables import files, user_store
 from sglang_moe_ext.tuning import compare_configs, config_args, install_target, pipeline
 from sglang_moe_ext.tuning.plan import DEFAULT_TOKENS, TunePlan
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.request import MeasureOptions, TuneRequest
 
-_EXAMPLES = """examples:
-  python -m sglang_moe_ext.tune --model GLM-4.7-Flash                       measure on the GPU of this machine
-  python -m sglang_moe_ext.tune --model GLM-4.7-Flash --gpu RTX_4090        predict for a GPU that is not here
-  python -m sglang_moe_ext.tune --model /models/mine --tp 4 --dry-run       only say what would be done
-  python -m sglang_moe_ext.tune --model GLM-4.7-Flash --configs 64 128 64 16 4 3   only time that one beside today's
-  python -m sglang_moe_ext.tune --engine vllm --model Qwen3-30B-A3B -tp 2 --save-dir tables
-  python -m sglang_moe_ext.tune --from-log "... Config file not found at .../E=65,N=1536,device_name=...json"
-"""
+
+def add_to(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    layer_args.add_to(parser)
+    layer_args.add_engine_to(parser)
+    parser.set_defaults(engine=None)
+    how = parser.add_argument_group("what to do")
+    how.add_argument("--predict", action="store_true", help="predict without measuring, even where the GPU is present")
+    how.add_argument(
+        "--dry-run", action="store_true", help="print what would be done, and what it could gain, and stop"
+    )
+    how.add_argument("-v", "--verbose", action="store_true", help="print why each candidate was left out")
+    measure_args.add_to(parser)
+    install_target.add_to(parser)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags of the command."""
-    flags = argparse.ArgumentParser(
-        prog="python -m sglang_moe_ext.tune",
-        description="Find the best configurations of the fused-MoE kernel, install them, prove the pick-up.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    layer_args.add_to(flags)
-    layer_args.add_engine_to(flags)
-    how = flags.add_argument_group("how")
-    how.add_argument("--predict", action="store_true", help="do not measure, even where the GPU is here")
-    how.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    how.add_argument("-v", "--verbose", action="store_true", help="say why each candidate is left out")
-    measure_args.add_to(flags)
-    install_target.add_to(flags)
-    return flags
+    """The parser of this command alone."""
+    made = argparse.ArgumentParser(prog="sglang-moe-ext tune")
+    configure(made, COMMAND)
+    return made
+
+
+def _with_engine(arguments: argparse.Namespace) -> argparse.Namespace:
+    """The flags with the engine that they mean."""
+    return argparse.Namespace(**{**vars(arguments), "engine": engine_choice.choose(arguments.engine)})
 
 
 def request_of(arguments: argparse.Namespace, command: str) -> TuneRequest:
@@ -54,10 +54,11 @@ def request_of(arguments: argparse.Namespace, command: str) -> TuneRequest:
         MoEExtError: they make no sense together, or name nothing known.
     """
     measure_args.check(arguments)
-    layer = layer_args.parse_layer(arguments)
+    layer = layer_args.parse_layer(arguments := _with_engine(arguments))
     if measure_args.is_comparison(arguments) and arguments.ray is None and specs.detect() is None:
         measure_args.refuse_without_measuring(arguments, "this machine has no GPU: run it where the GPU is")
     gpu, is_here = layer_args.gpu_of(arguments, layer)
+    layer_args.print_memory_note(layer, gpu)
     adapter = ENGINES[arguments.engine]
     engine = adapter.find()
     if engine is not None and (why := adapter.why_not_tuned(layer.shape.quantization, engine.version)):
@@ -97,13 +98,27 @@ def _say_plan(request: TuneRequest, plan: TunePlan) -> None:
         print(f"  {engine}: {name}")
     console.show(output.candidates(plan))
     console.show(output.forecast(plan))
+    _say_today(request, plan.today)
     doing = "measure" if plan.measures else "predict"
-    print(f"will {doing} {len(plan.rows)} batch sizes with {plan.binaries} binaries, in about {plan.estimated_s:.0f} s")
+    sizes = f"{len(plan.rows)} batch size{'s' if len(plan.rows) > 1 else ''}"
+    print(f"will {doing} {sizes} with {plan.binaries} binaries, in about {plan.estimated_s:.0f} s")
+
+
+def _say_today(request: TuneRequest, answer: LookupResult | None) -> None:
+    """Whose configurations `today` means."""
+    if answer is None:
+        print(f"today: unknown, since {request.adapter.TITLE} is not installed here to be asked")
+        return
+    for line in today.describe(today.sources(request, answer)):
+        print(line)
 
 
 def _say_outcome(request: TuneRequest, outcome: pipeline.TuneOutcome) -> None:
     engine = request.adapter.TITLE
     console.show(output.results(request, outcome))
+    _say_today(request, outcome.today)
+    if gain := output.gain_line(output.gains(request, outcome), output.origin(outcome)):
+        print(gain)
     if not outcome.kernel.is_engines_own:
         print(f"no {engine} is installed here: compiled from this package's own kernel, which has the same tiles")
     if output.origin(outcome) == "predicted":
@@ -128,7 +143,7 @@ def _say_outcome(request: TuneRequest, outcome: pipeline.TuneOutcome) -> None:
             print(f"  {line}")
 
 
-def _compare(arguments: argparse.Namespace, request: TuneRequest, measuring: MeasureOptions) -> None:
+def _compare(arguments: argparse.Namespace, request: TuneRequest, measuring: MeasureOptions) -> Mapping[str, Any]:
     given = config_args.parse_choices(arguments.configs, arguments.cmp_configs, request.tokens)
     if not request.adapter.HAS_DOWN_TABLES:
         config_args.refuse_two_configs(given, request.adapter.TITLE)
@@ -136,16 +151,18 @@ def _compare(arguments: argparse.Namespace, request: TuneRequest, measuring: Mea
         found = compare_configs.run(request, measuring, given, bar)
     console.show(output.comparison(request, found))
     print("nothing was written")
-    print(json.dumps(output.comparison_document(request, found)))
+    return output.comparison_document(request, found)
 
 
-def run(arguments: argparse.Namespace, command: str) -> None:
-    """Do what the flags say; the last line printed is JSON.
+def run(arguments: argparse.Namespace) -> Mapping[str, Any]:
+    """Do what the flags say, and give the document of what was done.
 
     Raises:
-        MoEExtError: any of ours.
+        MoEExtError: any of this package's errors.
     """
-    request = request_of(arguments, command)
+    if said := engine_choice.describe_choice(arguments.engine):
+        print(said)
+    request = request_of(arguments, arguments.command_line)
     adapter = request.adapter
     if request.gpu_is_here and not arguments.predict and adapter.find() is None:
         print(f"{adapter.TITLE} is not installed here, and only its own kernel is worth measuring: predicting instead")
@@ -153,36 +170,58 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     if note:
         print(f"note: {note}")
     if measure_args.is_comparison(arguments) and request.measuring is not None:
-        _compare(arguments, request, request.measuring)
-    elif arguments.dry_run:
+        return _compare(arguments, request, request.measuring)
+    if arguments.dry_run:
         with console.Bar() as bar:
             plan = pipeline.make_plan(request, bar)
         _say_plan(request, plan)
-        print(json.dumps(output.plan_document(request, plan)))
-    else:
-        with console.Bar() as bar:
-            outcome = pipeline.run(request, bar)
-        _say_outcome(request, outcome)
-        print(json.dumps(output.document(request, outcome)))
+        return output.plan_document(request, plan)
+    _check_store()
+    with console.Bar() as bar:
+        outcome = pipeline.run(request, bar)
+    _say_outcome(request, outcome)
+    return output.document(request, outcome)
 
 
-def _of_interrupt(arguments: argparse.Namespace) -> str:
+def _check_store() -> None:
+    """Raises StoreError, before any work, where the user's own store cannot be written."""
+    store = user_store.root()
+    if not files.is_writable(store):
+        raise StoreError(f"cannot write your own store {store}: name a folder that can be written with {env.STORE}")
+
+
+def _stopped(arguments: argparse.Namespace) -> str:
     if measure_args.is_comparison(arguments):
         return "stopped; nothing was written"
-    return "stopped; tables are written whole or not at all, and last; a measuring run goes on from here with --resume"
+    return "stopped; tables are written last, and whole or not at all; if this run was measuring, --resume continues it"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 an error of ours in one line, 2 usage."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    arguments = parser().parse_args(given)
-    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(message)s")
-    try:
-        run(arguments, shlex.join(["python", "-m", "sglang_moe_ext.tune", *given]))
-    except MoEExtError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(_of_interrupt(arguments), file=sys.stderr)
-        return 1
-    return 0
+COMMAND = Command(
+    name="tune",
+    summary="find the fastest kernel configurations for a model on a GPU, and install them",
+    description=(
+        "Find the fastest configurations of the fused-MoE kernel of SGLang or vLLM for one model on one GPU, write\n"
+        "them where the engine reads them, and prove that it does. Measures where the GPU is present, predicts\n"
+        "where it is not."
+    ),
+    examples=(
+        ("sglang-moe-ext tune --model GLM-4.7-Flash", "measure on the GPU of this machine"),
+        (
+            "sglang-moe-ext tune --model Qwen/Qwen3-30B-A3B-FP8 --gpu RTX_5090",
+            "predict for a GPU that this machine does not have",
+        ),
+        ("sglang-moe-ext tune --model GLM-4.7-Flash --tp-size 4 --dry-run", "print the plan and the possible gain"),
+        (
+            "sglang-moe-ext tune --model GLM-4.7-Flash --configs 64 128 64 16 4 3",
+            "time one configuration beside the one in use today",
+        ),
+        ("sglang-moe-ext tune --engine vllm --model Qwen3-30B-A3B --tp-size 2", "tune the kernel of vLLM"),
+        (
+            'sglang-moe-ext tune --from-log "Config file not found at E=65,N=1536,device_name=NVIDIA_H200.json"',
+            "tune the layer that a warning in the server's log is about",
+        ),
+    ),
+    add_to=add_to,
+    run=run,
+    stopped=_stopped,
+)

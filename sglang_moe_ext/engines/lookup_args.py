@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast, get_args
+from typing import cast
 
 from sglang_moe_ext.core import MoEShape, Quantization, Scheme
-
-INT4_WEIGHTS_PER_BYTE = 2
+from sglang_moe_ext.schemes import SCHEMES, find_row
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +53,11 @@ def _shape(
     per_channel: bool,
 ) -> MoEShape | None:
     """A call tells neither bf16 from fp16, nor which experts are fused shared ones; neither is in a table's name."""
-    if dtype is not None and dtype not in get_args(Scheme):
+    if dtype is not None and dtype not in SCHEMES:
         return None
     scheme = cast("Scheme | None", dtype)
     experts, hidden_size, columns = w2
-    intermediate_size = columns * (INT4_WEIGHTS_PER_BYTE if scheme == "int4_w4a16" else 1)
+    intermediate_size = columns * find_row(scheme).weights_per_element
     return MoEShape(
         experts=experts,
         intermediate_size=intermediate_size,
@@ -73,5 +72,5 @@ def layer_from_name(
     experts: int, intermediate_size: int, dtype: str | None, block_shape: tuple[int, int] | None
 ) -> LookupLayer:
     """A layer of which only what a table's name says is known; its hidden size and top-k are meaningless."""
-    columns = intermediate_size // (INT4_WEIGHTS_PER_BYTE if dtype == "int4_w4a16" else 1)
+    columns = intermediate_size // (1 if dtype not in SCHEMES else find_row(dtype).weights_per_element)
     return lookup_layer((experts, 2 * intermediate_size, 1), (experts, 1, columns), 1, dtype, block_shape)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import logging
 import os
+import select
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from sglang_moe_ext import env
-from sglang_moe_ext.core import EngineError, Gpu, MoEShape, TileConfig
-from sglang_moe_ext.engines import lookup_args
+from sglang_moe_ext.core import EngineError, Gpu, MoEShape, Projection, TileConfig
+from sglang_moe_ext.engines import lookup_args, probe_server
 from sglang_moe_ext.engines.config_dict import tile_of
 from sglang_moe_ext.engines.lookup_args import LookupLayer
+from sglang_moe_ext.untrusted import show
 
 TIMEOUT_S = 300.0
 
@@ -35,13 +39,25 @@ class LookupRequest:
     deterministic: bool = False
 
 
+Written = Mapping[str, Any]
+"""An entry as a table has it, before anything is made of it; its values may be anything."""
+
+
 @dataclass(frozen=True, slots=True)
 class LookupResult:
     """What the engine takes for each M, the files it opened for that, and what it said.
 
-    `down` is None where the down projection runs the entry of `up`, as it always does in vLLM. Of an engine that was
-    asked AS_SERVED, `plugin` says what became of our hooks, `whys` at which M they decided, and `paths` where our own
-    kernels run in place of the engine's, which all else is about.
+    `down` is None if the down projection runs the entry of `up`, as it always does in vLLM unless the guard changes it.
+
+    An engine that was asked AS_SERVED says more:
+
+    - `plugin`: the state of our hooks;
+    - `whys`: at which M they decided, and why;
+    - `paths`: the kernel plan that runs in place of the engine's kernels, which all else is about;
+    - `written`, `fitted`: where an entry was changed before its launch, by M and projection, the entry as it was
+      written and why another one runs;
+    - `alone`: the up entry that the engine's own lookup takes without our hooks, or in `alone_errors` what it raises;
+    - `remarks`: what is odd about the files and variables that the lookup depends on.
     """
 
     engine_version: str
@@ -54,21 +70,53 @@ class LookupResult:
     plugin: str | None = None
     whys: Mapping[int, str] = field(default_factory=dict)
     paths: Mapping[int, str] = field(default_factory=dict)
+    written: Mapping[int, Mapping[Projection, Written]] = field(default_factory=dict)
+    fitted: Mapping[int, Mapping[Projection, str]] = field(default_factory=dict)
+    alone: Mapping[int, Written] = field(default_factory=dict)
+    alone_errors: Mapping[int, str] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeModule:
-    """The module that asks an engine: alone, or with our hooks as a server has them."""
+    """The child process that asks an engine: `python -m MODULE ARGUMENTS`.
+
+    `is_alone`: without our hooks; else with them, as a server has them.
+    """
 
     engine: str
     module: str
+    arguments: tuple[str, ...]
     is_alone: bool
+
+    def start(self, environment: Mapping[str, str] | None = None) -> ProbeProcess:
+        """A process that is ready to be asked, under that environment or our own."""
+        return ProbeProcess(self, environment)
+
+    def ask(self, request: LookupRequest, environment: Mapping[str, str] | None = None) -> LookupResult:
+        """What the engine takes, asked in a process that is started for it.
+
+        Raises:
+            EngineError: the engine could not be asked, or its lookup raised.
+        """
+        with closing(self.start(environment)) as probe:
+            return probe.answer(request)
+
+
+def engine_alone(engine: str, module: str) -> ProbeModule:
+    """The probe of an engine without our hooks."""
+    return ProbeModule(engine, module, (), is_alone=True)
+
+
+def engine_as_served(engine: str, name: str) -> ProbeModule:
+    """The probe of an engine with our hooks."""
+    return ProbeModule(engine, "sglang_moe_ext.serving.lookup_probe", (name,), is_alone=False)
 
 
 def request_of(question: LookupRequest) -> dict[str, Any]:
     """The question as the child reads it."""
     shape, pretend = question.shape, question.pretend
-    packed = lookup_args.INT4_WEIGHTS_PER_BYTE if shape.quantization.scheme == "int4_w4a16" else 1
+    packed = shape.quantization.row.weights_per_element
     block = shape.quantization.block_shape
     return {
         "experts": shape.experts,
@@ -98,59 +146,98 @@ def layer_of(request: Mapping[str, Any]) -> LookupLayer:
 
 
 class ProbeProcess:
-    """A process that has the engine imported, or soon will, and has looked nothing up: a fresh engine, ready to ask.
+    """A process that has the engine imported, or soon will, and answers each request in a fresh fork of itself.
 
     The import takes ten seconds and more; started early, it costs nothing where there is other work to do meanwhile.
     """
 
     def __init__(self, who: ProbeModule, environment: Mapping[str, str] | None = None) -> None:
         """`environment`: of the process (SGLANG_MOE_CONFIG_DIR, PYTHONPATH), by default our own."""
-        self._engine = who.engine
+        self._engine, self._who = who.engine, who
         theirs = dict(os.environ if environment is None else environment)
-        # Files, not pipes, which an engine that says much while it is imported would fill before anybody reads them.
+        self._environment = theirs | {env.DISABLE: "1"} if who.is_alone else theirs
+        self._open = contextlib.ExitStack()
+        self._start()
+
+    def _start(self) -> None:
+        # Files, not pipes, which an engine that says much while it is imported would fill before they are read.
         self._said, self._complaints = (tempfile.TemporaryFile("w+", errors="replace") for _ in range(2))  # noqa: SIM115 - close() does
-        self._child = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", who.module],
-            stdin=subprocess.PIPE,
-            stdout=self._said,
-            stderr=self._complaints,
-            text=True,
-            env=theirs | {env.DISABLE: "1"} if who.is_alone else theirs,
-        )
+        for file in (self._said, self._complaints):
+            self._open.enter_context(file)
+        self._told, telling = os.pipe()
+        self._open.callback(os.close, self._told)
+        try:
+            self._child = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-W",
+                    "ignore",
+                    "-m",
+                    probe_server.__name__,
+                    self._who.module,
+                    str(os.getpid()),
+                    str(telling),
+                    *self._who.arguments,
+                ],
+                stdin=subprocess.PIPE,
+                stdout=self._said,
+                stderr=self._complaints,
+                text=True,
+                env=self._environment,
+                pass_fds=[telling],
+                start_new_session=True,  # one signal ends it and its forks; Ctrl-C is the parent's to handle
+            )
+        finally:
+            os.close(telling)
+        self._open.callback(self._end)
 
     def answer(self, question: LookupRequest) -> LookupResult:
-        """What the engine takes, read from its tables now. A process answers once.
+        """What the engine takes, read from its tables now.
 
         Raises:
             EngineError: the engine could not be asked, or its lookup raised.
         """
-        try:
-            self._child.communicate(json.dumps(request_of(question)), timeout=TIMEOUT_S)
-            said, complaints = _read(self._said), _read(self._complaints)
-        except subprocess.TimeoutExpired as error:
-            raise EngineError(f"{self._engine} did not answer which table it takes within {TIMEOUT_S:.0f} s") from error
-        finally:
+        if self._child.poll() is not None:  # it could not fork: it answers once
             self.close()
-        if self._child.returncode != 0:
-            reason = complaints.strip().splitlines() or [f"exit status {self._child.returncode}"]
-            raise EngineError(f"{self._engine}'s own table lookup failed: {reason[-1]}")
+            self._start()
+        said_before = self._said.seek(0, os.SEEK_END)
+        exit_code = self._exchange(json.dumps(request_of(question)))
+        said, complaints = _read(self._said, said_before), _read(self._complaints, 0)
+        if exit_code != 0:
+            reason = complaints.strip().splitlines() or [f"exit status {exit_code}"]
+            self.close()
+            raise EngineError(f"{self._engine}'s own table lookup failed: {show(reason[-1], 400)}")
         try:
             return _answer(json.loads(said.strip().splitlines()[-1]))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise EngineError(
-                f"{self._engine} takes an entry that is no configuration: {type(error).__name__} {error}"
+                f"{self._engine} takes an entry that is no configuration: {type(error).__name__} {show(error)}"
             ) from error
+
+    def _exchange(self, request: str) -> int:
+        """The exit code of the fork that answers, or of the process itself."""
+        assert self._child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it ended with its import: its exit code says so
+            self._child.stdin.write(f"{request}\n")
+            self._child.stdin.flush()
+        if not select.select([self._told], [], [], TIMEOUT_S)[0]:
+            self.close()
+            raise EngineError(f"{self._engine} did not answer which table it takes within {TIMEOUT_S:.0f} s")
+        told = os.read(self._told, 64)
+        return int(told) if told else self._child.wait()
 
     def close(self) -> None:
         """End the process, asked or not."""
-        self._child.kill()
+        self._open.close()
+
+    def _end(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._child.pid, signal.SIGKILL)
         self._child.communicate()
-        self._said.close()
-        self._complaints.close()
 
 
-def _read(file: IO[str]) -> str:
-    file.seek(0)
+def _read(file: IO[str], start: int) -> str:
+    file.seek(start)
     return file.read()
 
 
@@ -166,27 +253,9 @@ def _answer(said: Mapping[str, Any]) -> LookupResult:
         plugin=said.get("plugin"),
         whys={int(m): str(why) for m, why in said.get("whys", {}).items()},
         paths={int(m): str(path) for m, path in said.get("paths", {}).items()},
+        written={int(m): dict(entries) for m, entries in said.get("written", {}).items()},
+        fitted={int(m): dict(entries) for m, entries in said.get("fitted", {}).items()},
+        alone={int(m): dict(entry) for m, entry in said.get("alone", {}).items()},
+        alone_errors={int(m): str(error) for m, error in said.get("alone_errors", {}).items()},
+        remarks=tuple(map(str, said.get("remarks", ()))),
     )
-
-
-class LogCapture(logging.Handler):
-    """The lines that a logger gets from now on, and the JSON files that the process opens, whatever is said of them."""
-
-    def __init__(self, logger: logging.Logger) -> None:
-        super().__init__(logging.INFO)
-        self.lines: list[str] = []
-        self._opened: list[str] = []
-        logger.setLevel(logging.INFO)
-        logger.addHandler(self)
-        sys.addaudithook(self._note)
-
-    @property
-    def files(self) -> list[str]:
-        return list(dict.fromkeys(self._opened))
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-    def _note(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open" and str(arguments[0]).endswith(".json"):
-            self._opened.append(str(arguments[0]))

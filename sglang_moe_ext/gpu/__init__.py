@@ -1,1 +1,1 @@
-"""What is known of each GPU: limits, rates, and the time that a roofline gives."""
+"""Facts about each GPU, its names, and what follows from them: a roofline, shared memory, memory."""

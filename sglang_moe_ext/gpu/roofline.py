@@ -1,4 +1,4 @@
-"""The floor: the fewest microseconds in which a GPU can do a GEMM of the layer, from its arithmetic and its bytes."""
+"""A lower bound on the time of each GEMM of the layer on a GPU, from its arithmetic and its bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sglang_moe_ext.core import PROJECTIONS, Gpu, MoEShape, Projection
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """Time of the arithmetic at the matrix units' dense rate, and of each byte moved once at the memory's."""
+    """Microseconds for the arithmetic at the dense rate, and for moving each byte once at the memory bandwidth."""
 
     flop_us: float
     byte_us: float
@@ -23,7 +23,7 @@ class Floor:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How uniform routing loads this rank's experts; `routed` is the mean number of rows of one routed expert."""
+    """Load of this rank's experts under uniform routing; `routed` is the mean number of rows per routed expert."""
 
     rows: float
     active_experts: float
@@ -31,7 +31,7 @@ class Load:
 
 
 def load(shape: MoEShape, tokens: int) -> Load:
-    """Expected load for that many tokens: each takes its routed experts uniformly, and every fused shared expert."""
+    """Expected load: each token takes its routed experts uniformly, and every fused shared expert."""
     routed_experts = (shape.experts - shape.fused_shared) * shape.ep
     chance = (shape.top_k - shape.fused_shared) / routed_experts
     active = (shape.experts - shape.fused_shared) * (1 - (1 - chance) ** tokens) + shape.fused_shared
@@ -40,7 +40,7 @@ def load(shape: MoEShape, tokens: int) -> Load:
 
 
 def gemm_floor(shape: MoEShape, gpu: Gpu, tokens: int, projection: Projection) -> Floor:
-    """The floor of one GEMM: weights of the active experts, activations in, results out."""
+    """Floor of one GEMM: weights of the active experts, activations in, results out."""
     expected = load(shape, tokens)
     columns, reduction = shape.gemm(projection)
     activation_bits = shape.quantization.activation_bits
@@ -52,13 +52,13 @@ def gemm_floor(shape: MoEShape, gpu: Gpu, tokens: int, projection: Projection) -
 
 
 def pair_floor_us(shape: MoEShape, gpu: Gpu, tokens: int) -> float:
-    """The floor of the up and the down GEMM together."""
+    """Floor of the up and the down GEMM together, in microseconds."""
     return sum(gemm_floor(shape, gpu, tokens, projection).us for projection in PROJECTIONS)
 
 
 @functools.lru_cache(maxsize=4096)
 def expected_blocks(mean_rows: float, block_m: int) -> float:
-    """Mean number of M blocks of an expert whose rows are Poisson distributed; the last one is padded."""
+    """Mean number of M blocks per expert when its number of rows is Poisson distributed; the last block is padded."""
     if mean_rows <= 0:
         return 0.0
     spread = math.sqrt(mean_rows)

@@ -1,4 +1,4 @@
-"""The shared memory that the engine's kernel asks for: the single statement of what a configuration needs."""
+"""Shared memory that a configuration of the engine's kernel needs: the only place that states it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ _WGMMA_ROWS = 64
 
 
 def operand_bytes(shape: MoEShape) -> float:
-    """Bytes of one element as it lies in shared memory; of the wider operand where they differ."""
+    """Bytes of one element in shared memory; of the wider operand where the two differ."""
     return shape.quantization.activation_bits / 8
 
 
 def smem_bytes(config: TileConfig, shape: MoEShape, sm: int) -> int:
-    """Shared memory that the engine's kernel asks for, bytes a block; a lower bound where weights alone are quantized.
+    """Shared memory of the engine's kernel, in bytes per block; a lower bound where only the weights are quantized.
 
-    Held against the compiler on the grid in tests/data/compiled.
+    Checked against the compiler on the grid in tests/data/compiled.
     """
     quantization = shape.quantization
-    swapped = quantization.scheme == "fp8_w8a8" and sm == 90 and config.block_m < _WGMMA_ROWS <= config.block_n
+    swapped = quantization.row.swaps_operands and sm == 90 and config.block_m < _WGMMA_ROWS <= config.block_n
     wgmma = sm in (90, 100, 103) and (config.block_m >= _WGMMA_ROWS or swapped)
     weight_bytes = quantization.weight_bits / 8
     stage = config.block_k * (config.block_m * operand_bytes(shape) + config.block_n * weight_bytes)
-    # One stage is not pipelined, and its operands still lie there once.
+    # One stage is not pipelined, but its operands still take their place once.
     return int(stage * (config.num_stages if wgmma else max(config.num_stages - 1, 1)))

@@ -229,7 +229,7 @@ def kernel_arguments(
 
 def swaps_operands(quantization: Quantization, key: CompileKey, sm: int) -> bool:
     """Hopper's wgmma takes 64 rows at least: the engine gives it the weights as rows where the tokens are fewer."""
-    return quantization.scheme == "fp8_w8a8" and sm == 90 and key.block_m < 64 <= key.block_n
+    return quantization.row.swaps_operands and sm == 90 and key.block_m < 64 <= key.block_n
 
 
 def _scaling(quantization: Quantization) -> str:

@@ -25,10 +25,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sglang_moe_ext.core import MoEExtError, Quantization
+from sglang_moe_ext.schemes import SCHEMES
 
-STORED_DTYPE = {"fp8_w8a8": torch.float8_e4m3fn, "int8_w8a8": torch.int8}
+STORED_DTYPE: dict[str, torch.dtype] = {
+    row.name: getattr(torch, row.stored_dtype)
+    for row in SCHEMES.values()
+    if row.name and row.stored_dtype and row.activation_bits == 8
+}
 """Of schemes that quantize both operands."""
-LARGEST = {"fp8_w8a8": torch.finfo(torch.float8_e4m3fn).max, "int8_w8a8": 127.0, "int8_w8a16": 127.0, "int4_w4a16": 7.0}
+LARGEST = {row.name: row.largest for row in SCHEMES.values() if row.name and row.largest is not None}
 """The value that the largest of a group becomes."""
 SMALLEST_AMAX = 1e-10
 """The engine's quantizers take this for a group of zeros, so that no scale is zero."""
@@ -117,7 +122,8 @@ def _quantize(
     values: Tensor, quantization: Quantization, group: tuple[int, int], scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """(float32 values over their scale, scale of each group) of [rows, columns]; groups at the edges may be smaller."""
-    largest = LARGEST[quantization.scheme or ""]
+    assert quantization.scheme is not None
+    largest = LARGEST[quantization.scheme]
     real = values.float()
     rows, columns = real.shape
     edges = (0, -columns % group[1], 0, -rows % group[0])

@@ -1,9 +1,9 @@
-"""The models that are known without their files, from models.json."""
+"""The models that are known without their config.json: the records of models.json."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import cast
@@ -23,22 +23,27 @@ QUANTIZATIONS: dict[str, Quantization] = {
 
 @dataclass(frozen=True, slots=True)
 class BuiltinModel:
-    """A record of models.json: the model in the quantization it is mostly served in, and the others that exist."""
+    """A record of models.json: the model in its usual quantization, and the other quantizations that exist.
+
+    `published_fp8` is what the model's publisher means by `-FP8`. `engines` have a class for the architecture.
+    """
 
     model: MoEModel
     hub_id: str
     quantizations: tuple[Quantization, ...]
-    moe_layers: int
     activation: str
+    published_fp8: Quantization | None
+    engines: tuple[str, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What a user may call it: its name, its hub id, and that without the organisation."""
+        """What a user may call it: its name, its hub id, and the hub id without the organisation."""
         return self.model.name, self.hub_id, self.hub_id.rpartition("/")[2]
 
 
 @cache
 def builtin_records() -> tuple[BuiltinModel, ...]:
+    """Every record, in the order of the file."""
     text = files(__package__).joinpath("models.json").read_text(encoding="utf-8")
     return tuple(_record(stated) for stated in json.loads(text))
 
@@ -48,20 +53,9 @@ def builtin_models() -> dict[str, MoEModel]:
     return {record.model.name: record.model for record in builtin_records()}
 
 
-def find_builtin(name: str) -> MoEModel | None:
-    """The model of that name; with `-FP8` behind it, as its makers publish it with block-wise fp8 weights."""
-    wanted = name.strip().casefold()
-    for record in builtin_records():
-        names = {known.casefold() for known in record.names}
-        if wanted in names:
-            return record.model
-        if QUANTIZATIONS["fp8_block"] in record.quantizations and wanted.removesuffix("-fp8") in names:
-            return replace(record.model, name=f"{record.model.name}-FP8", quantization=QUANTIZATIONS["fp8_block"])
-    return None
-
-
 def _record(stated: dict[str, object]) -> BuiltinModel:
-    quantizations = tuple(QUANTIZATIONS[code] for code in cast("list[str]", stated["quantizations"]))
+    codes = cast("list[str]", stated["quantizations"])
+    quantizations = tuple(QUANTIZATIONS[code] for code in codes)
     model = MoEModel(
         name=cast(str, stated["name"]),
         architecture=cast(str, stated["architecture"]),
@@ -72,12 +66,16 @@ def _record(stated: dict[str, object]) -> BuiltinModel:
         shared_experts=cast(int, stated["shared_experts"]),
         gated=cast(bool, stated["gated"]),
         quantization=quantizations[0],
+        zero_experts=cast(int, stated.get("zero_experts", 0)),
         source=f"built in, checked {stated['checked']}: {stated['source']}",
+        moe_layers=cast(int, stated["moe_layers"]),
     )
+    fp8 = cast("str | None", stated.get("fp8", "fp8_block" if "fp8_block" in codes else None))
     return BuiltinModel(
         model,
-        cast(str, stated["hub_id"]),
-        quantizations,
-        cast(int, stated["moe_layers"]),
-        cast(str, stated["activation"]),
+        hub_id=cast(str, stated["hub_id"]),
+        quantizations=quantizations,
+        activation=cast(str, stated["activation"]),
+        published_fp8=None if fp8 is None else QUANTIZATIONS[fp8],
+        engines=tuple(cast("list[str]", stated.get("engines", ["sglang", "vllm"]))),
     )

@@ -1,10 +1,10 @@
-"""Reads the fields of a config that nobody vouches for, and words the errors about them."""
+"""Reads fields of an untrusted config, and words the errors about them."""
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Iterator, Mapping
 
+from sglang_moe_ext import untrusted
 from sglang_moe_ext.core import ModelError
 
 Section = object
@@ -26,22 +26,22 @@ WRAPPERS = (
 
 DEEPEST = 5
 LARGEST = 1 << 20
-"""Above any expert count or width of a real model, below anything that could hurt."""
+"""Above any expert count or width of a real model, and small enough to compute with."""
 
 
-class _OneLine(reprlib.Repr):
-    def repr_int(self, value: int, _level: int) -> str:
-        # repr() of an integer beyond 4300 digits raises
-        return str(value) if value.bit_length() <= 64 else f"an integer of {value.bit_length()} bits"
-
-
-_ONE_LINE = _OneLine()
-_ONE_LINE.maxlevel, _ONE_LINE.maxstring, _ONE_LINE.maxother = 2, 60, 60
+_LONGEST = 100
+"""Characters of a value in an error message."""
 
 
 def show(value: object) -> str:
-    """The value in an error message: short, whatever it is."""
-    return _ONE_LINE.repr(value)
+    """The value in an error message: short, on one line, a text in quotes."""
+    shown = untrusted.show(value, _LONGEST)
+    return f"'{shown}'" if isinstance(value, str) else shown
+
+
+def describe_error(error: Exception) -> str:
+    """The error's class and message, short."""
+    return f"{type(error).__name__}: {show(str(error))}"
 
 
 def refusal(source: str, complaint: str) -> ModelError:

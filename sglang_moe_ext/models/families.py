@@ -1,4 +1,4 @@
-"""Under which names each family of models keeps its experts; a new spelling is a new word or row here."""
+"""Names of the config fields that describe experts, by family of models; a new spelling is a word or a row here."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ TOP_K: Names = (
 )
 WIDTH: Names = ("moe_intermediate_size", "expert_ffn_hidden_size", "expert_hidden_dim")
 DENSE_WIDTH: Names = ("intermediate_size", "ffn_hidden_size")
-"""The expert's width only in a model that states none of WIDTH; elsewhere that of its dense layers."""
+"""Width of an expert in a model that states none of WIDTH; otherwise width of its dense layers."""
 HIDDEN: Names = ("moe_latent_size", "routed_expert_hidden_size", "hidden_size", "d_model")
 SHARED: Names = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
 SHARED_WIDTH: Names = ("shared_expert_intermediate_size",)
 PARTS: Names = ("ffn_config",)
-"""Sections that hold the experts' numbers, but not the hidden size, of the model above them."""
+"""Sections that hold the numbers of the experts, but not the hidden size of the model around them."""
 
 NOT_GATED = ("relu2",)
 """Activations whose experts have no gate: w1 is as wide as the expert."""
@@ -32,9 +32,9 @@ NOT_GATED = ("relu2",)
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How a family departs from the common names. `keys` are model types and architectures.
+    """How the field names of a family differ from the common ones. `keys` are model types and architectures.
 
-    With `layer_lists`, a model whose list of layers has none of `moe_layers` is dense, whatever else it states.
+    With `layer_lists`, a model is dense if its list of layers has none of `moe_layers`.
     """
 
     keys: Names
@@ -92,7 +92,7 @@ _DEPARTURES = (
         text_comes_first=True,
     ),
     Family(
-        keys=("nemotron_h", "NemotronHForCausalLM"),
+        keys=("nemotron_h", "NemotronHForCausalLM", "nemotron_h_puzzle", "NemotronHPuzzleForCausalLM"),
         why="experts without a gate (relu2), in the latent space where there is one; the shared one has its own width",
         gated=False,
         shared=(),

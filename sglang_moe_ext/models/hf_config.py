@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from sglang_moe_ext.core import ActivationDtype, ModelError, MoEModel
+from sglang_moe_ext import untrusted
+from sglang_moe_ext.core import CheckpointDtype, ModelError, MoEModel, MoEShape
 from sglang_moe_ext.models.config_fields import Section, lineages, read_field, refusal, show, whole_number
 from sglang_moe_ext.models.families import (
     COMMON,
     EXPERTS,
     FAMILIES,
+    HIDDEN,
     NOT_GATED,
     PARTS,
     SHARED_WIDTH,
     TOP_K,
+    WIDTH,
     Family,
     Names,
 )
-from sglang_moe_ext.models.quantization import quantization_from_config
+from sglang_moe_ext.models.quantization import read_quantization
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +81,20 @@ def _identities(section: Section) -> Iterator[str]:
         yield from (name for name in architectures if isinstance(name, str))
 
 
-DTYPES: dict[str, ActivationDtype] = {"float16": "float16", "half": "float16", "bfloat16": "bfloat16"}
+DTYPES: dict[str, CheckpointDtype] = {
+    "float16": "float16",
+    "half": "float16",
+    "bfloat16": "bfloat16",
+    "float32": "float32",
+    "float": "float32",
+}
+_ZERO_EXPERTS: Names = ("zero_expert_num",)
+"""Choices of the router without weights, behind the routed experts (LongCat-Flash)."""
 
 
 def from_config(config: Section, *, name: str, source: str) -> MoEModel:
-    """Raises: ModelError when the model is dense, a number is missing or impossible, or the kernel is not its own."""
+    """Raises: ModelError when the model is dense, a number is missing or impossible, or another kernel runs it."""
+    config = merge_block_configs(config, name=name, source=source)
     experts = locate_experts(config)
     if experts is None:
         raise _dense(source)
@@ -96,8 +108,8 @@ def from_config(config: Section, *, name: str, source: str) -> MoEModel:
         raise refusal(source, f"{top_k} experts per token of {routed}, expected no more than there are; correct it")
     hidden_places = (experts.section, experts.root)
     hidden_size = _number(experts, experts.family.hidden, "hidden size", source, places=hidden_places)
-    return MoEModel(
-        name=name,
+    model = MoEModel(
+        name=untrusted.show(name),
         architecture=_architecture(experts),
         routed_experts=routed,
         top_k=top_k,
@@ -105,10 +117,67 @@ def from_config(config: Section, *, name: str, source: str) -> MoEModel:
         intermediate_size=_width(experts, source),
         shared_experts=_shared(experts, source),
         gated=_gated(experts),
-        quantization=quantization_from_config(config, source=source),
         dtype=_dtype(experts),
         source=source,
+        zero_experts=_zero_experts(experts, source),
     )
+    return read_quantization(model, config, source=source)
+
+
+def merge_block_configs(config: Section, *, name: str, source: str) -> Section:
+    """The config with what `block_configs` says of its MoE layers, where that is the same for all of them.
+
+    Each layer copies its entry over the config (SGLang 0.5.23, configs/nemotron_h.py).
+
+    Raises: ModelError when the layers differ: each kind reads a table of its own.
+    """
+    blocks = _moe_blocks(config)
+    if not blocks or not isinstance(config, Mapping):
+        return config
+    whole = {key: value for key, value in config.items() if key != "block_configs"}
+    merged = [{**whole, **block} for block in blocks]
+    kinds = {_numbers(one): one for one in merged if locate_experts(one) is not None}
+    if len(kinds) > 1:
+        shapes = dict.fromkeys(_shape_flag(from_config(one, name=name, source=source)) for one in kinds.values())
+        raise ModelError(
+            f"{refusal(source, 'its MoE layers differ (block_configs)')}, and each kind reads a table of its own: tune "
+            f"each, N divided by the ranks that share an expert: {'; '.join(shapes)}"
+        )
+    return next(iter(kinds.values()), config)
+
+
+_MOST_LAYERS = 512
+
+
+def _moe_blocks(config: Section) -> list[Mapping[str, object]]:
+    """The entries of `block_configs` that state experts."""
+    stated = read_field(config, "block_configs")
+    if not isinstance(stated, (list, tuple)) or len(stated) > _MOST_LAYERS:
+        return []
+    return [block for block in stated if isinstance(block, Mapping) and any(key in block for key in EXPERTS)]
+
+
+def _numbers(config: Mapping[str, object]) -> tuple[str, ...]:
+    """What of a layer's config makes another table."""
+    return tuple(show(config.get(key)) for key in (*EXPERTS, *TOP_K, *WIDTH, *HIDDEN))
+
+
+def _shape_flag(model: MoEModel) -> str:
+    """The layer on one rank, as --shape takes it."""
+    shape = MoEShape(
+        model.routed_experts,
+        model.intermediate_size,
+        model.hidden_size,
+        model.top_k,
+        model.quantization,
+        gated=model.gated,
+    )
+    return f"--shape {shape}"
+
+
+def _zero_experts(experts: Experts, source: str) -> int:
+    found = experts.first(_ZERO_EXPERTS)
+    return 0 if found is None else whole_number(found[1], found[0], source, at_least=0)
 
 
 def _dense(source: str) -> ModelError:
@@ -121,6 +190,8 @@ def leaves_to_its_class(config: Section) -> bool:
 
     A nested section of a saved config lists only what departs from those defaults.
     """
+    if _moe_blocks(config):
+        return False
     experts = locate_experts(config)
     if experts is None:
         return True
@@ -194,7 +265,14 @@ def _gated(experts: Experts) -> bool:
     return experts.family.gated and activation not in NOT_GATED
 
 
-def _dtype(experts: Experts) -> ActivationDtype:
+def _dtype(experts: Experts) -> CheckpointDtype:
+    """bfloat16 where none is stated, and where SGLang and vLLM serve a Gemma that is stored in float32."""
+    stored = _stored_dtype(experts)
+    is_gemma = any(one.startswith("gemma") for one in _identities(experts.section))
+    return "bfloat16" if stored == "float32" and is_gemma else stored
+
+
+def _stored_dtype(experts: Experts) -> CheckpointDtype:
     for section in (experts.section, experts.root):
         for name in ("dtype", "torch_dtype"):
             value = read_field(section, name)

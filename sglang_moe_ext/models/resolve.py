@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -12,38 +11,18 @@ from logging import ERROR
 from pathlib import Path
 
 from sglang_moe_ext.core import ModelError, MoEModel
-from sglang_moe_ext.models.builtin import builtin_records, find_builtin
-from sglang_moe_ext.models.config_fields import CONFIG_CLASS_ERRORS, Section, refusal, show
+from sglang_moe_ext.models import mistral_native
+from sglang_moe_ext.models.checkpoint_names import FormatWithoutTables, NameMatch, close_names, match_name
+from sglang_moe_ext.models.config_fields import CONFIG_CLASS_ERRORS, Section, describe_error, refusal, show
+from sglang_moe_ext.models.depth import count_moe_layers
 from sglang_moe_ext.models.hf_config import from_config, leaves_to_its_class
-from sglang_moe_ext.models.quantization import quantization_from_config
-
-GO_ON = "give a folder that has its config.json, or state the experts with --shape"
-
-
-def download(hub_id: str, name: str, *, must_exist: bool = True) -> Path:
-    """The file in the hub's cache, fetched when it is not there yet; a file that need not exist may not either.
-
-    Raises: ModelError when it cannot be had.
-    """
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
-    except ImportError as error:
-        raise refusal(hub_id, f"not built in, and the hub needs `pip install transformers`; or {GO_ON}") from error
-    try:
-        return Path(hf_hub_download(hub_id, name))
-    except (EntryNotFoundError, _network_error(), *CONFIG_CLASS_ERRORS) as error:
-        if not must_exist and isinstance(error, EntryNotFoundError):
-            return Path(name)
-        raise refusal(
-            hub_id, f"{name} cannot be had from the hub ({_kind(error)}); log in or check the name, or {GO_ON}"
-        ) from error
+from sglang_moe_ext.models.quantization import read_quantization
 
 
 def config_of_class(path: str, *, trust_remote_code: bool) -> Section:
-    """The config as its class completes it. `path`: a folder, a file or a hub id.
+    """The config with the defaults of its class. `path`: a folder, a file or a hub id.
 
-    Raises: ModelError when transformers is not there, or does not know the class.
+    Raises: ModelError when transformers is not installed, or does not know the class.
     """
     try:
         from huggingface_hub import errors
@@ -69,23 +48,10 @@ def config_of_class(path: str, *, trust_remote_code: bool) -> Section:
     return config
 
 
-def _network_error() -> type[Exception]:
-    """Of httpx, which huggingface_hub >= 1.0 speaks through; what its older releases raise are OSErrors."""
-    try:
-        from httpx import HTTPError
-    except ImportError:
-        return OSError
-    return HTTPError
-
-
 def _refuse_not_loaded(error: Exception, *, trust_remote_code: bool) -> ModelError:
     if "trust_remote_code" in str(error) and not trust_remote_code:
         return refusal("transformers", "its config class is Python of its own; add --trust-remote-code if you trust it")
-    return refusal("transformers", f"cannot load it ({_kind(error)}); upgrade it, or complete the config")
-
-
-def _kind(error: Exception) -> str:
-    return f"{type(error).__name__}: {show(str(error))}"
+    return refusal("transformers", f"cannot load it ({describe_error(error)}); upgrade it, or complete the config")
 
 
 CONFIG = "config.json"
@@ -95,10 +61,11 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def resolve(model: str, *, trust_remote_code: bool = False, section: str | None = None) -> MoEModel:
-    """A folder with a config.json comes first, then the built-in names, then the hub.
+    """Look for a folder with a config.json first, then among the built-in names, then on the hub.
 
-    `trust_remote_code` lets transformers run Python that comes with the checkpoint; `section` names the part of a
-    config.json that is to be read alone.
+    `trust_remote_code` lets transformers run Python code of the checkpoint. With `section`, only that part of a local
+    config.json is read.
+
     Raises: ModelError
     """
     path = os.path.expanduser(model)
@@ -106,34 +73,50 @@ def resolve(model: str, *, trust_remote_code: bool = False, section: str | None 
         return _resolve_section(model, section)
     if os.path.isfile(os.path.join(path, CONFIG)):
         return _resolve_folder(Path(path), trust_remote_code=trust_remote_code)
+    if os.path.isfile(os.path.join(path, mistral_native.FILE_NAME)):
+        return _resolve_file(Path(path, mistral_native.FILE_NAME), trust_remote_code=trust_remote_code)
     if os.path.isfile(path):
         return _resolve_file(Path(path), trust_remote_code=trust_remote_code)
-    builtin = find_builtin(model)
-    if builtin is not None:
-        return builtin
+    match match_name(model):
+        case NameMatch(model=found):
+            return found
+        case FormatWithoutTables(model=known, format=name):
+            raise refusal(
+                model,
+                f"{known.name} in {name}, whose experts do not run the fused Triton kernel: no table is read; name the "
+                "checkpoint that a server loads",
+            )
+        case None:
+            pass
     if os.path.isdir(path):
-        raise refusal(model, f"the folder has no {CONFIG}; give the folder of a checkpoint, or --shape")
+        raise refusal(
+            model,
+            f"the folder has no {CONFIG}, nor {mistral_native.FILE_NAME}; give the folder of a checkpoint, or --shape",
+        )
     if HUB_ID.fullmatch(model) is None:
         raise _unknown(model)
     return _resolve_hub(model, trust_remote_code=trust_remote_code)
 
 
 def _unknown(model: str) -> ModelError:
-    names = {name.casefold(): name for record in builtin_records() for name in record.names}
-    close = [names[match] for match in difflib.get_close_matches(model.casefold()[:200], names, n=3, cutoff=0.5)]
-    meant = f"did you mean {' or '.join(close)}? " if close else ""
     return refusal(
         "model",
-        f"{show(model)} is no folder, built-in name or hub id; {meant}else give a folder with a {CONFIG}, or --shape",
+        f"{show(model)} is no folder, built-in name or hub id; {_did_you_mean(model)}else give a folder with a "
+        f"{CONFIG}, or --shape",
     )
 
 
+def _did_you_mean(model: str) -> str:
+    close = close_names(model)
+    return f"did you mean {' or '.join(close)}? " if close else ""
+
+
 def _resolve_section(model: str, section: str) -> MoEModel:
-    """Of a file that is here: the section, quantized as the whole is."""
+    """A section of a local config.json, with the quantization of the whole."""
     path = Path(model).expanduser()
     path = path / CONFIG if path.is_dir() else path
     if not path.is_file():
-        raise refusal(model, f"a section can only be named in a {CONFIG} that is here; download it, or leave it out")
+        raise refusal(model, f"--model-prefix names a section of a local {CONFIG}; download it, or leave the flag out")
     whole = _with_modelopt(_parsed(path), path.parent)
     found = whole.get(section)
     if not isinstance(found, dict):
@@ -154,19 +137,24 @@ def _resolve_folder(folder: Path, *, trust_remote_code: bool) -> MoEModel:
 
 
 def _resolve_file(path: Path, *, trust_remote_code: bool) -> MoEModel:
+    parsed = _parsed(path)
+    is_native = path.name == mistral_native.FILE_NAME
+    raw = mistral_native.to_hf_config(parsed, str(path)) if is_native else _with_modelopt(parsed, path.parent)
     return _resolve_raw(
-        _with_modelopt(_parsed(path), path.parent),
-        name=path.resolve().parent.name if path.name == CONFIG else path.stem,
+        raw,
+        name=path.resolve().parent.name if is_native or path.name == CONFIG else path.stem,
         source=str(path),
         of_class=lambda: config_of_class(str(path), trust_remote_code=trust_remote_code),
     )
 
 
 def _resolve_hub(hub_id: str, *, trust_remote_code: bool) -> MoEModel:
-    folder = download(hub_id, CONFIG).parent
+    from sglang_moe_ext.models import hub  # brings urllib, which a local model does not need
+
+    folder = hub.download(hub_id, CONFIG, hint=_did_you_mean(hub_id)).parent
     raw = _parsed(folder / CONFIG)
     if not raw.get("quantization_config"):
-        download(hub_id, MODELOPT_CONFIG, must_exist=False)
+        hub.download(hub_id, MODELOPT_CONFIG, must_exist=False)
     return _resolve_raw(
         _with_modelopt(raw, folder),
         name=hub_id,
@@ -176,26 +164,26 @@ def _resolve_hub(hub_id: str, *, trust_remote_code: bool) -> MoEModel:
 
 
 def _resolve_raw(raw: dict[str, object], *, name: str, source: str, of_class: Callable[[], Section]) -> MoEModel:
-    """The file itself says it all, as a rule; what it leaves to the defaults of its class is asked of transformers."""
+    """Read the file alone where it states everything; else ask transformers for the defaults of its class."""
     if not leaves_to_its_class(raw):
-        return from_config(raw, name=name, source=source)
+        return replace(from_config(raw, name=name, source=source), moe_layers=count_moe_layers(raw))
     try:
         config = of_class()
     except ModelError as of_transformers:
         return _without_its_class(raw, of_transformers, name=name, source=source)
     model = from_config(config, name=name, source=source)
-    return replace(model, quantization=quantization_from_config(raw, source=source))
+    return replace(read_quantization(model, raw, source=source), moe_layers=count_moe_layers(config))
 
 
 def _without_its_class(raw: dict[str, object], of_transformers: ModelError, *, name: str, source: str) -> MoEModel:
     try:
-        return from_config(raw, name=name, source=source)
+        return replace(from_config(raw, name=name, source=source), moe_layers=count_moe_layers(raw))
     except ModelError as of_file:
         raise ModelError(f"{of_file}; {of_transformers}") from of_transformers
 
 
 def _with_modelopt(raw: dict[str, object], folder: Path) -> dict[str, object]:
-    """ModelOpt's older checkpoints state their quantization in a file of its own."""
+    """Older checkpoints of ModelOpt state their quantization in a file of its own."""
     path = folder / MODELOPT_CONFIG
     if raw.get("quantization_config") or not path.is_file():
         return raw

@@ -1,4 +1,4 @@
-"""What the user states of a shape: --shape and --dtype."""
+"""Parse what a user states about a layer: --shape and --dtype."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def parse_dtype_flag(
     per_channel: bool = False,
     block_shape: Sequence[int] | None = None,
 ) -> Quantization:
-    """The quantization that --dtype and its companions mean; "auto" or None: the checkpoint's.
+    """The quantization that --dtype and related flags mean; "auto" or None is that of the checkpoint.
 
-    What the flags leave open is the checkpoint's where it has the same scheme.
+    Where the checkpoint has the same scheme, it decides what the flags leave open.
     Raises: ModelError when the flags contradict each other.
     """
     stored = checkpoint or Quantization()
@@ -65,7 +65,7 @@ def _scheme(flag: str | None, stored: Quantization) -> Scheme | None:
 
 
 def _block(sides: Sequence[int], scheme: Scheme) -> tuple[int, int]:
-    """8-bit activations take blocks of N and K, 16-bit ones groups along K: (0, group)."""
+    """(N, K) for 8-bit activations, (0, group) for 16-bit ones, which have groups along K alone."""
     lowest, example = (1, "[128, 128]") if Quantization(scheme).activation_bits == 8 else (0, "[0, 128]")
     if len(sides) != 2 or (sides[0] == 0) != (lowest == 0):
         raise refusal("block_shape", f"{show(list(sides))} with {scheme}, expected the like of {example}")
@@ -74,7 +74,7 @@ def _block(sides: Sequence[int], scheme: Scheme) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class _Stated:
-    """The fields of one --shape, each still as text."""
+    """The fields of one --shape, as text."""
 
     text: str
     fields: dict[str, str]

@@ -1,8 +1,9 @@
-"""Put our functions into the place of an engine's: all of them or none, once a process, and never with an error."""
+"""Replace an engine's functions by our hooks: all of them or none, once a process, and without ever raising."""
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,23 +15,27 @@ from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.serving.guard import warn_once
 from sglang_moe_ext.serving.selection import Choice
 from sglang_moe_ext.sorted_kernels import KernelPlan
+from sglang_moe_ext.untrusted import show
 
 if TYPE_CHECKING:
     from sglang_moe_ext.serving.sglang_lookup_hook import ConfigResolver
+    from sglang_moe_ext.serving.vllm_lookup_hook import VllmTableResolver
 
 Engine = Literal["sglang", "vllm"]
 _OUR_NAME = "sglang_moe_ext"
 
 
 class ConfigChooser(Protocol):
-    """What stands in an engine now, and knows what a layer takes."""
+    """The resolver that the hooks of one engine ask."""
 
     def choice(self, layer: LookupLayer, tokens: int) -> Choice: ...
+
+    def remarks(self, layer: LookupLayer) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class EngineHooks:
-    """What is done in one engine. `keeps_out`: whether its own `plugins` variable leaves out a plugin."""
+    """How one engine is hooked. `keeps_out`: whether its own `plugins` variable leaves out a plugin."""
 
     plugins: str
     keeps_out: Callable[[str | None, str], bool]
@@ -39,7 +44,7 @@ class EngineHooks:
 
 @dataclass(frozen=True, slots=True)
 class HookState:
-    """What became of a process: the way that our functions came in, or why they did not, and milliseconds of that."""
+    """Whether a process is hooked: by which way, or why not, and the milliseconds that it took."""
 
     is_active: bool
     why: str
@@ -51,24 +56,39 @@ _choosers: dict[Engine, ConfigChooser] = {}
 _states: dict[Engine, HookState] = {}
 
 
+_lock = threading.RLock()
+_being_attached: set[Engine] = set()
+
+
 def state(engine: Engine = "sglang") -> HookState:
-    """Of this process."""
+    """Whether this process is hooked."""
     return _states.get(engine, _ABSENT)
 
 
 def choices(layer: LookupLayer, tokens: Sequence[int], engine: Engine = "sglang") -> dict[int, Choice]:
-    """What this process takes at each M, and why; empty where our functions are not in place."""
+    """What this process takes at each M, and why; empty if it is not hooked."""
     chooser = _choosers.get(engine)
     return {} if chooser is None else {m: chooser.choice(layer, m) for m in tokens}
 
 
+def remarks(layer: LookupLayer, engine: Engine = "sglang") -> tuple[str, ...]:
+    """What is odd about the tables of the layer; empty if this process is not hooked."""
+    chooser = _choosers.get(engine)
+    return () if chooser is None else chooser.remarks(layer)
+
+
 def sglang_resolver() -> ConfigResolver | None:
-    """What answers SGLang's layers in this process; None where our functions are not in place."""
+    """What answers SGLang's layers in this process; None if it is not hooked."""
     return cast("ConfigResolver | None", _choosers.get("sglang"))
 
 
+def vllm_resolver() -> VllmTableResolver | None:
+    """What answers vLLM's layers in this process; None if it is not hooked."""
+    return cast("VllmTableResolver | None", _choosers.get("vllm"))
+
+
 def kernel_plans(layer: LookupLayer, tokens: Sequence[int]) -> dict[int, KernelPlan | None]:
-    """Which of our kernel plans SGLang's layers take at each M; empty where our functions are not in place."""
+    """Which of our kernel plans SGLang's layers take at each M; empty if this process is not hooked."""
     found = sglang_resolver()
     return {} if found is None else {m: found.plan(layer, m) for m in tokens}
 
@@ -80,7 +100,7 @@ def decline_plan(layer: LookupLayer) -> None:
 
 
 def hooks_of(engine: Engine) -> EngineHooks:
-    """What is done in that engine; the other's modules are not loaded."""
+    """How that engine is hooked; the other engine's modules are not loaded."""
     if engine == "vllm":
         from sglang_moe_ext.serving import vllm_hooks
 
@@ -96,7 +116,7 @@ def why_off(half: EngineHooks) -> str | None:
         return f"{env.DISABLE} is set"
     wanted = os.environ.get(half.plugins)
     if half.keeps_out(wanted, _OUR_NAME):
-        return f"{half.plugins}={wanted} does not name {_OUR_NAME}"
+        return f"{half.plugins}={show(wanted)} does not name {_OUR_NAME}"
     return None
 
 
@@ -106,9 +126,14 @@ def attach(layer: ModuleType, way: str, started: float | None = None) -> HookSta
     `started`: when that was, by time.perf_counter(), so that our imports count.
     """
     engine: Engine = "vllm" if layer.__name__.partition(".")[0] == "vllm" else "sglang"
-    if not state(engine).is_active:
-        _states[engine] = _attach(engine, layer, way, time.perf_counter() if started is None else started)
-    return _states[engine]
+    with _lock:  # threads may import the layer at once; the import of a hook's module may come back here
+        if not state(engine).is_active and engine not in _being_attached:
+            _being_attached.add(engine)
+            try:
+                _states[engine] = _attach(engine, layer, way, time.perf_counter() if started is None else started)
+            finally:
+                _being_attached.discard(engine)
+        return state(engine)
 
 
 def _attach(engine: Engine, layer: ModuleType, way: str, started: float) -> HookState:
@@ -118,7 +143,7 @@ def _attach(engine: Engine, layer: ModuleType, way: str, started: float) -> Hook
             return HookState(False, why)
         _choosers[engine] = half.put_in(layer, way)
     except Exception as error:  # the engine runs as if we were not installed
-        why = f"{type(error).__name__}: {error}"
+        why = f"{type(error).__name__}: {show(error)}"
         warn_once(f"{__version__} is off, the engine runs as it is: {why}")  # two ways in may meet the same
         return HookState(False, why)
     return HookState(True, way, 1000 * (time.perf_counter() - started))

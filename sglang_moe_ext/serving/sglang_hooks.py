@@ -13,9 +13,9 @@ from types import ModuleType
 from typing import Any
 
 from sglang_moe_ext import __version__, env, package_data
-from sglang_moe_ext.core import EngineError
+from sglang_moe_ext.core import EngineError, MoEShape
 from sglang_moe_ext.engines import running
-from sglang_moe_ext.engines.sglang import hook_points, kernel_sequence
+from sglang_moe_ext.engines.sglang import hook_points, kernel_sequence, table_names
 from sglang_moe_ext.engines.sglang import kernel_sequence as known_sequence
 from sglang_moe_ext.engines.sglang.hook_points import SglangHookPoints
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
@@ -24,6 +24,7 @@ from sglang_moe_ext.serving.guard import warn_once
 from sglang_moe_ext.serving.launch_guard import GuardedLauncher
 from sglang_moe_ext.serving.table_search import TableDir
 from sglang_moe_ext.tables import user_store
+from sglang_moe_ext.untrusted import show
 
 Declines = Callable[[tuple[int, ...], tuple[int, ...]], None]
 """What hears of the weights, [experts, ...] of both GEMMs, for which our kernels is not to be chosen again."""
@@ -55,7 +56,7 @@ def sequence_hook(engine: SglangHookPoints, original: Callable[..., Any], declin
                 return kernel_sequence.run(given, plan, engine)
             why, is_lasting = gate.why, True
         except Exception as error:  # the engine's own kernels have all that they need
-            why, is_lasting = f"{type(error).__name__}: {error}", type(error).__name__ != _OUT_OF_MEMORY
+            why, is_lasting = f"{type(error).__name__}: {show(error)}", type(error).__name__ != _OUT_OF_MEMORY
         w1, w2 = (tuple(parameters.given(args, kwargs)[name].shape) for name in ("w1", "w2"))
         warn_once(f"the engine's own kernels run for a layer with weights of {w1} and {w2}: {why}")
         if is_lasting:
@@ -82,6 +83,38 @@ def table_dirs(engine: SglangInstallation) -> list[TableDir]:
             is_asked_for=bool(named) and not (own is not None and own / "overlay" in Path(named or "").parents),
         ),
     ]
+
+
+def check_config_dir(shape: MoEShape, device_name: str, engine: SglangInstallation) -> list[str]:
+    """What is odd about the folder that SGLANG_MOE_CONFIG_DIR names, for that layer."""
+    named = os.environ.get(env.SGLANG_CONFIG_DIR)
+    if not named or engine.triton is None:
+        return []
+    found, root = [], Path(named)
+    configs, folder = root / "configs", table_names.version_folder(engine.triton)
+    if not configs.is_dir():
+        found.append(
+            f"{env.SGLANG_CONFIG_DIR}={show(named)} has no folder configs: SGLang alone raises FileNotFoundError at "
+            "the first table that it does not find; it looks for configs/triton_X_Y_Z/*.json there"
+        )
+    name = table_names.file_name(table_names.table_key(shape, device_name))
+    wrong_folders = (
+        root,
+        root.parent,
+        root / folder,
+        root.parent / folder,
+        root / "configs",
+        *_subfolders(root, folder),
+    )
+    for wrong in wrong_folders:
+        if (wrong / name).is_file() and not (configs / folder / name).is_file():
+            found.append(f"{show(str(wrong / name))} is not read: SGLang looks for it in {show(str(configs / folder))}")
+            break
+    return found
+
+
+def _subfolders(root: Path, folder: str) -> tuple[Path, ...]:
+    return root / folder / "configs", root / folder / folder, root / "configs" / "configs" / folder
 
 
 log = logging.getLogger(__name__)

@@ -116,6 +116,17 @@ class ConfigResolver:
         """What runs in place of the engine's own kernels, before anything is known of the batch but its size."""
         return self._plans.select(layer, tokens)
 
+    @property
+    def engine(self) -> SglangHookPoints:
+        """The engine that is hooked."""
+        return self._engine
+
+    def changes(self, layer: LookupLayer, tokens: int) -> EntryChanges:
+        """What the guard changed of the entries that were answered for that call."""
+        w1, w2, block = layer.w1_shape, layer.w2_shape, layer.block_shape
+        answer = self.answers.get((tokens, w1, w2, layer.top_k, layer.dtype, block, layer.per_channel, True, False))
+        return {} if answer is None else answer.changes
+
     def remarks(self, layer: LookupLayer) -> tuple[str, ...]:
         """What is odd about the tables of the layer."""
         found = self._choices.tables(layer)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sglang_moe_ext.core import Projection
 from sglang_moe_ext.engines import config_dict, lookup_args
 from sglang_moe_ext.engines.config_dict import ConfigDict
 from sglang_moe_ext.engines.lookup_args import LookupLayer
@@ -35,11 +36,15 @@ _MOST_ANSWERS = 65536
 
 @dataclass(frozen=True, slots=True)
 class VllmCall:
-    """The call for which the engine's own lookup asks for a table. `wants_default`: give it none."""
+    """The call for which the engine's own lookup asks for a table.
+
+    `wants_default`: give it none. `is_alone`: give it the engine's own.
+    """
 
     layer: LookupLayer
     tokens: int
     wants_default: bool = False
+    is_alone: bool = False
 
 
 class VllmTableResolver:
@@ -58,6 +63,18 @@ class VllmTableResolver:
         if self._engine.runs_cuda(layer, tokens):
             return EngineEntry("a CUDA kernel runs it, for which no table of ours is")
         return self._choices.select(layer, tokens)
+
+    def changes(self, layer: LookupLayer, tokens: int) -> Mapping[Projection, EntryChange]:
+        """What was refused of the entries that were answered for that call."""
+        change = self.refused.get((layer, tokens))
+        return {} if change is None else {"up": change}
+
+    def ask_alone(self, layer: LookupLayer, tokens: int, block_shape: Sequence[int] | None) -> ConfigDict:
+        """What the engine's own lookup returns without our tables."""
+        shapes = layer.w1_shape, layer.w2_shape
+        with self._asking_for(VllmCall(layer, tokens, is_alone=True)):
+            entry: ConfigDict = self._engine.lookup(*shapes, layer.top_k, layer.dtype, tokens, block_shape=block_shape)
+        return entry
 
     def remarks(self, layer: LookupLayer) -> tuple[str, ...]:
         """What is odd about the tables of the layer."""
@@ -108,6 +125,8 @@ class VllmTableResolver:
             return self._whole(named, own)
         if call.wants_default:
             return None
+        if call.is_alone:
+            return own()
         self._at_first_call()
         choice = self.choice(call.layer, call.tokens)
         self._choices.say(call.layer, choice)

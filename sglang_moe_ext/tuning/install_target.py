@@ -23,18 +23,19 @@ Install = Literal["engine", "overlay", "none"]
 
 def add_to(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say where tables go."""
-    where = parser.add_argument_group("where to")
+    where = parser.add_argument_group("where to write")
     where.add_argument(
         "--install",
         choices=get_args(Install),
         default="engine",
-        help="where the server shall find the tables; none: your own store alone keeps them (default engine)",
+        help="where to write the tables: the engine's own folder, an overlay beside it, or none but your own store "
+        "(default engine)",
     )
     where.add_argument(
         "--output-dir",
         "--save-dir",
         type=Path,
-        help="write configs/triton_X_Y_Z/, or vLLM's files, there instead of installing",
+        help="folder to write the tables to instead of installing them",
     )
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sglang_moe_ext.core import EngineError, TileConfig
-from sglang_moe_ext.engines import installed
+from sglang_moe_ext.engines import installed, lookup_memory
 from sglang_moe_ext.engines.adapter import InstallationLike, ProbeLike
-from sglang_moe_ext.engines.lookup_probe import LookupResult
+from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.tables import kernel_table, merge, provenance
 from sglang_moe_ext.tables.kernel_table import KernelTable
 from sglang_moe_ext.tables.merge import RefusedTable, StoredTable
@@ -34,7 +34,8 @@ from sglang_moe_ext.tuning.search.predict import PredictedConfig
 class TuneOutcome:
     """What came of a run. `plans`: the winner where our kernels were compared with the chosen pair.
 
-    `answer` is the engine's proof of the pick-up, None where there is no engine to ask.
+    `answer` is the engine's proof of the pick-up, `today` its answer of what it ran before; None where there is no
+    engine.
     """
 
     results: Results
@@ -44,6 +45,7 @@ class TuneOutcome:
     destination: InstallTarget | None
     answer: LookupResult | None
     kernel: KernelSource
+    today: LookupResult | None = None
 
 
 def target_of(request: TuneRequest, engine: InstallationLike | None) -> InstallTarget | None:
@@ -67,11 +69,47 @@ def make_plan(request: TuneRequest, progress: Progress) -> TunePlan:
     """
     if request.adapter.find() is None:
         return plan.make_plan(request, None)
-    progress("asking", 0, 1)
+    answer = _ask_today(request, progress)
+    return replace(plan.make_plan(request, verify_install.pairs_of(answer)), today=answer)
+
+
+def _ask_today(request: TuneRequest, progress: Progress) -> LookupResult:
+    """What the engine takes now, from the answers that are remembered where nothing it could read has changed."""
+    question = verify_install.lookup_request(request)
+    engine = request.adapter.find()
+    key = lookup_memory.key_of(engine, question, request.gpu.device_name)
+    known = lookup_memory.recall(key)
+    if known is not None:
+        return known
+    stage = _asking(request)
+    progress(stage, 0, 1)
     with closing(request.adapter.start_probe(verify_install.environment({}))) as today:
-        answer = today.answer(verify_install.lookup_request(request))
-    progress("asking", 1, 1)
-    return plan.make_plan(request, verify_install.pairs_of(answer))
+        answer = today.answer(question)
+    progress(stage, 1, 1)
+    lookup_memory.remember(key, answer)
+    return answer
+
+
+def _asking(request: TuneRequest) -> str:
+    """The name of the stage: whom a run asks, and what."""
+    engine = request.adapter.find()
+    version = "" if engine is None else f" {engine.version_text}"
+    return f"asking {request.adapter.TITLE}{version} what it runs today"
+
+
+class _RememberingProbe:
+    """A probe that keeps its answer."""
+
+    def __init__(self, probe: ProbeLike) -> None:
+        self._probe = probe
+        self.result: LookupResult | None = None
+
+    def answer(self, question: LookupRequest) -> LookupResult:
+        self.result = self._probe.answer(question)
+        return self.result
+
+    def close(self) -> None:
+        self._probe.close()
 
 
 def run(request: TuneRequest, progress: Progress) -> TuneOutcome:
@@ -95,7 +133,8 @@ def run(request: TuneRequest, progress: Progress) -> TuneOutcome:
                 closing(request.adapter.start_probe(verify_install.environment(environment)))
             )
 
-        today = None if engine is None else ask_later({} if destination is None else destination.environment_today)
+        environment_today = {} if destination is None else destination.environment_today
+        today = None if engine is None else _RememberingProbe(ask_later(environment_today))
         read_by_engine = None if engine is None else destination
         # A measuring run has cores to spare for an engine that gets ready meanwhile; a predicting one needs them all.
         proof = ask_later(read_by_engine.environment) if read_by_engine and request.measuring else None
@@ -130,6 +169,7 @@ def run(request: TuneRequest, progress: Progress) -> TuneOutcome:
         destination=destination,
         answer=answer,
         kernel=source,
+        today=None if today is None else today.result,
     )
 
 
@@ -157,9 +197,9 @@ def _predict(
     progress: Progress,
 ) -> dict[int, PredictedConfig]:
     if today is not None:
-        progress("asking", 0, 1)
+        progress(_asking(request), 0, 1)
         answer = today.answer(verify_install.lookup_request(request))
-        progress("asking", 1, 1)
+        progress(_asking(request), 1, 1)
         is_new_folder = destination is not None and not destination.is_there
         if not (request.output_dir is not None and is_new_folder):
             _refuse_to_shadow(request.adapter.TITLE, answer)
@@ -229,8 +269,9 @@ def _prove(
     found = {down: result.table for down, file in files.items() if isinstance(result := stored.get(file), StoredTable)}
     if found.keys() != files.keys():
         return None
-    progress("pick-up", 0, 1)
+    stage = f"asking {request.adapter.TITLE} what it takes now"
+    progress(stage, 0, 1)
     written = verify_install.WrittenTables(found[False], files[False], found.get(True), files.get(True))
     answer = verify_install.verify(written, request, proof)
-    progress("pick-up", 1, 1)
+    progress(stage, 1, 1)
     return answer

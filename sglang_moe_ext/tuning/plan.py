@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sglang_moe_ext.core import CompileJob, Gpu, GpuError, ModelError, MoEShape, TileConfig
+from sglang_moe_ext.engines.lookup_probe import LookupResult
 from sglang_moe_ext.gpu.roofline import pair_floor_us
 from sglang_moe_ext.tuning.bench.messages import Pair
 from sglang_moe_ext.tuning.compile.pool import default_workers
@@ -34,7 +35,10 @@ class PlanRow:
 
 @dataclass(frozen=True, slots=True)
 class TunePlan:
-    """What a run will do. `measures`: on the GPU, rather than by the model alone."""
+    """What a run will do. `measures`: on the GPU, rather than by the model alone.
+
+    `today` is the engine's answer of what it runs now, None where it was not asked.
+    """
 
     shape: MoEShape
     gpu: Gpu
@@ -43,6 +47,7 @@ class TunePlan:
     rows: tuple[PlanRow, ...]
     binaries: int
     estimated_s: float
+    today: LookupResult | None = None
 
 
 def prune_space(problem: Problem) -> space.PrunedSpace:
@@ -105,12 +110,13 @@ def _row(kept: tuple[TileConfig, ...], problem: Problem, tokens: int, incumbent:
         tokens=tokens,
         floor_us=pair_floor_us(shape, gpu, tokens),
         best=best,
-        best_us=_estimate({"up": best, "down": best}, shape, gpu, tokens),
-        incumbent_us=None if incumbent is None else _estimate(incumbent, shape, gpu, tokens),
+        best_us=estimate_us({"up": best, "down": best}, shape, gpu, tokens),
+        incumbent_us=None if incumbent is None else estimate_us(incumbent, shape, gpu, tokens),
     )
 
 
-def _estimate(pair: Pair, shape: MoEShape, gpu: Gpu, tokens: int) -> float:
+def estimate_us(pair: Pair, shape: MoEShape, gpu: Gpu, tokens: int) -> float:
+    """Predicted time of both GEMMs of that pair, in microseconds."""
     return sum(
         cost_model.gemm(config, shape, gpu, tokens, projection, cost_model.estimate(config, shape, gpu)).us
         for projection, config in pair.items()

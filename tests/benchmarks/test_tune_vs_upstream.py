@@ -27,6 +27,7 @@ from benchmarks.vs_upstream import effort, model_folder, ours, report, theirs, t
 from benchmarks.vs_upstream.report import Place
 from benchmarks.vs_upstream.timed_run import Line, Run
 from sglang_moe_ext.core import CompileJob, EngineError, Failure, ModelError, MoEShape, Quantization, TileConfig
+from sglang_moe_ext.engines.lookup_probe import LookupResult
 from sglang_moe_ext.engines.sglang import lookup_probe
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.gpu import specs
@@ -153,7 +154,7 @@ def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeWorker:
     """A place with an H200, an SGLang, our command and a worker, none of which is one."""
     gpu, fake = specs.find("H200"), FakeWorker()
     place = Place(gpu, SglangInstallation("0.5.15", tmp_path, "3.6.0"), "2026-11-21", "the command")
-    taken = lookup_probe.LookupResult("0.5.15", "3.6.0", gpu.device_name, {8: TODAYS}, {8: None}, (), ())
+    taken = LookupResult("0.5.15", "3.6.0", gpu.device_name, {8: TODAYS}, {8: None}, (), ())
     command = tmp_path / "our_command.py"
     command.write_text(OUR_COMMAND, encoding="utf-8")
     monkeypatch.setattr(report, "here", lambda _: place)

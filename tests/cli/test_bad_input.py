@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sglang_moe_ext.cli import main, tune
+from sglang_moe_ext.cli import main as command_line
+from sglang_moe_ext.cli import tune
 from sglang_moe_ext.core import GpuError
 from sglang_moe_ext.gpu import specs
 
@@ -59,7 +60,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 def test_a_mistake_is_one_line_with_culprit_and_hint(
     arguments: tuple[str, ...], culprit: str, hint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tune.main(arguments) == 1
+    assert command_line.main(("tune", *arguments)) == 1
     line = one_line(capsys)
     assert line.startswith("error: ")
     assert culprit in line
@@ -78,7 +79,7 @@ def test_a_folder_that_is_no_moe_model_is_named(
     folder.mkdir()
     if content is not None:
         (folder / "config.json").write_text(content)
-    assert tune.main(("--model", str(folder), *RTX_4090)) == 1
+    assert command_line.main(("tune", "--model", str(folder), *RTX_4090)) == 1
     line = one_line(capsys)
     assert str(folder) in line
     assert culprit in line
@@ -89,7 +90,7 @@ def test_a_triton_that_no_engine_reads_tables_of_is_kept_out_of_its_folders(
 ) -> None:
     triton = "3.5.0+git4da5d0a7"
     monkeypatch.setattr("sglang_moe_ext.engines.installed.running_triton", lambda: triton)
-    assert tune.main((*GLM, *RTX_4090, "--output-dir", str(tmp_path / "out"))) == 1
+    assert command_line.main(("tune", *GLM, *RTX_4090, "--output-dir", str(tmp_path / "out"))) == 1
     assert triton in one_line(capsys)
     assert not (tmp_path / "out").exists()
 
@@ -107,11 +108,16 @@ def test_doctor_without_an_engine_says_where_to_run_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sglang_moe_ext.engines.sglang.installation.find", lambda: None)
-    assert main.main(("doctor", *GLM, *RTX_4090)) == 1
+    assert command_line.main(("doctor", *GLM, *RTX_4090)) == 1
     assert "neither SGLang nor vLLM is installed" in one_line(capsys)
 
 
 def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        tune.main(("--no-such-flag",))
+        command_line.main(
+            (
+                "tune",
+                "--no-such-flag",
+            )
+        )
     assert stopped.value.code == 2

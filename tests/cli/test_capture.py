@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_moe_ext.cli import capture
+from sglang_moe_ext.cli import main as command_line
 from sglang_moe_ext.core import EngineError, ModelError, MoEExtError, MoEShape
 from sglang_moe_ext.engines.sglang import server_routing
 from sglang_moe_ext.tuning.bench import captured_routing, routing
@@ -53,7 +54,7 @@ class Fake:
     routed: list[torch.Tensor] = field(default_factory=list)
 
     def __call__(self, path: str, body: dict[str, Any]) -> tuple[int, object]:
-        if path == "/model_info":
+        if path == "/server_info":
             return 200, {"model_path": str(self.model)}
         self.asked.append(body)
         return (self.answer or self.as_sglang)(path, body)
@@ -141,12 +142,15 @@ class TestWhatIsWritten:
         run(fake, tmp_path)
         assert len(list(run(fake, tmp_path).iterdir())) == 6
 
-    def test_the_last_line_is_json_and_says_what_to_run_next(
+    def test_the_document_says_what_to_run_next(
         self, fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        folder = run(fake, tmp_path, "--max-tokens", "4")
-        said = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert said["next"] == f"python -m sglang_moe_ext.tune --model {fake.model} --topk-ids-dir {folder}"
+        (tmp_path / "prompts").write_text("one two three\nfour five\n")
+        folder = tmp_path / "ids"
+        asked = ("--url", fake.url, "--prompts", str(tmp_path / "prompts"), "--output-dir", str(folder))
+        assert command_line.main(("capture", *asked, "--max-tokens", "4", "--json")) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert said["next"] == f"sglang-moe-ext tune --model {fake.model} --topk-ids-dir {folder}"
         assert (said["layers"], said["tokens"], sorted(said["files"])) == (3, 11, sorted(map(str, folder.iterdir())))
 
 
@@ -164,9 +168,9 @@ class TestWhatIsAsked:
     def test_a_server_of_an_old_release_is_asked_for_its_model_as_it_answers(self, fake: Fake, tmp_path: Path) -> None:
         class Old(Fake):
             def __call__(self, path: str, body: dict[str, Any]) -> tuple[int, object]:
-                if path == "/get_model_info":
-                    return super().__call__("/model_info", body)
-                return (404, {}) if path == "/model_info" else super().__call__(path, body)
+                if path == "/get_server_info":
+                    return super().__call__("/server_info", body)
+                return (404, {}) if path == "/server_info" else super().__call__(path, body)
 
         fake.__class__ = Old
         assert list(run(fake, tmp_path).iterdir())
@@ -264,12 +268,14 @@ class TestMistakes:
     @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://[", "http://nowhere.invalid", "http://a b"])
     def test_a_server_that_cannot_be_reached_is_named(self, url: str, fake: Fake, tmp_path: Path) -> None:
         fake.url = url
-        assert f"cannot ask {url.rstrip('/')}" in refused(fake, tmp_path)
+        said = refused(fake, tmp_path)
+        assert url in said
+        assert "cannot reach" in said or "expected the address of a server" in said
 
     @pytest.mark.parametrize("url", ["127.0.0.1:30000", "file:///etc/passwd", "http://", ""])
     def test_an_address_of_another_kind_is_refused(self, url: str, fake: Fake, tmp_path: Path) -> None:
         fake.url = url
-        assert "expected an address such as http://" in refused(fake, tmp_path)
+        assert "expected the address of a server, such as http://" in refused(fake, tmp_path)
 
     def test_a_file_without_prompts_is_refused(self, fake: Fake, tmp_path: Path) -> None:
         assert "has no prompt" in refused(fake, tmp_path, text="\n \n")
@@ -295,7 +301,7 @@ def test_each_layer_comes_out_as_it_went_in(sizes: tuple[int, int, int], data: s
     rows, layers, top_k = sizes
     numbers = st.lists(st.integers(0, 500), min_size=rows * layers * top_k, max_size=rows * layers * top_k)
     ids = torch.tensor(data.draw(numbers), dtype=torch.int32).view(rows, layers, top_k)
-    found = server_routing.layers_of(answered(ids.numpy().tobytes(), rows, 1), top_k)
+    found = server_routing.split_layers(answered(ids.numpy().tobytes(), rows, 1), top_k)
     assert found == [ids[:, layer].contiguous().numpy().tobytes() for layer in range(layers)]
 
 
@@ -320,7 +326,7 @@ JSON = st.recursive(
 @given(JSON)
 def test_no_answer_is_anything_but_routing_or_an_error_of_ours(answer: object) -> None:
     try:
-        server_routing.layers_of(answer, TOP_K)
+        server_routing.split_layers(answer, TOP_K)
     except EngineError as error:
         assert str(error)
 

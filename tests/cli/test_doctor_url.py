@@ -107,9 +107,9 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> Refusal:
 
 def test_the_layer_of_a_server_is_found_and_asked_for(server: Answers, capsys: pytest.CaptureFixture[str]) -> None:
     server.says(BUILTIN)
-    assert main.main(("doctor", "--url", server.url, *HERE)) == 0
-    lines = capsys.readouterr().out.strip().splitlines()
-    document = json.loads(lines[-1])
+    assert main.main(("doctor", "--json", "--url", server.url, *HERE)) == 0
+    printed = capsys.readouterr()
+    lines, document = printed.err.splitlines(), json.loads(printed.out)
     assert lines[0] == f"{server.url}: SGLang {VERSION} serves Qwen3-30B-A3B on cuda, --tp-size 1 --ep-size 1"
     assert document["server"] == {"url": server.url, "version": VERSION}
     (examined,) = document["examined"]
@@ -122,8 +122,8 @@ def test_an_older_server_is_asked_by_its_older_path(
     server: Answers, asked: list[LookupRequest], capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.says(BUILTIN | {"version": "0.5.5", "tp_size": 2}, "/get_server_info")
-    assert main.main(("doctor", "--url", server.url + "/", *HERE)) == 0
-    assert "SGLang 0.5.5 serves" in capsys.readouterr().out
+    assert main.main(("doctor", "--json", "--url", server.url + "/", *HERE)) == 0
+    assert "SGLang 0.5.5 serves" in capsys.readouterr().err
     assert [question.shape.intermediate_size for question in asked] == [384]
 
 
@@ -140,26 +140,26 @@ def test_a_server_that_reads_no_table_is_called_one(
     server: Answers, changes: dict[str, str], why: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.says(BUILTIN | changes)
-    assert main.main(("doctor", "--url", server.url, *HERE)) == 0
-    out = capsys.readouterr().out
-    (line,) = (line for line in out.splitlines() if line.startswith("NO TABLE IS READ"))
+    assert main.main(("doctor", "--json", "--url", server.url, *HERE)) == 0
+    printed = capsys.readouterr()
+    (line,) = (line for line in printed.err.splitlines() if line.startswith("NO TABLE IS READ"))
     assert why in line
-    assert json.loads(out.splitlines()[-1])["examined"][0]["reads_tables"] is False
+    assert json.loads(printed.out)["examined"][0]["reads_tables"] is False
 
 
 def test_a_deterministic_server_is_asked_for_as_one(
     server: Answers, asked: list[LookupRequest], capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.says(BUILTIN | {"enable_deterministic_inference": True})
-    assert main.main(("doctor", "--url", server.url, *HERE)) == 0
+    assert main.main(("doctor", "--json", "--url", server.url, *HERE)) == 0
     assert [question.deterministic for question in asked] == [True]
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["examined"][0]["reads_tables"] is False
+    assert json.loads(capsys.readouterr().out)["examined"][0]["reads_tables"] is False
 
 
 @pytest.mark.usefixtures("asked")
 def test_the_key_of_a_server_is_sent_to_it(server: Answers) -> None:
     server.says(BUILTIN)
-    assert main.main(("doctor", "--url", server.url, "--api-key", "sesame", *HERE)) == 0
+    assert main.main(("doctor", "--json", "--url", server.url, "--api-key", "sesame", *HERE)) == 0
     assert server.keys == ["Bearer sesame"]
 
 
@@ -174,8 +174,8 @@ def test_a_model_that_is_named_stands_for_one_of_another_machine(
     server: Answers, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.says(BUILTIN | {"model_path": "/models/of/another/machine"})
-    assert main.main(("doctor", "--url", server.url, "--model", "Qwen3-30B-A3B", *HERE)) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["examined"][0]["model"] == "Qwen3-30B-A3B"
+    assert main.main(("doctor", "--json", "--url", server.url, "--model", "Qwen3-30B-A3B", *HERE)) == 0
+    assert json.loads(capsys.readouterr().out)["examined"][0]["model"] == "Qwen3-30B-A3B"
 
 
 def test_a_model_that_is_not_known_here_is_asked_for(server: Answers, refusal: Refusal) -> None:
@@ -193,7 +193,7 @@ def test_a_quantization_that_nobody_states_is_asked_for(server: Answers, refusal
 
 def test_a_dtype_that_is_named_comes_before_the_servers(server: Answers, asked: list[LookupRequest]) -> None:
     server.says(BUILTIN | {"quantization": "quark_int4fp8_moe"})
-    assert main.main(("doctor", "--url", server.url, "--dtype", "fp8_w8a8", *HERE)) == 0
+    assert main.main(("doctor", "--json", "--url", server.url, "--dtype", "fp8_w8a8", *HERE)) == 0
     assert [question.shape.quantization.scheme for question in asked] == ["fp8_w8a8"]
 
 

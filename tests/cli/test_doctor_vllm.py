@@ -17,7 +17,7 @@ from sglang_moe_ext.gpu import specs
 from tests.engines.installed import ENGINES_DIR, vllm_environment
 
 VERSION = "0.33.0"
-ASKED = ("doctor", "--gpu", "H200", "--batch-size", "1", "64")
+ASKED = ("doctor", "--json", "--gpu", "H200", "--batch-size", "1", "64")
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[LookupRequest]:
 
 
 def document(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    said: dict[str, Any] = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    said: dict[str, Any] = json.loads(capsys.readouterr().out)
     return said
 
 

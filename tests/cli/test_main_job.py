@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sglang_moe_ext.cli import main, tune
+from sglang_moe_ext.cli import main as command_line
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tables import config_table, files, merge, provenance
 from sglang_moe_ext.tables.merge import RefusedTable, StoredTable
@@ -37,8 +37,8 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield site / "sglang/srt/layers/moe/moe_runner/triton_utils/configs"
 
 
-def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+def document_of(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
     return document
 
 
@@ -48,8 +48,8 @@ def table_of(configs: Path, name: str = NAME) -> Path:
 
 
 def test_the_whole_job_without_a_gpu(engine: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert tune.main(ARGUMENTS) == 0
-    done = last_line(capsys)
+    assert command_line.main(("tune", *ARGUMENTS, "--json")) == 0
+    done = document_of(capsys)
     assert done["origin"] == "predicted"
     assert done["picked_up"] is True
 
@@ -66,13 +66,13 @@ def test_the_whole_job_without_a_gpu(engine: Path, capsys: pytest.CaptureFixture
 
     # an upgrade of the engine takes its copy away, and install puts it back
     path.unlink()
-    assert main.main(("install",)) == 0
-    assert last_line(capsys)["written"] == [str(path), str(path.with_name(NAME.replace(".json", "_down.json")))]
+    assert command_line.main(("install", "--json")) == 0
+    assert document_of(capsys)["written"] == [str(path), str(path.with_name(NAME.replace(".json", "_down.json")))]
     assert kept.read_text() == path.read_text()
 
     # doctor tells the same story of the whole store, and calls the entries predicted
-    assert main.main(("doctor", "--batch-size", "1", "3", "100000")) == 0
-    (examined,) = last_line(capsys)["examined"]
+    assert command_line.main(("doctor", "--json", "--batch-size", "1", "3", "100000")) == 0
+    (examined,) = document_of(capsys)["examined"]
     assert {finding["M"] for finding in examined["findings"]} == {1, 3, 100000}
     assert all("predicted" in finding["why"] for finding in examined["findings"])
 
@@ -80,7 +80,7 @@ def test_the_whole_job_without_a_gpu(engine: Path, capsys: pytest.CaptureFixture
 def test_a_predicted_table_never_replaces_a_measured_one(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     measured = engine / "triton_3_6_0" / "E=128,N=768,device_name=NVIDIA_H200.json"
     before = measured.read_text()
-    assert tune.main(("--model", "Qwen3-30B-A3B", "--gpu", "H200", "--batch-size", "64")) == 1
+    assert command_line.main(("tune", "--model", "Qwen3-30B-A3B", "--gpu", "H200", "--batch-size", "64")) == 1
     assert "already has a measured table" in capsys.readouterr().err
     assert measured.read_text() == before
     assert not list(engine.glob("triton_3_7_1/E=128,N=768,device_name=NVIDIA_H200*.json"))
@@ -92,12 +92,12 @@ def test_a_read_only_engine_gets_an_overlay_and_one_line(
     # Permission bits do not stop root, whom tests may run as: the answer of the check is what is set here.
     writable = files.is_writable
     monkeypatch.setattr(files, "is_writable", lambda folder: engine not in folder.parents and writable(folder))
-    assert tune.main((*ARGUMENTS, "--batch-size", "64")) == 0
-    out = capsys.readouterr().out
-    (note,) = (line for line in out.splitlines() if "is read-only" in line)
+    assert command_line.main(("tune", *ARGUMENTS, "--batch-size", "64", "--json")) == 0
+    captured = capsys.readouterr()
+    (note,) = (line for line in captured.err.splitlines() if "is read-only" in line)
     overlay = tmp_path / "store" / "overlay" / f"sglang-{VERSION}"
     assert f"SGLANG_MOE_CONFIG_DIR={overlay}" in note
-    assert json.loads(out.strip().splitlines()[-1])["picked_up"] is True
+    assert json.loads(captured.out)["picked_up"] is True
     assert not list(engine.glob(f"triton_*/{NAME}"))
     shipped = {path.name for path in engine.glob("triton_3_6_0/*.json")}
     assert shipped <= {path.name for path in (overlay / "configs" / "triton_3_6_0").iterdir()}
@@ -106,8 +106,11 @@ def test_a_read_only_engine_gets_an_overlay_and_one_line(
 def test_output_dir_is_written_and_read_where_the_server_is_told_to(
     engine: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert tune.main((*ARGUMENTS, "--batch-size", "64", "--output-dir", str(tmp_path / "mine"))) == 0
-    done = last_line(capsys)
+    assert (
+        command_line.main(("tune", *ARGUMENTS, "--batch-size", "64", "--output-dir", str(tmp_path / "mine"), "--json"))
+        == 0
+    )
+    done = document_of(capsys)
     assert done["picked_up"] is True
     assert done["environment"] == {"SGLANG_MOE_CONFIG_DIR": str(tmp_path / "mine")}
     assert not list(engine.glob(f"triton_*/{NAME}"))
@@ -125,7 +128,7 @@ def test_a_table_that_the_engine_does_not_take_fails_the_command(
         return stored
 
     monkeypatch.setattr(merge, "put", put_and_lose)
-    assert tune.main((*ARGUMENTS, "--batch-size", "64")) == 1
+    assert command_line.main(("tune", *ARGUMENTS, "--batch-size", "64")) == 1
     assert "did not read" in capsys.readouterr().err
 
 
@@ -133,8 +136,8 @@ def test_the_warning_line_of_the_engine_is_enough(engine: Path, capsys: pytest.C
     line = (
         f"Performance might be sub-optimal! Config file not found at {engine}/triton_3_7_1/{NAME}, you can create them"
     )
-    assert tune.main(("--from-log", line, "--batch-size", "1", "--dry-run")) == 0
-    done = last_line(capsys)
+    assert command_line.main(("tune", "--from-log", line, "--batch-size", "1", "--dry-run", "--json")) == 0
+    done = document_of(capsys)
     assert done["model"] == "GLM-4.7-Flash"
     assert done["names"]["SGLang"] == NAME
     assert done["names"]["vLLM"] == NAME.replace("E=65", "E=64")

@@ -129,5 +129,16 @@ def test_programs_read_what_was_tried_and_what_failed() -> None:
     assert (found["tried"], found["failures"]) == (960, {"OutOfResources": 12})
 
 
+def test_all_gains_are_one_line() -> None:
+    found = output.gains(REQUEST, outcome(FASTER, STAYS, FIRST_THAT_RUNS))
+    assert found == {16_384: 1.912, 16_383: 1}
+    expected = "measured gain over today: 1.38x, the geometric mean of 2 batch sizes; most 1.91x at M=16384"
+    assert output.gain_line(found, "measured") == expected
+
+
+def test_where_nothing_ran_before_no_gain_is_stated() -> None:
+    assert output.gain_line(output.gains(REQUEST, outcome(FIRST_THAT_RUNS)), "measured") is None
+
+
 def test_the_document_says_that_it_was_measured() -> None:
     assert output.document(REQUEST, outcome(STAYS))["origin"] == "measured"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sglang_moe_ext.cli import main as command_line
 from sglang_moe_ext.cli import patch
 from sglang_moe_ext.core import EngineError
 from sglang_moe_ext.engines.sglang import installation, source_patch
@@ -44,11 +45,9 @@ def has_startup_file(folder: Path) -> None:
 
 
 def said(capsys: pytest.CaptureFixture[str], flag: str) -> tuple[str, dict[str, Any]]:
-    parser = argparse.ArgumentParser()
-    patch.add_to(parser)
-    patch.run(parser.parse_args([flag]))
-    *lines, last = capsys.readouterr().out.splitlines()
-    return "\n".join(lines), json.loads(last)
+    assert command_line.main(["patch", flag, "--json"]) == 0
+    printed = capsys.readouterr()
+    return printed.err, json.loads(printed.out)
 
 
 def test_applied_and_reverted_the_engine_is_as_it_was(

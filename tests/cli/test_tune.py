@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from sglang_moe_ext.cli import main as command_line
 from sglang_moe_ext.cli import tune
 from sglang_moe_ext.core import Failure, TileConfig
 from sglang_moe_ext.gpu import specs
@@ -67,15 +68,15 @@ def answers(monkeypatch: pytest.MonkeyPatch, h200: None) -> Callable[[Finding, F
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
-    assert tune.main((*GLM, *flags)) == 1
+    assert command_line.main(("tune", *GLM, *flags)) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     return line
 
 
 def printed(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[str, Mapping[str, Any]]:
-    assert tune.main((*GLM, *flags)) == 0
-    *table, last = capsys.readouterr().out.strip().splitlines()
-    return "\n".join(table), json.loads(last)
+    assert command_line.main(("tune", *GLM, *flags, "--json")) == 0
+    said = capsys.readouterr()
+    return said.err, json.loads(said.out)
 
 
 TODAY_RAN = TimedConfig(306.3, Interval(1, 1, 1), 4e-3)

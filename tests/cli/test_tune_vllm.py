@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from sglang_moe_ext.cli import main as command_line
 from sglang_moe_ext.cli import tune
 from sglang_moe_ext.core import TileConfig
 from sglang_moe_ext.gpu import specs
@@ -43,8 +44,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+def document_of(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
     return document
 
 
@@ -53,15 +54,33 @@ def request_of(*flags: str) -> TuneRequest:
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
-    assert tune.main(flags) == 1
+    assert command_line.main(("tune", *flags)) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     return line
 
 
 def test_the_whole_job_without_a_gpu(engine: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     mine = tmp_path / "mine"  # vLLM ships a measured table of this layer, which a prediction elsewhere does not hide
-    assert tune.main((*QWEN, "--save-dir", str(mine), "--batch-size", "1", "64", "1024", "--tune", "--seed", "0")) == 0
-    done = last_line(capsys)
+    assert (
+        command_line.main(
+            (
+                "tune",
+                *QWEN,
+                "--save-dir",
+                str(mine),
+                "--batch-size",
+                "1",
+                "64",
+                "1024",
+                "--tune",
+                "--seed",
+                "0",
+                "--json",
+            )
+        )
+        == 0
+    )
+    done = document_of(capsys)
     assert (done["origin"], done["picked_up"]) == ("predicted", True)
     assert done["environment"] == {"VLLM_TUNED_CONFIG_FOLDER": str(mine)}
     assert done["kernel"].startswith(f"vLLM {VERSION}'s own kernel")
@@ -91,28 +110,30 @@ def test_a_table_that_the_engine_does_not_take_fails_the_command(
         return stored
 
     monkeypatch.setattr(merge, "put", put_and_lose)
-    assert tune.main((*GLM, "--save-dir", str(tmp_path / "mine"), "--batch-size", "64")) == 1
+    assert command_line.main(("tune", *GLM, "--save-dir", str(tmp_path / "mine"), "--batch-size", "64")) == 1
     assert f"vLLM {VERSION} did not read" in capsys.readouterr().err
 
 
 def test_a_prediction_is_refused_where_vllm_ships_a_measured_table(
     engine: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tune.main((*QWEN, "--batch-size", "64", "--predict")) == 1
+    assert command_line.main(("tune", *QWEN, "--batch-size", "64", "--predict")) == 1
     assert "vLLM already has a measured table for this layer" in capsys.readouterr().err
 
 
 def test_a_dry_run_needs_no_engine(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tune.main((*GLM, "--dry-run", "--batch-size", "64")) == 0
-    done = last_line(capsys)
+    assert command_line.main(("tune", *GLM, "--dry-run", "--batch-size", "64", "--json")) == 0
+    done = document_of(capsys)
     assert done["names"] == {"vLLM": NAME}
     assert sum(done["dropped"].values()) + done["kept"] == 1920
 
 
 def test_candidates_that_vllm_runs_alike_count_once(capsys: pytest.CaptureFixture[str]) -> None:
     shape = "E=128,N=768,K=2048,topk=8,dtype=fp8_w8a8,block_shape=[128,128]"
-    assert tune.main(("--engine", "vllm", "--shape", shape, "--gpu", "H200", "--dry-run")) == 0
-    done = last_line(capsys)
+    assert (
+        command_line.main(("tune", "--engine", "vllm", "--shape", shape, "--gpu", "H200", "--dry-run", "--json")) == 0
+    )
+    done = document_of(capsys)
     assert sum(done["dropped"].values()) + done["kept"] == 1280  # of 1,920, a third reaches beyond the block
 
 
@@ -150,7 +171,7 @@ def test_a_kernel_that_reads_no_table_is_not_tuned(capsys: pytest.CaptureFixture
 
 
 def test_the_warning_line_of_sglang_is_no_layer_of_vllm(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--from-log reads SGLang's warning" in error_of(capsys, "--engine", "vllm", "--from-log", "x")
+    assert "--from-log: the text names no table" in error_of(capsys, "--engine", "vllm", "--from-log", "x")
 
 
 SECTIONED = {

@@ -11,7 +11,7 @@ import pytest
 
 from sglang_moe_ext.core import EngineError, MoEShape
 from sglang_moe_ext.engines.lookup_probe import LookupRequest
-from sglang_moe_ext.engines.sglang.lookup_probe import SglangProbe
+from sglang_moe_ext.engines.sglang import lookup_probe
 from tests.engines.installed import REPO_ROOT
 
 CHATTER = """
@@ -32,7 +32,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 def test_a_chatty_engine_is_ready_before_it_is_asked(environment: dict[str, str]) -> None:
-    with closing(SglangProbe(environment)):
+    with closing(lookup_probe.ALONE.start(environment)):
         end = time.monotonic() + PATIENCE_S
         while not (said := Path(environment["SAID_IT_ALL"]).exists()) and time.monotonic() < end:
             time.sleep(0.02)
@@ -41,10 +41,10 @@ def test_a_chatty_engine_is_ready_before_it_is_asked(environment: dict[str, str]
 
 def test_the_last_line_of_a_chatty_engine_is_the_reason(environment: dict[str, str]) -> None:
     with pytest.raises(EngineError, match=r"^SGLang's own table lookup failed: SGLang is not installed in this env"):
-        SglangProbe(environment).answer(LookupRequest(MoEShape(8, 64, 64, 2), (1,)))
+        lookup_probe.ALONE.start(environment).answer(LookupRequest(MoEShape(8, 64, 64, 2), (1,)))
 
 
 def test_a_process_that_was_not_asked_ends_when_it_is_closed(environment: dict[str, str]) -> None:
-    asked = SglangProbe(environment)
+    asked = lookup_probe.ALONE.start(environment)
     asked.close()
     assert asked._child.returncode is not None

@@ -9,7 +9,7 @@ import pytest
 from sglang_moe_ext.core import ModelError, MoEModel, Parallelism, Quantization
 from sglang_moe_ext.engines.sglang import sharding as sglang
 from sglang_moe_ext.engines.vllm import sharding as vllm
-from sglang_moe_ext.models.builtin import find_builtin
+from sglang_moe_ext.models.checkpoint_names import find_builtin
 
 FP8_BLOCK = Quantization("fp8_w8a8", (128, 128))
 MIXTRAL = MoEModel("Mixtral-8x7B", "MixtralForCausalLM", 8, 2, 4096, 14336)

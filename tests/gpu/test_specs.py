@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from sglang_moe_ext.core import GpuError
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu import names, specs
 
 
 @pytest.mark.parametrize("name", specs.known_gpus())
@@ -51,12 +51,12 @@ def test_a_name_like_none_is_refused_with_examples(said: str) -> None:
 
 
 def test_no_two_gpus_share_a_plain_name() -> None:
-    assert len({specs._plain(name) for name in specs.known_gpus()}) == len(specs.known_gpus())
+    assert len({names._plain(name) for name in specs.known_gpus()}) == len(specs.known_gpus())
 
 
-@pytest.mark.parametrize("alias", specs._ALIASES)
+@pytest.mark.parametrize("alias", names._ALIASES)
 def test_an_alias_hides_no_gpu(alias: str) -> None:
-    assert specs._plain(alias) not in {specs._plain(name) for name in specs.known_gpus()}
+    assert names._plain(alias) not in {names._plain(name) for name in specs.known_gpus()}
 
 
 @pytest.mark.parametrize("name", specs.known_gpus())

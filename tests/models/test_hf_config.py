@@ -157,7 +157,7 @@ def test_relu2_experts_of_an_unknown_family_are_not_gated() -> None:
 
 @pytest.mark.parametrize(
     ("stated", "expected"),
-    [("float16", "float16"), ("torch.float16", "float16"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")],
+    [("float16", "float16"), ("torch.float16", "float16"), ("bfloat16", "bfloat16"), ("float32", "float32")],
 )
 def test_the_dtype_of_activations_is_the_checkpoints(stated: str, expected: str) -> None:
     assert read(GLM_FLASH | {"torch_dtype": stated}).dtype == expected

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_moe_ext.core import ModelError, MoEModel, MoEShape, Quantization
-from sglang_moe_ext.models import builtin_models, parse_shape, resolve
-from sglang_moe_ext.models.builtin import builtin_records, find_builtin
+from sglang_moe_ext.models import builtin_models, hub, parse_shape, resolve
+from sglang_moe_ext.models.builtin import builtin_records
+from sglang_moe_ext.models.checkpoint_names import NameMatch, find_builtin, match_name
 
 MIXTRAL: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],
@@ -38,7 +40,13 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
     import huggingface_hub
 
+    monkeypatch.setattr(hub, "answers", lambda within_s: True)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "answers", lambda within_s: True)
 
 
 @pytest.fixture
@@ -279,6 +287,84 @@ def test_the_fp8_checkpoint_of_a_model_is_found_by_its_published_name() -> None:
     assert (found.name, found.quantization) == ("Qwen3-30B-A3B-FP8", Quantization("fp8_w8a8", (128, 128)))
 
 
+SUFFIXES: dict[str, tuple[str, Quantization]] = {
+    "Qwen3-30B-A3B-Instruct-2507": ("Qwen3-30B-A3B", Quantization()),
+    "Qwen/Qwen3-30B-A3B-Thinking-2507": ("Qwen3-30B-A3B", Quantization()),
+    "Qwen/Qwen3-30B-A3B-Instruct-2507-FP8": ("Qwen3-30B-A3B", Quantization("fp8_w8a8", (128, 128))),
+    "Qwen3-235B-A22B-Instruct-2507-FP8": ("Qwen3-235B-A22B", Quantization("fp8_w8a8", (128, 128))),
+    "unsloth/Qwen3-30B-A3B": ("Qwen3-30B-A3B", Quantization()),
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": ("Mixtral-8x7B", Quantization()),
+    "TheBloke/Mixtral-8x7B-Instruct-v0.1-AWQ": ("Mixtral-8x7B", Quantization("int4_w4a16", (0, 128))),
+    "Qwen/Qwen3-30B-A3B-GPTQ-Int4": ("Qwen3-30B-A3B", Quantization("int4_w4a16", (0, 128))),
+    "someone/Qwen3-30B-A3B-quantized.w4a16": ("Qwen3-30B-A3B", Quantization("int4_w4a16", (0, 128))),
+    "RedHatAI/GLM-4.7-Flash-FP8-dynamic": ("GLM-4.7-Flash", Quantization("fp8_w8a8", per_channel=True)),
+    "zai-org/GLM-4.5-Air-FP8": ("GLM-4.5-Air", Quantization("fp8_w8a8", per_channel=True)),
+    "zai-org/GLM-4.6-FP8": ("GLM-4.6", Quantization("fp8_w8a8", per_channel=True)),
+    "deepseek-ai/DeepSeek-V3-0324": ("DeepSeek-V3", Quantization("fp8_w8a8", (128, 128))),
+    "deepseek-ai/DeepSeek-R1-0528": ("DeepSeek-R1", Quantization("fp8_w8a8", (128, 128))),
+    "deepseek-ai/DeepSeek-V2-Lite-Chat": ("DeepSeek-V2-Lite", Quantization()),
+    "moonshotai/Kimi-K2-Instruct-0905": ("Kimi-K2-Instruct", Quantization("fp8_w8a8", (128, 128))),
+    "meta-llama/Llama-4-Scout-17B-16E": ("Llama-4-Scout", Quantization()),
+    "allenai/OLMoE-1B-7B-0125-Instruct": ("OLMoE-1B-7B", Quantization()),
+}
+
+
+@pytest.mark.parametrize(("name", "meant"), SUFFIXES.items(), ids=SUFFIXES.keys())
+def test_a_checkpoints_name_means_the_built_in_model_in_the_quantization_that_it_says(
+    name: str, meant: tuple[str, Quantization]
+) -> None:
+    model, known = resolve(name), builtin_models()[meant[0]]
+
+    assert model.quantization == meant[1]
+    assert (model.architecture, model.routed_experts, model.top_k, model.hidden_size, model.intermediate_size) == (
+        known.architecture,
+        known.routed_experts,
+        known.top_k,
+        known.hidden_size,
+        known.intermediate_size,
+    )
+
+
+def test_what_was_concluded_from_a_name_is_said() -> None:
+    match = match_name("unsloth/Qwen3-30B-A3B-Instruct-2507")
+
+    assert isinstance(match, NameMatch)
+    assert not match.is_exact
+    assert "has the experts of the built-in Qwen3-30B-A3B by its name" in match.note
+    assert "config.json was not read" in match.note
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Qwen3-30B-A3B-Pruned", "DeepSeek-R1-Distill-Qwen-32B", "Qwen3-30B", "Mixtral-8x7B-Instruct-v0.1-FP8"],
+)
+def test_a_name_that_says_more_than_suffixes_is_no_built_in_model(name: str) -> None:
+    assert match_name(name) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [
+        ("unsloth/Qwen3-30B-A3B-GGUF", "GGUF"),
+        ("nvidia/Qwen3-30B-A3B-NVFP4", "NVFP4"),
+        ("mlx-community/Qwen3-30B-A3B-4bit", "MLX"),
+        ("unsloth/Qwen3-30B-A3B-bnb-4bit", "bitsandbytes"),
+    ],
+)
+def test_a_format_that_runs_no_triton_kernel_is_refused_by_its_name(name: str, stored: str) -> None:
+    message = refusal(name)
+
+    assert f"Qwen3-30B-A3B in {stored}" in message
+    assert "no table is read" in message
+
+
+def test_a_config_tells_how_many_layers_have_experts(tmp_path: Path) -> None:
+    stated = {"num_hidden_layers": 27, "first_k_dense_replace": 1}
+
+    assert resolve(checkpoint(tmp_path, MIXTRAL | stated)).moe_layers == 26
+    assert resolve(checkpoint(tmp_path, MIXTRAL)).moe_layers is None
+
+
 def test_a_model_that_nobody_published_in_fp8_is_not_found_so() -> None:
     assert find_builtin("GLM-4.7-Flash") is not None
     assert find_builtin("GLM-4.7-Flash-FP8") is None
@@ -334,11 +420,36 @@ def test_a_hub_that_cannot_be_reached_leaves_a_way_on(offline: None) -> None:
     assert "--shape" in message
 
 
+def test_a_hub_that_does_not_answer_is_given_up_within_two_seconds_with_the_nearest_names(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(hub, "urlopen", lambda *_, **__: time.sleep(60))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    started = time.monotonic()
+    message = refusal("org/Qwen3-30B-A3X")
+
+    assert time.monotonic() - started < 2
+    assert "Qwen3-30B-A3B" in message
+    assert "does not answer" in message
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_file_in_the_hubs_cache_needs_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint(tmp_path, MIXTRAL)
+    monkeypatch.setattr(hub, "answers", lambda within_s: pytest.fail("the hub was asked"))
+    cached = {"config.json": str(tmp_path / "config.json"), "hf_quant_config.json": str(tmp_path / "config.json")}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda hub_id, name: cached[name])
+
+    assert resolve("org/unheard-of").top_k == 2
+
+
 def test_the_hub_without_transformers_leaves_a_way_on(without_transformers: None) -> None:
     assert "pip install transformers" in refusal("org/unheard-of")
 
 
-def test_the_hub_serves_what_its_config_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_serves_what_its_config_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, online: None) -> None:
     checkpoint(tmp_path, MIXTRAL, hf_quant_config={"quantization": {"quant_algo": "FP8"}})
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda hub_id, name: str(tmp_path / name))
 
@@ -347,7 +458,9 @@ def test_the_hub_serves_what_its_config_says(tmp_path: Path, monkeypatch: pytest
     assert (model.name, model.top_k, model.quantization) == ("org/unheard-of", 2, Quantization("fp8_w8a8"))
 
 
-def test_a_file_that_the_hub_need_not_have_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_the_hub_need_not_have_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, online: None
+) -> None:
     from huggingface_hub.errors import EntryNotFoundError
 
     checkpoint(tmp_path, MIXTRAL)

@@ -25,10 +25,10 @@ def server(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 
 def doctor(site: Site, *arguments: str) -> tuple[list[str], dict[str, Any]]:
-    """The lines that it prints, and the JSON of the last one."""
+    """The lines that it prints for people, and its document."""
     command = site.python.with_name("sglang-moe-ext")
     done = subprocess.run(
-        [command, "doctor", "--gpu", "H200", "--batch-size", "1", *arguments],
+        [command, "doctor", "--gpu", "H200", "--batch-size", "1", "--json", *arguments],
         env=servers.environment(site, VERSION) | {"no_proxy": "*"},
         cwd=site.folder,
         capture_output=True,
@@ -37,8 +37,7 @@ def doctor(site: Site, *arguments: str) -> tuple[list[str], dict[str, Any]]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = done.stdout.strip().splitlines()
-    return lines, json.loads(lines[-1])
+    return done.stderr.strip().splitlines(), json.loads(done.stdout)
 
 
 def test_the_layer_of_a_server_is_examined(server: Server, site: Site) -> None:

@@ -123,8 +123,8 @@ def test_a_layer_comes_back_from_the_other_engine_as_it_was(shape: MoEShape, fus
 
 
 def exported(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    assert main.main(("export", *arguments)) == 0
-    document: dict[str, Any] = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert main.main(("export", "--json", *arguments)) == 0
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
     return document
 
 

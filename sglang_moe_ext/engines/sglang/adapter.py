@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sglang_moe_ext.core import Gpu, MoEShape, Projection, Quantization, Table, TableKey, TileConfig
 from sglang_moe_ext.engines.adapter import EngineName, Sorted, Version
+from sglang_moe_ext.engines.lookup_probe import ProbeProcess
 from sglang_moe_ext.engines.sglang import (
     installation,
     kernel_sequence,
@@ -40,8 +41,8 @@ def kernel_file(engine: SglangInstallation) -> Path:
     return engine.kernel_file
 
 
-def start_probe(environment: Mapping[str, str]) -> lookup_probe.SglangProbe:
-    return lookup_probe.SglangProbe(environment)
+def start_probe(environment: Mapping[str, str]) -> ProbeProcess:
+    return lookup_probe.ALONE.start(environment)
 
 
 def table_key(shape: MoEShape, device_name: str, *, down: bool) -> TableKey:
@@ -62,7 +63,9 @@ def effective_config(config: TileConfig, quantization: Quantization) -> TileConf
 
 
 def why_no_table(shape: MoEShape, gpu: Gpu, architecture: str) -> str | None:
-    return support.why_no_table(support.AUTO, shape, gpu, architecture)
+    engine = find()
+    version = support.NEWEST if engine is None else engine.version
+    return support.why_no_table(support.AUTO, shape, gpu, architecture, version)
 
 
 def representative_tokens(shape: MoEShape, tokens: int) -> int:

@@ -3,39 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import json
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 from sglang_moe_ext.core import MoEExtError
-from sglang_moe_ext.engines import lookup_probe
-from sglang_moe_ext.engines.lookup_probe import LogCapture, LookupRequest, LookupResult, ProbeModule
+from sglang_moe_ext.engines import lookup_probe, probe_child
+from sglang_moe_ext.engines.probe_child import LogCapture
 from sglang_moe_ext.engines.sglang import bootstrap, installation
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 
-__all__ = ["ALONE", "AS_SERVED", "LookupRequest", "LookupResult", "SglangProbe", "ask"]
-
-ALONE = ProbeModule("SGLang", "sglang_moe_ext.engines.sglang.lookup_probe", is_alone=True)
-AS_SERVED = ProbeModule("SGLang", "sglang_moe_ext.serving.lookup_probe", is_alone=False)
-
-
-class SglangProbe(lookup_probe.ProbeProcess):
-    """A process of SGLang, ready to ask."""
-
-    def __init__(self, environment: Mapping[str, str] | None = None, who: ProbeModule = ALONE) -> None:
-        super().__init__(who, environment)
-
-
-def ask(
-    question: LookupRequest, environment: Mapping[str, str] | None = None, who: ProbeModule = ALONE
-) -> LookupResult:
-    """What the engine takes, asked in a process that is started for it.
-
-    Raises:
-        EngineError: the engine could not be asked, or its lookup raised.
-    """
-    return SglangProbe(environment, who).answer(question)
+ALONE = lookup_probe.engine_alone("SGLang", "sglang_moe_ext.engines.sglang.lookup_probe")
+AS_SERVED = lookup_probe.engine_as_served("SGLang", "sglang")
 
 
 def _pretend(config: Any, device_name: str, smem_bytes: int) -> None:
@@ -55,7 +33,7 @@ def import_engine() -> tuple[SglangInstallation, Any]:
 
 
 def look_up(engine: SglangInstallation, config: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """`request` and answer are described by `lookups.Question` and `lookups.Answer`."""
+    """`request` is what `lookup_probe.request_of` makes, the answer what `lookup_probe.LookupResult` is read from."""
     bootstrap.publish_server_args(deterministic=request["deterministic"])
     if request["pretend_device"] is not None:
         _pretend(config, request["pretend_device"], request["pretend_smem"])
@@ -87,15 +65,5 @@ def look_up(engine: SglangInstallation, config: Any, request: dict[str, Any]) ->
     }
 
 
-def main() -> int:
-    try:
-        engine, config = import_engine()  # before the question comes, which may be a minute from now
-        print(json.dumps(look_up(engine, config, json.load(sys.stdin))))
-    except MoEExtError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(probe_child.answer_stdin(import_engine, lambda loaded, request: look_up(*loaded, request)))

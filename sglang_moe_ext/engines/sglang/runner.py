@@ -12,6 +12,7 @@ from sglang_moe_ext.core import EngineError, MoEShape, Projection, TileConfig
 from sglang_moe_ext.engines.config_dict import config_dict_of, launch_args
 from sglang_moe_ext.engines.sglang import bootstrap, installation
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
+from sglang_moe_ext.schemes import SCHEMES
 
 if TYPE_CHECKING:
     import torch
@@ -90,13 +91,10 @@ def launch(
         top_k=shape.top_k if projection == "up" else 1,
         config=launch_args(config),
         compute_type=tl.bfloat16 if shape.dtype == "bfloat16" else tl.float16,
-        use_fp8_w8a8=scheme == "fp8_w8a8",
-        use_int8_w8a8=scheme == "int8_w8a8",
-        use_int8_w8a16=scheme == "int8_w8a16",
-        use_int4_w4a16=scheme == "int4_w4a16",
+        **{row.launch_flag: row.name == scheme for row in SCHEMES.values()},
         per_channel_quant=shape.quantization.per_channel,
         block_shape=None if block is None else list(block),
-        filter_expert=shape.ep > 1,
+        filter_expert=shape.ep > 1 or shape.zero_experts > 0,
         a_use_tma=config.use_tma and projection == "down",
         b_use_tma=config.use_tma,
         c_sorted=writes_sorted,
@@ -136,15 +134,12 @@ def run(engine: LoadedSglang, shape: MoEShape, tensors: LayerTensors, up: TileCo
         tensors.topk_ids,
         is_gated=shape.gated,
         activation="silu" if shape.gated else "relu2",
-        use_fp8_w8a8=scheme == "fp8_w8a8",
-        use_int8_w8a8=scheme == "int8_w8a8",
-        use_int8_w8a16=scheme == "int8_w8a16",
-        use_int4_w4a16=scheme == "int4_w4a16",
+        **{row.launch_flag: row.name == scheme for row in SCHEMES.values()},
         per_channel_quant=shape.quantization.per_channel,
         w1_scale=tensors.w1_scale,
         w2_scale=tensors.w2_scale,
         block_shape=None if block is None else list(block),
-        filter_expert=shape.ep > 1,
+        filter_expert=shape.ep > 1 or shape.zero_experts > 0,
     )
     return out
 

@@ -1,12 +1,11 @@
-"""Ask a running SGLang which model it serves, how that is split, and what of its flags decides about tables.
+"""Asks a running SGLang which model it serves, how it splits the experts, and which flags decide about tables.
 
 `/get_server_info` in 0.5.5, `/server_info` as well in 0.5.8 to 0.5.23 (entrypoints/http_server.py): one JSON object
-with the server's arguments by name, as it resolved them, and its version. It tells neither the GPU nor the plugins.
+with the server's arguments by name, as it resolved them, and its version. It tells neither its GPU nor its plugins.
 """
 
 from __future__ import annotations
 
-import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,15 @@ from typing import Any
 from sglang_moe_ext.core import EngineError, ModelError, Parallelism
 from sglang_moe_ext.engines.sglang import server_client
 from sglang_moe_ext.engines.sglang.installation import parse_version
+from sglang_moe_ext.engines.sglang.server_client import Server
+from sglang_moe_ext.untrusted import show
 
 _PATHS = ("/server_info", "/get_server_info")
 """The second is the older one, and leaves with some release to come."""
 _FIRST_WITH_PLUGINS = (0, 5, 11)
+_LONGEST_TEXT = 4096
+"""As a path may be."""
+_MOST_RANKS = 1 << 16
 # What --quantization makes of experts that the checkpoint does not quantize; with other values it has to.
 _DTYPES = {"fp8": ("fp8_w8a8", False), "w8a8_fp8": ("fp8_w8a8", True), "w8a8_int8": ("int8_w8a8", True)}
 
@@ -41,35 +45,56 @@ class RunningServer:
     @property
     def is_local(self) -> bool:
         """True where it certainly runs on this machine."""
-        return urllib.parse.urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
+        return server_client.is_loopback(self.url)
 
 
 def ask(url: str, api_key: str | None = None) -> RunningServer:
-    """What the server at that address says.
+    """Ask the server at that address.
 
     Raises:
         EngineError: nothing answers there, or something else than an SGLang server.
     """
-    base = server_client.address(url)
-    for path in _PATHS:
-        document = server_client.get(base + path, api_key)
-        if document is not None:
-            return parse(document, base)
-    raise EngineError(f"{url} answers, but has no {_PATHS[0]}: --url takes the address of an SGLang server")
+    server = Server(server_client.address(url), api_key)
+    return parse(_ask_document(server), server.url)
+
+
+def ask_model_path(server: Server) -> str:
+    """The model as the server was given it.
+
+    Raises:
+        EngineError: it does not answer, or does not say.
+    """
+    document = _ask_document(server)
+    if not isinstance(document, dict) or not document.get("model_path"):
+        raise EngineError(f"{show(server.url)} does not say which model it serves: name it with --model")
+    return _Answer(document, server.url).text("model_path")
+
+
+def _ask_document(server: Server) -> object:
+    document = server.ask_first(_PATHS)
+    if document is None:
+        raise EngineError(
+            f"{show(server.url)} answers, but has no {_PATHS[0]}: --url takes the address of an SGLang server"
+        )
+    return document
 
 
 def parse(document: object, url: str) -> RunningServer:
-    """What that answer of the server at `url` means.
+    """Read the answer of the server at `url`.
 
     Raises:
         EngineError: it is not an SGLang server's.
     """
     if not isinstance(document, dict):
-        raise EngineError(f"{url} answers {type(document).__name__}, no object: is that an SGLang server's address?")
+        raise EngineError(
+            f"{show(url)} answers {type(document).__name__}, no object: is that an SGLang server's address?"
+        )
     answer = _Answer(document, url)
     tp, moe_dp = answer.size("tp_size"), answer.size("moe_dp_size", 1)  # the latter since 0.5.10
     if tp % moe_dp:
-        raise EngineError(f"{url} answers tp_size {tp} with moe_dp_size {moe_dp}, which does not divide it")
+        raise EngineError(
+            f"{show(url)} answers tp_size {show(tp)} with moe_dp_size {show(moe_dp)}, which does not divide it"
+        )
     return RunningServer(
         url=url,
         version_text=answer.text("version"),
@@ -94,11 +119,14 @@ class _Answer:
         value = default if value is None else value
         if not isinstance(value, str) or not (value or default == ""):
             raise self._wrong(name, "a text")
-        return " ".join(value.split())
+        words = " ".join(value.split())
+        if len(words) > _LONGEST_TEXT or not words.isprintable():
+            raise self._wrong(name, f"a printable text of at most {_LONGEST_TEXT} letters")
+        return words
 
     def size(self, name: str, default: int | None = None) -> int:
         value = self.fields.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST_RANKS:
             raise self._wrong(name, "a positive number")
         return value
 
@@ -109,17 +137,18 @@ class _Answer:
         return value
 
     def _wrong(self, name: str, expected: str) -> EngineError:
-        found = "nothing" if self.fields.get(name) is None else repr(self.fields[name])[:80]
+        value = self.fields.get(name)
+        found = "nothing" if value is None else repr(show(value, 80)) if isinstance(value, str) else show(value, 80)
         return EngineError(
-            f"{self.url} answers {name}={found}, expected {expected}: is that an SGLang server's address?"
+            f"{show(self.url)} answers {name}={found}, expected {expected}: is that an SGLang server's address?"
         )
 
 
 def flags(server: RunningServer, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The server's answers, by the names of the flags that say the same of a layer; `given`: what the user says of it.
+    """The server's answers, by the names of the flags that state the same; `given`: the flags that the user has given.
 
     Raises:
-        ModelError: the user says what the server does, or the model's path is none of this machine's.
+        ModelError: a flag states what the server answers, or this machine does not have the model's path.
     """
     answers = {
         "shape": None,
@@ -154,7 +183,7 @@ def _dtype(server: RunningServer, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def why_no_table(server: RunningServer) -> str | None:
-    """Why that server reads no table, beyond what its `--moe-runner-backend` decides; None: it does."""
+    """Why that server reads no table, apart from its `--moe-runner-backend`; None: it does."""
     if server.device != "cuda":
         return f"that server runs on {server.device}; tables are for GPUs"
     if server.moe_a2a_backend != "none":
@@ -163,17 +192,17 @@ def why_no_table(server: RunningServer) -> str | None:
 
 
 def report(server: RunningServer, version_here: str) -> list[str]:
-    """What to know of that server before what follows is read, in lines."""
+    """Lines to print before the findings: what the server runs, and what it does not tell."""
     split = f"--tp-size {server.parallelism.tp} --ep-size {server.parallelism.ep}"
     quantized = f" --quantization {server.quantization}" if server.quantization else ""
     is_same = server.version_text == version_here
     old = parse_version(server.version_text) < _FIRST_WITH_PLUGINS
     return [
         f"{server.url}: SGLang {server.version_text} serves {server.model_path} on {server.device}, {split}{quantized}",
-        f"what follows is what the SGLang {version_here} here takes, with the Triton, tables and settings of here"
-        + ("" if is_same else f"; that server has another release, {server.version_text}, and may take something else"),
-        "whether sglang-moe-ext is active in that server it does not tell"
-        + (", and before 0.5.11 the startup file alone brings it in" if old else "")
+        f"the findings below are of the SGLang {version_here} of this environment, with its Triton, tables and settings"
+        + ("" if is_same else f"; that server is SGLang {server.version_text}, which may take something else"),
+        "the server does not tell whether sglang-moe-ext is active in it"
+        + (", and before 0.5.11 the startup file alone loads it" if old else "")
         + ': look for "sglang-moe-ext ... is active" in its log',
-        *([] if server.is_local else ["nor does it tell its GPU: without --gpu, this machine's is meant"]),
+        *([] if server.is_local else ["it does not tell its GPU either: without --gpu, this machine's is taken"]),
     ]

@@ -1,9 +1,9 @@
-"""What a server answers of its routing: `return_routed_experts` of its native `/generate`, and how the ids lie in it.
+"""Asks a server for the routing of its prompts: `return_routed_experts` of `/generate`, and how the ids lie in it.
 
 Since 0.5.7, on a server started with --enable-return-routed-experts (0.5.8: managers/detokenizer_manager.py and
 layers/moe/routed_experts_capturer.py; 0.5.12 and after: state_capturer/routed_experts.py). meta_info["routed_experts"]
 is the base64 text of int32 [prompt and generated tokens - 1, num_hidden_layers, num_experts_per_tok]: experts of all
-ranks, without the fused shared ones, zeros alone in a layer that routes nothing. Without the flag it is not there.
+ranks, without the fused shared ones, only zeros in a layer without experts. Without the flag the field is missing.
 """
 
 from __future__ import annotations
@@ -11,74 +11,42 @@ from __future__ import annotations
 import array
 import base64
 import binascii
-import http.client
-import json
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from sglang_moe_ext.core import EngineError
 from sglang_moe_ext.engines.sglang import server_client
+from sglang_moe_ext.engines.sglang.server_client import Server
+from sglang_moe_ext.untrusted import show
 
 FLAG = "--enable-return-routed-experts"
 _FIELD = "routed_experts"
-_MODEL_INFO = ("/model_info", "/get_model_info")
-"""The second is older, and leaves with some release to come."""
+MOST_BYTES = 512 << 20
+"""Of one answer: the text of 8 ids for 128,000 tokens in each of 90 layers is 490 MB."""
 _BYTES = 4
+_NO_WORK = -1
 
 
-@dataclass(frozen=True, slots=True)
-class RoutingServer:
-    """Where a server answers, and how long it may take to."""
+def connect(url: str, api_key: str | None, timeout_s: float) -> Server:
+    """The server at that address, asked for at most that long each time, and for answers as long as routing may be.
 
-    url: str
-    timeout_s: float = 600.0
-    api_key: str | None = None
-
-    def model_path(self) -> str:
-        """The model as the server was given it.
-
-        Raises:
-            EngineError: it does not answer, or does not say.
-        """
-        newer, older = _MODEL_INFO
-        try:
-            about = self._ask(newer, None)
-        except EngineError:
-            about = self._ask(older, None)
-        found = _member(about, "model_path")
-        if not isinstance(found, str) or not found:
-            raise EngineError(f"{self.url} does not say which model it serves: name it with --model")
-        return found
-
-    def generate(self, prompt: str, max_tokens: int) -> Any:
-        """The document that the server answers a prompt with, routing included.
-
-        Raises:
-            EngineError: it does not answer with one.
-        """
-        sampling = {"max_new_tokens": max_tokens, "temperature": 0}
-        return self._ask("/generate", {"text": prompt, "sampling_params": sampling, "return_routed_experts": True})
-
-    def _ask(self, path: str, document: object | None) -> Any:
-        address = self.url.rstrip("/") + path
-        if not address.startswith(("http://", "https://")):
-            raise EngineError(f"--url {self.url}: expected an address such as http://127.0.0.1:30000")
-        try:
-            request = server_client.request(address, self.api_key, document)
-            with urllib.request.urlopen(request, timeout=self.timeout_s) as answer:
-                return json.loads(answer.read())
-        except urllib.error.HTTPError as error:
-            said = " ".join(error.read(300).decode(errors="replace").split())
-            raise EngineError(f"{address} answers HTTP {error.code}: {said or error.reason}") from error
-        except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", None) or error
-            raise EngineError(f"cannot ask {address}: {reason}; is that an SGLang server's address?") from error
+    Raises:
+        EngineError: it is no address.
+    """
+    return Server(server_client.address(url), api_key, timeout_s, MOST_BYTES)
 
 
-def layers_of(answer: object, top_k: int) -> list[bytes]:
+def generate(server: Server, prompt: str, max_tokens: int) -> object:
+    """The document that the server answers a prompt with, routing included.
+
+    Raises:
+        EngineError: it does not answer with one.
+    """
+    sampling = {"max_new_tokens": max_tokens, "temperature": 0}
+    return server.ask("/generate", {"text": prompt, "sampling_params": sampling, "return_routed_experts": True})
+
+
+def split_layers(answer: object, top_k: int) -> list[bytes]:
     """int32 [tokens, top_k] of each layer, dense ones among them, from one answer of `/generate`.
 
     Raises:
@@ -94,10 +62,10 @@ def layers_of(answer: object, top_k: int) -> list[bytes]:
     try:
         ids = base64.b64decode(text, validate=True)
     except (binascii.Error, TypeError, ValueError) as error:
-        raise EngineError(f"the server's {_FIELD} is no base64 text: {error}") from error
+        raise EngineError(f"the server's {_FIELD} is no base64 text: {show(error)}") from error
     counts = [_member(about, name) for name in ("prompt_tokens", "completion_tokens")]
     if not all(isinstance(count, int) and not isinstance(count, bool) for count in counts):
-        raise EngineError(f"the server does not count its tokens (prompt_tokens, completion_tokens: {counts})")
+        raise EngineError(f"the server does not count its tokens (prompt_tokens, completion_tokens: {show(counts)})")
     rows, row_bytes = sum(counts) - 1, top_k * _BYTES
     if rows < 1:
         return []
@@ -118,13 +86,14 @@ def routing_layers(layers: Sequence[bytes]) -> list[int]:
     return [number for number, ids in enumerate(layers) if ids.count(0) != len(ids)]
 
 
-def impossible(ids: bytes, top_k: int, routed_experts: int) -> str | None:
-    """Why these cannot be the experts of tokens, or None."""
+def impossible(ids: bytes, top_k: int, routed_experts: int, zero_experts: int = 0) -> str | None:
+    """Why these cannot be the experts of tokens, or None. With zero experts, -1 stands for one of them as well."""
     numbers = array.array("i", ids)
-    if numbers and not 0 <= min(numbers) <= max(numbers) < routed_experts:
-        return f"experts {min(numbers)} ... {max(numbers)}, and it has 0 ... {routed_experts - 1}"
+    least, most = (_NO_WORK if zero_experts else 0), routed_experts + zero_experts - 1
+    if numbers and not least <= min(numbers) <= max(numbers) <= most:
+        return f"experts {min(numbers)} ... {max(numbers)}, and it has 0 ... {most}"
     rows = (numbers[start : start + top_k] for start in range(0, len(numbers), top_k))
-    repeated = next((row for row in rows if len(set(row)) != top_k), None)
+    repeated = next((row for row in rows if len(set(row) - {_NO_WORK}) + row.count(_NO_WORK) != top_k), None)
     return None if repeated is None else f"one token the experts {repeated.tolist()}: expected {top_k} different ones"
 
 

@@ -1,10 +1,12 @@
-"""How SGLang cuts a model's experts onto ranks: what E, N and top-k a rank's kernel sees."""
+"""How SGLang splits a model's experts over ranks: the E, N and top-k that a rank's kernel sees."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from sglang_moe_ext.core import EngineError, ModelError, MoEModel, MoEShape, Parallelism
+from sglang_moe_ext.core import EngineError, ModelError, MoEModel, MoEShape, Parallelism, Quantization
+from sglang_moe_ext.engines.weight_only import halve_group
 
 Version = tuple[int, int, int]
 
@@ -98,6 +100,8 @@ def _text(version: Version) -> str:
 
 NEWEST = (0, 5, 23)
 """The newest release whose rules were checked."""
+_METHODS_OF_WNA16 = (None, "awq", "auto_round", "moe_wna16")
+"""Checkpoints whose experts MoeWNA16Method takes where Marlin does not, and halves their groups; None: not known."""
 
 
 def launched_shape(
@@ -110,8 +114,9 @@ def launched_shape(
     """The layer that one rank launches.
 
     Raises:
-        ModelError: the split is not even, or cuts through a quantization block.
+        ModelError: the split is not even, cuts through a quantization block, or the engine serves no such checkpoint.
     """
+    model = read_as(model, engine_version)
     tp, ep = parallelism.tp, parallelism.ep
     if tp < 1 or ep < 1 or tp % ep:
         raise ModelError(f"--tp-size {tp} with --ep-size {ep}: expected positive sizes with tp divisible by ep")
@@ -130,15 +135,62 @@ def launched_shape(
             f"{model.name}: {intermediate_size} columns a rank are no multiple of its block {list(block)}; "
             f"SGLang refuses --tp-size {tp} for it; use a smaller --tp-size, or --ep-size"
         )
+    quantization = model.quantization
+    method = None if quantization.checkpoint is None else quantization.checkpoint.method
+    if method in _METHODS_OF_WNA16:
+        quantization = halve_group(quantization, intermediate_size, model.hidden_size, model.name, "SGLang")
     fused = fused_shared_experts(model, ep, engine_version) if fuse_shared_experts else 0
     return MoEShape(
         experts=model.routed_experts // ep + fused,
         intermediate_size=intermediate_size,
         hidden_size=model.hidden_size,
         top_k=model.top_k + fused,
-        quantization=model.quantization,
-        dtype=model.dtype,
+        quantization=quantization,
+        dtype="float16" if model.dtype == "float32" else model.dtype,
         gated=model.gated,
         ep=ep,
         fused_shared=fused,
+        zero_experts=model.zero_experts,
     )
+
+
+def read_as(model: MoEModel, engine_version: Version) -> MoEModel:
+    """The model as that release reads its checkpoint.
+
+    Raises:
+        ModelError: the engine raises when it loads such experts.
+    """
+    older = next((it for it in model.older_readings if engine_version < it.before), None)
+    model = model if older is None else replace(model, quantization=older.quantization)
+    refused = next((it for it in _REFUSED if it.applies(model.quantization)), None)
+    if refused is not None:
+        raise ModelError(f"{model.name}: {refused.why}; use vLLM, or another checkpoint of the model")
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedCheckpoint:
+    """A kind of checkpoint that SGLang raises for while it loads. Read in 0.5.8 to 0.5.23, layers/quantization."""
+
+    why: str
+    applies: Callable[[Quantization], bool]
+
+
+def _is_int8_of_compressed_tensors(quantization: Quantization) -> bool:
+    stored = quantization.checkpoint
+    return quantization.scheme == "int8_w8a8" and stored is not None and stored.method == "compressed_tensors"
+
+
+def _is_asymmetric_gptq(quantization: Quantization) -> bool:
+    stored = quantization.checkpoint
+    return stored is not None and stored.method == "gptq" and not stored.symmetric
+
+
+_REFUSED = (
+    RefusedCheckpoint(
+        "SGLang serves int8 experts with int8 activations of compressed-tensors on NPUs alone, and raises "
+        "NotImplementedError on a GPU",
+        _is_int8_of_compressed_tensors,
+    ),
+    RefusedCheckpoint("SGLang runs GPTQ experts by Marlin alone, which takes no asymmetric ones", _is_asymmetric_gptq),
+)

@@ -5,48 +5,126 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sglang_moe_ext.core import PROJECTIONS, Gpu, MoEShape, Projection, Quantization
+from sglang_moe_ext.core import PROJECTIONS, CheckpointFormat, Gpu, MoEShape, Projection, Quantization
+from sglang_moe_ext.engines.weight_only import is_weight_only, marlin_takes
 
-_READS_TABLES = "triton"
+Version = tuple[int, int, int]
+NEWEST: Version = (0, 5, 23)
+"""The newest release whose choice of a backend was read."""
 AUTO = "auto"
+_READS_TABLES = "triton"
+_FIRST_FP8_SM = 89
+_SM100 = (100, 103)
+_FIRST_WITH_TRITON_FLAG: Version = (0, 5, 12)
+"""From there on `--moe-runner-backend triton` runs weights of 4 bits of compressed-tensors by Triton."""
+_FIRST_WITH_TRITON_ON_SM100: Version = (0, 5, 20)
+"""From there on `auto` does so on sm_100 and sm_103; get_moe_scheme of 0.5.20 and 0.5.23 was run for both."""
+_TRITON_GROUPS = (32, 128)
+_TRTLLM_GROUP = 32
+_TRTLLM_ARCHITECTURES = ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "KimiK25ForConditionalGeneration")
+"""Their int4 experts in groups of 32 run FlashInfer by the server's own override (arg_groups/overrides.py)."""
+_AS_READ = "as read in SGLang 0.5.8 to 0.5.23, not asked of the engine"
 
 
 @dataclass(frozen=True, slots=True)
-class OtherBackend:
-    """Where `--moe-runner-backend auto` takes, or may take, another backend. Read in SGLang 0.5.23."""
+class ServedLayer:
+    """What SGLang chooses a backend by: the server's flag, the layer, the GPU, the model's class and the release."""
 
-    why: str
-    applies: Callable[[MoEShape, Gpu, str], bool]
+    backend: str
+    shape: MoEShape
+    gpu: Gpu
+    architecture: str
+    version: Version
 
-
-_OTHERS = (
-    OtherBackend(
-        "4-bit weights run Marlin on NVIDIA GPUs, which reads no table",
-        lambda shape, gpu, architecture: shape.quantization.scheme == "int4_w4a16",
-    ),
-    OtherBackend(
-        "gpt-oss runs the triton_kernel backend, which reads no table, where it is available: "
-        "--moe-runner-backend triton makes sure",
-        lambda shape, gpu, architecture: architecture == "GptOssForCausalLM",
-    ),
-    OtherBackend(
-        "on this GPU `auto` takes FlashInfer for several models, which reads no table: "
-        "--moe-runner-backend triton makes sure (the server's log names its choice)",
-        lambda shape, gpu, architecture: gpu.sm in (100, 103),
-    ),
-)
+    @property
+    def stored(self) -> CheckpointFormat | None:
+        """What the checkpoint says of its weights; None where a user stated the layer."""
+        return self.shape.quantization.checkpoint
 
 
-def why_no_table(backend: str, shape: MoEShape, gpu: Gpu, architecture: str) -> str | None:
+def why_no_table(backend: str, shape: MoEShape, gpu: Gpu, architecture: str, version: Version = NEWEST) -> str | None:
     """Why a server with that `--moe-runner-backend` does not, or may not, read a table for the layer; None: it does.
 
     `architecture` is the model's, empty where it is not known.
     """
-    if backend == _READS_TABLES:
+    layer = ServedLayer(backend, shape, gpu, architecture, version)
+    found = next((find(layer) for applies, find in _KINDS if applies(layer)), None)
+    return None if found is None else f"{found} ({_AS_READ})"
+
+
+def _needs_fp8_units(layer: ServedLayer) -> bool:
+    return layer.shape.quantization.scheme == "fp8_w8a8" and layer.gpu.sm < _FIRST_FP8_SM
+
+
+def _explain_fp8(layer: ServedLayer) -> str | None:
+    return (
+        f"{layer.gpu.device_name} (sm_{layer.gpu.sm}) has no fp8 matrix units, which begin with sm_{_FIRST_FP8_SM}: "
+        "Triton refuses the kernel there"
+    )
+
+
+def _explain_weight_only(layer: ServedLayer) -> str | None:
+    """Its own methods choose by the checkpoint; the flag is asked by one of them."""
+    match layer.stored:
+        case CheckpointFormat(method="compressed_tensors"):
+            return _explain_compressed_tensors(layer, layer.stored)
+        case CheckpointFormat(method="moe_wna16"):
+            return None
+        case CheckpointFormat(method="gptq"):
+            return "GPTQ experts of 4 and 8 bits run Marlin, which reads no table: " + _WNA16
+        case _ if marlin_takes(layer.shape, pads_columns=False):
+            whose = "" if layer.stored is not None else ", unless they are compressed-tensors' that run Triton"
+            bits = layer.shape.quantization.weight_bits
+            return f"weights of {bits} bits run Marlin{whose}, which reads no table: {_WNA16}"
+        case _:
+            return None
+
+
+_WNA16 = "--quantization moe_wna16 makes an AWQ or symmetric GPTQ checkpoint run Triton"
+
+
+def _explain_compressed_tensors(layer: ServedLayer, stored: CheckpointFormat) -> str | None:
+    is_readable = (
+        stored.bits == 4 and stored.group in _TRITON_GROUPS and stored.symmetric and not stored.activation_order
+    )
+    if layer.architecture in _TRTLLM_ARCHITECTURES and stored.group == _TRTLLM_GROUP and layer.gpu.sm in _SM100:
+        return None if layer.backend == _READS_TABLES else "the server itself takes FlashInfer for such experts here"
+    by_flag = layer.backend == _READS_TABLES and layer.version >= _FIRST_WITH_TRITON_FLAG
+    by_auto = layer.backend == AUTO and layer.gpu.sm in _SM100 and layer.version >= _FIRST_WITH_TRITON_ON_SM100
+    if is_readable and (by_flag or by_auto):
         return None
-    if backend != AUTO:
-        return f"--moe-runner-backend {backend} reads no table; triton does"
-    return next((other.why for other in _OTHERS if other.applies(shape, gpu, architecture)), None)
+    if by_flag:
+        return "Triton takes weights of compressed-tensors in 4 bits, symmetric, in groups of 32 or 128 alone"
+    can = is_readable and layer.version >= _FIRST_WITH_TRITON_FLAG
+    advice = ": --moe-runner-backend triton runs Triton, which reads one" if can else ""
+    return f"weights of {stored.bits} bits run Marlin, which reads no table{advice}"
+
+
+def _explain_flag(layer: ServedLayer) -> str | None:
+    return f"--moe-runner-backend {layer.backend} reads no table; triton does"
+
+
+_KINDS: tuple[tuple[Callable[[ServedLayer], bool], Callable[[ServedLayer], str | None]], ...] = (
+    (_needs_fp8_units, _explain_fp8),
+    (lambda layer: is_weight_only(layer.shape.quantization), _explain_weight_only),
+    (lambda layer: layer.backend == _READS_TABLES, lambda layer: None),
+    (lambda layer: layer.backend != AUTO, _explain_flag),
+    (
+        lambda layer: layer.architecture == "GptOssForCausalLM",
+        lambda layer: (
+            "gpt-oss runs the triton_kernel backend, which reads no table, where it is available: "
+            "--moe-runner-backend triton makes sure"
+        ),
+    ),
+    (
+        lambda layer: layer.gpu.sm in _SM100,
+        lambda layer: (
+            "on this GPU `auto` takes FlashInfer for several models, which reads no table: "
+            "--moe-runner-backend triton makes sure (the server's log names its choice)"
+        ),
+    ),
+)
+"""The first kind that a layer is of decides."""
 
 
 _FIRST_SM = 90
@@ -68,7 +146,7 @@ def down_tma_is_right(quantization: Quantization) -> bool:
     """Whether a down GEMM with USE_TMA computes what it computes without.
 
     It reads its rows by descriptor, so the layer keeps them in the order of the experts, padded to whole blocks whose
-    rows nobody wrote. fused_moe_kernel then reads
+    rows are not written. fused_moe_kernel then reads
 
     - rows of 16 bits (no scheme, int8_w8a16 per channel): right, no scale goes with a row. The kernel asserts
       block-wise fp8 there, which a compiled kernel checks under TRITON_DEBUG alone;
@@ -81,9 +159,7 @@ def down_tma_is_right(quantization: Quantization) -> bool:
     order of the pairs: nothing to win, and WRONG once the activation, told that rows lie in the order of the experts,
     leaves out rows: those of experts elsewhere, and since 0.5.23 all that pad a block.
     """
-    if quantization.scheme is None or quantization.is_block_wise:
-        return True
-    return quantization.scheme == "int8_w8a16" and quantization.block_shape is None
+    return quantization.scales in quantization.row.down_tma
 
 
 def up_tma_is_right(quantization: Quantization, version: tuple[int, int, int]) -> bool:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import re
 
 from sglang_moe_ext.core import MoEShape, TableKey
-from sglang_moe_ext.engines.lookup_args import INT4_WEIGHTS_PER_BYTE
 from sglang_moe_ext.engines.table_names import TableNaming
 
 
 def table_key(shape: MoEShape, device_name: str, *, down: bool = False) -> TableKey:
     """The key under which the engine looks for this layer's table on the GPU of that name."""
     quantization = shape.quantization
-    packed = INT4_WEIGHTS_PER_BYTE if quantization.scheme == "int4_w4a16" else 1
     return TableKey(
         experts=shape.experts,
-        intermediate_size=shape.intermediate_size
-        // packed,  # the engine reads w2.shape[2], and int4 lies packed in bytes
+        # the engine reads w2.shape[2], and int4 lies packed in bytes
+        intermediate_size=shape.intermediate_size // quantization.row.weights_per_element,
         device_name=device_name.replace(" ", "_"),
         scheme=quantization.scheme,
         block_shape=quantization.block_shape if quantization.is_block_wise else None,

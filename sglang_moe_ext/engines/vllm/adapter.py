@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from sglang_moe_ext.core import EngineError, Gpu, MoEShape, Projection, Quantization, Table, TableKey, TileConfig
 from sglang_moe_ext.engines.adapter import EngineName, Sorted, Version
+from sglang_moe_ext.engines.lookup_probe import ProbeProcess
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
 from sglang_moe_ext.engines.vllm import installation, lookup_probe, runner, support, table_names
 from sglang_moe_ext.engines.vllm.hook_points import GROUPS_RUN_TRITON
@@ -34,8 +35,8 @@ def kernel_file(engine: VllmInstallation) -> Path:
     return engine.configs_folder.with_name("fused_moe.py")
 
 
-def start_probe(environment: Mapping[str, str]) -> lookup_probe.VllmProbe:
-    return lookup_probe.VllmProbe(environment)
+def start_probe(environment: Mapping[str, str]) -> ProbeProcess:
+    return lookup_probe.ALONE.start(environment)
 
 
 def table_key(shape: MoEShape, device_name: str, *, down: bool) -> TableKey:
@@ -58,7 +59,9 @@ def effective_config(config: TileConfig, quantization: Quantization) -> TileConf
 
 
 def why_no_table(shape: MoEShape, gpu: Gpu, architecture: str) -> str | None:
-    return support.why_no_table(shape, gpu, architecture)
+    engine = find()
+    version = support.NEWEST if engine is None else engine.version
+    return support.why_no_table(shape, gpu, architecture, version)
 
 
 def representative_tokens(shape: MoEShape, tokens: int) -> int:

@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 from sglang_moe_ext.core import MoEExtError
-from sglang_moe_ext.engines import lookup_probe
+from sglang_moe_ext.engines import lookup_probe, probe_child
 from sglang_moe_ext.engines.lookup_args import LookupLayer
-from sglang_moe_ext.engines.lookup_probe import LogCapture, LookupRequest, LookupResult, ProbeModule
+from sglang_moe_ext.engines.probe_child import LogCapture
 from sglang_moe_ext.engines.vllm import bootstrap, installation, table_names
 from sglang_moe_ext.engines.vllm.installation import LAYER_MODULE, VllmInstallation
 
-__all__ = ["ALONE", "AS_SERVED", "LookupRequest", "LookupResult", "VllmProbe", "ask"]
-
-ALONE = ProbeModule("vLLM", "sglang_moe_ext.engines.vllm.lookup_probe", is_alone=True)
-AS_SERVED = ProbeModule("vLLM", "sglang_moe_ext.serving.vllm_lookup_probe", is_alone=False)
-
-
-class VllmProbe(lookup_probe.ProbeProcess):
-    """A process of vLLM, ready to ask."""
-
-    def __init__(self, environment: Mapping[str, str] | None = None, who: ProbeModule = ALONE) -> None:
-        super().__init__(who, environment)
-
-
-def ask(
-    question: LookupRequest, environment: Mapping[str, str] | None = None, who: ProbeModule = ALONE
-) -> LookupResult:
-    """What the engine takes, asked in a process that is started for it.
-
-    Raises:
-        EngineError: the engine could not be asked, or its lookup raised.
-    """
-    return VllmProbe(environment, who).answer(question)
+ALONE = lookup_probe.engine_alone("vLLM", "sglang_moe_ext.engines.vllm.lookup_probe")
+AS_SERVED = lookup_probe.engine_as_served("vLLM", "vllm")
 
 
 def import_engine() -> tuple[VllmInstallation, Any]:
@@ -73,7 +51,7 @@ def _whole(module: Any, entry: dict[str, Any], layer: LookupLayer, tokens: int) 
 
 
 def look_up(engine: VllmInstallation, module: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """`request` and answer are described by `lookups.Question` and `lookups.Answer`."""
+    """`request` is what `lookup_probe.request_of` makes, the answer what `lookup_probe.LookupResult` is read from."""
     if request["deterministic"]:
         os.environ[bootstrap.BATCH_INVARIANT] = "1"
     if request["pretend_device"] is not None:
@@ -96,15 +74,5 @@ def look_up(engine: VllmInstallation, module: Any, request: dict[str, Any]) -> d
     }
 
 
-def main() -> int:
-    try:
-        engine, module = import_engine()  # before the question comes, which may be a minute from now
-        print(json.dumps(look_up(engine, module, json.load(sys.stdin))))
-    except MoEExtError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(probe_child.answer_stdin(import_engine, lambda loaded, request: look_up(*loaded, request)))

@@ -13,6 +13,7 @@ from sglang_moe_ext.core import EngineError, MoEShape, Projection, TileConfig
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
 from sglang_moe_ext.engines.vllm import bootstrap, installation
 from sglang_moe_ext.engines.vllm.launch_args import config_dict_of
+from sglang_moe_ext.schemes import SCHEMES
 
 if TYPE_CHECKING:
     import torch
@@ -112,10 +113,7 @@ def flags(shape: MoEShape) -> dict[str, Any]:
     """How the weights are stored, as every launcher of the engine is told."""
     scheme, block = shape.quantization.scheme, shape.quantization.block_shape
     return {
-        "use_fp8_w8a8": scheme == "fp8_w8a8",
-        "use_int8_w8a8": scheme == "int8_w8a8",
-        "use_int8_w8a16": scheme == "int8_w8a16",
-        "use_int4_w4a16": scheme == "int4_w4a16",
+        **{row.launch_flag: row.name == scheme for row in SCHEMES.values()},
         "per_channel_quant": shape.quantization.per_channel,
         "block_shape": None if block is None else list(block),
     }
@@ -125,12 +123,11 @@ def _quantized(engine: LoadedVllm, shape: MoEShape, a: torch.Tensor) -> tuple[to
     """The activations as the GEMM reads them, and their scales; the engine quantizes them before it launches."""
     import torch
 
-    stored = {"fp8_w8a8": torch.float8_e4m3fn, "int8_w8a8": torch.int8}
-    block = shape.quantization.block_shape
+    row, block = shape.quantization.row, shape.quantization.block_shape
     quantized, scale = engine.kernels.moe_kernel_quantize_input(
         A=a,
         A_scale=None,
-        quant_dtype=stored.get(shape.quantization.scheme or ""),
+        quant_dtype=getattr(torch, row.stored_dtype) if row.stored_dtype and row.activation_bits == 8 else None,
         per_act_token_quant=shape.quantization.per_channel,
         block_shape=None if block is None else list(block),
     )

@@ -1,4 +1,4 @@
-"""Where vLLM runs another MoE backend than its Triton one, which alone reads a table, as long as nobody chooses one."""
+"""Where `--moe-backend auto` of vLLM takes another backend than Triton, which alone reads a table."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from sglang_moe_ext.core import Gpu, MoEShape
-from sglang_moe_ext.engines.vllm.hook_points import LOOKUP
+from sglang_moe_ext.core import Gpu, MoEShape, Quantization
+from sglang_moe_ext.engines.vllm.hook_points import GROUPS_RUN_TRITON, LOOKUP
+from sglang_moe_ext.engines.weight_only import is_weight_only, marlin_takes
+
+Version = tuple[int, int, int]
 
 _AMPERE, _HOPPER, _BLACKWELL, _SMALL_BLACKWELL = (80, 86, 87), (90,), (100, 103), (120, 121)
 
@@ -21,7 +24,8 @@ class OtherVllmBackend:
 
 
 def _is_block_wise_fp8(shape: MoEShape) -> bool:
-    return shape.quantization.scheme == "fp8_w8a8" and shape.quantization.is_block_wise
+    """In blocks as the checkpoint has them: refined ones are read by Triton alone (vLLM 0.33, oracle/fp8.py)."""
+    return shape.quantization.scheme == "fp8_w8a8" and shape.quantization.block_shape == (128, 128)
 
 
 def _is_fp8_by_channel(shape: MoEShape) -> bool:
@@ -29,7 +33,6 @@ def _is_fp8_by_channel(shape: MoEShape) -> bool:
 
 
 _OTHERS = (
-    OtherVllmBackend("Marlin or Humming", lambda shape, gpu: shape.quantization.scheme == "int4_w4a16"),
     OtherVllmBackend("Marlin", lambda shape, gpu: shape.quantization.scheme == "fp8_w8a8" and gpu.sm in _AMPERE),
     OtherVllmBackend("FlashInfer", lambda shape, gpu: shape.quantization.scheme is None and gpu.sm in _BLACKWELL),
     OtherVllmBackend("FlashInfer", lambda shape, gpu: shape.quantization.scheme is None and gpu.sm in _SMALL_BLACKWELL),
@@ -40,10 +43,23 @@ _OTHERS = (
 )
 
 
-def why_no_table(shape: MoEShape, gpu: Gpu, architecture: str) -> str | None:
+NEWEST: Version = (0, 33, 0)
+"""The newest release whose choice of a backend was read."""
+_FIRST_WITH_PADDED_MARLIN: Version = (0, 25, 0)
+_AS_READ = "as read in vLLM 0.20, 0.25 and 0.33, not asked of the engine"
+
+
+def why_no_table(shape: MoEShape, gpu: Gpu, architecture: str, version: Version = NEWEST) -> str | None:
     """Why a server does not, or may not, read a table for the layer; None: it does."""
+    found = _why(shape, gpu, architecture, version)
+    return None if found is None else f"{found} ({_AS_READ})"
+
+
+def _why(shape: MoEShape, gpu: Gpu, architecture: str, version: Version) -> str | None:
     if architecture == "GptOssForCausalLM":
         return "gpt-oss in mxfp4 runs on backends that read no table (the server's log names its choice)"
+    if is_weight_only(shape.quantization):
+        return _why_weight_only(shape, version)
     found = next((other for other in _OTHERS if other.applies(shape, gpu)), None)
     if found is None:
         return None
@@ -53,14 +69,35 @@ def why_no_table(shape: MoEShape, gpu: Gpu, architecture: str) -> str | None:
     )
 
 
+def _why_weight_only(shape: MoEShape, version: Version) -> str | None:
+    """Marlin takes such weights wherever it can; `moe_wna16` is Triton's."""
+    stored = shape.quantization.checkpoint
+    method = None if stored is None else stored.method
+    if method == "moe_wna16" or not marlin_takes(shape, pads_columns=_pads_columns(shape.quantization, version)):
+        return None
+    advice = "--quantization moe_wna16 makes an AWQ or GPTQ checkpoint run Triton"
+    if method == "compressed_tensors":
+        advice = "--moe-backend triton asks for Triton" if version >= GROUPS_RUN_TRITON else "the server's log names it"
+    return f"vLLM takes Marlin for weights of {shape.quantization.weight_bits} bits, which reads no table: {advice}"
+
+
+def _pads_columns(quantization: Quantization, version: Version) -> bool:
+    """Whether weights are padded to Marlin's tiles: AutoRound's are not, nor were those in an order of their own."""
+    stored = quantization.checkpoint
+    if version < _FIRST_WITH_PADDED_MARLIN or stored is None:
+        return version >= _FIRST_WITH_PADDED_MARLIN
+    keeps_order = version >= GROUPS_RUN_TRITON or not stored.activation_order
+    return stored.method != "auto_round" and keeps_order
+
+
 _PARTS = ("experts", "fallback_experts")
 """Of experts that choose between two others at each call."""
 
 
 def read_tables(experts: object) -> bool:
-    """True where some method of theirs, or of the experts that they choose from, names the lookup.
+    """True where a method of these experts, or of the experts that they choose from, names the lookup.
 
-    One that a subclass has replaced counts: better a table in vain than one called useless that is not.
+    A method that a subclass replaces counts as well: an unused table is better than a useful one called useless.
     """
     parts = [experts, *(part for name in _PARTS if (part := getattr(experts, name, None)) is not None)]
     return any(LOOKUP in names for part in parts for names in _names(type(part)))

@@ -6,9 +6,7 @@ import re
 
 from sglang_moe_ext.core import MoEShape, Scheme, TableKey
 from sglang_moe_ext.engines.table_names import TableNaming
-
-_TAGGED: frozenset[Scheme] = frozenset({"fp8_w8a8", "int8_w8a16", "int4_w4a16"})
-"""Schemes that vLLM puts into the name; int8_w8a8 has no tag there."""
+from sglang_moe_ext.schemes import find_row
 
 
 def device_in_names(device_name: str) -> str:
@@ -19,7 +17,7 @@ def device_in_names(device_name: str) -> str:
 
 def tag(scheme: Scheme | None) -> Scheme | None:
     """The engine's own word for that scheme, in names as in calls of its lookup."""
-    return scheme if scheme in _TAGGED else None
+    return scheme if find_row(scheme).vllm_tag else None
 
 
 def table_key(shape: MoEShape, device_name: str) -> TableKey:

@@ -1,4 +1,4 @@
-"""Routing that a server really had: its dumped topk_ids, cut to the tokens of a batch and the experts of one rank."""
+"""Routing captured from a server: its dumped topk_ids, cut to the tokens of a batch and the experts of one rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sglang_moe_ext.core import ModelError, MoEExtError, MoEShape
+from sglang_moe_ext.tuning.bench import torch_file
 from sglang_moe_ext.tuning.bench.routing import REMOTE, Routing, RoutingSource, routed_experts, weighted
+from sglang_moe_ext.untrusted import read_regular_file, show
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +29,8 @@ _EXPECTED = f"files topk_ids_layer<L>_idx<I>.pt or *{_OURS}"
 _INTEGERS = ("torch.uint8", "torch.int16", "torch.int32", "torch.int64")
 _MOST_BYTES = 1 << 30
 """Of one file; 8 ids of 4 bytes for 32,768 tokens in each of 60 layers are 63 MB."""
+_MOST_HEADER_BYTES = 1 << 18
+"""Of a safetensors file; a tensor of one layer takes about 100."""
 _ENOUGH_ROWS = 1 << 20
 """64 batches of the largest M that is tuned; what goes to the measuring processes stays small."""
 
@@ -42,20 +46,20 @@ def read(folder: Path, shape: MoEShape) -> tuple[str, list[torch.Tensor]]:
     """
     digests: dict[str, str] = {}
     tables: list[torch.Tensor] = []
-    paths = _dumps(folder)
+    paths = _list_files(folder)
     for path in random.Random(0).sample(paths, len(paths)):  # early files alone would be early requests alone
-        content = _content(path)
+        content = _read_file(path)
         digests[path.name] = hashlib.sha256(content).hexdigest()
         if sum(map(len, tables)) < _ENOUGH_ROWS:
-            named = _ours(path, content) if path.suffix == _OURS else _upstreams(path, content)
-            tables += [_ids(tensor, name, shape) for name, tensor in named.items()]
+            named = _parse_safetensors(path, content) if path.suffix == _OURS else _parse_torch_file(path, content)
+            tables += [_check_ids(tensor, name, shape) for name, tensor in named.items()]
     tables = [table for table in tables if len(table)]
     if not tables:
         raise MoEExtError(f"{folder}: its dumps have no tokens; dump topk_ids again while the server has requests")
     return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()[:12], tables
 
 
-def _dumps(folder: Path) -> list[Path]:
+def _list_files(folder: Path) -> list[Path]:
     try:
         paths = [path for path in folder.iterdir() if path.suffix == _OURS or _UPSTREAMS.fullmatch(path.name)]
         found = sorted(path for path in paths if path.is_file())
@@ -66,22 +70,23 @@ def _dumps(folder: Path) -> list[Path]:
     return found
 
 
-def _content(path: Path) -> bytes:
+def _read_file(path: Path) -> bytes:
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise MoEExtError(f"{path} is larger than {_MOST_BYTES >> 30} GiB: expected topk_ids alone; remove it")
-        return path.read_bytes()
+        return read_regular_file(path, _MOST_BYTES)
     except OSError as error:
-        raise MoEExtError(f"cannot read {path}: {error.strerror}") from error
+        raise MoEExtError(f"cannot read {path}: {error.strerror}; remove it, or capture it again") from error
 
 
-def _upstreams(path: Path, content: bytes) -> dict[str, torch.Tensor]:
+def _parse_torch_file(path: Path, content: bytes) -> dict[str, torch.Tensor]:
     import torch
 
     try:
+        torch_file.check(content)
         tensor = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = show(str(error).partition("\n")[0] or type(error).__name__)
         raise MoEExtError(
             f"{path} is no tensor that torch.save wrote ({reason}); dump it again, the tensor alone"
         ) from error
@@ -103,36 +108,41 @@ def _is_plain(tensor: object) -> bool:
     return tensor.device.type == "cpu" and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
-def _ours(path: Path, content: bytes) -> dict[str, torch.Tensor]:
+def _parse_safetensors(path: Path, content: bytes) -> dict[str, torch.Tensor]:
     try:
         from safetensors import torch as safetensors
     except ImportError as error:
         raise MoEExtError(f"{path} takes the package safetensors to be read: install it") from error
+    if int.from_bytes(content[:8], "little") > _MOST_HEADER_BYTES:
+        raise MoEExtError(f"{path} names more tensors than a capture has layers: capture it again, or remove it")
     try:
         tensors = safetensors.load(content)
     except Exception as error:
-        raise MoEExtError(f"{path} is damaged ({error}); capture it again, or remove it") from error
+        raise MoEExtError(f"{path} is damaged ({show(error)}); capture it again, or remove it") from error
     ids = {key: value for key, value in tensors.items() if value.dim() == 2 and str(value.dtype) in _INTEGERS}
     if not ids:
         raise MoEExtError(f"{path} has no integers [tokens, topk]: expected a tensor of topk_ids for each layer")
-    return {f"{path} ({key})": value for key, value in ids.items()}
+    return {f"{path} ({show(key, 60)})": value for key, value in ids.items()}
 
 
-def _ids(tensor: torch.Tensor, name: str, shape: MoEShape) -> torch.Tensor:
+def _check_ids(tensor: torch.Tensor, name: str, shape: MoEShape) -> torch.Tensor:
     """Its rows, int32, with the fused shared experts added where the dump lacks them, and without padding."""
     import torch
 
     routed, fused = routed_experts(shape), shape.fused_shared
     taken = shape.top_k - fused
+    if shape.zero_experts and not fused:
+        tensor = _mask_zero_experts(tensor, routed, shape.zero_experts)
     if tensor.shape[1] not in (shape.top_k, taken):
         widths = " or ".join(map(str, sorted({shape.top_k, taken})))
         raise ModelError(f"{name} has {tensor.shape[1]} experts a token: expected {widths}; dump it from this model")
     ids = tensor.to(torch.int64)  # a comparison of bytes with -1 or 256 wraps
-    ids = ids[(ids != REMOTE).any(dim=1)]  # a row of -1 alone pads a batch
+    ids = ids[(ids != REMOTE).any(dim=1)]  # a row of -1 alone pads a batch, or has no work for the kernel
     has_shared = fused > 0 and tensor.shape[1] == shape.top_k
     ordered = ids.sort(dim=1).values
-    impossible = (ordered < 0) | (ordered >= routed + (fused if has_shared else 0))
-    impossible[:, 1:] |= ordered[:, 1:] == ordered[:, :-1]
+    least = REMOTE if shape.zero_experts else 0
+    impossible = (ordered < least) | (ordered >= routed + (fused if has_shared else 0))
+    impossible[:, 1:] |= (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != REMOTE)
     if has_shared:
         impossible[:, -fused:] |= ordered[:, -fused:] < routed
     wrong = impossible.any(dim=1)
@@ -141,11 +151,29 @@ def _ids(tensor: torch.Tensor, name: str, shape: MoEShape) -> torch.Tensor:
         raise ModelError(
             f"{name}: a token takes experts {ids[wrong][0].tolist()}; expected {taken} different ones of "
             f"0 ... {routed - 1}{shared}; dump it from this model, as the router gives it, of all ranks' experts"
+            f"{_guess_why(ids[wrong][0].tolist(), routed)}"
         )
     ids = ids.to(torch.int32)
     if has_shared:
         return ids
     return torch.cat((ids, torch.arange(routed, routed + fused, dtype=torch.int32).expand(len(ids), -1)), dim=1)
+
+
+def _mask_zero_experts(tensor: torch.Tensor, routed: int, zero_experts: int) -> torch.Tensor:
+    """[rows, top_k] with -1 for the router's choices without weights, as zero_experts_compute of SGLang makes them."""
+    import torch
+
+    ids = tensor.to(torch.int64)
+    return torch.where((ids >= routed) & (ids < routed + zero_experts), REMOTE, ids)
+
+
+def _guess_why(row: list[int], routed: int) -> str:
+    """What may have made such ids, as the end of a message."""
+    if REMOTE in row:
+        return " (-1 stands for experts of other ranks: a server with expert parallelism shows one rank's part alone)"
+    if len(set(row)) == len(row) and routed <= max(row) < 2 * routed and min(row) >= 0:
+        return " (or are they places of redundant experts? a server without --ep-num-redundant-experts has none)"
+    return ""
 
 
 log = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from sglang_moe_ext import env
 from sglang_moe_ext.core import Failure, MoEExtError
+from sglang_moe_ext.engines.end_with_parent import end_with_parent
 from sglang_moe_ext.tuning.bench.messages import BenchRequest, BenchResult
 
 log = logging.getLogger(__name__)
@@ -51,11 +52,12 @@ def _is_fatal(error: Exception, bench: BenchLike) -> bool:
     return not getattr(bench, "is_well", lambda: True)()
 
 
-def _serve(connection: Connection, make: Callable[[], BenchLike], environment: Mapping[str, str]) -> None:
+def _serve(connection: Connection, make: Callable[[], BenchLike], environment: Mapping[str, str], parent: int) -> None:
     """Serve requests until the other side closes. An error that the CUDA context keeps ends the process."""
     os.environ.update(environment)
     os.environ[env.DISABLE] = "1"  # the guard must not change what is measured
     os.setsid()  # Ctrl-C is the parent's to handle
+    end_with_parent(parent)
     logging.basicConfig(level=logging.ERROR, format="%(message)s")  # of the engine and its libraries
     logging.getLogger("sglang_moe_ext").setLevel(logging.WARNING)
     try:
@@ -109,7 +111,9 @@ class BenchProcess:
                 raise MoEExtError(_CLOSED.message)
             context = multiprocessing.get_context("spawn")
             self._connection, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs, self._make, self._environment), daemon=True)
+            self._process = context.Process(
+                target=_serve, args=(theirs, self._make, self._environment, os.getpid()), daemon=True
+            )
             self._process.start()
             theirs.close()
             self._is_ready = False

@@ -21,6 +21,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
 from sglang_moe_ext.core import Failure, Resources
+from sglang_moe_ext.engines.end_with_parent import end_with_parent
 from sglang_moe_ext.tuning.compile.kernel_source import Job
 
 ANSWER_S = 30.0
@@ -54,7 +55,7 @@ class ForkServer:
         self.control.settimeout(ANSWER_S)
         program = (
             f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import main; "
-            f"main({module!r}, {theirs.fileno()}, {timeout_s!r})"
+            f"main({module!r}, {theirs.fileno()}, {timeout_s!r}, {os.getpid()})"
         )
         with theirs:
             self._process = subprocess.Popen(
@@ -113,8 +114,9 @@ def ended(exit_code: int) -> str:
     return f"was ended by signal {-exit_code} ({signal.strsignal(-exit_code)}){hint}"
 
 
-def main(module: str, control_descriptor: int, timeout_s: float) -> None:
+def main(module: str, control_descriptor: int, timeout_s: float, parent: int) -> None:
     """Run the fork server: send null or why the kernel cannot be imported, then fork and reap until the pool ends."""
+    end_with_parent(parent)
     control = socket.socket(fileno=control_descriptor)
     try:
         importlib.import_module(module).warm_up()
@@ -126,7 +128,7 @@ def main(module: str, control_descriptor: int, timeout_s: float) -> None:
         while True:
             message, descriptors, _, _ = socket.recv_fds(control, 64, 1)
             if descriptors:
-                control.send(str(_forked(module, control, descriptors[0], timeout_s)).encode())
+                control.send(str(_forked(module, control, descriptors[0], timeout_s, parent)).encode())
             elif message:
                 _, status = os.waitpid(int(message), 0)
                 control.send(str(os.waitstatus_to_exitcode(status)).encode())
@@ -134,7 +136,7 @@ def main(module: str, control_descriptor: int, timeout_s: float) -> None:
                 return
 
 
-def _forked(module: str, control: socket.socket, descriptor: int, timeout_s: float) -> int:
+def _forked(module: str, control: socket.socket, descriptor: int, timeout_s: float, parent: int) -> int:
     try:
         pid = os.fork()
     except OSError as error:
@@ -145,6 +147,7 @@ def _forked(module: str, control: socket.socket, descriptor: int, timeout_s: flo
     exit_code = 1
     try:
         os.setsid()  # the head of a group, so that one signal ends it and the assembler that it runs
+        end_with_parent(parent)
         control.close()
         os.set_inheritable(descriptor, False)
         _compile_what_comes(module, Connection(descriptor), timeout_s)

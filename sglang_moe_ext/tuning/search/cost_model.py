@@ -1,7 +1,7 @@
 """Predict how long a configuration takes on a GPU: four clocks run at once, and the slowest ones set the time.
 
 The clocks are the matrix units, the traffic from the L2, the chain of steps that each block waits through, and the
-memory. A ranking, not a stopwatch: docs/prediction.md has its regret against measurements.
+memory. A ranking, not a stopwatch: docs/benchmarks/prediction.md has its regret against measurements.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _short_row_factor(config: TileConfig, shape: MoEShape) -> float:
 def _step(config: TileConfig, shape: MoEShape, gpu: Gpu, filled: float) -> _Step:
     quantization = shape.quantization
     # With swapped operands the weights are the instruction's 64 rows, and the tokens its columns.
-    swapped = quantization.scheme == "fp8_w8a8" and gpu.sm == 90 and config.block_m < _MMA_ROWS <= config.block_n
+    swapped = quantization.row.swaps_operands and gpu.sm == 90 and config.block_m < _MMA_ROWS <= config.block_n
     whole = swapped or (gpu.sm in _WARPGROUP_SMS and config.block_m >= _MMA_ROWS)
     rows_bytes = config.block_m * filled * quantization.activation_bits / 8
     asked = config.block_k * (rows_bytes + config.block_n * quantization.weight_bits / 8)

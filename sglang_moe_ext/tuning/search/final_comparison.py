@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from sglang_moe_ext.core import Failure, MoEShape, Scheme
+from sglang_moe_ext.schemes import NOT_QUANTIZED, SCHEMES
 from sglang_moe_ext.tuning.bench.messages import (
     Accuracy,
     BenchLayers,
@@ -162,11 +163,7 @@ R = TypeVar("R", bound=Runner)
 LEAST_GAIN = 0.01
 """The incumbent stays unless it is beaten by more than this, and by more than it differs from itself."""
 TOLERATED_ERROR: dict[Scheme | None, float] = {
-    None: 1e-2,
-    "int8_w8a16": 1e-2,
-    "int4_w4a16": 1e-2,
-    "fp8_w8a8": 5e-2,
-    "int8_w8a8": 5e-2,
+    row.name: row.tolerated_error for row in (NOT_QUANTIZED, *SCHEMES.values())
 }
 """Relative error of the whole layer against float32 that a right result stays under: 4e-3 seen for bf16, 2.3e-2 for
 fp8 (H200). The reference takes quantized weights as they are stored, so they add nothing; eight-bit activations of the

@@ -38,7 +38,7 @@ def why_not(shape: MoEShape, tokens: int) -> str | None:
     """Why no kernel plan is tried there, None where some are."""
     if why := why_unsupported(shape):
         return why
-    # H200, 2026-11-21: below, ours lost at every M of four layers (docs/down_projection.md).
+    # H200, 2026-11-21: below, ours lost at every M of four layers (docs/benchmarks/kernels.md).
     if tokens * shape.top_k < _FEWEST_ROWS * shape.experts * shape.ep:
         return f"with fewer than {_FEWEST_ROWS} rows an expert, tiles of {BLOCKS_M[0]} rows are padding"
     return None

@@ -32,7 +32,9 @@ def a_runner(module: Any, local_experts: int = EXPERTS) -> Any:
     """One whose layer is computed by nobody: it returns what it is given."""
     runner = object.__new__(module.MoeRunner)
     base = importlib.import_module("sglang.srt.layers.moe.moe_runner.base")
-    runner.config = base.MoeRunnerConfig(num_experts=EXPERTS, num_local_experts=local_experts, layer_id=LAYER)
+    runner.config = base.MoeRunnerConfig(
+        num_experts=EXPERTS, num_local_experts=local_experts, layer_id=LAYER, num_fused_shared_experts=1
+    )
     runner.lora_enabled = False
     runner.fused_func = lambda dispatched, quant_info, config: (dispatched, quant_info, config)
     return runner

@@ -19,9 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_moe_ext import env, package_data
-from sglang_moe_ext.cli import overlay
+from sglang_moe_ext.cli import main, overlay
 from sglang_moe_ext.core import EngineError, Origin, StoreError, Table, TableError, TableKey, TileConfig
 from sglang_moe_ext.engines import table_names
+from sglang_moe_ext.engines.lookup_probe import LookupRequest
 from sglang_moe_ext.engines.sglang import config_dir as overlays
 from sglang_moe_ext.engines.sglang import config_dir_tables, installation, lookup_probe, support
 from sglang_moe_ext.engines.sglang import table_names as sglang_table_names
@@ -292,9 +293,9 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SglangInstallatio
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], dict[str, Any]]:
-    overlay.run(argparse.Namespace())
-    *lines, last = capsys.readouterr().out.splitlines()
-    return lines, json.loads(last)
+    assert main.main(["overlay", "--json"]) == 0
+    printed = capsys.readouterr()
+    return printed.err.splitlines(), json.loads(printed.out)
 
 
 def test_the_line_that_is_printed_sets_the_variable_in_a_shell(
@@ -349,7 +350,7 @@ def test_without_an_engine_there_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
         overlay.run(argparse.Namespace())
 
 
-_DOOR = "import argparse; from sglang_moe_ext.cli import overlay; overlay.run(argparse.Namespace())"
+_COMMAND = [sys.executable, "-m", "sglang_moe_ext", "overlay", "--json"]
 
 
 @pytest.mark.parametrize("version", ["0.5.8", "0.5.10", "0.5.15", "0.5.23"])
@@ -357,18 +358,16 @@ def test_the_real_engine_takes_a_shipped_table_of_another_triton(version: str, t
     site = ENGINES_DIR / "sglang" / version
     environment = {**os.environ, "PYTHONPATH": f"{REPO_ROOT}{os.pathsep}{site}", "SGLANG_MOE_EXT_STORE": str(tmp_path)}
     environment.pop(env.SGLANG_CONFIG_DIR, None)
-    done = subprocess.run([sys.executable, "-c", _DOOR], env=environment, capture_output=True, text=True, check=True)
-    variables = json.loads(done.stdout.splitlines()[-1])["environment"]
+    done = subprocess.run(_COMMAND, env=environment, capture_output=True, text=True, check=True)
+    variables = json.loads(done.stdout)["environment"]
 
     tuned = package_data.folder("tuned_configs")
     assert tuned is not None
     name = "E=65,N=1536,device_name=NVIDIA_H200.json"
     stored = StoredTable(config_table.read(tuned / "configs" / "triton_3_6_0" / name), None)
     expected = config_dir_tables.safe(stored, table_names.parse(name), installation.parse_version(version)).table
-    question = lookup_probe.LookupRequest(
-        parse_shape("E=65,N=1536,K=2048,topk=5,dtype=bfloat16"), [64], specs.find("NVIDIA H200")
-    )
-    answer = lookup_probe.ask(question, environment | variables)
+    question = LookupRequest(parse_shape("E=65,N=1536,K=2048,topk=5,dtype=bfloat16"), [64], specs.find("NVIDIA H200"))
+    answer = lookup_probe.ALONE.ask(question, environment | variables)
     folder = Path(variables[env.SGLANG_CONFIG_DIR], "configs", sglang_table_names.version_folder(answer.triton))
     assert folder / name in answer.files
     assert answer.up[64] == expected[config_table.nearest(expected, 64)]

@@ -56,7 +56,7 @@ def overlay() -> Path:
 @functools.cache
 def answered(version: str) -> LookupResult:
     environment = engine_environment(version) | {"SGLANG_MOE_CONFIG_DIR": str(overlay())}
-    return sglang_lookup_probe.ask(QUESTION, environment=environment)
+    return sglang_lookup_probe.ALONE.ask(QUESTION, environment=environment)
 
 
 every_version = pytest.mark.parametrize("version", ENGINE_VERSIONS)
@@ -90,25 +90,25 @@ def test_the_answer_names_the_gpu_that_the_engine_was_told_of(version: str) -> N
 def test_deterministic_inference_passes_over_our_tables() -> None:
     question = LookupRequest(SHAPE, TOKENS, RTX_4090, deterministic=True)
     environment = engine_environment("0.5.23") | {"SGLANG_MOE_CONFIG_DIR": str(overlay())}
-    assert sglang_lookup_probe.ask(question, environment=environment).files == ()
+    assert sglang_lookup_probe.ALONE.ask(question, environment=environment).files == ()
 
 
 def test_a_tree_in_which_the_engines_lookup_raises_is_reported_in_one_line(tmp_path: Path) -> None:
     environment = engine_environment("0.5.23") | {"SGLANG_MOE_CONFIG_DIR": str(tmp_path)}
     with pytest.raises(EngineError, match=r"^SGLang's own table lookup failed: FileNotFoundError.*configs'$"):
-        sglang_lookup_probe.ask(QUESTION, environment=environment)
+        sglang_lookup_probe.ALONE.ask(QUESTION, environment=environment)
 
 
 def test_an_environment_without_the_engine_is_reported_in_one_line() -> None:
     environment = engine_environment("0.5.23") | {"PYTHONPATH": str(REPO_ROOT)}
     with pytest.raises(EngineError, match=r"SGLang is not installed in this environment$"):
-        sglang_lookup_probe.ask(QUESTION, environment=environment)
+        sglang_lookup_probe.ALONE.ask(QUESTION, environment=environment)
 
 
 def test_an_engine_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookup_probe, "TIMEOUT_S", 0.5)
     with pytest.raises(EngineError, match="did not answer"):
-        sglang_lookup_probe.ask(QUESTION, environment=engine_environment("0.5.23"))
+        sglang_lookup_probe.ALONE.ask(QUESTION, environment=engine_environment("0.5.23"))
 
 
 def test_a_configuration_without_warps_and_stages_is_the_one_that_triton_makes_of_it() -> None:

@@ -1,4 +1,4 @@
-"""The compile pool makes every binary that a layer of our own kernels launches. The measuring process loads them."""
+"""The compile pool makes every binary that a layer of our own kernels launches."""
 
 from __future__ import annotations
 

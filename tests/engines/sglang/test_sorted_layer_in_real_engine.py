@@ -13,6 +13,7 @@ import triton
 
 from sglang_moe_ext import env
 from sglang_moe_ext.core import TileConfig
+from sglang_moe_ext.engines.lookup_probe import LookupRequest
 from sglang_moe_ext.engines.sglang import lookup_probe, table_names
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.serving import kernel_selection
@@ -146,11 +147,9 @@ def test_a_kernel_that_failed_is_not_tried_again_and_a_line_says_why(version: st
 @every_version
 def test_an_engine_that_is_asked_says_where_our_path_runs_and_what_its_own_kernels_would_take(version: str) -> None:
     environment = engine_environment(version) | {env.STORE: str(store()), env.DISABLE: "", "SGLANG_PLUGINS": ""}
-    question = lookup_probe.LookupRequest(
-        child.SHAPES["16 bits"], [child.TOKENS // 3, child.TOKENS], specs.known_gpus()[DEVICE]
-    )
-    served = lookup_probe.ask(question, environment, who=lookup_probe.AS_SERVED)
-    alone = lookup_probe.ask(question, environment, who=lookup_probe.ALONE)
+    question = LookupRequest(child.SHAPES["16 bits"], [child.TOKENS // 3, child.TOKENS], specs.known_gpus()[DEVICE])
+    served = lookup_probe.AS_SERVED.ask(question, environment)
+    alone = lookup_probe.ALONE.ask(question, environment)
     assert served.paths == {child.TOKENS: str(PATHS["16 bits"])}
     assert (served.up, served.down) == (alone.up, alone.down)
 

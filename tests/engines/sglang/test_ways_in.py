@@ -1,4 +1,4 @@
-"""docs/serving_facts.md says what the sources of each release say, and our own code says the same."""
+"""docs/sglang-releases.md says what the sources of each release say, and our own code says the same."""
 
 from __future__ import annotations
 

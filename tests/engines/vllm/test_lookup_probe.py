@@ -48,7 +48,7 @@ def named() -> Path:
 @functools.cache
 def alone(version: str) -> LookupResult:
     environment = vllm_environment(version) | {"VLLM_TUNED_CONFIG_FOLDER": str(named())}
-    return lookup_probe.ask(LookupRequest(SHAPE, TOKENS, RTX_4090), environment)
+    return lookup_probe.ALONE.ask(LookupRequest(SHAPE, TOKENS, RTX_4090), environment)
 
 
 @functools.cache
@@ -58,7 +58,7 @@ def served() -> LookupResult:
     place = store / "tables" / "vllm" / version_folder(triton.__version__) / NAME
     files.write_together({place: config_table.to_json(TABLE)})
     environment = vllm_environment("0.33.0") | {env.STORE: str(store)}
-    return lookup_probe.ask(LookupRequest(SHAPE, TOKENS, RTX_4090), environment, lookup_probe.AS_SERVED)
+    return lookup_probe.AS_SERVED.ask(LookupRequest(SHAPE, TOKENS, RTX_4090), environment)
 
 
 every_version = pytest.mark.parametrize("version", VLLM_VERSIONS)
@@ -101,16 +101,16 @@ def test_as_served_a_number_of_tokens_that_is_far_from_every_key_runs_the_engine
 
 
 def test_groups_along_k_are_answered_with_the_tile_that_the_launcher_chooses() -> None:
-    answer = lookup_probe.ask(LookupRequest(GROUPS, (1, 64), RTX_4090), vllm_environment("0.33.0"))
+    answer = lookup_probe.ALONE.ask(LookupRequest(GROUPS, (1, 64), RTX_4090), vllm_environment("0.33.0"))
     assert [(it.block_n, it.block_k) for it in answer.up.values()] == [(32, 64), (64, 32)]
 
 
 def test_batch_invariance_passes_over_our_tables() -> None:
     environment = vllm_environment("0.33.0") | {"VLLM_TUNED_CONFIG_FOLDER": str(named())}
-    assert lookup_probe.ask(LookupRequest(SHAPE, (1,), RTX_4090, deterministic=True), environment).files == ()
+    assert lookup_probe.ALONE.ask(LookupRequest(SHAPE, (1,), RTX_4090, deterministic=True), environment).files == ()
 
 
 def test_an_environment_without_the_engine_is_reported_in_one_line() -> None:
     environment = vllm_environment("0.33.0") | {"PYTHONPATH": str(REPO_ROOT)}
     with pytest.raises(EngineError, match=r"^vLLM's own table lookup failed: vLLM is not installed in this env"):
-        lookup_probe.ask(LookupRequest(SHAPE, (1,)), environment)
+        lookup_probe.ALONE.ask(LookupRequest(SHAPE, (1,)), environment)

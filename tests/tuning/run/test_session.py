@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from sglang_moe_ext.core import EngineError, MoEExtError, StoreError
-from sglang_moe_ext.engines.sglang import installation, lookup_probe
+from sglang_moe_ext.engines.lookup_probe import LookupRequest, ProbeProcess
+from sglang_moe_ext.engines.sglang import installation
 from sglang_moe_ext.tuning import plan, verify_install
 from sglang_moe_ext.tuning.bench.messages import BenchGemm
 from sglang_moe_ext.tuning.bench.routing import UNIFORM
@@ -172,7 +173,7 @@ def test_a_named_run_of_another_seed_is_refused_with_both_seeds() -> None:
 class EngineThatIsAsked:
     """What the engine runs today, without an engine."""
 
-    def answer(self, request: lookup_probe.LookupRequest) -> SimpleNamespace:
+    def answer(self, request: LookupRequest) -> SimpleNamespace:
         return SimpleNamespace(**{of: dict.fromkeys(request.tokens, config) for of, config in TODAY.items()})
 
 
@@ -188,7 +189,7 @@ def results(run: RunFolder, gpus: tuple[str, ...] = ("0",)) -> dict[int, Measure
     measuring: MeasureOptions = dataclasses.replace(MEASURING, effort="quick", gpus=gpus)
     request = request_of(LAYER, FEW, measuring)
     kept = plan.prune_space(request.problem).kept
-    today: lookup_probe.SglangProbe = EngineThatIsAsked()  # type: ignore[assignment]
+    today: ProbeProcess = EngineThatIsAsked()  # type: ignore[assignment]
     return session.measure(request, measuring, run, kept, today, SOURCE, unseen).pairs
 
 

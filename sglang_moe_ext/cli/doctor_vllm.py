@@ -1,0 +1,77 @@
+"""Ask the vLLM of this environment which configurations a layer takes, and explain its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sglang_moe_ext.cli.doctor_examination import Examination, Finding
+from sglang_moe_ext.cli.doctor_layers import LayerUnderTest
+from sglang_moe_ext.cli.doctor_tables import find_problems
+from sglang_moe_ext.cli.written_entry import describe_change
+from sglang_moe_ext.core import TableError, TileConfig
+from sglang_moe_ext.engines.installed import parse_version
+from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
+from sglang_moe_ext.engines.vllm import adapter as vllm
+from sglang_moe_ext.engines.vllm import lookup_probe, support, table_names
+from sglang_moe_ext.gpu.shared_memory import smem_bytes
+from sglang_moe_ext.serving.guard import degrade
+from sglang_moe_ext.tables import config_table, provenance
+
+
+def examine(layer: LayerUnderTest, tokens: Sequence[int], *, deterministic: bool) -> Examination:
+    """What a server of this environment takes for the layer.
+
+    Raises:
+        EngineError: vLLM could not be asked.
+    """
+    request = LookupRequest(layer.shape, tokens, layer.pretended_gpu, deterministic)
+    answer = lookup_probe.AS_SERVED.ask(request)
+    whys = {m: answer.whys.get(m) or _why(layer, answer, m, deterministic) for m in answer.up}
+    return Examination(
+        layer=layer,
+        engine="vLLM",
+        engine_version=answer.engine_version,
+        triton=answer.triton,
+        plugin=answer.plugin,
+        no_table=support.why_no_table(layer.shape, layer.gpu, layer.architecture, parse_version(answer.engine_version)),
+        is_deterministic=deterministic,
+        files=answer.files,
+        findings=tuple(
+            Finding(m, "both", str(config), _with_fit(whys[m], layer, config)) for m, config in answer.up.items()
+        ),
+        problems=find_problems(layer, "vllm"),
+    )
+
+
+def _why(layer: LayerUnderTest, answer: LookupResult, tokens: int, deterministic: bool) -> str:
+    """Why vLLM takes what is its own choice."""
+    if deterministic:
+        return "the engine's default: batch invariance reads no table"
+    name = table_names.file_name(table_names.table_key(layer.shape, layer.gpu.device_name))
+    file = next((file for file in answer.files if file.name == name and _is_engines(file, answer)), None)
+    if file is None:
+        return f"the engine's default: no table {name}"
+    try:
+        nearest = config_table.nearest(config_table.read(file), tokens)
+    except TableError:
+        return f"of {file.name}, which has more than this package can read"
+    entry = "its own entry" if nearest == tokens else f"nearest entry {nearest}"
+    known = provenance.read(file)
+    return f"{entry}; {(known and known.origin(nearest)) or 'origin unknown: shipped with the engine, or yours'}"
+
+
+def _with_fit(why: str, layer: LayerUnderTest, config: TileConfig) -> str:
+    """The reason, with what the guard makes of the configuration at the launch, where it does not fit the GPU."""
+    config = vllm.effective_config(config, layer.shape.quantization)
+    if smem_bytes(config, layer.shape, layer.gpu.sm) <= layer.gpu.smem_per_block:
+        return why
+    smaller = (it for it in degrade(config) if smem_bytes(it, layer.shape, layer.gpu.sm) <= layer.gpu.smem_per_block)
+    fitted = next(smaller, None)
+    change = None if fitted is None else describe_change(config, fitted, layer.shape, layer.gpu)
+    return why if change is None else f"{why}; at the launch {change}"
+
+
+def _is_engines(file: Path, answer: LookupResult) -> bool:
+    """Whether the engine's own lookup opened the file, which its log then names."""
+    return any(str(file) in line for line in answer.log)

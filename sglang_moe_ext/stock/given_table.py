@@ -1,0 +1,181 @@
+"""A table that the user gives as a file: which engine, Triton, GPU and layer it is for, as far as the file tells."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sglang_moe_ext.core import (
+    Gpu,
+    ModelError,
+    MoEModel,
+    MoEShape,
+    Parallelism,
+    Quantization,
+    Table,
+    TableError,
+    TableKey,
+)
+from sglang_moe_ext.engines import table_names
+from sglang_moe_ext.engines.adapter import EngineName
+from sglang_moe_ext.engines.registry import ENGINES
+from sglang_moe_ext.engines.sglang import sharding as sglang_sharding
+from sglang_moe_ext.engines.sglang import table_names as sglang_table_names
+from sglang_moe_ext.engines.vllm import sharding as vllm_sharding
+from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.models import parse_shape
+from sglang_moe_ext.models.builtin import builtin_records
+from sglang_moe_ext.tables import config_table, files, provenance
+from sglang_moe_ext.tables.provenance import Provenance
+
+_SIZES = (1, 2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True, slots=True)
+class GivenTable:
+    """What a file tells. `engine` and `triton` are None where it does not tell them."""
+
+    path: Path
+    key: TableKey
+    table: Table
+    known: Provenance | None
+    engine: EngineName | None
+    triton: str | None
+
+    @property
+    def gpu(self) -> Gpu:
+        """Raises GpuError where nothing is known of the GPU in the file's name."""
+        return specs.find(self.key.device_name)
+
+
+@dataclass(frozen=True, slots=True)
+class FittingLayer:
+    """A layer that asks for a table of that name: the models that have it, each with its split."""
+
+    shape: MoEShape
+    models: tuple[str, ...]
+
+
+def read(path: Path) -> GivenTable:
+    """Read the table, strictly.
+
+    Raises:
+        TableError: its name is no engine's, or it cannot be read.
+    """
+    key = table_names.parse(path.name)
+    table = config_table.read(path)
+    document = json.loads(files.read_bounded(path))
+    stated = document.get("triton_version")
+    folder = path.absolute().parent.name
+    in_folder = folder.removeprefix("triton_").replace("_", ".") if folder.startswith("triton_") else None
+    known = provenance.read(path)
+    return GivenTable(
+        path=path,
+        key=key,
+        table=table,
+        known=known,
+        engine=_engine(path, key, has_triton=stated is not None, is_in_folder=in_folder is not None, known=known),
+        triton=stated if isinstance(stated, str) else in_folder or _triton_of(known),
+    )
+
+
+def _engine(
+    path: Path, key: TableKey, *, has_triton: bool, is_in_folder: bool, known: Provenance | None
+) -> EngineName | None:
+    """SGLang keeps a folder for each Triton and has tables for the down projection; vLLM writes the Triton into it."""
+    if key.down or key.per_channel or key.scheme == "int8_w8a8":
+        return "sglang"
+    if has_triton:
+        return "vllm"
+    if is_in_folder and path.absolute().parent.parent.name != "vllm":
+        return "sglang"
+    if key.block_shape is not None:
+        return "sglang" if path.name == sglang_table_names.file_name(key) else "vllm"
+    return None
+
+
+def _triton_of(known: Provenance | None) -> str | None:
+    runs = [] if known is None else [entry.run for entry in known.entries.values()]
+    return next((run.triton for run in runs if run.triton), None)
+
+
+def stated_shape(given: GivenTable) -> MoEShape | None:
+    """The layer that its provenance states, None where it has none."""
+    runs = [] if given.known is None else [entry.run for entry in given.known.entries.values()]
+    try:
+        return parse_shape(runs[0].shape) if runs else None
+    except ModelError:
+        return None
+
+
+def fitting_layers(key: TableKey, engine: EngineName) -> list[FittingLayer]:
+    """The layers of built-in models that ask for a table of that name: a name tells no hidden size and no top-k."""
+    found: dict[MoEShape, list[str]] = {}
+    for record in builtin_records():
+        # A name does not tell the group of int4, which only a checkpoint's own quantization states.
+        as_named = [Quantization(key.scheme, key.block_shape, key.per_channel)] if key.scheme != "int4_w4a16" else []
+        for quantization in dict.fromkeys((*record.quantizations, *as_named)):
+            launch = _launch_that_asks_for(key, replace(record.model, quantization=quantization), engine)
+            if launch is not None:
+                parallelism, shape = launch
+                found.setdefault(shape, []).append(f"{record.model.name} {_split(parallelism)}")
+                break
+    return [FittingLayer(shape, tuple(models)) for shape, models in found.items()]
+
+
+def _launch_that_asks_for(key: TableKey, model: MoEModel, engine: EngineName) -> tuple[Parallelism, MoEShape] | None:
+    """The smallest split of the model that asks for that table, and the layer as a table of it is for."""
+    for parallelism, shape in _launches(model, engine):
+        if ENGINES[engine].table_key(shape, key.device_name, down=key.down) == key:
+            return parallelism, replace(shape, ep=1, fused_shared=0)
+    return None
+
+
+def _launches(model: MoEModel, engine: EngineName) -> Iterator[tuple[Parallelism, MoEShape]]:
+    """Each way to split the model, the smallest number of ranks first."""
+    for tp in _SIZES:
+        for ep in (size for size in _SIZES if tp % size == 0):
+            if (shape := _launched(model, Parallelism(tp, ep), engine)) is not None:
+                yield Parallelism(tp, ep), shape
+
+
+def _launched(model: MoEModel, parallelism: Parallelism, engine: EngineName) -> MoEShape | None:
+    """None where the engine cannot split the model so."""
+    try:
+        if engine == "vllm":
+            return vllm_sharding.launched_shape(model, parallelism)
+        installed = ENGINES[engine].find()
+        version = sglang_sharding.NEWEST if installed is None else installed.version
+        return sglang_sharding.launched_shape(model, parallelism, engine_version=version)
+    except ModelError:
+        return None
+
+
+def _split(parallelism: Parallelism) -> str:
+    return f"--tp-size {parallelism.tp}" + (f" --ep-size {parallelism.ep}" if parallelism.ep > 1 else "")
+
+
+def layer_of(given: GivenTable, engine: EngineName, stated: MoEShape | None) -> FittingLayer:
+    """The layer that the table is for: what the user states, what its provenance states, or the only one that fits.
+
+    Raises:
+        TableError: none fits, several do, or the stated one asks for a table of another name.
+    """
+    shape = stated or stated_shape(given)
+    if shape is not None:
+        asked = ENGINES[engine].table_key(shape, given.key.device_name, down=given.key.down)
+        if asked != given.key:
+            raise TableError(f"{given.path} is not for {shape}, which asks for {ENGINES[engine].file_name(asked)}")
+        return FittingLayer(shape, ())
+    fitting = fitting_layers(given.key, engine)
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        names = "; ".join(f"{it.models[0]} (K={it.shape.hidden_size}, top-k {it.shape.top_k})" for it in fitting)
+        raise TableError(f"{given.path} fits several layers, {names}: name yours with --model or --shape")
+    raise TableError(
+        f"{given.path}: no built-in model asks for a table of that name: name the layer with --model, or with "
+        f"--shape E={given.key.experts},N={given.key.intermediate_size},K=...,topk=..."
+    )
