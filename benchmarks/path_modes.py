@@ -1,6 +1,6 @@
 """Our path in SGLang's real layer, hooked as in a server: eager, in place, CUDA graphs, torch.compile, streams, layers.
 
-usage, from the repository root, on a GPU: python -m benchmarks.path_modes
+usage, from the repository root, on a GPU: python -m benchmarks.path_modes [--cases NAME ...] [--layers 130]
 
 Each way of running must give the bits that the eager one gives, and that must be right. One line for each; exit status
 1 where one is not so.
@@ -8,16 +8,17 @@ Each way of running must give the bits that the eager one gives, and that must b
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sglang_moe_ext.core import MoEShape, Quantization
-from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, UpConfig
+from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, UpConfig, WarpSpecializedDown, WarpSpecializedUp
 
 TOKENS, LAYERS, TURNS = 1024, 130, 16
 FEW = TOKENS // 2 - 1
@@ -33,6 +34,21 @@ CASES = {
         KernelPlan(
             UpConfig(64, 128, 128, 8, 8, 2, persistent=False), DownConfig(64, 128, 128, 8, 4, 4, programs_per_sm=2)
         ),
+        5e-2,
+    ),
+    "16 bits, warp-specialized": (
+        MoEShape(17, 768, 1024, 4),
+        KernelPlan(WarpSpecializedUp(2), WarpSpecializedDown("wide", 4)),
+        1e-2,
+    ),
+    "float8 in blocks, warp-specialized": (
+        MoEShape(17, 768, 1024, 4, Quantization("fp8_w8a8", (128, 128))),
+        KernelPlan(WarpSpecializedUp(2), WarpSpecializedDown("pair", 8, 3)),
+        5e-2,
+    ),
+    "float8 of channels, warp-specialized": (
+        MoEShape(17, 768, 1024, 4, Quantization("fp8_w8a8", per_channel=True)),
+        KernelPlan(WarpSpecializedUp(1, persistent=False), WarpSpecializedDown("wide", 8)),
         5e-2,
     ),
 }
@@ -113,10 +129,11 @@ class Problem:
         """What the engine's operator makes of a batch; in place it returns nothing."""
         hidden, weights, ids = batch
         (w1, w1_scale), (w2, w2_scale) = self.weights[layer]
-        is_scaled = w1_scale is not None
+        quantization = self.shape.quantization
         return operator(
-            hidden, w1, w2, weights, ids, use_fp8_w8a8=is_scaled, w1_scale=w1_scale, w2_scale=w2_scale,
-            block_shape=[128, 128] if is_scaled else None, filter_expert=False,
+            hidden, w1, w2, weights, ids, use_fp8_w8a8=w1_scale is not None, w1_scale=w1_scale, w2_scale=w2_scale,
+            block_shape=[128, 128] if quantization.block_shape else None, per_channel_quant=quantization.per_channel,
+            filter_expert=False,
         )  # fmt: skip
 
     def error(self, out: Any, batch: tuple[Any, Any, Any], layer: int = 0) -> float:
@@ -186,12 +203,12 @@ MODES: dict[str, Callable[[Any, Problem], Any]] = {
 }
 
 
-def checked(name: str, module: Any, runs: Runs) -> bool:
+def checked(name: str, module: Any, runs: Runs, layers: int) -> bool:
     """Print a line for each mode; whether all are as they must be."""
     import torch
 
     shape, _, bound = CASES[name]
-    problem = Problem(shape, LAYERS)
+    problem = Problem(shape, layers)
     before = runs.count
     eager = problem.run(module.outplace_fused_experts, problem.inputs[0])
     error = problem.error(eager, problem.inputs[0])
@@ -205,19 +222,23 @@ def checked(name: str, module: Any, runs: Runs) -> bool:
         is_right &= is_same
         print(f"{name}: {mode}: {'the same bits' if is_same else 'OTHER BITS, or not our path'}")
     errors = [problem.error(problem.run(module.outplace_fused_experts, problem.inputs[0], at), problem.inputs[0], at)
-              for at in range(LAYERS)]  # fmt: skip
+              for at in range(layers)]  # fmt: skip
     are_right = max(errors) < bound
-    print(f"{name}: {LAYERS} layers in turn: errors up to {max(errors):.2e}: {'right' if are_right else 'WRONG'}")
+    print(f"{name}: {layers} layers in turn: errors up to {max(errors):.2e}: {'right' if are_right else 'WRONG'}")
     return is_right and are_right
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 all is as it must be, 1 something is not."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as store:
         os.environ["SGLANG_MOE_EXT_STORE"] = store
         module, runs = hooked(Path(store)), Runs()
         runs.watch()
-        results = [checked(name, module, runs) for name in CASES]
+        results = [checked(name, module, runs, arguments.layers) for name in arguments.cases]
     return 0 if all(results) else 1
 
 

@@ -196,8 +196,8 @@ def checked(stage: str, name: str, launch: Callable[[], object], out: Tensor, sc
 def warp_specialized(race: Race) -> list[Candidate]:
     """Ours in Gluon."""
     from sglang_moe_ext.kernels.warp_specialized_down import launch_down
-    from sglang_moe_ext.kernels.warp_specialized_support import WarpSpecializedDown, WarpSpecializedUp
     from sglang_moe_ext.kernels.warp_specialized_up import launch_up
+    from sglang_moe_ext.sorted_kernels import WarpSpecializedDown, WarpSpecializedUp
 
     layer, rows = race.layer, race.sorted[128]
     made = []

@@ -1,9 +1,11 @@
-"""Kernel plans: which of our kernels (`kernels/sorted_*.py`) run a fused-MoE layer, and with which tiles."""
+"""Kernel plans: which of our kernels run a fused-MoE layer, with which tiles, and what these kernels can do."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from sglang_moe_ext.core import MoEShape, Projection, TileConfig
 
@@ -17,7 +19,7 @@ SCALE_GROUP = 128
 
 @dataclass(frozen=True, slots=True)
 class KernelLimit:
-    """A layer that our kernels cannot run, or were never measured on. `why` completes "our kernels do not run: ..."."""
+    """A layer that our kernels cannot run. `why` completes "our kernels do not run: ..."."""
 
     why: str
     allows: Callable[[MoEShape], bool]
@@ -31,7 +33,6 @@ def _is_multiplied(shape: MoEShape) -> bool:
 
 LIMITS = (
     KernelLimit("they multiply 16 bits, and float8 in blocks of 128 or per channel", _is_multiplied),
-    KernelLimit("with expert parallelism they were never measured", lambda shape: shape.ep == 1),
     KernelLimit("their activation is SwiGLU", lambda shape: shape.gated),
     KernelLimit(
         f"their tiles take whole groups of {SCALE_GROUP} columns",
@@ -119,10 +120,84 @@ class ShortKDownConfig:
         return f"{tile} A kept for {self.tiles_per_program} tiles"
 
 
-Up = TileConfig | UpConfig
+WARP_SPECIALIZED_ROWS = 128
+"""Of a tile of the warp-specialized kernels, and of a block of the sort that they read."""
+
+
+@dataclass(frozen=True, slots=True)
+class WarpSpecializedUp:
+    """Choices of `warp_specialized_up`, whose tile is 128 rows by 2 x 128 columns.
+
+    Where `persistent`, one program a multiprocessor takes tile after tile; else each has one, which keeps tiles that
+    share weights together in time: better where K is long.
+    """
+
+    STAGES: ClassVar[tuple[int, ...]] = (2, 3, 4)
+    """With one stage a consumer would wait for the stage that it holds; five do not fit into shared memory."""
+
+    group_m: int = 8
+    stages: int = 4
+    persistent: bool = True
+
+    @property
+    def block_m(self) -> int:
+        return WARP_SPECIALIZED_ROWS
+
+    def __str__(self) -> str:
+        one_tile = "" if self.persistent else " one tile each"
+        return f"warp-specialized 128x(2x128) G{self.group_m} s{self.stages}{one_tile}"
+
+
+DownForm = Literal["wide", "pair"]
+
+
+@dataclass(frozen=True, slots=True)
+class WarpSpecializedDown:
+    """Choices of `warp_specialized_down`.
+
+    `form`: "wide" has tiles of 128x256; "pair", for block-wise float8 alone, has two programs a multiprocessor, with
+    tiles of 128x128 and 3 stages at most.
+    """
+
+    STAGES: ClassVar[tuple[int, ...]] = WarpSpecializedUp.STAGES
+
+    form: DownForm = "wide"
+    group_m: int = 8
+    stages: int = 4
+    persistent: bool = True
+
+    @property
+    def block_m(self) -> int:
+        return WARP_SPECIALIZED_ROWS
+
+    def __str__(self) -> str:
+        tile = "128x256" if self.form == "wide" else "2 CTAs of 128x128"
+        return f"warp-specialized {tile} G{self.group_m} s{self.stages}{'' if self.persistent else ' one tile each'}"
+
+
+WARP_SPECIALIZED_SM = 90
+"""wgmma and setmaxnreg are Hopper's alone."""
+OLDEST_GLUON_TRITON, FIRST_UNTRIED_TRITON = (3, 6), (3, 9)
+"""Compiled and tested with 3.6.0, 3.7.1 and 3.8.0. Gluon is experimental: a name may change in any release."""
+
+
+def why_not_warp_specialized(sm: int, triton_version: str) -> str | None:
+    """None where the warp-specialized kernels can be tried, else the reason, for a log line.
+
+    Ask `warp_specialized_support.why_not_importable` next.
+    """
+    if sm != WARP_SPECIALIZED_SM:
+        return f"the warp-specialized kernels are for sm_{WARP_SPECIALIZED_SM}, this GPU is sm_{sm}"
+    found = re.match(r"(\d+)\.(\d+)", triton_version)
+    if found is None or not OLDEST_GLUON_TRITON <= (int(found[1]), int(found[2])) < FIRST_UNTRIED_TRITON:
+        return f"the warp-specialized kernels were tested with Triton 3.6 to 3.8, this is {triton_version}"
+    return None
+
+
+Up = TileConfig | UpConfig | WarpSpecializedUp
 """The engine's up GEMM with that configuration, or ours, which may be fused with the activation."""
 
-Down = DownConfig | ShortKDownConfig
+Down = DownConfig | ShortKDownConfig | WarpSpecializedDown
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +214,11 @@ class KernelPlan:
     def block_m(self) -> int:
         """Rows of a block of the sort."""
         return self.up.block_m
+
+    @property
+    def is_warp_specialized(self) -> bool:
+        """Whether one of its kernels is in Gluon, which needs more of a GPU and of Triton than our others."""
+        return isinstance(self.up, WarpSpecializedUp) or isinstance(self.down, WarpSpecializedDown)
 
     def __str__(self) -> str:
         engines = "engine's " if isinstance(self.up, TileConfig) else ""

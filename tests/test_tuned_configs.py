@@ -55,10 +55,18 @@ PATHS = [kernel_table.path_beside(path) for path in TABLES if kernel_table.path_
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_shipped_path_was_faster_and_right_in_the_run_that_made_the_table_beside_it(path: Path) -> None:
+    """Or in a later run on that GPU, and then faster as well than what the table's own run measured of its entry."""
     entries = kernel_table.read(path)
     table = provenance.read(path.with_name(path.name.replace(kernel_table.SUFFIX, ".json")))
     assert table is not None
-    assert {entry.run for entry in entries.values()} == {entry.run for entry in table.entries.values()}
+    (made_table,) = {entry.run for entry in table.entries.values()}
+    for m, entry in entries.items():
+        if entry.run != made_table:
+            assert entry.run.date > made_table.date
+            for name in ("shape", "gpu", "kernel", "engine", "triton"):
+                assert getattr(entry.run, name) == getattr(made_table, name)
+            assert entry.plan is not None
+            assert 1.01 * entry.figures["us"] < table.entries[m].figures["us"]
     won = [entry.figures for entry in entries.values() if entry.plan is not None]
     assert won
     assert all(figures["gain_low"] > 1 and figures["gain"] > 1.01 for figures in won)

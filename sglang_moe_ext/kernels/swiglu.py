@@ -49,22 +49,27 @@ def launch_swiglu(
     launch(swiglu_kernel, (triton.cdiv(rows, _ROWS), columns // GROUP), arguments)
 
 
-def launch_swiglu_of_rows(gate_up: Tensor, num_tokens_post_padded: Tensor, out: Tensor, scales: Tensor) -> None:
+def launch_swiglu_of_rows(gate_up: Tensor, num_tokens_post_padded: Tensor | None, out: Tensor, scales: Tensor) -> None:
     """As `launch_swiglu`, with one scale a row: `scales` float32 [rows, 1], `out` float8_e4m3fn [rows, columns].
+
+    Where `num_tokens_post_padded` is None, all rows are there, as of the hidden states.
 
     Raises:
         MoEExtError: the shapes do not fit together, or a row is too long for one program.
     """
     rows, columns = out.shape
-    if tuple(gate_up.shape) != (rows, 2 * columns) or tuple(scales.shape) != (rows, 1) or columns > LONGEST_ROW:
+    fits = tuple(gate_up.shape) in ((rows, 2 * columns), (rows, columns)) and tuple(scales.shape) == (rows, 1)
+    if not fits or columns > LONGEST_ROW:
         raise MoEExtError(
             f"gate_up {tuple(gate_up.shape)}, out {tuple(out.shape)} and scales {tuple(scales.shape)}: expected "
-            f"[rows, 2 * columns], [rows, columns] and [rows, 1], at most {LONGEST_ROW} columns"
+            f"[rows, 2 * columns] or [rows, columns], [rows, columns] and [rows, 1], at most {LONGEST_ROW} columns"
         )
     launch(swiglu_of_rows_kernel, (rows,), rows_arguments(gate_up, num_tokens_post_padded, out, scales))
 
 
-def rows_arguments(gate_up: Tensor, num_tokens_post_padded: Tensor, out: Tensor, scales: Tensor) -> dict[str, Any]:
+def rows_arguments(
+    gate_up: Tensor, num_tokens_post_padded: Tensor | None, out: Tensor, scales: Tensor
+) -> dict[str, Any]:
     """Every argument and option of the kernel by name."""
     return {
         "gate_up_ptr": gate_up,
@@ -75,6 +80,7 @@ def rows_arguments(gate_up: Tensor, num_tokens_post_padded: Tensor, out: Tensor,
         "stride_in": gate_up.stride(0),
         "stride_out": out.stride(0),
         "WIDTH": triton.next_power_of_2(out.shape[1]),
+        "IS_GATED": gate_up.shape[1] > out.shape[1],
         "LEAST_SCALE": LEAST_SCALE,
         "LARGEST": LARGEST_FP8,
         "num_warps": 4,
@@ -83,6 +89,8 @@ def rows_arguments(gate_up: Tensor, num_tokens_post_padded: Tensor, out: Tensor,
 
 def launch_quantize(values: Tensor, out: Tensor, scales: Tensor) -> None:
     """Quantize all rows of `values` into `out` float8_e4m3fn [rows, columns] and `scales` [rows, columns / 128].
+
+    For one scale a row: `launch_swiglu_of_rows`.
 
     Raises:
         MoEExtError: the columns are not a multiple of the group.
@@ -163,18 +171,22 @@ def swiglu_kernel(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def swiglu_of_rows_kernel(  # type: ignore[no-untyped-def]
     gate_up_ptr, num_tokens_post_padded_ptr, out_ptr, scales_ptr, columns, stride_in, stride_out,
-    WIDTH: tl.constexpr, LEAST_SCALE: tl.constexpr, LARGEST: tl.constexpr,
+    WIDTH: tl.constexpr, IS_GATED: tl.constexpr, LEAST_SCALE: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    if row >= tl.load(num_tokens_post_padded_ptr):
+    used = tl.num_programs(0)
+    if num_tokens_post_padded_ptr is not None:
+        used = tl.load(num_tokens_post_padded_ptr)
+    if row >= used:
         return
     column = tl.arange(0, WIDTH)
     there = column < columns
     gate_ptrs = gate_up_ptr + row * stride_in + column
-    gate = tl.load(gate_ptrs, mask=there, other=0.0).to(tl.float32)
-    up = tl.load(gate_ptrs + columns, mask=there, other=0.0).to(tl.float32)
-    # The engine rounds here, between its two passes.
-    inner = (gate * tl.sigmoid(gate) * up).to(gate_up_ptr.dtype.element_ty).to(tl.float32)
+    inner = tl.load(gate_ptrs, mask=there, other=0.0).to(tl.float32)
+    if IS_GATED:
+        up = tl.load(gate_ptrs + columns, mask=there, other=0.0).to(tl.float32)
+        # The engine rounds here, between its two passes.
+        inner = (inner * tl.sigmoid(inner) * up).to(gate_up_ptr.dtype.element_ty).to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(inner), axis=0), LEAST_SCALE) / LARGEST
     tl.store(scales_ptr + row, scale)
     quantized = tl.clamp(inner / scale, -LARGEST, LARGEST).to(out_ptr.dtype.element_ty)

@@ -41,7 +41,11 @@ from sglang_moe_ext.kernels.warp_specialized_launch import (
     scheme_of,
     strides,
 )
-from sglang_moe_ext.kernels.warp_specialized_support import WarpSpecializedDown
+from sglang_moe_ext.sorted_kernels import WarpSpecializedDown
+
+FOLLOWS_TOKENS = ("pairs", "stride_asm", "stride_ask")
+"""Arguments that change with the number of tokens, or with the plan's other kernel. One binary serves them all, so that
+no request waits for a compiler."""
 
 
 @gluon.jit  # type: ignore[untyped-decorator]
@@ -126,7 +130,7 @@ def down_consumer(  # type: ignore[no-untyped-def]
     tma.store_wait(0)
 
 
-@gluon.jit  # type: ignore[untyped-decorator]
+@gluon.jit(do_not_specialize=FOLLOWS_TOKENS)  # type: ignore[untyped-decorator]
 def down_kernel(  # type: ignore[no-untyped-def]
     a_desc, b_desc, c_desc, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, num_tokens_post_padded, pairs, N, K,
     stride_asm, stride_bse, stride_bsn, group_m,
@@ -265,7 +269,7 @@ def down_block_consumer(  # type: ignore[no-untyped-def]
     tma.store_wait(0)
 
 
-@gluon.jit  # type: ignore[untyped-decorator]
+@gluon.jit(do_not_specialize=FOLLOWS_TOKENS)  # type: ignore[untyped-decorator]
 def down_block_kernel(  # type: ignore[no-untyped-def]
     a_desc, b_desc, c_desc, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, num_tokens_post_padded, pairs, N, K,
     stride_asm, stride_ask, stride_bse, stride_bsn, stride_bsk, group_m,
@@ -370,7 +374,7 @@ def pair_consumer(  # type: ignore[no-untyped-def]
     tma.store_wait(0)
 
 
-@gluon.jit  # type: ignore[untyped-decorator]
+@gluon.jit(do_not_specialize=FOLLOWS_TOKENS)  # type: ignore[untyped-decorator]
 def down_pair_kernel(  # type: ignore[no-untyped-def]
     a_desc, b_desc, c_desc, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, num_tokens_post_padded, pairs, N, K,
     stride_asm, stride_ask, stride_bse, stride_bsn, stride_bsk, group_m,

@@ -46,7 +46,11 @@ from sglang_moe_ext.kernels.warp_specialized_launch import (
     scheme_of,
     strides,
 )
-from sglang_moe_ext.kernels.warp_specialized_support import WarpSpecializedUp
+from sglang_moe_ext.sorted_kernels import WarpSpecializedUp
+
+FOLLOWS_TOKENS = ("pairs", "stride_csm", "stride_csn")
+"""Arguments that change with the number of tokens, or with the plan's other kernel. One binary serves them all, so that
+no request waits for a compiler."""
 
 
 @gluon.jit  # type: ignore[untyped-decorator]
@@ -166,7 +170,7 @@ def up_consumer(  # type: ignore[no-untyped-def]
     tma.store_wait(0)
 
 
-@gluon.jit  # type: ignore[untyped-decorator]
+@gluon.jit(do_not_specialize=FOLLOWS_TOKENS)  # type: ignore[untyped-decorator]
 def up_kernel(  # type: ignore[no-untyped-def]
     a_ptr, w_desc, c_desc, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, num_tokens_post_padded, pairs,
     columns, K, stride_a, stride_asm, stride_bse, stride_bsn, group_m,
@@ -292,7 +296,7 @@ def up_block_consumer(  # type: ignore[no-untyped-def]
     tma.store_wait(0)
 
 
-@gluon.jit  # type: ignore[untyped-decorator]
+@gluon.jit(do_not_specialize=FOLLOWS_TOKENS)  # type: ignore[untyped-decorator]
 def up_block_kernel(  # type: ignore[no-untyped-def]
     a_ptr, w_desc, c_desc, c_scale_ptr, a_scale_ptr, w_scale_ptr, sorted_token_ids, expert_ids, num_tokens_post_padded,
     pairs, columns, K, stride_a, stride_asm, stride_ask, stride_bse, stride_bsn, stride_bsk, stride_csm, stride_csn,

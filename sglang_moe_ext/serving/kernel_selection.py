@@ -15,16 +15,17 @@ from sglang_moe_ext.engines.sglang import table_names
 from sglang_moe_ext.engines.sglang.hook_points import SglangHookPoints
 from sglang_moe_ext.serving.selection import SATURATED_TOKENS
 from sglang_moe_ext.serving.table_search import FoundTables, TableDir, is_made_for
-from sglang_moe_ext.sorted_kernels import FIRST_SM, KernelPlan
+from sglang_moe_ext.sorted_kernels import FIRST_SM, KernelPlan, why_not_warp_specialized, why_unsupported
 from sglang_moe_ext.tables import kernel_table
 from sglang_moe_ext.tables.kernel_table import KernelEntry, KernelTable
+from sglang_moe_ext.untrusted import show
 
 log = logging.getLogger(__name__)
 
 SHORTEST_US = 400.0
-"""Our kernels run only where a layer takes at least this long: the host needs 285 to 395 us to launch them, 43 to 73 us
-more than for the engine's, and a GPU that waits for the host gains nothing (H200, SGLang 0.5.15, Triton 3.6.0,
-2026-11-21, launch_cost)."""
+"""Our kernels run only where the engine's layer takes the GPU at least this long. The host needs 285 to 395 us to
+launch ours, 43 to 73 us more than the engine's (H200, SGLang 0.5.15, Triton 3.6.0, 2026-11-21, launch_cost), so that
+below, a GPU that waits for its host gains nothing."""
 
 
 def is_on() -> bool:
@@ -70,7 +71,7 @@ class KernelPlans:
         is_asked_for = tables is not None and any(candidate.table_dir.is_asked_for for candidate in tables.candidates)
         if gpu is None or gpu.sm < FIRST_SM or is_asked_for:
             return {}
-        table = load_plans(shape, device_name, triton, self._table_dirs())
+        table = drop_unsupported(load_plans(shape, device_name, triton, self._table_dirs()), shape, gpu.sm, triton)
         if won := [str(m) for m, entry in sorted(table.items()) if entry.plan is not None]:
             log.info("sglang-moe-ext: %s: our own kernels run at M=%s, where they are faster", shape, ", ".join(won))
         return table
@@ -79,8 +80,8 @@ class KernelPlans:
 def load_plans(shape: MoEShape, device_name: str, triton: str, table_dirs: Sequence[TableDir]) -> KernelTable:
     """Read the plans for that layer, that very GPU and that very Triton; an earlier folder wins over a later one.
 
-    A file that cannot be read is skipped with one log line, and a layer below SHORTEST_US has no plan: in both cases
-    the engine's own kernels run.
+    A file that cannot be read is skipped with one log line, and a layer that is below SHORTEST_US by the engine's
+    kernels has no plan: in both cases the engine's own kernels run.
     """
     name = table_names.file_name(table_names.table_key(shape, device_name))
     found: KernelTable = {}
@@ -91,12 +92,43 @@ def load_plans(shape: MoEShape, device_name: str, triton: str, table_dirs: Seque
         except (TableError, OSError) as error:
             log.warning("sglang-moe-ext passes over a table of kernel plans: %s", error)
             continue
-        found |= {m: entry for m, entry in table.items() if is_made_for(entry.run.shape, shape)}
+        made_for_it = {m: entry for m, entry in table.items() if is_made_for(entry.run.shape, shape)}
+        if later := [str(m) for m, entry in sorted(made_for_it.items()) if entry.of_later is not None]:
+            log.warning(
+                "sglang-moe-ext: the engine's own kernels run at M=%s: the plans in %s are of a later version",
+                ", ".join(later),
+                show(str(file)),
+            )
+        found |= made_for_it
     return {m: entry if _is_long(entry) else replace(entry, plan=None) for m, entry in found.items()}
 
 
+def drop_unsupported(table: KernelTable, shape: MoEShape, sm: int, triton: str) -> KernelTable:
+    """The table without the plans that cannot run for that layer, GPU and Triton; one log line says why."""
+    won = {m: entry for m, entry in table.items() if entry.plan is not None}
+    if not won:
+        return table
+    why = why_unsupported(shape)
+    if why is None:
+        won = {m: entry for m, entry in won.items() if entry.plan is not None and entry.plan.is_warp_specialized}
+        why = _why_not_warp_specialized(sm, triton) if won else None
+    if why is None:
+        return table
+    at = ", ".join(map(str, sorted(won)))
+    log.warning("sglang-moe-ext: %s: the engine's own kernels run at M=%s: %s", shape, at, why)
+    return table | {m: replace(entry, plan=None) for m, entry in won.items()}
+
+
+def _why_not_warp_specialized(sm: int, triton: str) -> str | None:
+    """Imports Gluon where nothing else stands against it."""
+    from sglang_moe_ext.kernels import warp_specialized_support
+
+    return why_not_warp_specialized(sm, triton) or warp_specialized_support.why_not_importable()
+
+
 def _is_long(entry: KernelEntry) -> bool:
-    return entry.figures.get("us", 0.0) >= SHORTEST_US
+    """Whether the engine's layer takes SHORTEST_US; where nothing is known of it, whether ours does."""
+    return entry.figures.get("incumbent_us", entry.figures.get("us", 0.0)) >= SHORTEST_US
 
 
 def select_plan(table: KernelTable, tokens: int) -> KernelPlan | None:

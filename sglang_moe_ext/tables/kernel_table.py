@@ -8,10 +8,20 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from sglang_moe_ext.core import TableError, TileConfig
-from sglang_moe_ext.sorted_kernels import Down, DownConfig, KernelPlan, ShortKDownConfig, Up, UpConfig
+from sglang_moe_ext.sorted_kernels import (
+    Down,
+    DownConfig,
+    DownForm,
+    KernelPlan,
+    ShortKDownConfig,
+    Up,
+    UpConfig,
+    WarpSpecializedDown,
+    WarpSpecializedUp,
+)
 from sglang_moe_ext.tables import files, provenance, user_store
 from sglang_moe_ext.tables.provenance import TuningRun
 from sglang_moe_ext.untrusted import show
@@ -19,24 +29,36 @@ from sglang_moe_ext.untrusted import show
 FORMAT = 1
 """Of the file, and of our kernels: where one comes to do something else, nothing measured before may choose it."""
 SUFFIX = ".paths.json"
-_UP: dict[str, type[TileConfig] | type[UpConfig]] = {"engine": TileConfig, "sorted_up": UpConfig}
-_DOWN: dict[str, type[DownConfig] | type[ShortKDownConfig]] = {
+_UP: dict[str, type[Up]] = {
+    "engine": TileConfig,
+    "sorted_up": UpConfig,
+    "warp_specialized_up": WarpSpecializedUp,
+}
+_DOWN: dict[str, type[Down]] = {
     "sorted_down": DownConfig,
     "short_down": ShortKDownConfig,
+    "warp_specialized_down": WarpSpecializedDown,
 }
 _LARGEST = {"num_warps": 32, "num_stages": 16, "programs_per_sm": 8, "group_m": 4096, "tiles_per_program": 4096}
 _LARGEST_SIDE = 256
 _POWERS_OF_TWO = ("block_m", "block_n", "block_k", "num_warps")
+_CHOICES: dict[str, tuple[object, ...]] = {"form": get_args(DownForm), "stages": WarpSpecializedUp.STAGES}
+_KERNEL_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _TOKENS = re.compile(r"[1-9][0-9]{0,18}")
 
 
 @dataclass(frozen=True, slots=True)
 class KernelEntry:
-    """What was measured at one M. No plan: the engine's own kernels were as fast, or none of ours was right."""
+    """What was measured at one M. No plan: the engine's own kernels were as fast, or none of ours was right.
+
+    `of_later`: a plan with a kernel that only a later version of this package has, as its JSON text; it is kept in the
+    file, and the engine's own kernels run there.
+    """
 
     plan: KernelPlan | None
     run: TuningRun
     figures: dict[str, float] = field(default_factory=dict)
+    of_later: str | None = None
 
 
 KernelTable = dict[int, KernelEntry]
@@ -58,7 +80,7 @@ def _with_kernel(config: Up | Down, kernels: Mapping[str, type[Any]]) -> dict[st
 
 
 def parse_plan(document: Any) -> KernelPlan:
-    """Raises TableError where the document is no kernel plan."""
+    """Raises TableError where the document is no kernel plan, UnknownKernelError where a later version may know it."""
     match document:
         case {"up": up, "down": down, **rest} if not rest:
             plan = KernelPlan(_config(up, _UP), _config(down, _DOWN))
@@ -68,10 +90,17 @@ def parse_plan(document: Any) -> KernelPlan:
     raise TableError(f"expected a kernel plan with up and down, found {show(document, 80)}")
 
 
+class UnknownKernelError(TableError):
+    """A kernel plan is well-formed and names a kernel that this version does not have."""
+
+
 def _config(document: Any, kernels: Mapping[str, type[Any]]) -> Any:
-    kind = kernels.get(str(document.get("kernel"))) if isinstance(document, dict) else None
+    name = document.get("kernel") if isinstance(document, dict) else None
+    kind = kernels.get(str(name))
     if kind is None:
-        raise TableError(f"expected a kernel of {', '.join(kernels)}, found {show(document, 80)}")
+        is_name = isinstance(name, str) and _KERNEL_NAME.fullmatch(name)
+        error = UnknownKernelError if is_name else TableError
+        raise error(f"expected a kernel of {', '.join(kernels)}, found {show(document, 80)}")
     values = {name: value for name, value in document.items() if name != "kernel"}
     if values.keys() != {item.name for item in fields(kind)}:
         found = show(", ".join(sorted(values)))
@@ -84,6 +113,10 @@ def _config(document: Any, kernels: Mapping[str, type[Any]]) -> Any:
 
 
 def _check(name: str, value: object, *, is_flag: bool) -> None:
+    if name in _CHOICES:
+        if type(value) not in (int, str) or value not in _CHOICES[name]:
+            raise TableError(f"{name}={show(value)}: expected one of {', '.join(map(str, _CHOICES[name]))}")
+        return
     largest = _LARGEST.get(name, _LARGEST_SIDE)
     if type(value) is not (bool if is_flag else int) or not (is_flag or 1 <= value <= largest):
         raise TableError(f"{name}={show(value)}: expected {'true or false' if is_flag else f'1 to {largest}'}")
@@ -99,7 +132,7 @@ def to_json(table: KernelTable) -> str:
         "runs": [asdict(run) for run in runs],
         "entries": {
             str(m): {
-                "path": entry.plan and document_of(entry.plan),
+                "path": json.loads(entry.of_later) if entry.of_later else entry.plan and document_of(entry.plan),
                 "run": runs.index(entry.run),
                 "figures": entry.figures,
             }
@@ -116,15 +149,20 @@ def parse(document: Any) -> KernelTable:
             raise TableError(f"a table of kernel plans of format {show(document['format'])}: expected {FORMAT}")
         runs = [provenance.parse_run(run) for run in document["runs"]]
         return {
-            _tokens(m): KernelEntry(
-                None if entry["path"] is None else parse_plan(entry["path"]),
-                dict(enumerate(runs))[entry["run"]],
-                {name: float(figure) for name, figure in entry["figures"].items()},
-            )
-            for m, entry in document["entries"].items()
+            _tokens(m): _entry(entry, dict(enumerate(runs))[entry["run"]]) for m, entry in document["entries"].items()
         }
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise TableError(f"no table of kernel plans: {type(error).__name__} {show(error)}") from error
+
+
+def _entry(document: Any, run: TuningRun) -> KernelEntry:
+    plan, figures = document["path"], {name: float(figure) for name, figure in document["figures"].items()}
+    if plan is None:
+        return KernelEntry(None, run, figures)
+    try:
+        return KernelEntry(parse_plan(plan), run, figures)
+    except UnknownKernelError:
+        return KernelEntry(None, run, figures, json.dumps(plan))
 
 
 def _tokens(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from dataclasses import dataclass
 
 from sglang_moe_ext.core import Gpu, MoEShape
@@ -20,6 +21,14 @@ class Problem:
     @property
     def adapter(self) -> EngineAdapter:
         return ENGINES[self.engine]
+
+    @property
+    def triton(self) -> str:
+        """The Triton that compiles here; empty where there is none."""
+        try:
+            return importlib.metadata.version("triton")
+        except importlib.metadata.PackageNotFoundError:
+            return ""
 
     def representative_tokens(self, tokens: int) -> int:
         """The smallest batch size whose launch runs the same binaries as this one's."""

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from warp_specialized_offline import barriers_chosen_outside, compiled, down, local_accesses, machine_code, up
 
 from sglang_moe_ext.kernels.compiled import resources_of
-from sglang_moe_ext.kernels.warp_specialized_support import WarpSpecializedDown, WarpSpecializedUp, why_unsupported
+from sglang_moe_ext.sorted_kernels import WarpSpecializedDown, WarpSpecializedUp, why_not_warp_specialized
 
 SMEM_PER_BLOCK, SMEM_PER_MULTIPROCESSOR, RESERVED = 232_448, 233_472, 1024
 UP, WIDE, PAIR = WarpSpecializedUp(), WarpSpecializedDown("wide"), WarpSpecializedDown("pair", stages=3)
@@ -115,4 +115,4 @@ def test_one_binary_serves_every_batch() -> None:
      (100, "3.7.1", False), (89, "3.7.1", False), (90, "unknown", False)],
 )  # fmt: skip
 def test_the_gate_names_why_a_gpu_or_a_release_is_left_out(sm: int, triton: str, is_supported: bool) -> None:
-    assert (why_unsupported(sm, triton) is None) == is_supported
+    assert (why_not_warp_specialized(sm, triton) is None) == is_supported

@@ -16,7 +16,7 @@ pytest.importorskip("triton.experimental.gluon")
 from warp_specialized_problems import down_error, interleaved, routed, sorted_pairs, up_error
 
 from sglang_moe_ext.kernels.warp_specialized_down import launch_down
-from sglang_moe_ext.kernels.warp_specialized_support import WarpSpecializedDown, WarpSpecializedUp
+from sglang_moe_ext.sorted_kernels import WarpSpecializedDown, WarpSpecializedUp
 
 UPS = [WarpSpecializedUp(), WarpSpecializedUp(2, persistent=False)]
 WIDE, PAIR = WarpSpecializedDown(), WarpSpecializedDown("pair", stages=3)

@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_moe_ext import env
-from sglang_moe_ext.core import MoEShape
+from sglang_moe_ext.core import MoEShape, Quantization
 from sglang_moe_ext.engines.sglang import table_names
+from sglang_moe_ext.kernels import warp_specialized_support
 from sglang_moe_ext.serving import kernel_selection
 from sglang_moe_ext.serving.selection import SATURATED_TOKENS
 from sglang_moe_ext.serving.table_search import TableDir
-from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, UpConfig
+from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, UpConfig, WarpSpecializedDown, WarpSpecializedUp
 from sglang_moe_ext.tables import kernel_table
 from sglang_moe_ext.tables.kernel_table import KernelEntry, KernelTable
 from tests.tables.generated import A_RUN
@@ -108,6 +109,15 @@ def test_a_layer_that_is_shorter_than_what_it_costs_the_host_is_left_to_the_engi
     assert {m: entry.plan for m, entry in found.items()} == {1024: None, 4096: path()}
 
 
+@pytest.mark.parametrize(("incumbent_us", "runs"), [(399.0, False), (400.0, True), (549.0, True)])
+def test_a_plan_is_not_given_up_for_being_fast(incumbent_us: float, runs: bool, tmp_path: Path) -> None:
+    """The engine's layer says how long the host has; ours may take less than the host needs."""
+    figures = {"us": 310.0, "incumbent_us": incumbent_us}
+    write(table_dirs(tmp_path)[0], {4096: KernelEntry(path(), RUN, figures)})
+    found = kernel_selection.load_plans(SHAPE, DEVICE, TRITON, table_dirs(tmp_path))
+    assert (found[4096].plan is not None) == runs
+
+
 def test_a_broken_table_is_passed_over_with_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     yours, shipped = table_dirs(tmp_path)
     write(shipped, CASES)
@@ -115,6 +125,58 @@ def test_a_broken_table_is_passed_over_with_a_line(tmp_path: Path, caplog: pytes
     with caplog.at_level(logging.WARNING):
         assert kernel_selection.load_plans(SHAPE, DEVICE, TRITON, [yours, shipped]) == CASES
     assert "passes over a table of kernel plans" in caplog.text
+
+
+GLUON = KernelPlan(WarpSpecializedUp(), DownConfig(64, 128, 64, 8, 4, 4))
+MIXED = table(m1024=path(64), m2048=GLUON, m4096=KernelPlan(UpConfig(128, 128, 64, 8, 8, 4), WarpSpecializedDown()))
+
+
+def kept(sm: int = 90, triton: str = TRITON, shape: MoEShape = SHAPE) -> dict[int, bool]:
+    """Whether each M of MIXED still has a plan."""
+    found = kernel_selection.drop_unsupported(MIXED, shape, sm, triton)
+    return {m: entry.plan is not None for m, entry in found.items()}
+
+
+def test_warp_specialized_plans_run_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warp_specialized_support, "why_not_importable", lambda: None)
+    assert kept() == {1024: True, 2048: True, 4096: True}
+
+
+@pytest.mark.parametrize(("sm", "triton"), [(100, "3.6.0"), (90, "3.5.1"), (90, "3.9.0"), (90, "nightly")])
+def test_warp_specialized_plans_are_the_engines_elsewhere_and_a_line_says_why(
+    sm: int, triton: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert kept(sm, triton) == {1024: True, 2048: False, 4096: False}
+    assert len(caplog.messages) == 1
+    assert "M=2048, 4096: the warp-specialized kernels" in caplog.text
+
+
+def test_warp_specialized_plans_are_the_engines_where_gluon_does_not_import(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warp_specialized_support, "why_not_importable", lambda: "Gluon cannot be imported: gone")
+    with caplog.at_level(logging.WARNING):
+        assert kept() == {1024: True, 2048: False, 4096: False}
+    assert "Gluon cannot be imported: gone" in caplog.text
+
+
+def test_no_plan_runs_for_a_layer_that_our_kernels_cannot_do(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert not any(kept(shape=dataclasses.replace(SHAPE, quantization=Quantization("int8_w8a8"))).values())
+    assert "they multiply 16 bits" in caplog.text
+
+
+def test_a_plan_of_a_later_version_is_the_engines_and_a_line_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    of_later = '{"up": {"kernel": "cluster_up"}, "down": {"kernel": "cluster_down"}}'
+    entries = {1024: KernelEntry(path(), RUN, LONG), 4096: KernelEntry(None, RUN, LONG, of_later)}
+    write(table_dirs(tmp_path)[0], entries)
+    with caplog.at_level(logging.WARNING):
+        found = kernel_selection.load_plans(SHAPE, DEVICE, TRITON, table_dirs(tmp_path))
+    assert {m: entry.plan for m, entry in found.items()} == {1024: path(), 4096: None}
+    assert [line for line in caplog.messages if "of a later version" in line and "M=4096" in line] == caplog.messages
 
 
 @pytest.mark.parametrize(("value", "is_on"), [(None, True), ("1", True), ("0", False)])

@@ -5,7 +5,14 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from sglang_moe_ext.core import TileConfig
-from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, ShortKDownConfig, UpConfig
+from sglang_moe_ext.sorted_kernels import (
+    DownConfig,
+    KernelPlan,
+    ShortKDownConfig,
+    UpConfig,
+    WarpSpecializedDown,
+    WarpSpecializedUp,
+)
 from sglang_moe_ext.tables.provenance import Provenance, ProvenanceEntry, TuningRun
 
 
@@ -52,10 +59,13 @@ def config(block_n: int = 64) -> TileConfig:
 
 _side, _warps, _count = powers_of_two(16, 128), powers_of_two(1, 16), st.integers(1, 8)
 _crew = (st.booleans(), _count)
+_warp_specialized = (_count, st.sampled_from(WarpSpecializedUp.STAGES), st.booleans())
 paths = st.builds(
     KernelPlan,
     st.builds(TileConfig, st.just(128), _side, _side, _count, _warps, _count)
+    | st.builds(WarpSpecializedUp, *_warp_specialized)
     | st.builds(UpConfig, st.just(128), _side, _side, _count, _warps, _count, *_crew, st.booleans(), st.booleans()),
     st.builds(DownConfig, _side, _side, _side, _count, _warps, _count, *_crew, st.booleans())
-    | st.builds(ShortKDownConfig, _side, _side, _side, _count, _warps, _count),
+    | st.builds(ShortKDownConfig, _side, _side, _side, _count, _warps, _count)
+    | st.builds(WarpSpecializedDown, st.sampled_from(["wide", "pair"]), *_warp_specialized),
 )

@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_moe_ext.core import TableError, TileConfig
-from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, UpConfig
+from sglang_moe_ext.sorted_kernels import (
+    DownConfig,
+    KernelPlan,
+    UpConfig,
+    WarpSpecializedDown,
+    WarpSpecializedUp,
+)
 from sglang_moe_ext.tables import config_table, kernel_table
 from sglang_moe_ext.tables.kernel_table import KernelEntry
 from sglang_moe_ext.tables.provenance import TuningRun
@@ -40,6 +46,69 @@ def test_entries_of_other_numbers_of_tokens_stay(tmp_path: Path) -> None:
 
 def test_a_layer_without_a_file_has_no_paths(tmp_path: Path) -> None:
     assert kernel_table.read(tmp_path / "none.paths.json") == {}
+
+
+GLUON = KernelPlan(WarpSpecializedUp(), WarpSpecializedDown("pair", stages=3))
+
+
+@pytest.mark.parametrize(
+    ("half", "new"),
+    [
+        ("up", {"stages": 1}),
+        ("up", {"stages": 5}),
+        ("up", {"stages": True}),
+        ("up", {"persistent": 1}),
+        ("up", {"group_m": 0}),
+        ("up", {"block_m": 128}),
+        ("down", {"form": "narrow"}),
+        ("down", {"form": ["wide"]}),
+        ("down", {"form": None}),
+        ("down", {"stages": 1}),
+    ],
+    ids=str,
+)
+def test_a_warp_specialized_plan_that_could_hang_or_not_compile_is_refused(half: str, new: dict[str, Any]) -> None:
+    document = kernel_table.document_of(GLUON)
+    document[half] |= new
+    with pytest.raises(TableError):
+        kernel_table.parse_plan(document)
+
+
+def of_a_later_version(half: str) -> dict[str, Any]:
+    """A table with a plan that this version knows, at 64, and one that it does not, at 4096."""
+    document: dict[str, Any] = json.loads(
+        kernel_table.to_json({m: KernelEntry(GLUON, RUN, {"us": 1.5}) for m in (64, 4096)})
+    )
+    document["entries"]["4096"]["path"][half] = {"kernel": "cluster_gemm", "cluster": [2, 1]}
+    return document
+
+
+@pytest.mark.parametrize("half", ["up", "down"])
+def test_a_kernel_of_a_later_version_costs_its_own_entry_alone(half: str) -> None:
+    table = kernel_table.parse(of_a_later_version(half))
+    assert {m: entry.plan for m, entry in table.items()} == {64: GLUON, 4096: None}
+    assert [m for m, entry in table.items() if entry.of_later] == [4096]
+
+
+@pytest.mark.parametrize("half", ["up", "down"])
+def test_a_plan_of_a_later_version_stays_in_the_file_when_others_are_written(half: str, tmp_path: Path) -> None:
+    file, later = tmp_path / "E=8.paths.json", of_a_later_version(half)
+    file.write_text(json.dumps(later))
+    kernel_table.put(file, {64: KernelEntry(None, RUN)})
+    assert json.loads(file.read_text())["entries"]["4096"] == later["entries"]["4096"]
+
+
+def test_the_tables_of_earlier_versions_are_still_read() -> None:
+    up = {
+        "kernel": "sorted_up", "block_m": 64, "block_n": 128, "block_k": 128, "group_m": 32, "num_warps": 8,
+        "num_stages": 3, "persistent": True, "programs_per_sm": 1, "is_fused": True, "half_stores": False,
+    }  # fmt: skip
+    down = {
+        "kernel": "short_down", "block_m": 64, "block_n": 64, "block_k": 128, "tiles_per_program": 28, "num_warps": 4,
+        "num_stages": 3,
+    }  # fmt: skip
+    plan = kernel_table.parse_plan({"up": up, "down": down})
+    assert kernel_table.document_of(plan) == {"up": up, "down": down}
 
 
 def changed(**new: Any) -> dict[str, Any]:

@@ -26,7 +26,14 @@ from sglang_moe_ext.engines.sglang import sorted_layer
 from sglang_moe_ext.engines.sglang.runner import LoadedSglang, launch, load
 from sglang_moe_ext.engines.sglang.sorted_layer import RowValues, SortedLayer
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors, sorted_rows
-from sglang_moe_ext.sorted_kernels import SCALE_GROUP, DownConfig, KernelPlan, SortedKernelJob, UpConfig
+from sglang_moe_ext.sorted_kernels import (
+    SCALE_GROUP,
+    DownConfig,
+    KernelPlan,
+    SortedKernelJob,
+    UpConfig,
+    WarpSpecializedUp,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -128,7 +135,7 @@ def _compile_sorted(engine: LoadedSglang, job: SortedKernelJob) -> Resources | F
 
     tma.capability = lambda _: divmod(job.sm, 10)  # type: ignore[assignment]
     match job.config:
-        case TileConfig() | UpConfig() as up:
+        case TileConfig() | UpConfig() | WarpSpecializedUp() as up:
             plan = KernelPlan(up, DownConfig(job.block_m, 128, 64, 1, 4, 3))
         case down:
             plan = KernelPlan(TileConfig(job.block_m, 128, 64, 1, 4, 3), down)

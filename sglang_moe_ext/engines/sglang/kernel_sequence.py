@@ -33,7 +33,7 @@ _BY_POSITION = (
 )  # fmt: skip
 _TAKEN = frozenset(_BY_POSITION) | {
     "w1_scale", "w2_scale", "block_shape", "use_fp8_w8a8", "per_channel_quant",
-    "inplace", "routed_scaling_factor",
+    "inplace", "routed_scaling_factor", "filter_expert",
     # Of the engine's own configurations.
     "down_moe_use_tma", "up_moe_use_tma",
     # Of gemm1_alpha alone, which is refused.
@@ -46,6 +46,8 @@ _NEEDED = {
 _FP8_BLOCK = [128, 128]
 _SYMMETRIC_MEMORY = "sglang.srt.distributed.device_communicators.pynccl_allocator"
 _NOTHING = object()
+_SOME_RANKS = 2
+"""In place of the number of ranks that hold experts, which the call does not tell: launches ask only if it is one."""
 
 Arguments = Mapping[str, Any]
 
@@ -99,7 +101,6 @@ GATES = (
     _unless_given("its activations come quantized", "a1_scale", "a2_scale", "a1_q"),
     _unless_set("it weighs the input of the experts", "apply_router_weight_on_input"),
     _unless_set("its sum is somebody else's", "no_combine", "no_combine_keep_router_weight", "defer_sum"),
-    _unless_set("some of its experts are of other ranks, where our kernels were never measured", "filter_expert"),
     _unless_given("LoRA adapters look between its kernels", "hooks"),
 )
 _KNOWN = _TAKEN.union(*(gate.names for gate in GATES))
@@ -217,6 +218,7 @@ def _layer(given: Arguments, plan: KernelPlan, engine: SglangHookPoints) -> Sort
             top_k=topk_ids.shape[1],
             quantization=quantization,
             dtype=_dtype(hidden),
+            ep=_SOME_RANKS if given["filter_expert"] else 1,
         ),
         tensors=LayerTensors(hidden, w1, w2, given["w1_scale"], given["w2_scale"], given["topk_weights"], topk_ids),
         aligned=(given["sorted_token_ids"], given["expert_ids"], given["num_tokens_post_padded"]),

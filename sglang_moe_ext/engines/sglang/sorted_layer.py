@@ -1,7 +1,7 @@
 """SGLang's fused-MoE layer run by our kernels: rows keep the order of the experts from the sort to the last sum.
 
-The up GEMM, the engine's or ours; our activation, with the quantization where there is one; our down GEMM through TMA;
-a weighted sum that gathers a token's rows in order. The inputs stay as they are until that sum: whatever fails before
+The up GEMM, the engine's or ours; our activation, with the quantization where there is one; our down GEMM; a weighted
+sum that gathers a token's rows in order. The inputs stay as they are until that sum: whatever fails before
 it, the engine's own kernels can still run.
 """
 
@@ -14,7 +14,15 @@ from sglang_moe_ext.core import MoEShape, TileConfig
 from sglang_moe_ext.engines.sglang import runner
 from sglang_moe_ext.engines.sglang.runner import LoadedSglang
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors, sorted_rows
-from sglang_moe_ext.sorted_kernels import KernelPlan, ShortKDownConfig, UpConfig
+from sglang_moe_ext.sorted_kernels import (
+    SCALE_GROUP,
+    DownConfig,
+    KernelPlan,
+    ShortKDownConfig,
+    UpConfig,
+    WarpSpecializedDown,
+    WarpSpecializedUp,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +49,11 @@ class SortedLayer:
     def has_experts_elsewhere(self) -> bool:
         """Whether ids may be -1."""
         return self.shape.ep > 1
+
+    @property
+    def pairs(self) -> int:
+        """Of tokens and experts: ids of padding are at least this."""
+        return self.tensors.topk_ids.numel()
 
     def scales(self, activations: torch.Tensor | None, weights: torch.Tensor | None) -> Scales | None:
         """Of a GEMM of ours."""
@@ -85,39 +98,72 @@ def read(layer: SortedLayer) -> RowValues:
 
     from sglang_moe_ext.kernels import swiglu
 
-    hidden = layer.tensors.hidden
-    if isinstance(layer.plan.up, TileConfig) or layer.shape.quantization.scheme is None:
+    hidden, quantization = layer.tensors.hidden, layer.shape.quantization
+    if isinstance(layer.plan.up, TileConfig) or quantization.scheme is None:
         return RowValues(hidden)
-    values, scale = torch.empty_like(hidden, dtype=torch.float8_e4m3fn), _scale_for(hidden)
-    swiglu.launch_quantize(hidden, values, scale)
+    values = torch.empty_like(hidden, dtype=torch.float8_e4m3fn)
+    if quantization.per_channel:
+        scale = hidden.new_empty(hidden.shape[0], 1, dtype=torch.float32)
+        swiglu.launch_swiglu_of_rows(hidden, None, values, scale)
+    else:
+        scale = _scale_for(hidden)
+        swiglu.launch_quantize(hidden, values, scale)
     return RowValues(values, scale)
 
 
 def run_up(layer: SortedLayer, hidden: RowValues) -> RowValues:
     """Gate and up [rows, 2 I], or, where the up kernel is fused, what comes of them [rows, I]."""
-    import torch
-
-    columns, (width, _) = layer.shape.intermediate_size, layer.shape.gemm("up")
     match layer.plan.up:
         case TileConfig() as config:
-            gate_up = hidden.values.new_empty(layer.rows, width)
+            gate_up = hidden.values.new_empty(layer.rows, layer.shape.gemm("up")[0])
             runner.launch(layer.engine, layer.shape, "up", _engines_gemm(layer, gate_up), config, writes_sorted=True)
             return RowValues(gate_up)
         case UpConfig() as config:
-            from sglang_moe_ext.kernels import sorted_up, swiglu
+            return _run_sorted_up(layer, hidden, config)
+        case WarpSpecializedUp() as config:
+            return _run_warp_specialized_up(layer, hidden, config)
 
-            tensors, shape = layer.tensors, layer.shape
-            # A tile is quantized in the kernel where it has all the columns of a scale.
-            quantizes = config.is_fused and hidden.scale is not None and config.block_n == swiglu.GROUP
-            size = layer.rows, columns if config.is_fused else width
-            gate_up = tensors.hidden.new_empty(*size, dtype=torch.float8_e4m3fn if quantizes else tensors.hidden.dtype)
-            scale = _scale_for(gate_up) if quantizes else None
-            sorted_up.launch_up(
-                hidden.values, tensors.w1, gate_up, *layer.aligned, config,
-                pairs=tensors.topk_ids.numel(), top_k=shape.top_k, align_block_m=layer.plan.block_m,
-                scales=layer.scales(hidden.scale, tensors.w1_scale), out_scale=scale,
-            )  # fmt: skip
-            return RowValues(gate_up, scale)
+
+def _run_sorted_up(layer: SortedLayer, hidden: RowValues, config: UpConfig) -> RowValues:
+    import torch
+
+    from sglang_moe_ext.kernels import sorted_up
+
+    tensors, shape = layer.tensors, layer.shape
+    # A tile is quantized in the kernel where it has all the columns of a scale.
+    quantizes = config.is_fused and hidden.scale is not None and config.block_n == SCALE_GROUP
+    size = layer.rows, shape.intermediate_size if config.is_fused else shape.gemm("up")[0]
+    gate_up = tensors.hidden.new_empty(*size, dtype=torch.float8_e4m3fn if quantizes else tensors.hidden.dtype)
+    scale = _scale_for(gate_up) if quantizes else None
+    sorted_up.launch_up(
+        hidden.values, tensors.w1, gate_up, *layer.aligned, config,
+        pairs=layer.pairs, top_k=shape.top_k, align_block_m=layer.plan.block_m,
+        scales=layer.scales(hidden.scale, tensors.w1_scale), out_scale=scale,
+    )  # fmt: skip
+    return RowValues(gate_up, scale)
+
+
+def _run_warp_specialized_up(layer: SortedLayer, hidden: RowValues, config: WarpSpecializedUp) -> RowValues:
+    """What comes of gate and up [rows, I]: float8 with its scales block-wise, else 16 bits."""
+    import torch
+
+    from sglang_moe_ext.kernels import warp_specialized_up
+
+    tensors, shape = layer.tensors, layer.shape
+    quantizes = shape.quantization.is_block_wise
+    dtype = torch.float8_e4m3fn if quantizes else tensors.hidden.dtype
+    inner = tensors.hidden.new_empty(layer.rows, shape.intermediate_size, dtype=dtype)
+    scale = None
+    if quantizes and isinstance(layer.plan.down, WarpSpecializedDown):  # it loads the scales of a column fastest
+        scale = inner.new_empty(shape.intermediate_size // SCALE_GROUP, layer.rows, dtype=torch.float32).T
+    elif quantizes:
+        scale = _scale_for(inner)
+    warp_specialized_up.launch_up(
+        hidden.values, tensors.w1, inner, *layer.aligned, config,
+        pairs=layer.pairs, top_k=shape.top_k, a_scale=hidden.scale, weight_scale=tensors.w1_scale, out_scale=scale,
+        experts_elsewhere=layer.has_experts_elsewhere,
+    )  # fmt: skip
+    return RowValues(inner, scale)
 
 
 def run_activation(layer: SortedLayer, gate_up: RowValues) -> RowValues:
@@ -142,23 +188,49 @@ def run_activation(layer: SortedLayer, gate_up: RowValues) -> RowValues:
 
 def run_down(layer: SortedLayer, inner: RowValues) -> torch.Tensor:
     """[rows, hidden], not yet weighted."""
-    from sglang_moe_ext.kernels import sorted_down, sorted_down_short_k
+    down = layer.tensors.hidden.new_empty(layer.rows, layer.shape.hidden_size)
+    match layer.plan.down:
+        case ShortKDownConfig() as config:
+            _run_short_down(layer, inner, down, config)
+        case DownConfig() as config:
+            _run_sorted_down(layer, inner, down, config)
+        case WarpSpecializedDown() as config:
+            _run_warp_specialized_down(layer, inner, down, config)
+    return down
+
+
+def _run_short_down(layer: SortedLayer, inner: RowValues, down: torch.Tensor, config: ShortKDownConfig) -> None:
+    from sglang_moe_ext.kernels import sorted_down_short_k
 
     _, experts, padded = layer.aligned
-    down = layer.tensors.hidden.new_empty(layer.rows, layer.shape.hidden_size)
-    weights, scales = layer.tensors.w2, layer.scales(inner.scale, layer.tensors.w2_scale)
-    align = layer.plan.block_m
-    match layer.plan.down:
-        case ShortKDownConfig() as short:
-            sorted_down_short_k.launch_short_down(
-                inner.values, weights, down, experts, padded, short, align_block_m=align, scales=scales
-            )
-        case config:
-            sorted_down.launch_down(
-                inner.values, weights, down, experts, padded, config,
-                align_block_m=align, scales=scales, experts_elsewhere=layer.has_experts_elsewhere,
-            )  # fmt: skip
-    return down
+    sorted_down_short_k.launch_short_down(
+        inner.values, layer.tensors.w2, down, experts, padded, config,
+        align_block_m=layer.plan.block_m, scales=layer.scales(inner.scale, layer.tensors.w2_scale),
+    )  # fmt: skip
+
+
+def _run_sorted_down(layer: SortedLayer, inner: RowValues, down: torch.Tensor, config: DownConfig) -> None:
+    from sglang_moe_ext.kernels import sorted_down
+
+    _, experts, padded = layer.aligned
+    sorted_down.launch_down(
+        inner.values, layer.tensors.w2, down, experts, padded, config,
+        align_block_m=layer.plan.block_m, scales=layer.scales(inner.scale, layer.tensors.w2_scale),
+        experts_elsewhere=layer.has_experts_elsewhere,
+    )  # fmt: skip
+
+
+def _run_warp_specialized_down(
+    layer: SortedLayer, inner: RowValues, down: torch.Tensor, config: WarpSpecializedDown
+) -> None:
+    from sglang_moe_ext.kernels import warp_specialized_down
+
+    ids, experts, padded = layer.aligned
+    warp_specialized_down.launch_down(
+        inner.values, layer.tensors.w2, down, experts, padded, config,
+        sorted_token_ids=ids, pairs=layer.pairs, a_scale=inner.scale, weight_scale=layer.tensors.w2_scale,
+        experts_elsewhere=layer.has_experts_elsewhere,
+    )  # fmt: skip
 
 
 def write_sum(layer: SortedLayer, down: torch.Tensor, out: torch.Tensor, routed_scaling_factor: float = 1.0) -> None:
@@ -181,10 +253,8 @@ def write_sum(layer: SortedLayer, down: torch.Tensor, out: torch.Tensor, routed_
 def _scale_for(values: torch.Tensor) -> torch.Tensor:
     import torch
 
-    from sglang_moe_ext.kernels.swiglu import GROUP
-
     rows, columns = values.shape
-    return values.new_empty(rows, columns // GROUP, dtype=torch.float32)
+    return values.new_empty(rows, columns // SCALE_GROUP, dtype=torch.float32)
 
 
 def _engines_gemm(layer: SortedLayer, out: torch.Tensor) -> GemmTensors:

@@ -205,4 +205,4 @@ def _decide(
         )
         return next((trouble for trouble in troubles if trouble is not None), None)
 
-    return chosen, sorted_kernels.compare_plans(shape, tokens, chosen.pair, ups, measure, clean, rounds=rounds)
+    return chosen, sorted_kernels.compare_plans(problem, tokens, chosen.pair, ups, measure, clean, rounds=rounds)

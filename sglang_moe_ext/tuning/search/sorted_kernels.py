@@ -19,7 +19,10 @@ from sglang_moe_ext.sorted_kernels import (
     SortedKernelJob,
     Up,
     UpConfig,
+    WarpSpecializedDown,
+    WarpSpecializedUp,
     list_jobs,
+    why_not_warp_specialized,
     why_unsupported,
 )
 from sglang_moe_ext.tuning.bench.messages import BenchKernelPlan, GemmTimes, Measure, Pair, Runner
@@ -36,7 +39,7 @@ def why_not(shape: MoEShape, tokens: int) -> str | None:
     if why := why_unsupported(shape):
         return why
     # H200, 2026-11-21: below, ours lost at every M of four layers (docs/benchmarks/kernels.md).
-    if tokens * shape.top_k < _FEWEST_ROWS * shape.experts:
+    if tokens * shape.top_k < _FEWEST_ROWS * shape.experts * shape.ep:
         return f"with fewer than {_FEWEST_ROWS} rows an expert, tiles of {BLOCKS_M[0]} rows are padding"
     return None
 
@@ -90,13 +93,36 @@ _DOWN_GROUPS = (8, 1)
 # block_m, block_n, block_k, tiles a program, warps, stages
 _SHORT_DOWNS_BLOCK_FP8 = ((64, 64, 128, 28, 4, 3), (64, 64, 128, 112, 4, 3))
 
+_FEWEST_TOKENS_IN_GLUON = 512
+"""Below, tiles of 128 rows are mostly padding."""
+# Each won somewhere on an H100 or an H200, 2026-11-26 (docs/benchmarks/warp_specialized.md); the best guess first.
+_UPS_IN_GLUON = (WarpSpecializedUp(2), WarpSpecializedUp(8), WarpSpecializedUp(1, persistent=False))
+_DOWNS_IN_GLUON: dict[_Kind, tuple[WarpSpecializedDown, ...]] = {
+    "16 bits": (WarpSpecializedDown("wide", 4), WarpSpecializedDown("wide", 8)),
+    "block": (
+        WarpSpecializedDown("pair", 8, 3),
+        WarpSpecializedDown("pair", 4, 3),
+        WarpSpecializedDown("wide", 4),
+        WarpSpecializedDown("wide", 8),
+    ),
+    "channel": (WarpSpecializedDown("wide", 8), WarpSpecializedDown("wide", 4)),
+}
 
-def up_configs(shape: MoEShape, engines: Iterable[TileConfig]) -> list[Up]:
+
+def _why_not_in_gluon(problem: Problem, tokens: int) -> str | None:
+    """Why no warp-specialized kernel is tried there."""
+    if tokens < _FEWEST_TOKENS_IN_GLUON:
+        return f"below M={_FEWEST_TOKENS_IN_GLUON} their tiles are padding"
+    return why_not_warp_specialized(problem.gpu.sm, problem.triton)
+
+
+def up_configs(problem: Problem, tokens: int, engines: Iterable[TileConfig]) -> list[Up]:
     """The engine's up GEMM as it runs, where its blocks of the sort suit our down GEMM, and ours."""
     plain = dict.fromkeys(replace(config, use_tma=False) for config in engines if config.block_m in BLOCKS_M)
-    columns = shape.intermediate_size
+    shape, columns = problem.shape, problem.shape.intermediate_size
     return [
         *plain,
+        *(() if _why_not_in_gluon(problem, tokens) else _UPS_IN_GLUON),
         *(
             UpConfig(m, n, k, group, warps, stages, processes > 0, max(processes, 1), is_fused, half)
             for (m, n, k, warps, stages, processes, is_fused, half), group in itertools.product(
@@ -107,8 +133,9 @@ def up_configs(shape: MoEShape, engines: Iterable[TileConfig]) -> list[Up]:
     ]
 
 
-def down_configs(shape: MoEShape, block_m: int) -> list[Down]:
+def down_configs(problem: Problem, tokens: int, block_m: int) -> list[Down]:
     """Those whose rows lie within one block of the sort, the best guess first."""
+    shape = problem.shape
     found: list[Down] = [
         DownConfig(m, n, k, group, warps, stages, processes > 0, max(processes, 1), half)
         for (m, n, k, warps, stages, processes, half), group in itertools.product(_DOWNS[_kind(shape)], _DOWN_GROUPS)
@@ -117,7 +144,9 @@ def down_configs(shape: MoEShape, block_m: int) -> list[Down]:
     found.sort(key=lambda config: -config.block_m)  # stable: whole blocks first
     if shape.quantization.is_block_wise and shape.intermediate_size <= LONGEST_K:
         found += [ShortKDownConfig(*numbers) for numbers in _SHORT_DOWNS_BLOCK_FP8 if block_m % numbers[0] == 0]
-    return found
+    if _why_not_in_gluon(problem, tokens):
+        return found
+    return [*(config for config in _DOWNS_IN_GLUON[_kind(shape)] if config.block_m == block_m), *found]
 
 
 def _kind(shape: MoEShape) -> _Kind:
@@ -139,13 +168,14 @@ def screening_jobs(problem: Problem, tokens: int, engines_ups: Iterable[TileConf
     shape, sm = problem.shape, problem.gpu.sm
     if why_not(shape, tokens):
         return []
-    downs = {block_m: down_configs(shape, block_m) for block_m in BLOCKS_M}
-    plans = [KernelPlan(up, down) for up in up_configs(shape, engines_ups) for down in downs[up.block_m]]
+    downs = {block_m: down_configs(problem, tokens, block_m) for block_m in BLOCKS_M}
+    ups = up_configs(problem, tokens, engines_ups)
+    plans = [KernelPlan(up, down) for up in ups for down in downs[up.block_m]]
     return list(dict.fromkeys(job for plan in plans for job in list_jobs(plan, shape, tokens, sm)))
 
 
 def compare_plans(
-    shape: MoEShape,
+    problem: Problem,
     tokens: int,
     chosen: Pair,
     engines_ups: Iterable[TileConfig],
@@ -155,19 +185,21 @@ def compare_plans(
     rounds: int,
 ) -> MeasuredChoice[Runner] | None:
     """The kernel plan that beats the chosen pair beyond doubt, or the pair; None where no plan can be tried."""
-    if why := why_not(shape, tokens):
+    if why := why_not(problem.shape, tokens):
         log.info("M=%d: our own kernels are not tried: %s", tokens, why)
         return None
-    times, failures = screen_plans(shape, tokens, [chosen["up"], *engines_ups], measure, clean)
+    if why := _why_not_in_gluon(problem, tokens):
+        log.info("M=%d: %s", tokens, why)
+    times, failures = screen_plans(problem, tokens, [chosen["up"], *engines_ups], measure, clean)
     best: list[Runner] = [*sorted(times, key=times.__getitem__)[:_FINALISTS]]
     tried, incumbent = len(times) + sum(failures.values()), cast("Runner", chosen)
     return final_comparison.confirm(
-        shape, tokens, best, incumbent, measure, rounds=rounds, tried=tried, failures=failures
+        problem.shape, tokens, best, incumbent, measure, rounds=rounds, tried=tried, failures=failures
     )
 
 
 def screen_plans(
-    shape: MoEShape, tokens: int, engines_ups: Iterable[TileConfig], measure: Measure, clean: CleanPlan
+    problem: Problem, tokens: int, engines_ups: Iterable[TileConfig], measure: Measure, clean: CleanPlan
 ) -> tuple[dict[KernelPlan, float], Mapping[str, int]]:
     """Microseconds of the layer: each up with the first down of its blocks, then the best of each with every down."""
     times: dict[KernelPlan, float] = {}
@@ -184,8 +216,8 @@ def screen_plans(
             raise TypeError(f"BenchKernelPlan returned {result}")
         return plan in times
 
-    downs = {block_m: down_configs(shape, block_m) for block_m in BLOCKS_M}
-    for up in up_configs(shape, engines_ups):
+    downs = {block_m: down_configs(problem, tokens, block_m) for block_m in BLOCKS_M}
+    for up in up_configs(problem, tokens, engines_ups):
         of_block = downs[up.block_m]
         # Until one runs, it may be the down tile that is too large for this GPU.
         while not runs(KernelPlan(up, of_block[0])) and len(of_block) > 1 and not _any_of(times, up.block_m):

@@ -1,7 +1,8 @@
 """Child of test_own_path: the SGLang on PYTHONPATH runs whole layers, hooked, with tables that choose our path.
 
 stdin: {"device": name}. Last line of stdout: what `main` returns. All kernels run in Triton's interpreter; the sort of
-the tokens and the quantization of the engine's up GEMM, CUDA operators, are the reference's.
+the tokens and the quantization of the engine's up GEMM, CUDA operators, are the reference's. The launchers of the
+warp-specialized kernels are replaced. Buffers that are made empty hold NaN, or numbers of rows that are there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from sglang_moe_ext.core import MoEShape, Quantization
 from sglang_moe_ext.engines.sglang import bootstrap, hook_points, installation, kernel_sequence
@@ -23,14 +25,21 @@ from sglang_moe_ext.engines.sglang.kernel_sequence import _TAKEN, GATES
 from sglang_moe_ext.kernels import reference
 from sglang_moe_ext.kernels.quantize import quantize_weights
 from sglang_moe_ext.serving import attach, guard, plugin
+from sglang_moe_ext.tuning.bench.nan_fill import NanFill
+from tests.engines.children import warp_specialized_stand_in
 from tests.engines.children.dtypes import our_quantizer
 from tests.kernels.interpreter import repair
 
 SHAPES = {
-    "16 bits": MoEShape(6, 128, 64, 2),
+    "16 bits": MoEShape(6, 128, 128, 2),
     "block": MoEShape(6, 128, 256, 2, Quantization("fp8_w8a8", (128, 128))),
-    "elsewhere": MoEShape(5, 128, 64, 2),
+    "elsewhere": MoEShape(5, 128, 128, 2),
     "channel": MoEShape(6, 128, 128, 2, Quantization("fp8_w8a8", per_channel=True)),
+    "warp-specialized 16 bits": MoEShape(7, 128, 128, 2),
+    "warp-specialized block": MoEShape(7, 256, 128, 2, Quantization("fp8_w8a8", (128, 128))),
+    "warp-specialized channel": MoEShape(7, 128, 128, 2, Quantization("fp8_w8a8", per_channel=True)),
+    "warp-specialized up alone": MoEShape(7, 384, 128, 2, Quantization("fp8_w8a8", (128, 128))),
+    "warp-specialized down alone": MoEShape(8, 128, 128, 2),
 }
 TOKENS = 33
 """At which the tables choose our path; at fewer they do not."""
@@ -48,6 +57,28 @@ class Counted:
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         self.runs += 1
         self._launch(*args, **kwargs)
+
+
+class RowFill(TorchFunctionMode):
+    """Within, empty int32 tensors hold the number of a row that is there, as those of an allocator may."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func in (torch.empty, torch.empty_like) and made.dtype == torch.int32:
+            made.fill_(1)
+        return made
+
+
+def align_without_others(ids: torch.Tensor, block: int, experts: int) -> tuple[torch.Tensor, ...]:
+    """A sort that leaves the pairs of other ranks' experts out, as some of the engine's do."""
+    aligned = reference.moe_align(ids, block, experts)
+    used = aligned.expert_ids[: int(aligned.num_tokens_post_padded[0]) // block]
+    left_out = int((used < 0).sum())
+    return (
+        aligned.sorted_token_ids.roll(-left_out * block),
+        aligned.expert_ids.roll(-left_out),
+        aligned.num_tokens_post_padded - left_out * block,
+    )
 
 
 class Problem:
@@ -151,6 +182,7 @@ def without_ranks(layer: ModuleType) -> None:
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
     repair()
+    warp_specialized_stand_in.put_in_place()
     found = installation.find()
     assert found is not None
     layer = bootstrap.import_engine(found.layer_module)
@@ -172,7 +204,8 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 
     def ran(what: str, of: Problem, factor: float = 1.0, **changed: Any) -> torch.Tensor:
         before = counted.runs
-        out = of.run(layer, **changed)
+        with NanFill(), RowFill():
+            out = of.run(layer, **changed)
         said[what] = {"ours": counted.runs - before, "error": of.error(out, factor)}
         return out
 
@@ -182,7 +215,15 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     ran("block", Problem(SHAPES["block"]))
     with our_quantizer(sys.modules[found.kernel_module], SHAPES["channel"].quantization):
         ran("channel", Problem(SHAPES["channel"]))
-    ran("experts elsewhere", Problem(SHAPES["elsewhere"], ids_elsewhere=True), filter_expert=True)
+    for name, shape in SHAPES.items():
+        if name.startswith("warp-specialized"):
+            ran(name, Problem(shape))
+            ran(f"{name}, experts elsewhere", Problem(shape, ids_elsewhere=True), filter_expert=True)
+    said["launched"] = list(warp_specialized_stand_in.calls)
+    elsewhere = Problem(SHAPES["elsewhere"], ids_elsewhere=True)
+    ran("experts elsewhere", elsewhere, filter_expert=True)
+    with replaced(layer, "moe_align_block_size", align_without_others):
+        ran("experts left out", elsewhere, filter_expert=True)
     few = Problem(SHAPES["16 bits"], TOKENS // 3)
     ran("few tokens", few)
     given = recorded_arguments(layer, lambda: problem.run(layer))

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from sglang_moe_ext.core import MoEShape, Quantization, TileConfig
-from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, ShortKDownConfig, UpConfig
+from sglang_moe_ext.sorted_kernels import (
+    DownConfig,
+    KernelPlan,
+    ShortKDownConfig,
+    UpConfig,
+    WarpSpecializedDown,
+    WarpSpecializedUp,
+)
 from sglang_moe_ext.tables import kernel_table
 from tests.engines.installed import run_in_engine
 
@@ -32,6 +39,16 @@ CASES = {
         KernelPlan(TileConfig(64, 128, 128, 8, 4, 3), ShortKDownConfig(64, 64, 128, 28, 4, 3)),
         4096,
     ),
+    "16 bits, warp-specialized": (BF16, KernelPlan(WarpSpecializedUp(2), WarpSpecializedDown("wide", 4)), 4096),
+    "16 bits, warp-specialized up alone": (BF16, KernelPlan(WarpSpecializedUp(1, persistent=False), DOWN_16), 1023),
+    "block, warp-specialized": (BLOCK, KernelPlan(WarpSpecializedUp(2), WarpSpecializedDown("pair", 8, 3)), 4096),
+    "block, warp-specialized up alone": (BLOCK, KernelPlan(WarpSpecializedUp(2), DOWN_8), 1023),
+    "block, warp-specialized down alone": (
+        BLOCK,
+        KernelPlan(UpConfig(128, 128, 128, 8, 8, 3, True, 1, False), WarpSpecializedDown("wide", 4)),
+        1023,
+    ),
+    "channel, warp-specialized": (CHANNEL, KernelPlan(WarpSpecializedUp(2), WarpSpecializedDown("wide", 8)), 4096),
     "channel, the engine's up": (CHANNEL, KernelPlan(TileConfig(64, 128, 128, 8, 4, 3), DOWN_8), 4096),
 }
 

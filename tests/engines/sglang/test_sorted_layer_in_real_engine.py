@@ -17,7 +17,13 @@ from sglang_moe_ext.engines.lookup_probe import LookupRequest
 from sglang_moe_ext.engines.sglang import lookup_probe, table_names
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.serving import kernel_selection
-from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, UpConfig
+from sglang_moe_ext.sorted_kernels import (
+    DownConfig,
+    KernelPlan,
+    UpConfig,
+    WarpSpecializedDown,
+    WarpSpecializedUp,
+)
 from sglang_moe_ext.tables import kernel_table
 from sglang_moe_ext.tables.kernel_table import KernelEntry
 from tests.engines.children import own_path as child
@@ -26,12 +32,18 @@ from tests.engines.sglang.test_hooks_in_real_engine import WITH_PLUGINS
 from tests.tables.generated import A_RUN
 
 CHILD = Path(child.__file__)
+SHAPES = child.SHAPES
 DEVICE = "NVIDIA H200"
 PATHS = {
     "16 bits": KernelPlan(UpConfig(16, 64, 64, 1, 4, 2), DownConfig(16, 64, 64, 1, 4, 2)),
     "block": KernelPlan(UpConfig(16, 128, 128, 1, 4, 2), DownConfig(16, 64, 128, 1, 4, 2)),
     "elsewhere": KernelPlan(UpConfig(16, 64, 64, 1, 4, 2), DownConfig(16, 64, 64, 1, 4, 2)),
     "channel": KernelPlan(TileConfig(16, 64, 64, 1, 4, 2), DownConfig(16, 64, 64, 1, 4, 2)),
+    "warp-specialized 16 bits": KernelPlan(WarpSpecializedUp(), WarpSpecializedDown()),
+    "warp-specialized block": KernelPlan(WarpSpecializedUp(2), WarpSpecializedDown("pair", stages=3)),
+    "warp-specialized channel": KernelPlan(WarpSpecializedUp(1, persistent=False), WarpSpecializedDown()),
+    "warp-specialized up alone": KernelPlan(WarpSpecializedUp(), DownConfig(64, 64, 128, 1, 4, 2)),
+    "warp-specialized down alone": KernelPlan(UpConfig(128, 64, 64, 1, 4, 2), WarpSpecializedDown()),
 }
 # bf16 rounded a few times; float8 activations besides.
 BOUNDS = {"16 bits": 6e-3, "block": 4e-2, "channel": 4e-2}
@@ -78,8 +90,29 @@ def test_a_layer_that_the_table_names_runs_our_path_and_runs_it_right(version: s
 
 
 @every_version
-def test_a_layer_with_experts_of_other_ranks_stays_the_engines(version: str) -> None:
-    assert said(version)["experts elsewhere"]["ours"] == 0
+@pytest.mark.parametrize("batch", ["experts elsewhere", "experts left out"])
+def test_a_layer_with_experts_of_other_ranks_reads_no_stale_row(version: str, batch: str) -> None:
+    """Where the sort puts their pairs in front, and where it leaves them out."""
+    assert said(version)[batch]["ours"] == 1
+    assert said(version)[batch]["error"] < BOUNDS["16 bits"]
+
+
+@every_version
+@pytest.mark.parametrize("experts", ["", ", experts elsewhere"])
+@pytest.mark.parametrize("name", [name for name in PATHS if name.startswith("warp-specialized")])
+def test_a_warp_specialized_plan_runs_with_what_its_launchers_want(version: str, name: str, experts: str) -> None:
+    """The launchers are torch's, since Gluon cannot run on a CPU; the kernels have tests of their own."""
+    found = said(version)[name + experts]
+    assert found["ours"] == 1
+    assert found["error"] < (BOUNDS["block"] if SHAPES[name].quantization.scheme else BOUNDS["16 bits"])
+
+
+@every_version
+def test_both_kernels_of_a_warp_specialized_plan_are_launched(version: str) -> None:
+    launched = said(version)["launched"]
+    plans = [PATHS[name] for name in SHAPES if name.startswith("warp-specialized")]
+    wanted = [str(it) for plan in plans for it in 2 * (plan.up, plan.down) if str(it).startswith("warp-specialized")]
+    assert launched == wanted
 
 
 @every_version

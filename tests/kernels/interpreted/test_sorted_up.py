@@ -146,6 +146,23 @@ def test_rows_are_quantized_whole_up_to_the_last_used_one(used: int) -> None:
     assert bool(scales[used:].isnan().all())
 
 
+@pytest.mark.parametrize("used", [0, 1, 30, 37])
+def test_rows_that_are_activated_already_are_only_quantized(used: int) -> None:
+    values, out = gate_and_up(37), poisoned(37, 4 * GROUP, dtype=torch.float8_e4m3fn)
+    scales = poisoned(37, 1, dtype=torch.float32)
+    launch_swiglu_of_rows(values, torch.tensor([used], dtype=torch.int32), out, scales)
+    real = out.float() * scales
+    assert relative_error(real[:used], values[:used].float()) < BOUND_FLOAT8 if used else True
+    assert bool(scales[used:].isnan().all())
+
+
+def test_all_rows_are_quantized_where_none_is_padding() -> None:
+    values, out = gate_and_up(5), poisoned(5, 4 * GROUP, dtype=torch.float8_e4m3fn)
+    scales = poisoned(5, 1, dtype=torch.float32)
+    launch_swiglu_of_rows(values, None, out, scales)
+    assert relative_error(out.float() * scales, values.float()) < BOUND_FLOAT8
+
+
 def test_rows_too_long_for_one_program_are_refused() -> None:
     width = LONGEST_ROW + GROUP
     out, scales = poisoned(1, width, dtype=torch.float8_e4m3fn), poisoned(1, 1, dtype=torch.float32)

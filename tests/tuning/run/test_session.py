@@ -19,7 +19,7 @@ import pytest
 
 from sglang_moe_ext.core import EngineError, MoEExtError, StoreError
 from sglang_moe_ext.engines.sglang import installation
-from sglang_moe_ext.tuning import plan, verify_install
+from sglang_moe_ext.tuning import plan
 from sglang_moe_ext.tuning.bench.messages import BenchGemm
 from sglang_moe_ext.tuning.bench.routing import UNIFORM
 from sglang_moe_ext.tuning.bench.worker import BenchProcess
@@ -237,7 +237,7 @@ def test_the_measuring_processes_end_when_the_engine_gives_no_incumbents(monkeyp
         raise MoEExtError("the engine does not answer")
 
     made = workers_of(monkeypatch)
-    monkeypatch.setattr(verify_install, "pairs_of", refused)
+    monkeypatch.setattr(session, "pairs_of", refused)
     with opened() as run, pytest.raises(MoEExtError, match="does not answer"):
         results(run)
     assert [worker._process.is_alive() for worker in made] == [False]

@@ -9,7 +9,14 @@ import pytest
 
 from sglang_moe_ext.core import Failure, MoEShape, Quantization, TileConfig
 from sglang_moe_ext.gpu import specs
-from sglang_moe_ext.sorted_kernels import KernelPlan, ShortKDownConfig, UpConfig, list_jobs
+from sglang_moe_ext.sorted_kernels import (
+    KernelPlan,
+    ShortKDownConfig,
+    UpConfig,
+    WarpSpecializedDown,
+    WarpSpecializedUp,
+    list_jobs,
+)
 from sglang_moe_ext.tuning.bench.messages import (
     Accuracy,
     BenchKernelPlan,
@@ -66,9 +73,17 @@ class FakeGpu:
 
 
 def compared(
-    gpu: FakeGpu, tokens: int = 4096, shape: MoEShape = SHAPE, clean: CleanPlan = lambda plan: None
+    gpu: FakeGpu,
+    tokens: int = 4096,
+    shape: MoEShape = SHAPE,
+    clean: CleanPlan = lambda plan: None,
+    device: str = "H200",
 ) -> MeasuredChoice[Runner] | None:
-    return sorted_kernels.compare_plans(shape, tokens, PAIR, [], gpu, clean, rounds=8)
+    return sorted_kernels.compare_plans(problem(shape, device), tokens, PAIR, [], gpu, clean, rounds=8)
+
+
+def problem(shape: MoEShape = SHAPE, device: str = "H200") -> Problem:
+    return Problem(shape, specs.find(device), "sglang")
 
 
 def faster(share: float) -> Callable[[Runner], float]:
@@ -150,12 +165,12 @@ def test_every_path_sorts_into_blocks_that_its_down_tiles_divide(quantization: Q
 
 def test_an_up_gemm_of_the_engine_is_tried_without_tma() -> None:
     with_tma = replace(PAIR["up"], use_tma=True)
-    assert replace(with_tma, use_tma=False) in sorted_kernels.up_configs(SHAPE, [with_tma])
+    assert replace(with_tma, use_tma=False) in sorted_kernels.up_configs(problem(), 4096, [with_tma])
 
 
 @pytest.mark.parametrize(("columns", "is_tried"), [(512, True), (768, False)])
 def test_rows_of_a_are_kept_only_where_they_are_short(columns: int, is_tried: bool) -> None:
-    found = sorted_kernels.down_configs(MoEShape(256, columns, 7168, 8, BLOCK), 64)
+    found = sorted_kernels.down_configs(problem(MoEShape(256, columns, 7168, 8, BLOCK)), 4096, 64)
     assert any(isinstance(config, ShortKDownConfig) for config in found) == is_tried
 
 
@@ -169,10 +184,82 @@ def test_a_plan_whose_binary_does_not_fit_is_never_launched() -> None:
 @pytest.mark.parametrize("quantization", [Quantization(), BLOCK, CHANNEL], ids=str)
 def test_every_binary_that_a_screening_needs_is_known_before_it(quantization: Quantization) -> None:
     shape, gpu = replace(SHAPE, quantization=quantization), FakeGpu()
-    wanted = sorted_kernels.screening_jobs(Problem(shape, specs.find("H200"), "sglang"), 4096, [PAIR["up"]])
+    wanted = sorted_kernels.screening_jobs(problem(shape), 4096, [PAIR["up"]])
     compared(gpu, shape=shape)
     assert {job for plan in gpu.screened() for job in list_jobs(plan, shape, 4096, 90)} <= set(wanted)
 
 
 def test_where_no_plan_is_tried_nothing_is_compiled() -> None:
-    assert sorted_kernels.screening_jobs(Problem(SHAPE, specs.find("H200"), "sglang"), 1) == []
+    assert sorted_kernels.screening_jobs(problem(), 1) == []
+
+
+def in_gluon(gpu: FakeGpu) -> list[KernelPlan]:
+    return [plan for plan in gpu.screened() if plan.is_warp_specialized]
+
+
+@pytest.mark.parametrize("quantization", [Quantization(), BLOCK, CHANNEL], ids=str)
+def test_warp_specialized_kernels_are_tried_with_each_other_and_with_ours_in_triton(quantization: Quantization) -> None:
+    gpu = FakeGpu(us=lambda runner: 1.0 if isinstance(runner, KernelPlan) and runner.is_warp_specialized else PAIR_US)
+    compared(gpu, shape=replace(SHAPE, quantization=quantization))
+    kinds = {(type(plan.up).__name__, type(plan.down).__name__) for plan in in_gluon(gpu)}
+    assert {("WarpSpecializedUp", "WarpSpecializedDown"), ("TileConfig", "WarpSpecializedDown")} <= kinds
+    ups = {plan.up for plan in in_gluon(gpu) if isinstance(plan.up, WarpSpecializedUp)}
+    assert len(ups) == 3
+
+
+def test_a_warp_specialized_up_may_win_with_a_down_gemm_in_triton() -> None:
+    def us(runner: Runner) -> float:
+        is_mixed = isinstance(runner, KernelPlan) and isinstance(runner.up, WarpSpecializedUp)
+        if not is_mixed:
+            return PAIR_US
+        return 0.8 * PAIR_US if isinstance(runner.down, WarpSpecializedDown) else 0.7 * PAIR_US
+
+    found = compared(FakeGpu(us=us))
+    assert found is not None
+    assert isinstance(found.pair, KernelPlan)
+    assert isinstance(found.pair.up, WarpSpecializedUp)
+    assert not isinstance(found.pair.down, WarpSpecializedDown)
+
+
+@pytest.mark.parametrize(("tokens", "shape"), [(511, replace(SHAPE, experts=8)), (128, replace(SHAPE, experts=8))])
+def test_few_tokens_are_no_work_for_tiles_of_128_rows(tokens: int, shape: MoEShape) -> None:
+    gpu = FakeGpu()
+    compared(gpu, tokens, shape)
+    assert gpu.screened() and not in_gluon(gpu)
+
+
+def test_another_architecture_than_hopper_gets_no_warp_specialized_kernel() -> None:
+    gpu = FakeGpu()
+    compared(gpu, device="B200")
+    assert gpu.screened() and not in_gluon(gpu)
+
+
+@pytest.mark.parametrize("triton", ["3.5.1", "3.9.0", ""])
+def test_a_triton_that_the_kernels_were_not_tested_with_gets_none(triton: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Problem, "triton", triton)
+    gpu = FakeGpu()
+    compared(gpu)
+    assert gpu.screened() and not in_gluon(gpu)
+
+
+def test_two_programs_a_multiprocessor_are_tried_for_block_wise_float8_alone() -> None:
+    for quantization in (Quantization(), BLOCK, CHANNEL):
+        gpu = FakeGpu()
+        compared(gpu, shape=replace(SHAPE, quantization=quantization))
+        forms = {plan.down.form for plan in in_gluon(gpu) if isinstance(plan.down, WarpSpecializedDown)}
+        assert forms == ({"wide", "pair"} if quantization == BLOCK else {"wide"})
+
+
+def test_a_gpu_on_which_gluon_fails_still_times_every_other_plan() -> None:
+    gpu = FakeGpu(fails=lambda runner: isinstance(runner, KernelPlan) and runner.is_warp_specialized)
+    compared(gpu)
+    ran = [plan for plan in gpu.screened() if not plan.is_warp_specialized]
+    without = FakeGpu()
+    compared(without, device="B200")
+    assert {plan.up for plan in ran} == {plan.up for plan in without.screened()}
+
+
+def test_experts_of_other_ranks_leave_fewer_rows_to_each_expert_here() -> None:
+    shape = replace(SHAPE, experts=32, ep=4)
+    assert sorted_kernels.why_not(shape, 511) is not None
+    assert sorted_kernels.why_not(shape, 512) is None
