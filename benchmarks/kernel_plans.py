@@ -35,7 +35,7 @@ from sglang_moe_ext.core import CompileJob, EngineError, Failure, Gpu, MoEExtErr
 from sglang_moe_ext.engines.lookup_probe import LookupRequest
 from sglang_moe_ext.engines.registry import SGLANG
 from sglang_moe_ext.engines.sglang import lookup_probe
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.gpu.roofline import pair_floor_us
 from sglang_moe_ext.sorted_kernels import KernelPlan, WarpSpecializedDown, WarpSpecializedUp, list_jobs
 from sglang_moe_ext.tuning.bench import messages
@@ -205,7 +205,7 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     place, began = here(command), time.monotonic()
     engine, layers = place.engine, LAYERS | EP_LAYERS
     print(f"{place.gpu.device_name}, SGLang {engine.version_text}, Triton {engine.triton}, {place.date}: `{command}`")
-    as_on = [specs.find(name) for name in arguments.as_on]
+    as_on = [find_gpu(name) for name in arguments.as_on]
     document: dict[str, Any] = {}
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -19,11 +19,11 @@ from pathlib import Path
 
 from benchmarks.collect_trials import LAYERS
 from sglang_moe_ext.core import PROJECTIONS, Gpu, Projection, Resources, TileConfig
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.tuning.search import cost_model
 
 TRIALS = Path(__file__).parent.parent / "tests/data/trials/h200_sglang_0_5_15_triton_3_6_0"
-GPU = specs.find("H200")
+GPU = find_gpu("H200")
 SHORTLIST = 8
 FITTED = (
     "_LAUNCH_US",

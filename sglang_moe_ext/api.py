@@ -18,6 +18,7 @@ from sglang_moe_ext.engines.sglang import lookup_probe as sglang_lookup_probe
 from sglang_moe_ext.engines.vllm import lookup_probe as vllm_lookup_probe
 from sglang_moe_ext.engines.vllm import sharding as vllm_sharding
 from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.models import parse_dtype_flag
 from sglang_moe_ext.models import resolve as resolve_model
 from sglang_moe_ext.stock import reinstall
@@ -104,7 +105,7 @@ def _gpu(name: str | None) -> tuple[Gpu, bool]:
         if here is None:
             raise GpuError("this machine has no GPU: name the one that is meant, such as gpu='H200'")
         return here, True
-    found = specs.find(name)
+    found = find_gpu(name)
     return found, here is not None and here.device_name == found.device_name
 
 

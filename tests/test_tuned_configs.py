@@ -9,7 +9,7 @@ import pytest
 from sglang_moe_ext.engines import missing_config_log, table_names
 from sglang_moe_ext.engines.sglang import table_names as sglang_table_names
 from sglang_moe_ext.engines.vllm import table_names as vllm_naming
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.gpu.shared_memory import smem_bytes
 from sglang_moe_ext.models import parse_shape
 from sglang_moe_ext.tables import config_table, kernel_table, provenance
@@ -25,7 +25,7 @@ def test_a_shipped_table_is_measured_fits_its_gpu_and_has_its_own_name(path: Pat
     assert {known.origin(m) for m in table} == {"measured"}
     key = table_names.parse(path.name)
     (run,) = {entry.run for entry in known.entries.values()}
-    shape, gpu = parse_shape(run.shape), specs.find(missing_config_log.device_of(key))
+    shape, gpu = parse_shape(run.shape), find_gpu(missing_config_log.device_of(key))
     assert sglang_table_names.file_name(sglang_table_names.table_key(shape, run.gpu, down=key.down)) == path.name
     assert all(smem_bytes(config, shape, gpu.sm) <= gpu.smem_per_block for config in table.values())
     assert all(entry.figures["us"] <= entry.figures["incumbent_us"] for entry in known.entries.values())
@@ -46,7 +46,7 @@ def test_a_shipped_table_of_vllm_was_measured_with_vllm_and_has_the_name_that_it
     shape = parse_shape(run.shape)
     assert vllm_naming.file_name(vllm_naming.table_key(shape, run.gpu)) == path.name
     assert sglang_table_names.version_folder(str(run.triton)) == path.parent.name
-    gpu = specs.find(run.gpu.removeprefix("NVIDIA "))
+    gpu = find_gpu(run.gpu.removeprefix("NVIDIA "))
     assert all(smem_bytes(config, shape, gpu.sm) <= gpu.smem_per_block for config in table.values())
 
 

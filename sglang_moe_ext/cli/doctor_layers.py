@@ -12,6 +12,7 @@ from sglang_moe_ext.core import Gpu, GpuError, ModelError, MoEShape, TableError
 from sglang_moe_ext.engines import missing_config_log, table_names
 from sglang_moe_ext.engines.adapter import EngineName
 from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.models import parse_shape
 from sglang_moe_ext.tables import provenance, user_store
 
@@ -63,7 +64,7 @@ def from_store(engine: EngineName) -> Iterator[LayerUnderTest]:
                 continue
             device = missing_config_log.device_of(key)
             is_here = here is not None and here.device_name == device
-            shape, gpu = parse_shape(run.shape), here if here is not None and is_here else specs.find(device)
+            shape, gpu = parse_shape(run.shape), here if here is not None and is_here else find_gpu(device)
         except (ModelError, TableError, GpuError) as error:
             print(f"skipped {path}: {error}")
             continue

@@ -16,6 +16,7 @@ from sglang_moe_ext.engines.sglang import installation, sharding
 from sglang_moe_ext.engines.vllm import installation as vllm_installation
 from sglang_moe_ext.engines.vllm import sharding as vllm_sharding
 from sglang_moe_ext.gpu import memory, specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.models import parse_dtype_flag, parse_shape, resolve
 from sglang_moe_ext.models.checkpoint_names import NameMatch, match_name
 
@@ -250,7 +251,7 @@ def gpu_of(arguments: argparse.Namespace, layer: LayerArgs) -> tuple[Gpu, bool]:
         return here, True
     if here is not None and wanted in (here.device_name, here.device_name.replace(" ", "_")):
         return here, True
-    gpu = specs.find(wanted)
+    gpu = find_gpu(wanted)
     return gpu, here is not None and here.device_name == gpu.device_name
 
 

@@ -11,6 +11,7 @@ from sglang_moe_ext.cli.command import Command
 from sglang_moe_ext.core import Gpu, GpuError
 from sglang_moe_ext.engines.registry import ENGINES
 from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.stock import inventory
 from sglang_moe_ext.stock.inventory import BrokenTable, ListedTable
 from sglang_moe_ext.tables import user_store
@@ -28,7 +29,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
 def _gpu(named: str | None) -> Gpu | None:
     """Raises GpuError where one is named that is not known."""
     if named is not None:
-        return specs.find(named)
+        return find_gpu(named)
     try:
         return specs.detect()
     except GpuError:

@@ -13,7 +13,7 @@ from sglang_moe_ext.cli import console, engine_choice, layer_args
 from sglang_moe_ext.core import Gpu, MoEShape, Projection
 from sglang_moe_ext.engines.adapter import EngineName
 from sglang_moe_ext.engines.registry import ENGINES
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.stock import fit, given_table
 from sglang_moe_ext.stock.fit import EntryProblem
 from sglang_moe_ext.stock.given_table import FittingLayer, GivenTable
@@ -59,7 +59,7 @@ def check(arguments: argparse.Namespace, gpu_name: str | None) -> list[CheckedFi
 
 def _check(arguments: argparse.Namespace, given: GivenTable, gpu_name: str | None, bar: console.Bar) -> CheckedFile:
     engine = arguments.engine or given.engine or engine_choice.choose(None)
-    gpu = given.gpu if gpu_name is None else specs.find(gpu_name)
+    gpu = given.gpu if gpu_name is None else find_gpu(gpu_name)
     layer = given_table.layer_of(given, engine, _stated(arguments, engine))
     projection: Projection = "down" if given.key.down else "up"
     problem = Problem(layer.shape, gpu, engine)

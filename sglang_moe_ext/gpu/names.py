@@ -62,7 +62,7 @@ UNSUPPORTED = (
 )
 
 
-def find(name: str) -> Gpu:
+def find_gpu(name: str) -> Gpu:
     """The GPU that `name` means: a device name, its file-name form, a short name such as 4090, or a MIG slice of one.
 
     Raises:

@@ -130,17 +130,6 @@ def known_gpus() -> dict[str, Gpu]:
     return {name: _gpu(name) for name in _FACTS}
 
 
-def find(name: str) -> Gpu:
-    """The GPU that `name` means: see `gpu.names`.
-
-    Raises:
-        GpuError: no such GPU is known, it is not supported, or several are meant.
-    """
-    from sglang_moe_ext.gpu import names  # a server finds no GPU by name
-
-    return names.find(name)
-
-
 _VARIANT = re.compile(r"( NVL|-3e| D| MIG .*)$")
 
 

@@ -22,7 +22,7 @@ from sglang_moe_ext.engines.registry import ENGINES
 from sglang_moe_ext.engines.sglang import installation as sglang
 from sglang_moe_ext.engines.sglang import sharding as sglang_sharding
 from sglang_moe_ext.engines.sglang import table_names as sglang_table_names
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.models import parse_shape
 from sglang_moe_ext.models.builtin import builtin_records
 from sglang_moe_ext.tables import config_table, files, provenance
@@ -43,7 +43,7 @@ class GivenTable:
     @property
     def gpu(self) -> Gpu:
         """Raises GpuError where nothing is known of the GPU in the file's name."""
-        return specs.find(self.key.device_name)
+        return find_gpu(self.key.device_name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from sglang_moe_ext.engines.sglang import installation as sglang
 from sglang_moe_ext.engines.sglang import table_names as sglang_table_names
 from sglang_moe_ext.engines.vllm import installation as vllm
 from sglang_moe_ext.engines.vllm import table_names as vllm_table_names
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.models import parse_shape
 from sglang_moe_ext.serving import selection, sglang_hooks, table_search, vllm_hooks
 from sglang_moe_ext.serving.selection import OurEntry
@@ -166,7 +166,7 @@ def _gain(entries: dict[int, ProvenanceEntry]) -> float | None:
 
 def _gpu(key: TableKey) -> Gpu | None:
     try:
-        return specs.find(key.device_name)
+        return find_gpu(key.device_name)
     except GpuError:
         return None
 

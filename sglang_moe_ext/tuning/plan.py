@@ -105,7 +105,11 @@ def make_plan(request: TuneRequest, today: LookupResult | None) -> TunePlan:
             jobs.update(job for config in front for job in predict.list_jobs(config, problem, m).values())
         else:
             of_m = candidates.screening_jobs(
-                candidates.list_for_request(request, request.measuring, found.kept, m), problem, m
+                candidates.list_for_effort(
+                    found.kept, problem, m, effort=request.measuring.effort, with_tma=request.measuring.with_tma
+                ),
+                problem,
+                m,
             )
             screens += len(of_m)
             jobs.update(of_m)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import math
-import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, cast
 
 from sglang_moe_ext import __version__
@@ -26,6 +23,7 @@ from sglang_moe_ext.tuning.run.journal_reader import Recording
 from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
 from sglang_moe_ext.tuning.search.predict import PredictedConfig
 from sglang_moe_ext.tuning.transfer import JournalSource
+from sglang_moe_ext.tuning.versions import driver_version, version_of
 
 Results = Mapping[int, PredictedConfig] | Mapping[int, MeasuredChoice[Pair]]
 
@@ -69,24 +67,6 @@ def run_of_journal(journal: Recording, source: JournalSource, shape: MoEShape, c
 
 def _text(stated: object) -> str | None:
     return None if stated is None else str(stated)
-
-
-def version_of(distribution: str) -> str | None:
-    """The version of an installed distribution, None where there is none."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def driver_version() -> str | None:
-    """The version of the NVIDIA driver of this machine, None where there is none."""
-    try:
-        said = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    version = re.search(r"\d+(\.\d+)+", said)
-    return None if version is None else version[0]
 
 
 def for_any_engine(results: Results) -> Results:

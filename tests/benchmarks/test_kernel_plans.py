@@ -12,7 +12,7 @@ from benchmarks import kernel_plans, plan_report
 from benchmarks.kernel_plans import LAYERS, KnownPairs, LayerRace
 from benchmarks.plan_bench import OfLayer, StageTimes, TimeStages
 from sglang_moe_ext.core import EngineError, Failure, TileConfig
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, UpConfig, WarpSpecializedUp
 from sglang_moe_ext.tables import kernel_table
 from sglang_moe_ext.tuning.bench.messages import (
@@ -66,7 +66,7 @@ class FakeGpu:
 
 
 def race(gpu: FakeGpu) -> LayerRace:
-    return LayerRace(Problem(SHAPE, specs.find("H100"), "sglang"), gpu, lambda plan: None)
+    return LayerRace(Problem(SHAPE, find_gpu("H100"), "sglang"), gpu, lambda plan: None)
 
 
 def test_the_fastest_of_each_kind_is_raced_with_the_fastest_pair() -> None:

@@ -42,13 +42,13 @@ from benchmarks.vs_upstream.report import Place
 from sglang_moe_ext import env
 from sglang_moe_ext.core import EngineError, MoEShape, Quantization
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.tables import config_table
 from tests.engines.installed import REPO_ROOT
 
 PREFILL, DECODE = Case("prefill", 4096), Case("decode", 32)
 PLACE = Place(
-    specs.find("H200"), SglangInstallation("0.5.15", Path("sglang"), "3.6.0"), "2026-11-21", "python -m benchmarks.it"
+    find_gpu("H200"), SglangInstallation("0.5.15", Path("sglang"), "3.6.0"), "2026-11-21", "python -m benchmarks.it"
 )
 NEAR = Distance(2e-3, 5e-3, 1.0)
 FP8_BLOCK = Workload("fp8", MoEShape(64, 1536, 2048, 4, Quantization("fp8_w8a8", (128, 128))))

@@ -30,6 +30,7 @@ from sglang_moe_ext.core import CompileJob, EngineError, Failure, ModelError, Mo
 from sglang_moe_ext.engines.lookup_probe import LookupResult, ProbeModule
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.tables import config_table
 from sglang_moe_ext.tuning.bench import routing
 from sglang_moe_ext.tuning.bench.messages import (
@@ -151,7 +152,7 @@ class FakeWorker:
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeWorker:
     """A place with an H200, an SGLang, our command and a worker, none of which is one."""
-    gpu, fake = specs.find("H200"), FakeWorker()
+    gpu, fake = find_gpu("H200"), FakeWorker()
     place = Place(gpu, SglangInstallation("0.5.15", tmp_path, "3.6.0"), "2026-11-21", "the command")
     taken = LookupResult("0.5.15", "3.6.0", gpu.device_name, {8: TODAYS}, {8: None}, (), ())
     command = tmp_path / "our_command.py"
@@ -378,7 +379,7 @@ def test_a_race_that_fails_though_each_alone_runs_is_told_of_each() -> None:
 
 
 def test_a_batch_size_that_one_search_left_out_is_raced_by_the_others(worker: FakeWorker) -> None:
-    track = racing.Track(MoEShape(8, 64, 64, 2), specs.find("H200"), routing.UNIFORM)
+    track = racing.Track(MoEShape(8, 64, 64, 2), find_gpu("H200"), routing.UNIFORM)
     found = racing.raced(track, {"today": {8: pair(TODAYS), 1: pair(TODAYS)}, "ours": {8: pair(OURS)}})
     assert {m: list(outcome.by_name) for m, outcome in found.items()} == {1: ["today"], 8: ["today", "ours"]}
     assert (found[1].us("ours"), found[1].gain("today", "ours")) == (None, None)
@@ -389,7 +390,7 @@ def test_the_binaries_of_all_choices_are_made_before_the_race(
 ) -> None:
     made: list[CompileJob] = []
     monkeypatch.setattr(racing, "compile_all", lambda _, jobs, **__: made.extend(jobs))
-    track = racing.Track(MoEShape(8, 64, 64, 2), specs.find("H200"), routing.UNIFORM)
+    track = racing.Track(MoEShape(8, 64, 64, 2), find_gpu("H200"), routing.UNIFORM)
     racing.raced(track, {"today": {8: pair(TODAYS)}, "ours": {8: {"up": OURS, "down": DOWN}}})
     assert [job.key for job in made] == [config.compile_key for config in (TODAYS, TODAYS, OURS, DOWN)]
     assert {job.group_m for job in made} == {1}

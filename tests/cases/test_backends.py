@@ -16,13 +16,13 @@ from sglang_moe_ext.engines.sglang import support as sglang
 from sglang_moe_ext.engines.vllm import sharding as vllm_sharding
 from sglang_moe_ext.engines.vllm import support as vllm
 from sglang_moe_ext.engines.weight_only import marlin_takes
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.models import resolve
 from tests.engines.installed import VLLM_VERSIONS, run_in_engine, run_in_vllm, vllm_environment
 
 CASES = Path(__file__).parents[1] / "data" / "cases"
 CHILDREN = Path(__file__).parents[1] / "engines" / "children"
-H200, B200, RTX_4090, A100 = (specs.find(name) for name in ("H200", "B200", "RTX_4090", "A100"))
+H200, B200, RTX_4090, A100 = (find_gpu(name) for name in ("H200", "B200", "RTX_4090", "A100"))
 SIZES = list(itertools.product((2048, 5120, 2880, 7168), (64, 96, 192, 384, 768, 1536), (-1, 32, 64, 128)))
 SGLANG_VERSIONS = ("0.5.15", "0.5.20", "0.5.23")
 

@@ -6,6 +6,7 @@ import pytest
 
 from sglang_moe_ext.core import GpuError
 from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 
 MEANT = {
     "NVIDIA L20": ("NVIDIA L20", 89),
@@ -40,7 +41,7 @@ MEANT = {
 
 @pytest.mark.parametrize(("said", "meant"), MEANT.items(), ids=MEANT)
 def test_a_name_that_people_use_means_one_gpu(said: str, meant: tuple[str, int]) -> None:
-    gpu = specs.find(said)
+    gpu = find_gpu(said)
     assert (gpu.device_name, gpu.sm) == meant
 
 
@@ -55,18 +56,18 @@ SLICES = {
 def test_a_mig_slice_has_the_limits_of_the_whole_and_its_own_multiprocessors(
     said: str, slice_facts: tuple[int, int, int]
 ) -> None:
-    gpu = specs.find(said)
+    gpu = find_gpu(said)
     assert (gpu.sm, gpu.multiprocessors, gpu.memory_gib) == slice_facts
     assert gpu.smem_per_block == specs.ARCHITECTURES[gpu.sm].smem_per_block
 
 
 def test_the_name_of_a_mig_slice_keeps_its_profile() -> None:
-    assert specs.find("A100-SXM4-80GB MIG 3g.40gb").device_name == "NVIDIA A100-SXM4-80GB MIG 3g.40gb"
+    assert find_gpu("A100-SXM4-80GB MIG 3g.40gb").device_name == "NVIDIA A100-SXM4-80GB MIG 3g.40gb"
 
 
 def test_a_profile_that_is_larger_than_the_gpu_is_refused() -> None:
     with pytest.raises(GpuError, match=r"no MIG profile 3g\.71gb"):
-        specs.find("NVIDIA A100-SXM4-40GB MIG 3g.71gb")
+        find_gpu("NVIDIA A100-SXM4-40GB MIG 3g.71gb")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_a_profile_that_is_larger_than_the_gpu_is_refused() -> None:
 )
 def test_a_name_of_several_gpus_is_asked_back_with_their_names(said: str, parts: tuple[str, ...]) -> None:
     with pytest.raises(GpuError, match="may be") as refused:
-        specs.find(said)
+        find_gpu(said)
     assert all(part in str(refused.value) for part in parts)
 
 
@@ -99,7 +100,7 @@ def test_a_name_of_several_gpus_is_asked_back_with_their_names(said: str, parts:
 )
 def test_an_unsupported_gpu_is_said_to_be_unsupported_and_why(said: str, why: str) -> None:
     with pytest.raises(GpuError, match="is not supported") as refused:
-        specs.find(said)
+        find_gpu(said)
     assert why in str(refused.value)
     assert "such as" not in str(refused.value)
 
@@ -119,16 +120,16 @@ def test_an_unsupported_gpu_is_said_to_be_unsupported_and_why(said: str, why: st
     ],
 )
 def test_further_names_of_the_same_kinds_are_found(said: str, device_name: str, multiprocessors: int) -> None:
-    gpu = specs.find(said)
+    gpu = find_gpu(said)
     assert (gpu.device_name, gpu.multiprocessors) == (device_name, multiprocessors)
 
 
 @pytest.mark.parametrize("said", ["A100 PCIe", "A100 SXM", "NVIDIA GeForce RTX 4090 Laptop GPU", "RTX A6000 Ada"])
 def test_a_name_that_is_no_one_gpu_brings_names_that_are(said: str) -> None:
     with pytest.raises(GpuError, match=r"may be NVIDIA_A100|such as NVIDIA_"):
-        specs.find(said)
+        find_gpu(said)
 
 
 def test_a_rebuilt_card_has_the_name_of_the_original_and_its_own_memory() -> None:
-    gpu = specs.find("RTX 4090 48GB")
+    gpu = find_gpu("RTX 4090 48GB")
     assert (gpu.device_name, gpu.memory_gib) == ("NVIDIA GeForce RTX 4090", 48)

@@ -32,7 +32,7 @@ from sglang_moe_ext.engines import config_dict
 from sglang_moe_ext.engines.sglang import source_patch, table_names
 from sglang_moe_ext.engines.sglang.hook_points import LAYER_MODULES
 from sglang_moe_ext.engines.vllm import hook_points as vllm_hook_points
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.serving import attach, guard, kernel_selection, launch_guard, selection, table_search
 from sglang_moe_ext.serving.guard import ConfigGuard
 from sglang_moe_ext.serving.launch_guard import GuardedLauncher
@@ -47,7 +47,7 @@ from tests.serving.test_selection import at, write
 
 CASES = Path(__file__).parents[1] / "data" / "cases"
 REPO_ROOT = Path(__file__).parents[2]
-H200, H100 = specs.find("H200"), specs.find("H100")
+H200, H100 = find_gpu("H200"), find_gpu("H100")
 FP8_BLOCK = MoEShape(4, 256, 512, 2, Quantization("fp8_w8a8", (128, 128)))
 W1, W2 = (4, 512, 512), (4, 512, 256)
 YOURS, ENGINES = TableDir("your", Path()), TableDir("the engine's", Path(), is_engines=True)

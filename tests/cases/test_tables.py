@@ -14,7 +14,7 @@ from sglang_moe_ext import env
 from sglang_moe_ext.core import MoEShape, Quantization, TileConfig
 from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.engines.sglang import lookup_probe, table_names
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.serving import selection, table_search
 from sglang_moe_ext.serving.selection import OurEntry
 from sglang_moe_ext.serving.table_search import TableDir
@@ -22,7 +22,7 @@ from tests.engines.installed import engine_environment
 
 CASES = Path(__file__).parents[1] / "data" / "cases"
 SHAPE = MoEShape(256, 512, 2048, 8, Quantization("fp8_w8a8", (128, 128)))
-GB10 = specs.find("GB10")
+GB10 = find_gpu("GB10")
 WRITTEN = TileConfig(16, 128, 128, 8, 4, 2)
 """Of most of the inputs, the entry at M=64."""
 DEFAULT = TileConfig(64, 128, 128, 32, 4, 3)

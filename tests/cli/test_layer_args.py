@@ -9,6 +9,7 @@ import pytest
 from sglang_moe_ext.cli import layer_args
 from sglang_moe_ext.core import ModelError
 from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
 def notes(capsys: pytest.CaptureFixture[str], *flags: str) -> list[str]:
     arguments = parser().parse_args(flags)
     layer = layer_args.parse_layer(arguments)
-    layer_args.print_memory_note(layer, specs.find(arguments.gpu))
+    layer_args.print_memory_note(layer, find_gpu(arguments.gpu))
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
 
 
@@ -30,7 +31,7 @@ def test_the_gpus_are_listed_in_the_form_that_the_flag_takes(capsys: pytest.Capt
         parser().parse_args(["--list-gpus"])
     assert ended.value.code == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[:-1]]
-    assert {specs.find(name).device_name for name in names} == set(specs.known_gpus())
+    assert {find_gpu(name).device_name for name in names} == set(specs.known_gpus())
 
 
 @pytest.mark.parametrize(

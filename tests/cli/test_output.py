@@ -12,7 +12,7 @@ import pytest
 
 from sglang_moe_ext.cli import console, output
 from sglang_moe_ext.core import MoEShape, TileConfig
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.tables import config_table
 from sglang_moe_ext.tuning.compile.kernel_source import KernelSource
 from sglang_moe_ext.tuning.pipeline import TuneOutcome
@@ -41,7 +41,7 @@ FIRST_THAT_RUNS = replace(FASTER, incumbent_us=math.inf, gain=Interval(math.inf,
 REQUEST = TuneRequest(
     model="GLM-4.7-Flash",
     architecture="Glm4MoeLiteForCausalLM",
-    problem=Problem(MoEShape(65, 1536, 2048, 5, fused_shared=1), specs.find("NVIDIA_H200"), "sglang"),
+    problem=Problem(MoEShape(65, 1536, 2048, 5, fused_shared=1), find_gpu("NVIDIA_H200"), "sglang"),
     vllm_shape=None,
     gpu_is_here=True,
     tokens=(16_384,),

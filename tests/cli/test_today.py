@@ -13,6 +13,7 @@ from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.engines.sglang import adapter
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.tables import config_table, provenance
 from sglang_moe_ext.tables.provenance import Provenance, ProvenanceEntry, TuningRun
 from sglang_moe_ext.tuning.compile.kernel_source import KernelSource
@@ -27,7 +28,7 @@ TOKENS = (1, 64, 4096)
 REQUEST = TuneRequest(
     model="Qwen3-30B-A3B",
     architecture="Qwen3MoeForCausalLM",
-    problem=Problem(MoEShape(128, 768, 2048, 8), specs.find("H200"), "sglang"),
+    problem=Problem(MoEShape(128, 768, 2048, 8), find_gpu("H200"), "sglang"),
     vllm_shape=None,
     gpu_is_here=False,
     tokens=TOKENS,

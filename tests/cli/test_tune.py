@@ -14,6 +14,7 @@ from sglang_moe_ext.cli import main as command_line
 from sglang_moe_ext.cli import tune
 from sglang_moe_ext.core import Failure, TileConfig
 from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.tables import config_table
 from sglang_moe_ext.tuning import compare_configs
 from sglang_moe_ext.tuning.compare_configs import TODAY, ConfigComparison, TimedConfig
@@ -42,7 +43,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def h200(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with that GPU and an engine, as far as the flags can see."""
     monkeypatch.syspath_prepend(str(ENGINES_DIR / "sglang" / "0.5.23"))
-    monkeypatch.setattr(specs, "detect", lambda: specs.find(H200))
+    monkeypatch.setattr(specs, "detect", lambda: find_gpu(H200))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda index: H200)
 

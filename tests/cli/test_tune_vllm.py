@@ -14,6 +14,7 @@ from sglang_moe_ext.cli import main as command_line
 from sglang_moe_ext.cli import tune
 from sglang_moe_ext.core import TileConfig
 from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.tables import config_table, merge, provenance
 from sglang_moe_ext.tables.merge import RefusedTable, StoredTable
 from sglang_moe_ext.tuning.request import TuneRequest
@@ -209,7 +210,7 @@ def test_a_section_that_is_not_there_is_named_with_those_that_are(
 def test_a_pair_of_tables_is_no_choice_for_one_configuration(
     engine: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(specs, "detect", lambda: specs.find("NVIDIA H200"))
+    monkeypatch.setattr(specs, "detect", lambda: find_gpu("NVIDIA H200"))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "NVIDIA H200")
     file = tmp_path / "mine.json"

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sglang_moe_ext.core import MoEShape, Quantization
-from sglang_moe_ext.gpu import memory, specs
+from sglang_moe_ext.gpu import memory
+from sglang_moe_ext.gpu.names import find_gpu
 
 GLM_FLASH = MoEShape(65, 1536, 2048, 5)
 FP8 = Quantization("fp8_w8a8", (128, 128))
-RTX_4090 = specs.find("RTX 4090")
+RTX_4090 = find_gpu("RTX 4090")
 
 
 def test_the_weights_of_one_layer_are_up_gate_and_down_of_each_expert() -> None:
@@ -28,7 +29,7 @@ def test_a_model_that_is_larger_than_the_gpu_is_said_to_be() -> None:
 
 def test_a_model_that_fits_brings_no_note() -> None:
     qwen = MoEShape(128, 768, 2048, 8, FP8)
-    assert memory.why_too_large(qwen, specs.find("RTX 4090 48GB"), 48) is None
+    assert memory.why_too_large(qwen, find_gpu("RTX 4090 48GB"), 48) is None
 
 
 def test_without_a_number_of_layers_one_layer_is_counted() -> None:

@@ -9,9 +9,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from sglang_moe_ext.core import MoEShape, Quantization
-from sglang_moe_ext.gpu import roofline, specs
+from sglang_moe_ext.gpu import roofline
+from sglang_moe_ext.gpu.names import find_gpu
 
-H200 = specs.find("H200")
+H200 = find_gpu("H200")
 QWEN = MoEShape(128, 768, 2048, 8)
 GLM = MoEShape(65, 1536, 2048, 5, fused_shared=1)
 

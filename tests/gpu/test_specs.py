@@ -8,16 +8,17 @@ import pytest
 
 from sglang_moe_ext.core import GpuError
 from sglang_moe_ext.gpu import names, specs
+from sglang_moe_ext.gpu.names import find_gpu
 
 
 @pytest.mark.parametrize("name", specs.known_gpus())
 def test_a_gpu_is_found_by_the_name_that_torch_reports(name: str) -> None:
-    assert specs.find(name).device_name == name
+    assert find_gpu(name).device_name == name
 
 
 @pytest.mark.parametrize("name", specs.known_gpus())
 def test_a_gpu_is_found_by_the_name_that_file_names_have(name: str) -> None:
-    assert specs.find(name.replace(" ", "_")).device_name == name
+    assert find_gpu(name.replace(" ", "_")).device_name == name
 
 
 @pytest.mark.parametrize(
@@ -36,18 +37,18 @@ def test_a_gpu_is_found_by_the_name_that_file_names_have(name: str) -> None:
     ],
 )
 def test_a_gpu_is_found_by_what_people_call_it(said: str, device_name: str) -> None:
-    assert specs.find(said).device_name == device_name
+    assert find_gpu(said).device_name == device_name
 
 
 def test_an_unknown_gpu_is_refused_with_the_closest_names() -> None:
     with pytest.raises(GpuError, match=r"unknown GPU 'RTX 4091'.*NVIDIA_GeForce_RTX_4090"):
-        specs.find("RTX 4091")
+        find_gpu("RTX 4091")
 
 
 @pytest.mark.parametrize("said", ["", "NVIDIA", "GeForce", "zzzzzz"], ids=["nothing", "vendor", "brand", "nonsense"])
 def test_a_name_like_none_is_refused_with_examples(said: str) -> None:
     with pytest.raises(GpuError, match="such as"):
-        specs.find(said)
+        find_gpu(said)
 
 
 def test_no_two_gpus_share_a_plain_name() -> None:
@@ -61,7 +62,7 @@ def test_an_alias_hides_no_gpu(alias: str) -> None:
 
 @pytest.mark.parametrize("name", specs.known_gpus())
 def test_the_facts_of_a_gpu_are_those_of_its_architecture(name: str) -> None:
-    gpu = specs.find(name)
+    gpu = find_gpu(name)
     architecture = specs.ARCHITECTURES[gpu.sm]
     assert (gpu.smem_per_block, gpu.smem_per_multiprocessor) == (
         architecture.smem_per_block,
@@ -71,7 +72,7 @@ def test_the_facts_of_a_gpu_are_those_of_its_architecture(name: str) -> None:
 
 @pytest.mark.parametrize("name", specs.known_gpus())
 def test_a_gpu_has_an_fp8_rate_from_sm_89_on(name: str) -> None:
-    gpu = specs.find(name)
+    gpu = find_gpu(name)
     assert (gpu.fp8_tflops is not None) == (gpu.sm >= 89)
 
 
@@ -85,7 +86,7 @@ def test_an_unlisted_gpu_takes_its_limits_from_the_driver() -> None:
 
 
 def test_an_unlisted_gpu_takes_its_rates_from_its_family_by_multiprocessors() -> None:
-    relative = specs.find("H100")
+    relative = find_gpu("H100")
     gpu = specs.describe("NVIDIA H100 New", described(multi_processor_count=relative.multiprocessors // 2))
     assert gpu.bf16_tflops == relative.bf16_tflops / 2
 

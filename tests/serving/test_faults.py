@@ -34,7 +34,7 @@ from sglang_moe_ext.serving.selection import OurEntry
 from sglang_moe_ext.serving.table_search import TableDir
 from sglang_moe_ext.models.shape_string import parse_shape
 
-root, shape, triton, gpu = Path(sys.argv[1]), parse_shape(sys.argv[2]), sys.argv[3], specs.find("H200")
+root, shape, triton, gpu = Path(sys.argv[1]), parse_shape(sys.argv[2]), sys.argv[3], find_gpu("H200")
 lines = []
 logging.getLogger("sglang_moe_ext.serving.table_search").addFilter(lambda record: lines.append(record.getMessage()))
 

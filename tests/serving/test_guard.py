@@ -14,12 +14,13 @@ from sglang_moe_ext.core import Gpu, MoEShape, Projection, Quantization, TileCon
 from sglang_moe_ext.engines import config_dict, launch_rules
 from sglang_moe_ext.engines.launch_rules import KernelLaunch
 from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.gpu.shared_memory import smem_bytes
 from sglang_moe_ext.serving import guard
 from sglang_moe_ext.serving.guard import ConfigGuard, SafeEntry, degrade
 from tests.tables.generated import powers_of_two
 
-RTX_4090, H200 = specs.find("RTX 4090"), specs.find("H200")
+RTX_4090, H200 = find_gpu("RTX 4090"), find_gpu("H200")
 GLM = MoEShape(65, 1536, 2048, 5)
 SEED = TileConfig(128, 256, 64, 16, num_warps=8, num_stages=4)
 OLD, NEW = (0, 5, 17), (0, 5, 18)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from sglang_moe_ext.core import Gpu, MoEShape, Origin, Quantization, Table, TileConfig
 from sglang_moe_ext.engines.sglang import table_names
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.serving import selection, table_search
 from sglang_moe_ext.serving.selection import Choice, EngineDefault, EngineEntry, OurEntry
 from sglang_moe_ext.serving.table_search import FoundTables, TableCandidate, TableDir
@@ -25,7 +25,7 @@ from tests.tables.generated import A_RUN
 
 SHAPE = MoEShape(8, 256, 512, 2)
 TRITON, OLDER_TRITON = "3.7.1", "3.5.1"
-H200, H200_NVL = specs.find("H200"), specs.find("H200 NVL")
+H200, H200_NVL = find_gpu("H200"), find_gpu("H200 NVL")
 YOURS, SHIPPED = TableDir("your", Path("yours")), TableDir("the shipped", Path("shipped"))
 ENGINES = TableDir("the engine's", Path("engines"), is_engines=True)
 ASKED_FOR = dataclasses.replace(ENGINES, is_asked_for=True)

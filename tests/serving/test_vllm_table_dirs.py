@@ -12,7 +12,7 @@ from sglang_moe_ext.core import Gpu, MoEShape, Origin, Table, TileConfig
 from sglang_moe_ext.engines.sglang import table_names as sglangs
 from sglang_moe_ext.engines.vllm import table_names
 from sglang_moe_ext.engines.vllm.installation import VllmInstallation
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.serving import selection, table_search
 from sglang_moe_ext.serving.selection import Choice, EngineDefault, EngineEntry, OurEntry
 from sglang_moe_ext.serving.table_search import TableDir
@@ -22,7 +22,7 @@ from sglang_moe_ext.tables.provenance import Provenance, ProvenanceEntry
 from tests.tables.generated import A_RUN
 
 SHAPE, TRITON = MoEShape(8, 256, 512, 2), "3.7.1"
-H200, H200_NVL = specs.find("H200"), specs.find("H200 NVL")
+H200, H200_NVL = find_gpu("H200"), find_gpu("H200 NVL")
 ENGINE = VllmInstallation("0.33.0", Path("/vllm"), TRITON)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sglang_moe_ext.core import Failure, MoEShape, Projection, Quantization, Resources, TileConfig
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.tuning import plan
 from sglang_moe_ext.tuning.bench.messages import (
     Accuracy,
@@ -41,7 +41,7 @@ LAYERS = {
     "glm_4_7_flash_bf16": MoEShape(65, 1536, 2048, 5, fused_shared=1),
     "qwen3_30b_a3b_fp8_block": MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", (128, 128))),
 }
-GPU = specs.find("H200")
+GPU = find_gpu("H200")
 FITS = Resources(smem_bytes=65536, registers=128, spill_bytes=0)
 MEASURING = MeasureOptions(effort="full", with_tma=("down",), budget_s=None, routing=MIXED, gpus=("0",))
 
@@ -79,7 +79,14 @@ def tasks_of(
 ) -> list[SearchTask]:
     request = request_of(layer, tokens, measuring)
     kept = plan.prune_space(request.problem).kept
-    return search_loop.largest_first({m: candidates.list_for_request(request, measuring, kept, m) for m in tokens})
+    return search_loop.largest_first(
+        {
+            m: candidates.list_for_effort(
+                kept, request.problem, m, effort=measuring.effort, with_tma=measuring.with_tma
+            )
+            for m in tokens
+        }
+    )
 
 
 @functools.cache

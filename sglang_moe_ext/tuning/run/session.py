@@ -17,7 +17,6 @@ from sglang_moe_ext.tuning.compile.cache import CompileCache, default_path
 from sglang_moe_ext.tuning.compile.kernel_source import Job, KernelSource, kernel_source
 from sglang_moe_ext.tuning.compile.pool import CompilePool
 from sglang_moe_ext.tuning.request import MeasureOptions, Progress, TuneRequest
-from sglang_moe_ext.tuning.results_to_tables import driver_version, version_of
 from sglang_moe_ext.tuning.run import ray_executor, run_folder, search_loop
 from sglang_moe_ext.tuning.run.executor import BenchProcessLike, CompilePoolLike, Executor, LocalExecutor, close_all
 from sglang_moe_ext.tuning.run.journal_reader import Circumstances
@@ -25,6 +24,7 @@ from sglang_moe_ext.tuning.run.run_folder import RunFolder
 from sglang_moe_ext.tuning.run.search_loop import SearchResults
 from sglang_moe_ext.tuning.search import candidates
 from sglang_moe_ext.tuning.today import pairs_of
+from sglang_moe_ext.tuning.versions import driver_version, version_of
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,12 @@ def measure(
         MoEExtError: nothing ran right, or no GPU answers.
     """
     tasks = search_loop.largest_first(
-        {m: candidates.list_for_request(request, measuring, kept, m) for m in request.tokens}
+        {
+            m: candidates.list_for_effort(
+                kept, request.problem, m, effort=measuring.effort, with_tma=measuring.with_tma
+            )
+            for m in request.tokens
+        }
     )
     jobs = [job for task in tasks for job in candidates.screening_jobs(task.listed, request.problem, task.tokens)]
     with ExitStack() as ends:

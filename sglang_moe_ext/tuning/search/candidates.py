@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from sglang_moe_ext.core import (
     PROJECTIONS,
@@ -19,21 +19,25 @@ from sglang_moe_ext.core import (
 from sglang_moe_ext.tuning.bench.messages import Pair
 from sglang_moe_ext.tuning.compile.kernel_source import Job
 from sglang_moe_ext.tuning.problem import Problem
-from sglang_moe_ext.tuning.request import MeasureOptions, TuneRequest
 from sglang_moe_ext.tuning.search import cost_model, predict
-from sglang_moe_ext.tuning.search.screening import EFFORTS, groups_by_key
+from sglang_moe_ext.tuning.search.screening import EFFORTS, EffortName, groups_by_key
 
 Candidates = dict[Projection, list[TileConfig]]
 
 
-def list_for_request(
-    request: TuneRequest, measuring: MeasureOptions, kept: tuple[TileConfig, ...], tokens: int
+def list_for_effort(
+    kept: tuple[TileConfig, ...],
+    problem: Problem,
+    tokens: int,
+    *,
+    effort: EffortName,
+    with_tma: Sequence[Projection],
 ) -> Candidates:
-    """What a run times at that M."""
-    keys = EFFORTS[measuring.effort].keys
-    if not request.adapter.HAS_DOWN_TABLES:
-        return list_shared_candidates(kept, request.problem, tokens, keys=keys)
-    return list_candidates(kept, request.problem, tokens, keys=keys, with_tma=measuring.with_tma)
+    """What a run of that effort times at that M."""
+    keys = EFFORTS[effort].keys
+    if not problem.adapter.HAS_DOWN_TABLES:
+        return list_shared_candidates(kept, problem, tokens, keys=keys)
+    return list_candidates(kept, problem, tokens, keys=keys, with_tma=with_tma)
 
 
 def list_shared_candidates(

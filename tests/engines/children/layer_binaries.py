@@ -22,7 +22,7 @@ from sglang_moe_ext.engines import meta_compile
 from sglang_moe_ext.engines.sglang import compile as sglang_compile
 from sglang_moe_ext.engines.sglang import runner
 from sglang_moe_ext.engines.tensors import LayerTensors
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.kernels.compiled import TargetOnlyDriver
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.search import candidates
@@ -74,9 +74,7 @@ def launched(job: Any, pair: Any, tokens: int) -> list[str]:
 def made(job: Any, pair: Any, tokens: int) -> list[str]:
     """By the jobs that stand for the pair at that many tokens."""
     hashes.clear()
-    for each in candidates.pair_jobs(
-        pair, Problem(job.shape, replace(specs.find("H200"), sm=job.sm), "sglang"), tokens
-    ):
+    for each in candidates.pair_jobs(pair, Problem(job.shape, replace(find_gpu("H200"), sm=job.sm), "sglang"), tokens):
         resources_of, meta_compile.resources_of = meta_compile.resources_of, lambda made: hashes.append(made.hash)
         try:
             sglang_compile.compile_job(each)

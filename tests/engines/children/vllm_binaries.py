@@ -22,7 +22,7 @@ from sglang_moe_ext.engines import meta_compile
 from sglang_moe_ext.engines.tensors import LayerTensors
 from sglang_moe_ext.engines.vllm import compile as vllm_compile
 from sglang_moe_ext.engines.vllm import runner
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.kernels.compiled import TargetOnlyDriver, resources_of
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.search import candidates
@@ -89,7 +89,7 @@ def compiled(job: CompileJob) -> Any:
 def answer(document: dict[str, Any]) -> dict[str, Any]:
     job, config, tokens = parsed(document["job"]), TileConfig(*document["config"]), document["tokens"]
     pair = {"up": config, "down": config}
-    problem = Problem(job.shape, replace(specs.find("H200"), sm=job.sm), "vllm")
+    problem = Problem(job.shape, replace(find_gpu("H200"), sm=job.sm), "vllm")
     jobs = candidates.pair_jobs(pair, problem, tokens)  # type: ignore[arg-type]
     own = [compiled(each) for each in jobs]
     screened = [

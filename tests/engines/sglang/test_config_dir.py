@@ -28,7 +28,7 @@ from sglang_moe_ext.engines.sglang import config_dir_tables, installation, looku
 from sglang_moe_ext.engines.sglang import table_names as sglang_table_names
 from sglang_moe_ext.engines.sglang.config_dir_tables import Sources
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.models import parse_shape
 from sglang_moe_ext.tables import config_table, provenance
 from sglang_moe_ext.tables.merge import StoredTable
@@ -366,7 +366,7 @@ def test_the_real_engine_takes_a_shipped_table_of_another_triton(version: str, t
     name = "E=65,N=1536,device_name=NVIDIA_H200.json"
     stored = StoredTable(config_table.read(tuned / "configs" / "triton_3_6_0" / name), None)
     expected = config_dir_tables.safe(stored, table_names.parse(name), installation.parse_version(version)).table
-    question = LookupRequest(parse_shape("E=65,N=1536,K=2048,topk=5,dtype=bfloat16"), [64], specs.find("NVIDIA H200"))
+    question = LookupRequest(parse_shape("E=65,N=1536,K=2048,topk=5,dtype=bfloat16"), [64], find_gpu("NVIDIA H200"))
     answer = lookup_probe.ALONE.ask(question, environment | variables)
     folder = Path(variables[env.SGLANG_CONFIG_DIR], "configs", sglang_table_names.version_folder(answer.triton))
     assert folder / name in answer.files

@@ -17,7 +17,7 @@ from sglang_moe_ext.core import MoEShape, Quantization
 from sglang_moe_ext.engines import lookup_probe, table_names
 from sglang_moe_ext.engines.lookup_probe import LookupRequest
 from sglang_moe_ext.engines.sglang import table_names as sglang_table_names
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from tests.engines.installed import ENGINE_VERSIONS, run_in_engine
 
 CHILD = Path(__file__).parents[1] / "children" / "engine_contract.py"
@@ -62,7 +62,7 @@ class NameCase:
 
 
 NAME_CASES = [NameCase(*case) for case in itertools.product(DEVICES, QUANTIZATIONS, (False, True))]
-H200 = specs.find("H200")
+H200 = find_gpu("H200")
 SHIPPED = LookupRequest(MoEShape(128, 768, 2048, 8), (1, 64, 5000), H200)
 """Qwen3-30B-A3B on an H200: every release ships its table, for an older Triton than the one here."""
 UNKNOWN = LookupRequest(MoEShape(97, 96, 256, 3), (1, 97, 98), H200)

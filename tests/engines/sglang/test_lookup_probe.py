@@ -15,13 +15,13 @@ from sglang_moe_ext.engines.config_dict import tile_of
 from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.engines.sglang import lookup_probe as sglang_lookup_probe
 from sglang_moe_ext.engines.sglang import table_names
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.tables import config_table, files
 from tests.engines.installed import ENGINE_VERSIONS, REPO_ROOT, engine_environment
 
 TOKENS = (1, 2, 3, 17, 64, 5000)
 SHAPE = MoEShape(65, 1536, 2048, 5, Quantization("fp8_w8a8", (128, 128)))
-RTX_4090 = specs.find("RTX 4090")
+RTX_4090 = find_gpu("RTX 4090")
 QUESTION = LookupRequest(SHAPE, TOKENS, RTX_4090)
 
 # No two entries are alike, so that each answer names the entry that it came from; 3 lies as near to 2 as to 4.

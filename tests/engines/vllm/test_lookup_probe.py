@@ -14,12 +14,12 @@ from sglang_moe_ext.core import EngineError, MoEShape, Quantization, Table, Tile
 from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.engines.sglang.table_names import version_folder
 from sglang_moe_ext.engines.vllm import lookup_probe, table_names
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.tables import config_table, files
 from tests.engines.installed import REPO_ROOT, VLLM_VERSIONS, vllm_environment
 
 TOKENS = (1, 2, 3, 17, 64, 5000)
-RTX_4090 = specs.find("RTX 4090")
+RTX_4090 = find_gpu("RTX 4090")
 SHAPE = MoEShape(64, 1536, 2048, 4, Quantization("fp8_w8a8", (128, 128)))
 GROUPS = MoEShape(97, 96, 256, 3, Quantization("int4_w4a16", (0, 128)))
 # No two entries are alike, so that each answer names the entry that it came from; 3 lies as near to 2 as to 4.

@@ -25,7 +25,7 @@ from sglang_moe_ext.core import (
     TileConfig,
 )
 from sglang_moe_ext.engines.sglang.sharding import launched_shape
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.models import builtin_models
 from sglang_moe_ext.tuning import plan
 from sglang_moe_ext.tuning.problem import Problem
@@ -33,7 +33,7 @@ from sglang_moe_ext.tuning.search import candidates
 from sglang_moe_ext.tuning.search.candidates import Candidates
 from sglang_moe_ext.tuning.search.screening import EFFORTS
 
-GPUS = {name: specs.find(name) for name in ("H200", "RTX 4090", "A100")}
+GPUS = {name: find_gpu(name) for name in ("H200", "RTX 4090", "A100")}
 SHAPES = sorted({launched_shape(model, Parallelism()) for model in builtin_models().values()}, key=str)
 GLM = MoEShape(65, 1536, 2048, 5, fused_shared=1)
 GLM_ON_H200 = Problem(GLM, GPUS["H200"], "sglang")

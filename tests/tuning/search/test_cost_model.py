@@ -6,12 +6,12 @@ import pytest
 
 from benchmarks import prediction_regret
 from sglang_moe_ext.core import PROJECTIONS, Gpu, MoEShape, Quantization, TileConfig
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.gpu.roofline import gemm_floor
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.search import cost_model, predict, space
 
-H200, RTX_4090 = specs.find("H200"), specs.find("RTX_4090")
+H200, RTX_4090 = find_gpu("H200"), find_gpu("RTX_4090")
 GLM_BF16 = MoEShape(65, 1536, 2048, 5, fused_shared=1)
 QWEN_FP8 = MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", (128, 128)))
 MIXTRAL_BF16 = MoEShape(8, 14336, 4096, 2)
@@ -88,7 +88,7 @@ def test_the_prediction_for_the_best_is_within_a_quarter_of_its_measured_time(
 @pytest.mark.parametrize("name", GPUS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_no_configuration_is_predicted_faster_for_more_tokens(shape: MoEShape, name: str) -> None:
-    gpu = specs.find(name)
+    gpu = find_gpu(name)
     for config in candidates(shape, gpu)[::37]:
         times = [us(config, shape, gpu, tokens) for tokens in BATCHES]
         assert times == sorted(times), config
@@ -97,7 +97,7 @@ def test_no_configuration_is_predicted_faster_for_more_tokens(shape: MoEShape, n
 @pytest.mark.parametrize("name", GPUS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_nothing_is_predicted_faster_than_the_floor(shape: MoEShape, name: str) -> None:
-    gpu = specs.find(name)
+    gpu = find_gpu(name)
     for config in candidates(shape, gpu)[::23]:
         resources = cost_model.estimate(config, shape, gpu)
         for tokens in BATCHES:
@@ -136,7 +136,7 @@ def test_block_wise_prefill_on_an_h200_shares_a_multiprocessor(tokens: int) -> N
 def test_weights_that_outgrow_the_l2_are_better_swept_in_groups() -> None:
     """w1 of one Mixtral expert is 235 MB: with GROUP_SIZE_M = 1 each row of tiles reads all of it again."""
     alone, grouped = (TileConfig(128, 128, 64, group_m, 8, 3) for group_m in (1, 16))
-    rtx_3090 = specs.find("RTX 3090")
+    rtx_3090 = find_gpu("RTX 3090")
     assert us(grouped, MIXTRAL_BF16, rtx_3090, 16384) < us(alone, MIXTRAL_BF16, rtx_3090, 16384)
 
 

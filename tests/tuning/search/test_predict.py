@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 
 from sglang_moe_ext.core import CompileJob, EngineError, Failure, MoEShape, Quantization, Resources, TileConfig
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.tuning.bench.messages import Pair
 from sglang_moe_ext.tuning.compile.kernel_source import Compiled
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.search import predict, space
 from sglang_moe_ext.tuning.search.prediction_error import margin
 
-GPU = specs.find("H200")
+GPU = find_gpu("H200")
 SHAPE = MoEShape(128, 768, 2048, 8)
 PROBLEM = Problem(SHAPE, GPU, "sglang")
 BLOCK_WISE = MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", (128, 128)))

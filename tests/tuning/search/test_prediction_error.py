@@ -7,13 +7,13 @@ import re
 import pytest
 
 from sglang_moe_ext.core import MoEShape, TileConfig
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.search import predict
 from sglang_moe_ext.tuning.search.prediction_error import CHECKED, CheckedGain, margin
 from tests.engines.installed import REPO_ROOT
 
-GLM_ON_H200 = Problem(MoEShape(65, 1536, 2048, 5, fused_shared=1), specs.find("H200"), "sglang")
+GLM_ON_H200 = Problem(MoEShape(65, 1536, 2048, 5, fused_shared=1), find_gpu("H200"), "sglang")
 ROW = re.compile(
     r"\| (\d+) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \| [\d.]+x \| \+[\d.]+% \| \d+% \| (\S+) G1 w(\d) s(\d) \| "
 )

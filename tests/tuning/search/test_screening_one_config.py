@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_moe_ext.core import PROJECTIONS, MoEShape, TileConfig
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.tuning import plan
 from sglang_moe_ext.tuning.bench.messages import Pair
 from sglang_moe_ext.tuning.problem import Problem
@@ -70,10 +70,17 @@ def measured() -> dict[int, MeasuredChoice]:
     """What a run for vLLM chooses on a GPU whose results follow from a formula."""
     request = replace(
         request_of("glm_4_7_flash_bf16", TOKENS),
-        problem=Problem(MoEShape(64, 1536, 2048, 4), specs.find("H200"), "vllm"),
+        problem=Problem(MoEShape(64, 1536, 2048, 4), find_gpu("H200"), "vllm"),
     )
     kept = plan.prune_space(request.problem).kept
-    tasks = search_loop.largest_first({m: candidates.list_for_request(request, MEASURING, kept, m) for m in TOKENS})
+    tasks = search_loop.largest_first(
+        {
+            m: candidates.list_for_effort(
+                kept, request.problem, m, effort=MEASURING.effort, with_tma=MEASURING.with_tma
+            )
+            for m in TOKENS
+        }
+    )
     today: dict[int, Pair] = dict.fromkeys(TOKENS, TODAY)
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal.create(Path(folder, "run.jsonl"), {})
@@ -92,7 +99,7 @@ def test_a_run_for_vllm_finds_what_is_faster_than_today() -> None:
 
 
 def test_both_gemms_are_screened_with_the_same_candidates() -> None:
-    problem = Problem(MoEShape(128, 768, 2048, 8), specs.find("H200"), "sglang")
+    problem = Problem(MoEShape(128, 768, 2048, 8), find_gpu("H200"), "sglang")
     found = candidates.list_shared_candidates(plan.prune_space(problem).kept, problem, 64, keys=24)
     assert found["up"] == found["down"]
     assert len({config.compile_key for config in found["up"]}) == 24

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from sglang_moe_ext.core import Failure, MoEShape, Quantization, TileConfig
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.sorted_kernels import (
     KernelPlan,
     ShortKDownConfig,
@@ -83,7 +83,7 @@ def compared(
 
 
 def problem(shape: MoEShape = SHAPE, device: str = "H200") -> Problem:
-    return Problem(shape, specs.find(device), "sglang")
+    return Problem(shape, find_gpu(device), "sglang")
 
 
 def faster(share: float) -> Callable[[Runner], float]:

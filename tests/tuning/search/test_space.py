@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from sglang_moe_ext.core import CompileJob, Gpu, MoEShape, Quantization, TileConfig
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.gpu.shared_memory import smem_bytes
 from sglang_moe_ext.tuning.search import space
 from tests.engines.installed import run_in_engine
@@ -55,7 +55,7 @@ def grid(sm: int, dtype: str) -> dict[TileConfig, dict[str, Any]]:
 @functools.cache
 def kept(sm: int, dtype: str) -> frozenset[TileConfig]:
     candidates = [config for config in space.full_space() if config.group_m == 1]
-    return frozenset(space.prune(candidates, SHAPES[dtype], specs.find(GPUS[sm])).kept)
+    return frozenset(space.prune(candidates, SHAPES[dtype], find_gpu(GPUS[sm])).kept)
 
 
 def can_launch(record: dict[str, Any], gpu: Gpu) -> bool:
@@ -77,13 +77,13 @@ def test_every_candidate_that_is_kept_was_compiled(sm: int, dtype: str) -> None:
 
 @every_grid
 def test_no_candidate_that_is_kept_cannot_launch(sm: int, dtype: str) -> None:
-    gpu = specs.find(GPUS[sm])
+    gpu = find_gpu(GPUS[sm])
     assert [config for config in kept(sm, dtype) if not can_launch(grid(sm, dtype)[config], gpu)] == []
 
 
 @every_grid
 def test_no_candidate_that_is_dropped_would_have_run_without_spilling(sm: int, dtype: str) -> None:
-    gpu, records = specs.find(GPUS[sm]), grid(sm, dtype)
+    gpu, records = find_gpu(GPUS[sm]), grid(sm, dtype)
     dropped = set(records) - kept(sm, dtype)
     assert [config for config in dropped if can_launch(records[config], gpu) and not records[config]["spill"]] == []
 
@@ -132,13 +132,13 @@ example_ids = ["block", "padding", "memory", "accumulator", "accumulator of bloc
 
 @pytest.mark.parametrize(("rule", "shape", "gpu", "drops", "keeps"), EXAMPLES, ids=example_ids)
 def test_a_rule_drops_its_example(rule: str, shape: MoEShape, gpu: str, drops: TileConfig, keeps: TileConfig) -> None:
-    found = space.prune([drops], shape, specs.find(gpu))
+    found = space.prune([drops], shape, find_gpu(gpu))
     assert (found.kept, +Counter(found.dropped)) == ((), {rule: 1})
 
 
 @pytest.mark.parametrize(("rule", "shape", "gpu", "drops", "keeps"), EXAMPLES, ids=example_ids)
 def test_a_rule_keeps_its_neighbour(rule: str, shape: MoEShape, gpu: str, drops: TileConfig, keeps: TileConfig) -> None:
-    assert space.prune([keeps], shape, specs.find(gpu)).kept == (keeps,)
+    assert space.prune([keeps], shape, find_gpu(gpu)).kept == (keeps,)
 
 
 def test_every_rule_has_an_example() -> None:
@@ -146,17 +146,17 @@ def test_every_rule_has_an_example() -> None:
 
 
 def test_on_blackwell_the_accumulator_lies_in_tensor_memory_and_drops_nothing() -> None:
-    assert space.prune(space.full_space(), SHAPES["bf16"], specs.find("B200")).dropped["accumulator"] == 0
+    assert space.prune(space.full_space(), SHAPES["bf16"], find_gpu("B200")).dropped["accumulator"] == 0
 
 
 @pytest.mark.parametrize("gpu", GPUS.values())
 @pytest.mark.parametrize("shape", [*SHAPES.values(), INT4, NARROW], ids=[*SHAPES, "int4", "narrow"])
 def test_each_candidate_is_kept_or_counted_once(shape: MoEShape, gpu: str) -> None:
-    found = space.prune(space.full_space(), shape, specs.find(gpu))
+    found = space.prune(space.full_space(), shape, find_gpu(gpu))
     assert len(found.kept) + sum(found.dropped.values()) == 1920
 
 
 def test_the_count_goes_to_the_first_rule_that_drops() -> None:
     never = [space.Rule(name, "", lambda *_: False) for name in ("first", "second")]
-    found = space.prune(space.full_space(), SHAPES["bf16"], specs.find("H200"), never)
+    found = space.prune(space.full_space(), SHAPES["bf16"], find_gpu("H200"), never)
     assert found.dropped == {"first": 1920, "second": 0}
