@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sglang_moe_ext import env
 from sglang_moe_ext.core import StoreError
-from sglang_moe_ext.tables import config_table, locks
+from sglang_moe_ext.tables import config_table
 from sglang_moe_ext.untrusted import show
 
 log = logging.getLogger(__name__)
@@ -72,6 +72,8 @@ def locked(folders: Iterable[Path]) -> Iterator[None]:
     Raises:
         StoreError: another process holds a lock and does not give it back.
     """
+    from sglang_moe_ext.tables import locks  # a server never writes
+
     store = root_if_any()
     with contextlib.ExitStack() as held:
         if store is None:
