@@ -165,6 +165,7 @@ def run(arguments: argparse.Namespace) -> Mapping[str, Any]:
     if not arguments.from_log and (said := engine_choice.describe_choice(arguments.engine)):
         print(said)
     request = request_of(arguments, arguments.command_line)
+    arguments.is_measuring = request.measuring is not None  # for what an interrupt says
     adapter = request.adapter
     if request.gpu_is_here and not arguments.predict and adapter.find() is None:
         print(f"{adapter.TITLE} is not installed here, and only its own kernel is worth measuring: predicting instead")
@@ -195,7 +196,8 @@ def _check_store() -> None:
 def _stopped(arguments: argparse.Namespace) -> str:
     if measure_args.is_comparison(arguments):
         return "stopped; nothing was written"
-    return "stopped; tables are written last, and whole or not at all; if this run was measuring, --resume continues it"
+    resume = "; --resume continues this run" if getattr(arguments, "is_measuring", False) else ""
+    return f"stopped; tables are written last, and whole or not at all{resume}"
 
 
 COMMAND = Command(

@@ -142,6 +142,12 @@ def test_an_interrupt_ends_with_130_and_says_what_it_leaves(capsys: pytest.Captu
     assert capsys.readouterr().err == "stopped; nothing was written\n"
 
 
+@pytest.mark.parametrize(("is_measuring", "said"), [(True, "; --resume continues this run"), (False, "at all")])
+def test_an_interrupted_run_is_told_of_resume_only_where_it_measured(is_measuring: bool, said: str) -> None:
+    arguments = argparse.Namespace(configs=None, cmp_configs=(), is_measuring=is_measuring)
+    assert tune.COMMAND.stopped(arguments).endswith(said)
+
+
 def test_an_error_ends_with_1_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     def failing(_: argparse.Namespace) -> Mapping[str, Any]:
         raise StoreError("cannot write /x: no space")
