@@ -426,7 +426,7 @@ def test_a_lock_that_is_given_back_is_taken(tmp_path: Path) -> None:
 BLOCKS: list[Any] = [[None, None], ["a", "b"], [None], [128], 7, [[128], [128]], [128, None], object(), {"a": 1}]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=repr)
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda it: "an object" if type(it) is object else repr(it))
 def test_rel_09_a_block_of_scales_that_is_none_is_the_engines_to_answer(block: Any) -> None:
     engine = stand_in.Engine()
     assert engine.lookup(stand_in.W1, stand_in.W2, 2, None, 64, block_shape=block) == stand_in.THEIRS
