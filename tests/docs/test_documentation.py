@@ -111,7 +111,9 @@ def named_files() -> list[tuple[str, str]]:
     found = []
     for source in sources:
         text = source.read_text(encoding="utf-8")
-        found += [(name_of(source), name) for name in in_repository.findall(text)]
+        # A module names files of upstream's repositories, too.
+        is_ours = source in PAGES
+        found += [(name_of(source), name) for name in in_repository.findall(text) if is_ours or name[:5] == "docs/"]
         found += [(name_of(source), f"sglang_moe_ext/{name}") for name in in_package.findall(text)]
     return list(dict.fromkeys(found))
 

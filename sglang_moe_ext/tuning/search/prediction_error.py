@@ -22,7 +22,7 @@ class CheckedGain:
 FEW_TOKENS = 64
 """Up to here a layer reads weights and computes little; the model's errors are others above."""
 
-# docs/prediction.md, "A predicted table against a measured one": GLM-4.7-Flash on an NVIDIA H200, SGLang 0.5.15,
+# docs/benchmarks/prediction.md, "A predicted table against a measured one": GLM-4.7-Flash on an H200, SGLang 0.5.15,
 # Triton 3.6.0, 2026-11-21. Measured: today us / predicted us; predicted: the same two configurations by the model.
 CHECKED = (
     CheckedGain(1, 1.296, 1.040),
