@@ -186,6 +186,15 @@ def test_a_table_that_was_written_meanwhile_is_asked_for(engine: Path) -> None:
     assert Probe.started == 2
 
 
+def test_a_table_of_the_store_that_was_written_meanwhile_is_asked_for(engine: Path, tmp_path: Path) -> None:
+    main.main(DRY_RUN)
+    place = tmp_path / "store/tables/sglang/triton_3_7_1" / NAME
+    place.parent.mkdir(parents=True)
+    place.write_text(config_table.to_json({64: OLD}))
+    main.main(DRY_RUN)
+    assert Probe.started == 2
+
+
 @pytest.mark.parametrize("variable", ["SGLANG_MOE_CONFIG_DIR", "VLLM_TUNED_CONFIG_FOLDER", "CUDA_VISIBLE_DEVICES"])
 def test_a_variable_that_decides_on_tables_is_part_of_the_question(
     variable: str, engine: Path, monkeypatch: pytest.MonkeyPatch
