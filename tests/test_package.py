@@ -26,7 +26,7 @@ ATTACHED = {
     "gpu.": "shared_memory specs",
     "serving.": "attach guard kernel_selection launch_guard plugin selection sglang_hooks sglang_lookup_hook "
     "table_search",
-    "tables.": "config_table files kernel_table locks provenance user_store",
+    "tables.": "config_table files kernel_table provenance user_store",
 }
 """By package, the modules of ours that a server has once its engine's layer is hooked."""
 ATTACH = """
