@@ -38,7 +38,6 @@ from sglang_moe_ext.engines.sglang import lookup_probe
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.gpu.roofline import pair_floor_us
 from sglang_moe_ext.sorted_kernels import KernelPlan, WarpSpecializedDown, WarpSpecializedUp, list_jobs
-from sglang_moe_ext.tuning import verify_install
 from sglang_moe_ext.tuning.bench import messages
 from sglang_moe_ext.tuning.bench.messages import (
     Accuracy,
@@ -58,6 +57,7 @@ from sglang_moe_ext.tuning.compile.pool import CompilePool
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.search import candidates, sorted_kernels, statistics
 from sglang_moe_ext.tuning.search.sorted_kernels import CleanPlan
+from sglang_moe_ext.tuning.today import pairs_of
 
 _BLOCK = Quantization("fp8_w8a8", (128, 128))
 LAYERS = {
@@ -192,7 +192,7 @@ def known_pairs(shape: MoEShape, tokens: Sequence[int], as_on: Sequence[Gpu]) ->
     ]
     with ThreadPoolExecutor(len(asked)) as threads:
         answers = list(threads.map(lambda it: it[1].ask(it[0], environment), asked))
-    shipped, *others = (verify_install.pairs_of(answer) for answer in answers)
+    shipped, *others = (pairs_of(answer) for answer in answers)
     return KnownPairs(shipped, [pair for by_tokens in others for pair in by_tokens.values()])
 
 

@@ -13,9 +13,10 @@ from sglang_moe_ext.core import EngineError, Gpu, MoEShape
 from sglang_moe_ext.engines.lookup_probe import LookupRequest
 from sglang_moe_ext.engines.registry import ENGINES
 from sglang_moe_ext.engines.sglang import lookup_probe
-from sglang_moe_ext.tuning import install_target, verify_install
+from sglang_moe_ext.tuning import install_target
 from sglang_moe_ext.tuning.bench.messages import Pair
 from sglang_moe_ext.tuning.config_args import pairs_of_tables, parse_tables
+from sglang_moe_ext.tuning.today import pairs_of
 
 COMMAND = (sys.executable, "-m", "sglang_moe_ext.tune")
 
@@ -68,4 +69,4 @@ def choice(output_dir: Path, shape: MoEShape, gpu: Gpu, tokens: int) -> Pair:
 
 def engines_choice(shape: MoEShape, tokens: int) -> Pair:
     """Raises EngineError where the engine cannot be asked."""
-    return verify_install.pairs_of(lookup_probe.ALONE.ask(LookupRequest(shape, [tokens])))[tokens]
+    return pairs_of(lookup_probe.ALONE.ask(LookupRequest(shape, [tokens])))[tokens]

@@ -16,16 +16,16 @@ from sglang_moe_ext.engines.vllm import table_names as vllm_naming
 from sglang_moe_ext.gpu.roofline import pair_floor_us
 from sglang_moe_ext.sorted_kernels import KernelPlan
 from sglang_moe_ext.tables import config_table, kernel_table
-from sglang_moe_ext.tuning import verify_install
 from sglang_moe_ext.tuning.bench.messages import Pair, Runner
 from sglang_moe_ext.tuning.compare_configs import TODAY, ConfigComparison, TimedConfig
 from sglang_moe_ext.tuning.pipeline import TuneOutcome
-from sglang_moe_ext.tuning.plan import TunePlan, estimate_us
+from sglang_moe_ext.tuning.plan import TunePlan
 from sglang_moe_ext.tuning.request import TuneRequest
 from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice, is_right
-from sglang_moe_ext.tuning.search.predict import PredictedConfig
+from sglang_moe_ext.tuning.search.predict import PredictedConfig, estimate_us
 from sglang_moe_ext.tuning.search.space import RULES
 from sglang_moe_ext.tuning.search.statistics import Interval
+from sglang_moe_ext.tuning.today import pairs_of
 
 _LONGEST_REASON = 160
 """Characters of a failure in a table for people; the document has all."""
@@ -35,7 +35,8 @@ def predicted_row(tokens: int, result: PredictedConfig, today: Pair | None, toda
     """What is new beside what the engine runs today, both predicted."""
     gain = "-" if today_us is None else f"{today_us / result.us:.2f}x"
     had = ["-", "-"] if today is None or today_us is None else [_short(today), f"{today_us:.1f}"]
-    return [str(tokens), *had, str(result.config), f"{result.us:.1f}", gain]
+    new = "stays" if result.keeps_today else str(result.config)
+    return [str(tokens), *had, new, f"{result.us:.1f}", gain]
 
 
 def _short(pair: Pair) -> str:
@@ -46,8 +47,8 @@ def incumbents(request: TuneRequest, outcome: TuneOutcome) -> dict[int, tuple[Pa
     """What the engine ran before, with its predicted time in microseconds; empty where it was not asked."""
     if outcome.today is None:
         return {}
-    pairs = verify_install.pairs_of(outcome.today)
-    return {m: (pair, estimate_us(pair, request.shape, request.gpu, m)) for m, pair in pairs.items()}
+    pairs = pairs_of(outcome.today)
+    return {m: (pair, estimate_us(pair, request.problem, m)) for m, pair in pairs.items()}
 
 
 def measured_rows(tokens: int, result: MeasuredChoice[Pair], floor_us: float) -> list[list[str]]:

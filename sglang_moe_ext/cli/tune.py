@@ -78,6 +78,7 @@ def request_of(arguments: argparse.Namespace, command: str) -> TuneRequest:
         output_dir=arguments.output_dir,
         seed=arguments.seed,
         command=command,
+        force=arguments.force,
     )
 
 

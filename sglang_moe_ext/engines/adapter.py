@@ -32,7 +32,7 @@ class InstallationLike(Protocol):
 
 
 class ProbeLike(Protocol):
-    """A process of the engine that is asked, once, what it takes for a layer."""
+    """A process of the engine that says what it takes for a layer, from its tables as they are then."""
 
     def answer(self, question: LookupRequest) -> LookupResult: ...
     def close(self) -> None: ...
@@ -56,7 +56,7 @@ class EngineAdapter(Protocol):
         """The source of its kernel and launcher, in that installation."""
 
     def start_probe(self, environment: Mapping[str, str]) -> ProbeLike:
-        """A process of it under that environment, started now."""
+        """A process of it under that environment, started now, with our hooks in it as a server has them."""
 
     def table_key(self, shape: MoEShape, device_name: str, *, down: bool) -> TableKey: ...
 

@@ -16,11 +16,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sglang_moe_ext import __version__, env
+from sglang_moe_ext import __version__, env, package_data
 from sglang_moe_ext.core import TileConfig
 from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult, request_of
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.engines.vllm.installation import VllmInstallation
+from sglang_moe_ext.tables import user_store
 
 _FOLDER = "answers"
 _MOST_ANSWERS = 200
@@ -29,6 +30,9 @@ _VARIABLES = (
     env.VLLM_CONFIG_FOLDER,
     env.SGLANG_PLUGINS,
     env.VLLM_PLUGINS,
+    env.STORE,
+    env.DISABLE,
+    env.KERNELS,
     "CUDA_VISIBLE_DEVICES",
     "PYTHONPATH",
     "VLLM_BATCH_INVARIANT",
@@ -58,6 +62,7 @@ def key_of(engine: object, question: LookupRequest, device_name: str) -> str:
 def _roots(engine: object) -> list[Path]:
     """Each folder from which the engine reads tables, and its modules of the lookup."""
     named = [Path(folder) for name in _VARIABLES[:2] if (folder := os.environ.get(name))]
+    named += _roots_of_our_hooks()
     match engine:
         case SglangInstallation():
             return [engine.configs_root.parent, *named]
@@ -65,6 +70,13 @@ def _roots(engine: object) -> list[Path]:
             return [engine.configs_folder.parent, *named]
         case _:
             return named
+
+
+def _roots_of_our_hooks() -> list[Path]:
+    """The engine is asked with our hooks in, which read the user's own tables and the shipped ones."""
+    own, shipped = user_store.root_if_any(), package_data.folder("tuned_configs")
+    found = [] if own is None else [own / "tables" / engine for engine in ("sglang", "vllm")]
+    return found + ([] if shipped is None else [shipped / "configs", shipped / "vllm"])
 
 
 def _files(root: Path) -> Iterator[Path]:

@@ -20,6 +20,7 @@ from sglang_moe_ext.tuning.run.executor import Executor, run_tasks
 from sglang_moe_ext.tuning.search import candidates, final_comparison
 from sglang_moe_ext.tuning.search.screening import EFFORTS
 from sglang_moe_ext.tuning.search.statistics import Interval
+from sglang_moe_ext.tuning.today import pairs_of
 
 TODAY = "today"
 """The name of what the engine takes now."""
@@ -113,7 +114,7 @@ def run(
         scratch = ends.enter_context(tempfile.TemporaryDirectory(prefix="sglang_moe_ext-", ignore_cleanup_errors=True))
         early = [job for m in largest_first for by_m in given.values() for job in _jobs(request, m, by_m[m])]
         executors = session.start_executors(request, measuring, source, Path(scratch), early, ends, progress)
-        today = verify_install.pairs_of(engine.answer(verify_install.lookup_request(request)))
+        today = pairs_of(engine.answer(verify_install.lookup_request(request)))
         jobs = [*early, *(job for m in largest_first for job in _jobs(request, m, today[m]))]
         for executor in executors:
             executor.want(jobs)

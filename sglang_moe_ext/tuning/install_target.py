@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sglang_moe_ext import env
-from sglang_moe_ext.core import EngineError, MoEShape
+from sglang_moe_ext.core import EngineError, MoEShape, StoreError
 from sglang_moe_ext.engines.adapter import EngineAdapter, EngineName
 from sglang_moe_ext.engines.sglang import config_dir
 from sglang_moe_ext.engines.sglang import table_names as sglang_names
@@ -37,6 +37,17 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="folder to write the tables to instead of installing them",
     )
+    where.add_argument(
+        "--force",
+        action="store_true",
+        help="predict although a measured table for this layer is shipped, stored or in the engine, which a server "
+        "goes on taking",
+    )
+
+
+def _note(why: str, stored: Path, variable: str, root: Path, effect: str) -> str:
+    """With our plugin a server needs no variable, which would put this folder before all measured tables."""
+    return f"{why}our plugin serves {stored}; only where it is off, start the server with {variable}={root}{effect}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +95,8 @@ def choose_for_sglang(
         )
     if output_dir is not None:
         root = output_dir.absolute()
-        note = f"start the server with {env.SGLANG_CONFIG_DIR}={root}, which replaces the engine's own tables"
+        effect = ", which replaces the engine's own tables"
+        note = _note("", store_folder("sglang", triton), env.SGLANG_CONFIG_DIR, root, effect)
         return InstallTarget(_configs(root, triton), {env.SGLANG_CONFIG_DIR: str(root)}, note)
     if engine is None or install == "none":
         return None
@@ -103,7 +115,7 @@ def choose_for_sglang(
 def _overlay(engine: SglangInstallation, triton: str, why: str) -> InstallTarget:
     root = config_dir.overlay_folder(engine)
     config_dir.build(root, engine.configs_root)
-    note = f"{why}start the server with {env.SGLANG_CONFIG_DIR}={root}"
+    note = _note(why, store_folder("sglang", triton), env.SGLANG_CONFIG_DIR, root, "")
     return InstallTarget(_configs(root, triton), {env.SGLANG_CONFIG_DIR: str(root)}, note, is_of_this_engine=True)
 
 
@@ -116,7 +128,7 @@ def choose_for_vllm(
     """
     if output_dir is not None:
         root = output_dir.absolute()
-        note = f"start the server with {env.VLLM_CONFIG_FOLDER}={root}"
+        note = _note("", store_folder("vllm", triton), env.VLLM_CONFIG_FOLDER, root, "")
         return InstallTarget(root, {env.VLLM_CONFIG_FOLDER: str(root)}, note, is_flat=True)
     if engine is None or install == "none":
         return None
@@ -130,7 +142,7 @@ def choose_for_vllm(
             return InstallTarget(engine.configs_folder, {}, is_flat=True)
         why = f"{engine.configs_folder} is read-only; "
     stored = store_folder("vllm", triton)
-    note = f"{why}our plugin serves {stored}; where it is off, start the server with {env.VLLM_CONFIG_FOLDER}={stored}"
+    note = _note(why, stored, env.VLLM_CONFIG_FOLDER, stored, "")
     return InstallTarget(stored, {env.VLLM_CONFIG_FOLDER: str(stored)}, note, is_flat=True)
 
 
@@ -150,3 +162,17 @@ def table_names(adapter: EngineAdapter, shape: MoEShape, device_name: str) -> di
 def store_folder(engine: EngineName, triton: str) -> Path:
     """Where the user's own copy for that engine and that Triton lies."""
     return user_store.tables_folder(engine, sglang_names.version_folder(triton))
+
+
+def check_store(engine: EngineName, triton: str) -> None:
+    """Every run keeps its tables in the user's own store; better known before the work than after it.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    folder = store_folder(engine, triton)
+    if not files.is_writable(folder):
+        raise StoreError(
+            f"your own store cannot be written: {folder} is read-only, or no folder; set {env.STORE} to a folder that "
+            "can be written"
+        )

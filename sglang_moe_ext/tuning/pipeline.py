@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
-from sglang_moe_ext.core import EngineError, TileConfig
+from sglang_moe_ext.core import EngineError, Table, TileConfig
 from sglang_moe_ext.engines import installed, lookup_memory
 from sglang_moe_ext.engines.adapter import InstallationLike, ProbeLike
-from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
-from sglang_moe_ext.tables import kernel_table, merge, provenance
+from sglang_moe_ext.engines.lookup_probe import LookupResult
+from sglang_moe_ext.tables import config_table, kernel_table, merge, provenance
 from sglang_moe_ext.tables.kernel_table import KernelTable
 from sglang_moe_ext.tables.merge import RefusedTable, StoredTable
-from sglang_moe_ext.tuning import install_target, plan, results_to_tables, verify_install
-from sglang_moe_ext.tuning.bench.messages import Runner
+from sglang_moe_ext.tuning import install_target, known_tables, plan, results_to_tables, verify_install
+from sglang_moe_ext.tuning.bench.messages import Pair, Runner
 from sglang_moe_ext.tuning.compile.cache import CompileCache, default_path
 from sglang_moe_ext.tuning.compile.kernel_source import KernelSource, kernel_source
 from sglang_moe_ext.tuning.compile.pool import compile_all
@@ -28,6 +29,10 @@ from sglang_moe_ext.tuning.run import session
 from sglang_moe_ext.tuning.search import predict
 from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
 from sglang_moe_ext.tuning.search.predict import PredictedConfig
+from sglang_moe_ext.tuning.today import pairs_of, whose
+from sglang_moe_ext.tuning.verify_install import WrittenTables
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +40,7 @@ class TuneOutcome:
     """What came of a run. `plans`: the winner where our kernels were compared with the chosen pair.
 
     `answer` is the engine's proof of the pick-up, `today` its answer of what it ran before; None where there is no
-    engine.
+    engine to ask. `verify_install.is_served(answer)`: it was asked with our hooks, as a server has them.
     """
 
     results: Results
@@ -46,6 +51,10 @@ class TuneOutcome:
     answer: LookupResult | None
     kernel: KernelSource
     today: LookupResult | None = None
+
+    def whose(self, tokens: int) -> str | None:
+        """Where the configuration came from that the engine ran before, None where none was asked."""
+        return None if self.today is None else whose(self.today, tokens)
 
 
 def target_of(request: TuneRequest, engine: InstallationLike | None) -> InstallTarget | None:
@@ -69,47 +78,27 @@ def make_plan(request: TuneRequest, progress: Progress) -> TunePlan:
     """
     if request.adapter.find() is None:
         return plan.make_plan(request, None)
-    answer = _ask_today(request, progress)
-    return replace(plan.make_plan(request, verify_install.pairs_of(answer)), today=answer)
+    key = lookup_memory.key_of(request.adapter.find(), verify_install.lookup_request(request), request.gpu.device_name)
+    answer = lookup_memory.recall(key)  # where nothing that the engine could read has changed
+    if answer is None:
+        with closing(request.adapter.start_probe(verify_install.environment({}))) as probe:
+            answer = _ask_today(request, probe, progress)
+        lookup_memory.remember(key, answer)
+    return plan.make_plan(request, answer)
 
 
-def _ask_today(request: TuneRequest, progress: Progress) -> LookupResult:
-    """What the engine takes now, from the answers that are remembered where nothing it could read has changed."""
-    question = verify_install.lookup_request(request)
+def _ask_today(request: TuneRequest, probe: ProbeLike, progress: Progress) -> LookupResult:
+    return _ask(request, "what it runs today", lambda: probe.answer(verify_install.lookup_request(request)), progress)
+
+
+def _ask(request: TuneRequest, what: str, answer: Callable[[], T], progress: Progress) -> T:
+    """The answer; the name of the stage says whom the run asks, and what."""
     engine = request.adapter.find()
-    key = lookup_memory.key_of(engine, question, request.gpu.device_name)
-    known = lookup_memory.recall(key)
-    if known is not None:
-        return known
-    stage = _asking(request)
+    stage = f"asking {request.adapter.TITLE}{'' if engine is None else f' {engine.version_text}'} {what}"
     progress(stage, 0, 1)
-    with closing(request.adapter.start_probe(verify_install.environment({}))) as today:
-        answer = today.answer(question)
+    said = answer()
     progress(stage, 1, 1)
-    lookup_memory.remember(key, answer)
-    return answer
-
-
-def _asking(request: TuneRequest) -> str:
-    """The name of the stage: whom a run asks, and what."""
-    engine = request.adapter.find()
-    version = "" if engine is None else f" {engine.version_text}"
-    return f"asking {request.adapter.TITLE}{version} what it runs today"
-
-
-class _RememberingProbe:
-    """A probe that keeps its answer."""
-
-    def __init__(self, probe: ProbeLike) -> None:
-        self._probe = probe
-        self.result: LookupResult | None = None
-
-    def answer(self, question: LookupRequest) -> LookupResult:
-        self.result = self._probe.answer(question)
-        return self.result
-
-    def close(self) -> None:
-        self._probe.close()
+    return said
 
 
 def run(request: TuneRequest, progress: Progress) -> TuneOutcome:
@@ -123,29 +112,31 @@ def run(request: TuneRequest, progress: Progress) -> TuneOutcome:
     source = kernel_source(engine, request.adapter)
     triton = installed.running_triton() or ""
     kept = plan.prune_space(request.problem).kept
+    install_target.check_store(request.engine, triton)
     for place in itertools.chain.from_iterable(of.values() for of in _table_files(request, destination, triton)):
         merge.read(place)  # what cannot be merged is better known before the work than after it
     kernel_table.read(_plans_file(request, triton))
+    if request.measuring is None and not request.force:
+        _refuse_known(request)
     with ExitStack() as processes:
+        probe: ProbeLike | None = None
+        if engine is not None:
+            probe = processes.enter_context(closing(request.adapter.start_probe(verify_install.environment({}))))
+        today: list[LookupResult] = []
 
-        def ask_later(environment: dict[str, str]) -> ProbeLike:
-            return processes.enter_context(
-                closing(request.adapter.start_probe(verify_install.environment(environment)))
-            )
+        def ask_today() -> LookupResult:
+            assert probe is not None
+            today.append(_ask_today(request, probe, progress))
+            return today[-1]
 
-        environment_today = {} if destination is None else destination.environment_today
-        today = None if engine is None else _RememberingProbe(ask_later(environment_today))
-        read_by_engine = None if engine is None else destination
-        # A measuring run has cores to spare for an engine that gets ready meanwhile; a predicting one needs them all.
-        proof = ask_later(read_by_engine.environment) if read_by_engine and request.measuring else None
-        if request.measuring is not None and today is not None:
+        folder, plans = None, {}
+        if request.measuring is not None and probe is not None:
             folder = processes.enter_context(session.open_run(request, request.measuring, source))
-            found = session.measure(request, request.measuring, folder, kept, today, source, progress)
+            found = session.measure(request, request.measuring, folder, kept, ask_today, source, progress)
             results: Results = found.pairs
             plans = found.plans
         else:
-            folder, plans = None, {}
-            results = _predict(request, kept, destination, today, source, progress)
+            results = _predict(request, kept, None if probe is None else ask_today, source, progress)
         progress("writing", 0, 1)
         circumstances = results_to_tables.circumstances(request, engine, source.name)
         stored = _write_tables(request, results, circumstances, destination, triton)
@@ -158,19 +149,37 @@ def run(request: TuneRequest, progress: Progress) -> TuneOutcome:
         if folder is not None:
             folder.finish()
         answer = None
-        if read_by_engine is not None:
-            proof = proof or ask_later(read_by_engine.environment)
-            answer = _prove(request, stored, read_by_engine, proof, progress)
+        if destination is not None and probe is not None:
+            answer = _prove(request, stored, destination, triton, processes, probe, progress)
     return TuneOutcome(
         results=results,
         plans=plans,
         written=(*(path for path, result in stored.items() if isinstance(result, StoredTable)), *own),
         refused={path: result.why for path, result in stored.items() if isinstance(result, RefusedTable)},
-        destination=destination,
+        destination=None if destination is None else _without_harmful_note(request, destination),
         answer=answer,
         kernel=source,
-        today=None if today is None else today.result,
+        today=today[-1] if today else None,
     )
+
+
+def _without_harmful_note(request: TuneRequest, destination: InstallTarget) -> InstallTarget:
+    """A predicted table that the user names to the engine would hide a measured one."""
+    if request.measuring is None and known_tables.find_measured(request.problem) is not None:
+        return replace(destination, note=None)
+    return destination
+
+
+_INSTEAD = (
+    "a prediction never replaces it, and a server goes on taking it: tune on the GPU itself, or predict with --force"
+)
+
+
+def _refuse_known(request: TuneRequest) -> None:
+    """Raises EngineError where a server would take a measured table, whatever is predicted."""
+    if known := known_tables.find_measured(request.problem):
+        whose, file = known
+        raise EngineError(f"a measured table for this layer is {whose}, {file}: {_INSTEAD}")
 
 
 def _refuse_to_shadow(engine: str, answer: LookupResult) -> None:
@@ -182,33 +191,29 @@ def _refuse_to_shadow(engine: str, answer: LookupResult) -> None:
     for file in answer.files:
         known = provenance.read(file)
         if known is None or any(entry.origin == "measured" for entry in known.entries.values()):
-            raise EngineError(
-                f"{engine} already has a measured table for this layer, {file}: a prediction never replaces one; "
-                "tune on the GPU itself, or write elsewhere with --output-dir"
-            )
+            raise EngineError(f"{engine} takes a measured table for this layer, {file}: {_INSTEAD}")
 
 
 def _predict(
     request: TuneRequest,
     kept: tuple[TileConfig, ...],
-    destination: InstallTarget | None,
-    today: ProbeLike | None,
+    ask_today: Callable[[], LookupResult] | None,
     source: KernelSource,
     progress: Progress,
 ) -> dict[int, PredictedConfig]:
-    if today is not None:
-        progress(_asking(request), 0, 1)
-        answer = today.answer(verify_install.lookup_request(request))
-        progress(_asking(request), 1, 1)
-        is_new_folder = destination is not None and not destination.is_there
-        if not (request.output_dir is not None and is_new_folder):
+    pairs: dict[int, Pair] | None = None
+    if ask_today is not None:
+        answer = ask_today()
+        if not request.force:
             _refuse_to_shadow(request.adapter.TITLE, answer)
+        pairs = pairs_of(answer)
     cache = CompileCache(default_path())
     return predict.predict_table(
         kept,
         request.problem,
         request.tokens,
         lambda jobs: compile_all(source, jobs, cache=cache, progress=lambda done, of: progress("compiling", done, of)),
+        pairs,
     )
 
 
@@ -260,18 +265,35 @@ def _prove(
     request: TuneRequest,
     stored: dict[Path, StoredTable | RefusedTable],
     destination: InstallTarget,
-    proof: ProbeLike,
+    triton: str,
+    processes: ExitStack,
+    probe: ProbeLike,
     progress: Progress,
 ) -> LookupResult | None:
-    """The engine's own answer to what was written, None where nothing was."""
+    """The engine's own answer to what was written, None where nothing was.
+
+    It is asked as a server of this environment would: with our hooks, and then no variable is needed; where they are
+    off, under the variables that make it read the folder.
+    """
     names = install_target.table_names(request.adapter, request.shape, request.gpu.device_name)
     files = {down: destination.folder / name for down, name in names.items()}
     found = {down: result.table for down, file in files.items() if isinstance(result := stored.get(file), StoredTable)}
     if found.keys() != files.keys():
         return None
-    stage = f"asking {request.adapter.TITLE} what it takes now"
-    progress(stage, 0, 1)
-    written = verify_install.WrittenTables(found[False], files[False], found.get(True), files.get(True))
-    answer = verify_install.verify(written, request, proof)
-    progress(stage, 1, 1)
-    return answer
+    copy = install_target.store_folder(request.engine, triton) / names[False]
+
+    def tables_of(tables: Mapping[bool, Table]) -> WrittenTables:
+        return WrittenTables(tables[False], files[False], tables.get(True), files.get(True))
+
+    def read() -> WrittenTables:
+        return tables_of({down: config_table.read(file) for down, file in files.items()})
+
+    def ask() -> LookupResult:
+        asked = probe
+        first = asked.answer(verify_install.lookup_request(request))
+        if destination.environment and not verify_install.is_served(first):
+            environment = verify_install.environment(destination.environment)
+            asked = processes.enter_context(closing(request.adapter.start_probe(environment)))
+        return verify_install.verify(tables_of(found), read, copy, request, asked)
+
+    return _ask(request, "what it takes now", ask, progress)

@@ -11,33 +11,48 @@ from sglang_moe_ext.tuning.bench.messages import Pair
 from sglang_moe_ext.tuning.compile.pool import default_workers
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.request import TuneRequest
-from sglang_moe_ext.tuning.search import candidates, cost_model, predict, space
+from sglang_moe_ext.tuning.search import candidates, predict, space
+from sglang_moe_ext.tuning.search.predict import estimate_us
+from sglang_moe_ext.tuning.search.prediction_error import margin
+from sglang_moe_ext.tuning.today import pairs_of, whose
 
 DEFAULT_TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 8192, 16384)
 """Upstream's 18 batch sizes, and the two that a chunked prefill asks for: the engine takes the nearest, however far."""
 
 _FIRST_FP8_SM = 89
 # Machine of 16 cores and one H200, SGLang 0.5.15, Triton 3.6.0, 2026-11-21: an import of the engine; one binary on one
-# core, one screen, one rematch with its checks.
-_START_S, _COMPILE_S, _SCREEN_S, _REMATCH_S = 14.0, 0.16, 0.004, 0.3
+# core, one screened binary, one final comparison with its checks.
+_START_S, _COMPILE_S, _SCREEN_S, _COMPARISON_S = 14.0, 0.16, 0.004, 0.3
 
 
 @dataclass(frozen=True, slots=True)
 class PlanRow:
-    """One M: the floor, and the predicted times of the best candidate and of what the engine takes today."""
+    """One M: the floor, and the predicted times of the best candidate and of what the engine takes today.
+
+    `incumbent` is today's pair and `whose` names its origin, None where no engine was asked. `keeps_today`: a run that
+    predicts writes today's pair, since the best is not faster by more than the model's error.
+    """
 
     tokens: int
     floor_us: float
     best: TileConfig
     best_us: float
     incumbent_us: float | None
+    incumbent: Pair | None = None
+    whose: str | None = None
+    keeps_today: bool = False
+
+    @property
+    def gain(self) -> float | None:
+        """Predicted, of the best candidate over today's pair."""
+        return None if self.incumbent_us is None else self.incumbent_us / self.best_us
 
 
 @dataclass(frozen=True, slots=True)
 class TunePlan:
     """What a run will do. `measures`: on the GPU, rather than by the model alone.
 
-    `today` is the engine's answer of what it runs now, None where it was not asked.
+    `today`: the engine's answer of what it runs now, None where it was not asked.
     """
 
     shape: MoEShape
@@ -73,7 +88,7 @@ def prune_space(problem: Problem) -> space.PrunedSpace:
     return found
 
 
-def make_plan(request: TuneRequest, incumbents: dict[int, Pair] | None) -> TunePlan:
+def make_plan(request: TuneRequest, today: LookupResult | None) -> TunePlan:
     """The plan of a run.
 
     Raises:
@@ -81,7 +96,7 @@ def make_plan(request: TuneRequest, incumbents: dict[int, Pair] | None) -> TuneP
     """
     problem = request.problem
     found = prune_space(problem)
-    rows = tuple(_row(found.kept, problem, m, None if incumbents is None else incumbents[m]) for m in request.tokens)
+    rows = tuple(_row(found.kept, problem, m, today) for m in request.tokens)
     screens = 0
     jobs: set[CompileJob] = set()
     for m in request.tokens:
@@ -99,25 +114,16 @@ def make_plan(request: TuneRequest, incumbents: dict[int, Pair] | None) -> TuneP
         seconds = 2 * _START_S + compiling_s
     else:
         gpus = max(1, len(request.measuring.gpus))
-        seconds = _START_S + max(compiling_s, screens * _SCREEN_S / gpus) + len(rows) * _REMATCH_S / gpus
-    return TunePlan(problem.shape, problem.gpu, request.measuring is not None, found, rows, len(jobs), seconds)
+        seconds = _START_S + max(compiling_s, screens * _SCREEN_S / gpus) + len(rows) * _COMPARISON_S / gpus
+    return TunePlan(problem.shape, problem.gpu, request.measuring is not None, found, rows, len(jobs), seconds, today)
 
 
-def _row(kept: tuple[TileConfig, ...], problem: Problem, tokens: int, incumbent: Pair | None) -> PlanRow:
-    shape, gpu = problem.shape, problem.gpu
+def _row(kept: tuple[TileConfig, ...], problem: Problem, tokens: int, today: LookupResult | None) -> PlanRow:
     best = predict.by_estimate(kept, problem, tokens)[0]
-    return PlanRow(
-        tokens=tokens,
-        floor_us=pair_floor_us(shape, gpu, tokens),
-        best=best,
-        best_us=estimate_us({"up": best, "down": best}, shape, gpu, tokens),
-        incumbent_us=None if incumbent is None else estimate_us(incumbent, shape, gpu, tokens),
-    )
-
-
-def estimate_us(pair: Pair, shape: MoEShape, gpu: Gpu, tokens: int) -> float:
-    """Predicted time of both GEMMs of that pair, in microseconds."""
-    return sum(
-        cost_model.gemm(config, shape, gpu, tokens, projection, cost_model.estimate(config, shape, gpu)).us
-        for projection, config in pair.items()
-    )
+    floor_us, best_us = pair_floor_us(problem.shape, problem.gpu, tokens), estimate_us(best, problem, tokens)
+    if today is None:
+        return PlanRow(tokens, floor_us, best, best_us, None)
+    incumbent = pairs_of(today)[tokens]
+    incumbent_us = estimate_us(incumbent, problem, tokens)
+    keeps_today = incumbent_us / best_us <= margin(tokens)
+    return PlanRow(tokens, floor_us, best, best_us, incumbent_us, incumbent, whose(today, tokens), keeps_today)

@@ -41,7 +41,8 @@ class MeasureOptions:
 class TuneRequest:
     """One layer of one engine on one GPU. `gpu_is_here`: this machine has that GPU; `measuring` None: predict.
 
-    `vllm_shape` is the layer as vLLM would launch it, None where that is unknown or impossible.
+    `vllm_shape` is the layer as vLLM would launch it, None where that is unknown or impossible. `force`: predict
+    although a measured table for the layer is known.
     """
 
     model: str
@@ -55,6 +56,7 @@ class TuneRequest:
     output_dir: Path | None
     seed: int
     command: str
+    force: bool = False
 
     @property
     def shape(self) -> MoEShape:

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sglang_moe_ext import __version__
 from sglang_moe_ext.core import MoEShape, Origin, Table
@@ -62,7 +62,7 @@ def run_of_journal(journal: Recording, source: JournalSource, shape: MoEShape, c
         triton=source.triton,
         torch=_text(stated.get("torch")),
         driver=_text(stated.get("driver")),
-        seed=int(stated.get("seed") or 0),
+        seed=source.seed,
         sglang_moe_ext=__version__,
     )
 
@@ -94,10 +94,8 @@ def for_any_engine(results: Results) -> Results:
 
     An M is left out rather than written without: nothing was measured of that pair.
     """
-    if not any(isinstance(result, MeasuredChoice) for result in results.values()):
-        return results
-    measured = {m: result for m, result in results.items() if isinstance(result, MeasuredChoice)}
-    return {m: result for m, result in measured.items() if not result.pair["up"].use_tma}
+    kept = {m: result for m, result in results.items() if not result.pair["up"].use_tma}
+    return cast("Results", kept)
 
 
 def config_tables(request: TuneRequest, results: Results, run: TuningRun) -> dict[bool, StoredTable]:
@@ -108,7 +106,7 @@ def config_tables(request: TuneRequest, results: Results, run: TuningRun) -> dic
         floor = {"floor_us": round(pair_floor_us(request.shape, request.gpu, m), 2)}
         match result:
             case PredictedConfig():
-                pairs[m] = {"up": result.config, "down": result.config}
+                pairs[m] = result.pair
                 entries[m] = _entry("predicted", run, floor | _of_prediction(result))
             case MeasuredChoice():
                 pairs[m] = result.pair
@@ -141,6 +139,10 @@ def _entry(origin: Origin, run: TuningRun, figures: dict[str, float]) -> Provena
 
 def _of_prediction(result: PredictedConfig) -> dict[str, float]:
     figures: dict[str, float] = {"predicted_us": round(result.us, 2)}
+    if result.gain is not None:
+        figures["gain_predicted"] = round(result.gain, 4)
+    if result.keeps_today:
+        figures["keeps_today"] = 1.0
     for projection, needs in result.resources.items():
         figures[f"{projection}_smem_bytes"] = needs.smem_bytes
         figures[f"{projection}_registers"] = needs.registers

@@ -18,7 +18,15 @@ from sglang_moe_ext.tuning.search import screening
 from sglang_moe_ext.tuning.search.final_comparison import is_right
 from sglang_moe_ext.tuning.search.screening import Times
 
+_DEVICE_NAME = re.compile(r"[A-Za-z0-9][\w .()+-]{0,99}", re.ASCII)
+_LONGEST_SHOWN = 80
 _KERNEL = re.compile(r"(?P<title>\w+) (?P<version>\S+)'s own kernel, Triton (?P<triton>\S+)")
+
+
+def escaped(value: object) -> str:
+    """A value out of a file, on one line of bounded length."""
+    text = ascii(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +38,7 @@ class JournalSource:
     triton: str
     shape: MoEShape
     device_name: str
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +61,13 @@ def source_of(journal: Recording) -> JournalSource:
     ep, fused = stated.get("ep"), stated.get("fused_shared")
     if kernel is None or kernel["title"] not in titles or not isinstance(ep, int) or not isinstance(fused, int):
         raise StoreError("its first line names no engine and layer that were measured: give a journal of our tune")
+    gpu, seed = stated.get("gpu"), stated.get("seed", 0)
+    if not isinstance(gpu, str) or not _DEVICE_NAME.fullmatch(gpu):
+        raise StoreError(f"its first line names no GPU, but {escaped(gpu)}: expected a name as torch.cuda reports it")
+    if type(seed) is not int:
+        raise StoreError(f"its first line has a seed of {escaped(seed)}: expected a whole number")
     shape = replace(parse_shape(str(stated.get("shape"))), ep=ep, fused_shared=fused)
-    return JournalSource(titles[kernel["title"]], kernel["version"], kernel["triton"], shape, str(stated.get("gpu")))
+    return JournalSource(titles[kernel["title"]], kernel["version"], kernel["triton"], shape, gpu, seed)
 
 
 def shape_in(engine: EngineName, source: JournalSource, fused_shared: int) -> MoEShape:

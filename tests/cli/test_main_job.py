@@ -78,12 +78,58 @@ def test_the_whole_job_without_a_gpu(engine: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_predicted_table_never_replaces_a_measured_one(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    measured = engine / "triton_3_6_0" / "E=128,N=768,device_name=NVIDIA_H200.json"
+    measured = engine / "triton_3_6_0" / "E=128,N=704,device_name=NVIDIA_H200.json"
     before = measured.read_text()
-    assert command_line.main(("tune", "--model", "Qwen3-30B-A3B", "--gpu", "H200", "--batch-size", "64")) == 1
-    assert "already has a measured table" in capsys.readouterr().err
+    assert (
+        command_line.main(("tune", "--shape", "E=128,N=704,K=2048,topk=8", "--gpu", "H200", "--batch-size", "64")) == 1
+    )
+    assert "takes a measured table for this layer" in capsys.readouterr().err
     assert measured.read_text() == before
-    assert not list(engine.glob("triton_3_7_1/E=128,N=768,device_name=NVIDIA_H200*.json"))
+    assert not list(engine.glob("triton_3_7_1/E=128,N=704,device_name=NVIDIA_H200*.json"))
+
+
+def no_engine(*_: object) -> None:
+    raise AssertionError("an engine was started")
+
+
+def test_a_measured_table_that_is_shipped_is_said_at_once(
+    engine: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sglang_moe_ext.engines.sglang.adapter.start_probe", no_engine)
+    assert command_line.main(("tune", "--model", "GLM-4.7-Flash", "--gpu", "H200")) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is shipped with this package" in line and "--force" in line
+
+
+def test_with_force_a_prediction_goes_on_and_gives_no_advice_that_would_hide_the_measured_table(
+    engine: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = (
+        "--model",
+        "GLM-4.7-Flash",
+        "--gpu",
+        "H200",
+        "--batch-size",
+        "64",
+        "--output-dir",
+        str(tmp_path / "mine"),
+    )
+    assert command_line.main(("tune", *arguments, "--force")) == 0
+    out = capsys.readouterr().out
+    assert "SGLANG_MOE_CONFIG_DIR" not in out.rpartition("\n{")[0]
+
+
+def test_a_read_only_store_is_noticed_before_any_work(
+    engine: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    writable = files.is_writable
+    monkeypatch.setattr(
+        files, "is_writable", lambda folder: tmp_path / "store" not in folder.parents and writable(folder)
+    )
+    monkeypatch.setattr("sglang_moe_ext.engines.sglang.adapter.start_probe", no_engine)
+    assert command_line.main(("tune", *ARGUMENTS, "--batch-size", "64")) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert "SGLANG_MOE_EXT_STORE" in line
 
 
 def test_a_read_only_engine_gets_an_overlay_and_one_line(

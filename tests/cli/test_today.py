@@ -17,6 +17,7 @@ from sglang_moe_ext.tables import config_table, provenance
 from sglang_moe_ext.tables.provenance import Provenance, ProvenanceEntry, TuningRun
 from sglang_moe_ext.tuning.compile.kernel_source import KernelSource
 from sglang_moe_ext.tuning.pipeline import TuneOutcome
+from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.request import TuneRequest
 from sglang_moe_ext.tuning.search.predict import PredictedConfig
 
@@ -26,9 +27,8 @@ TOKENS = (1, 64, 4096)
 REQUEST = TuneRequest(
     model="Qwen3-30B-A3B",
     architecture="Qwen3MoeForCausalLM",
-    shape=MoEShape(128, 768, 2048, 8),
+    problem=Problem(MoEShape(128, 768, 2048, 8), specs.find("H200"), "sglang"),
     vllm_shape=None,
-    gpu=specs.find("H200"),
     gpu_is_here=False,
     tokens=TOKENS,
     measuring=None,
@@ -102,7 +102,7 @@ def outcome(before: LookupResult | None) -> TuneOutcome:
     found = {m: PredictedConfig(NEW, 100.0, {"up": needs, "down": needs}) for m in TOKENS}
     kernel = KernelSource("k", "m", "f", is_engines_own=True)
     return TuneOutcome(
-        results=found, paths={}, written=(), refused={}, destination=None, answer=None, kernel=kernel, today=before
+        results=found, plans={}, written=(), refused={}, destination=None, answer=None, kernel=kernel, today=before
     )
 
 

@@ -14,8 +14,8 @@ import pytest
 from tests.engines.installed import REPO_ROOT
 
 PROBE = """
-from sglang_moe_ext.engines.lookup_probe import ProbeModule, ProbeProcess
-probe = ProbeProcess(ProbeModule("SGLang", "tests.engines.hanging_kernel", is_alone=True))
+from sglang_moe_ext.engines.lookup_probe import engine_alone
+probe = engine_alone("SGLang", "tests.engines.hanging_kernel").start()
 """
 BENCH = """
 from sglang_moe_ext.tuning.bench.worker import BenchProcess

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -198,3 +199,32 @@ def test_without_a_run_the_command_says_so(capsys: pytest.CaptureFixture[str]) -
 )
 def test_a_table_is_read_as_it_was_written_in_either_dialect(engine: EngineName, table: dict[int, TileConfig]) -> None:
     assert config_table.parse(json.loads(ENGINES[engine].table_text(table, "3.6.0"))) == table
+
+
+ODD = {
+    "a seed that is a text": ({"seed": "first"}, "seed of 'first'"),
+    "a seed that is a fraction": ({"seed": 0.5}, "seed of 0.5"),
+    "a GPU with a NUL": ({"gpu": "NVIDIA H200\0"}, "names no GPU"),
+    "a GPU that is a path": ({"gpu": "../../H200"}, "names no GPU"),
+    "a GPU that goes on for ever": ({"gpu": "H" * 10**6}, "names no GPU"),
+    "no GPU": ({"gpu": None}, "names no GPU"),
+    "a shape that is a number": ({"shape": 5}, ""),
+    "a kernel that colours the terminal": ({"kernel": "\x1b[31mSGLang 1's own kernel, Triton 2"}, "names no engine"),
+}
+
+
+@pytest.mark.parametrize(("fields", "said"), ODD.values(), ids=ODD.keys())
+def test_a_journal_with_odd_fields_is_one_line(
+    fields: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stated = {**recorded(GLM).circumstances, **fields}
+    (tmp_path / "journal.jsonl").write_text(json.dumps({"format": 1, "circumstances": stated}) + "\n")
+    assert main.main(("export", str(tmp_path), "--engine", "vllm")) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line and line.isprintable() and len(line) < 500
+
+
+def test_a_journal_that_is_a_pipe_is_one_line_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "journal.jsonl")
+    assert main.main(("export", str(tmp_path), "--engine", "vllm")) == 1
+    assert "no regular file" in capsys.readouterr().err

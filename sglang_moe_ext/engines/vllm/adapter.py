@@ -36,7 +36,7 @@ def kernel_file(engine: VllmInstallation) -> Path:
 
 
 def start_probe(environment: Mapping[str, str]) -> ProbeProcess:
-    return lookup_probe.ALONE.start(environment)
+    return lookup_probe.AS_SERVED.start(environment)
 
 
 def table_key(shape: MoEShape, device_name: str, *, down: bool) -> TableKey:

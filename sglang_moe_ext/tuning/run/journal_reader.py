@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import logging
 import math
+import os
+import stat
 import zlib
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -97,11 +100,19 @@ def difference(recorded: Circumstances, now: Circumstances) -> str | None:
 def _lines(path: Path) -> Iterator[bytes]:
     """The lines with their ends; of a line that is too long, pieces without one."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            while line := file.readline(_LONGEST_LINE):
-                yield line
+        with open(path, "rb", opener=_open_without_waiting) as raw:
+            if not stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file")
+            with gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw as file:
+                while line := file.readline(_LONGEST_LINE):
+                    yield line
     except (OSError, EOFError, zlib.error) as error:
         raise StoreError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}: begin a new run") from error
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """A pipe that nothing writes to would be waited for without an end."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _refuse(constant: str) -> NoReturn:

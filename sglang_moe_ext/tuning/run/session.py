@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_moe_ext import __version__
 from sglang_moe_ext.core import EngineError, TileConfig
-from sglang_moe_ext.engines.adapter import ProbeLike
-from sglang_moe_ext.tuning import verify_install
+from sglang_moe_ext.engines.lookup_probe import LookupResult
 from sglang_moe_ext.tuning.bench.gpu_bench import BenchSetup
 from sglang_moe_ext.tuning.bench.worker import BenchProcess
 from sglang_moe_ext.tuning.compile.cache import CompileCache, default_path
@@ -25,6 +24,7 @@ from sglang_moe_ext.tuning.run.journal_reader import Circumstances
 from sglang_moe_ext.tuning.run.run_folder import RunFolder
 from sglang_moe_ext.tuning.run.search_loop import SearchResults
 from sglang_moe_ext.tuning.search import candidates
+from sglang_moe_ext.tuning.today import pairs_of
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +61,11 @@ def measure(
     measuring: MeasureOptions,
     run: RunFolder,
     kept: tuple[TileConfig, ...],
-    today: ProbeLike,
+    ask_today: Callable[[], LookupResult],
     source: KernelSource,
     progress: Progress,
 ) -> SearchResults:
-    """What was chosen for each M; `today` says what the engine runs now.
+    """What was chosen for each M; `ask_today`: what the engine runs now.
 
     Raises:
         MoEExtError: nothing ran right, or no GPU answers.
@@ -80,7 +80,7 @@ def measure(
             request,
             measuring,
             tasks,
-            lambda: verify_install.pairs_of(today.answer(verify_install.lookup_request(request))),
+            lambda: pairs_of(ask_today()),
             executors,
             run.journal,
             progress,

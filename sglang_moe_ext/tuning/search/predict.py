@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from sglang_moe_ext.core import (
     PROJECTIONS,
@@ -18,10 +18,12 @@ from sglang_moe_ext.core import (
     Resources,
     TileConfig,
 )
+from sglang_moe_ext.tuning.bench.messages import Pair
 from sglang_moe_ext.tuning.compile.kernel_source import Compiled
 from sglang_moe_ext.tuning.compile.processes import UNABLE
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.search import cost_model
+from sglang_moe_ext.tuning.search.prediction_error import margin
 
 CompileAll = Callable[[Sequence[CompileJob]], Compiled]
 FRONT = 4
@@ -32,11 +34,22 @@ REFUSED = MoEExtError.__name__
 
 @dataclass(frozen=True, slots=True)
 class PredictedConfig:
-    """The choice for one M: predicted microseconds of both GEMMs, and what the compiled binaries need."""
+    """The entry for one M: predicted microseconds of both GEMMs, and what the compiled binaries need.
+
+    `gain`: predicted, of the best candidate over what the engine runs today, None where that is not known. Where it is
+    not more than the model's error, `keeps_today`: `config` and `down` are today's, and `us` is their time.
+    """
 
     config: TileConfig
     us: float
     resources: dict[Projection, Resources]
+    down: TileConfig | None = None
+    gain: float | None = None
+    keeps_today: bool = False
+
+    @property
+    def pair(self) -> Pair:
+        return {"up": self.config, "down": self.down or self.config}
 
 
 def list_jobs(config: TileConfig, problem: Problem, tokens: int) -> dict[Projection, CompileJob]:
@@ -62,9 +75,16 @@ def clean_resources(
 
 
 def predict_table(
-    candidates: Sequence[TileConfig], problem: Problem, tokens: Sequence[int], compile_all: CompileAll
+    candidates: Sequence[TileConfig],
+    problem: Problem,
+    tokens: Sequence[int],
+    compile_all: CompileAll,
+    today: Mapping[int, Pair] | None = None,
 ) -> dict[int, PredictedConfig]:
     """The best candidate for each M, compiled. Only what is ranked ahead of a compiled, clean candidate is compiled.
+
+    `today`: what the engine runs now. It stays where the best candidate is not predicted faster by more than the
+    model's own error, and where it fits the GPU.
 
     Raises:
         EngineError: no candidate compiles for some M.
@@ -95,7 +115,55 @@ def predict_table(
                 chosen[m] = min(clean, key=lambda predicted: predicted.us)
             else:
                 ranked[m] = ranked[m][FRONT:]
-    return chosen
+    return chosen if today is None else _keep_today(chosen, problem, today, compile_all)
+
+
+def gain_over(today: TileConfig | Pair, best: TileConfig | Pair, problem: Problem, tokens: int) -> float:
+    """How many times faster `best` is than `today`, as predicted."""
+    return estimate_us(today, problem, tokens) / estimate_us(best, problem, tokens)
+
+
+def estimate_us(config: TileConfig | Pair, problem: Problem, tokens: int) -> float:
+    """Microseconds of both GEMMs, as far as can be told before compiling."""
+    shape, gpu = problem.shape, problem.gpu
+    pair: Pair = {"up": config, "down": config} if isinstance(config, TileConfig) else config
+    return sum(
+        cost_model.gemm(config, shape, gpu, tokens, projection, cost_model.estimate(config, shape, gpu)).us
+        for projection, config in pair.items()
+    )
+
+
+def _keep_today(
+    chosen: Mapping[int, PredictedConfig], problem: Problem, today: Mapping[int, Pair], compile_all: CompileAll
+) -> dict[int, PredictedConfig]:
+    """The same, with today's pair where the choice is not faster by more than the model's error."""
+    gains = {m: gain_over(today[m], choice.config, problem, m) for m, choice in chosen.items()}
+    within = {m: _pair_jobs(today[m], problem, m) for m, gain in gains.items() if gain <= margin(m)}
+    compiled = compile_all(list(dict.fromkeys(job for jobs in within.values() for job in jobs.values())))
+    kept: dict[int, PredictedConfig] = {}
+    for m, choice in chosen.items():
+        resources = _fitting_resources(within[m], compiled, problem.gpu) if m in within else None
+        if resources is None:
+            kept[m] = replace(choice, gain=gains[m])
+        else:
+            us = estimate_us(today[m], problem, m)
+            kept[m] = PredictedConfig(today[m]["up"], us, resources, today[m]["down"], gains[m], keeps_today=True)
+    return kept
+
+
+def _pair_jobs(pair: Pair, problem: Problem, tokens: int) -> dict[Projection, CompileJob]:
+    return {projection: list_jobs(config, problem, tokens)[projection] for projection, config in pair.items()}
+
+
+def _fitting_resources(
+    jobs: dict[Projection, CompileJob], compiled: Compiled, gpu: Gpu
+) -> dict[Projection, Resources] | None:
+    """What the binaries need, None where the engine cannot run one of them; it runs one that spills."""
+    found = {projection: compiled[job] for projection, job in jobs.items()}
+    fitting = {name: needs for name, needs in found.items() if isinstance(needs, Resources)}
+    if fitting.keys() != found.keys() or any(needs.smem_bytes > gpu.smem_per_block for needs in fitting.values()):
+        return None
+    return fitting
 
 
 def _refuse_if_hopeless(compiled: Compiled) -> None:

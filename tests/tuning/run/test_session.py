@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,6 @@ from typing import Any
 import pytest
 
 from sglang_moe_ext.core import EngineError, MoEExtError, StoreError
-from sglang_moe_ext.engines.lookup_probe import LookupRequest, ProbeProcess
 from sglang_moe_ext.engines.sglang import installation
 from sglang_moe_ext.tuning import plan, verify_install
 from sglang_moe_ext.tuning.bench.messages import BenchGemm
@@ -170,11 +170,9 @@ def test_a_named_run_of_another_seed_is_refused_with_both_seeds() -> None:
         opened(dataclasses.replace(request_of(LAYER), seed=1), resume=first.folder)
 
 
-class EngineThatIsAsked:
+def today_of(tokens: Sequence[int]) -> Any:
     """What the engine runs today, without an engine."""
-
-    def answer(self, request: LookupRequest) -> SimpleNamespace:
-        return SimpleNamespace(**{of: dict.fromkeys(request.tokens, config) for of, config in TODAY.items()})
+    return SimpleNamespace(**{of: dict.fromkeys(tokens, config) for of, config in TODAY.items()})
 
 
 @pytest.fixture
@@ -189,8 +187,7 @@ def results(run: RunFolder, gpus: tuple[str, ...] = ("0",)) -> dict[int, Measure
     measuring: MeasureOptions = dataclasses.replace(MEASURING, effort="quick", gpus=gpus)
     request = request_of(LAYER, FEW, measuring)
     kept = plan.prune_space(request.problem).kept
-    today: ProbeProcess = EngineThatIsAsked()  # type: ignore[assignment]
-    return session.measure(request, measuring, run, kept, today, SOURCE, unseen).pairs
+    return session.measure(request, measuring, run, kept, lambda: today_of(request.tokens), SOURCE, unseen).pairs
 
 
 def starts(run: RunFolder) -> list[str]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import pytest
 
 from sglang_moe_ext.core import CompileJob, EngineError, Failure, MoEShape, Quantization, Resources, TileConfig
 from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.tuning.bench.messages import Pair
 from sglang_moe_ext.tuning.compile.kernel_source import Compiled
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.search import predict, space
+from sglang_moe_ext.tuning.search.prediction_error import margin
 
 GPU = specs.find("H200")
 SHAPE = MoEShape(128, 768, 2048, 8)
@@ -125,3 +127,41 @@ def test_the_binaries_of_a_config_are_those_of_both_gemms_for_any_group() -> Non
     assert {(name, job.projection, job.key, job.group_m, job.sm) for name, job in jobs.items()} == {
         (projection, projection, config.compile_key, None, 90) for projection in ("up", "down")
     }
+
+
+FAST_TODAY = {
+    m: {"up": chosen.config, "down": chosen.config} for m, chosen in predicted(TableCompiler(lambda _: CLEAN)).items()
+}
+SLOW_TODAY: dict[int, Pair] = {
+    m: {"up": TileConfig(16, 32, 64, 1, 4, 2), "down": TileConfig(16, 32, 64, 1, 4, 2)} for m in TOKENS
+}
+OTHER_DOWN = TileConfig(16, 64, 64, 1, 4, 2)
+
+
+def against(today: Mapping[int, Pair], compiler: TableCompiler) -> dict[int, predict.PredictedConfig]:
+    return predict.predict_table(CANDIDATES, PROBLEM, TOKENS, compiler, today)
+
+
+def test_what_runs_today_stays_where_nothing_is_predicted_faster() -> None:
+    found = against(FAST_TODAY, TableCompiler(lambda _: CLEAN))
+    assert all(it.keeps_today and it.pair == FAST_TODAY[m] for m, it in found.items())
+
+
+def test_a_gain_beyond_the_error_of_the_model_is_taken() -> None:
+    found = against(SLOW_TODAY, TableCompiler(lambda _: CLEAN))
+    for m, it in found.items():
+        assert it.gain is not None and it.keeps_today == (it.gain <= margin(m))
+    assert not found[16384].keeps_today
+
+
+def test_both_gemms_of_what_runs_today_stay() -> None:
+    today = {m: {"up": pair["up"], "down": replace(pair["up"], num_stages=2)} for m, pair in FAST_TODAY.items()}
+    found = against(today, TableCompiler(lambda _: CLEAN))
+    assert all(it.pair == today[m] for m, it in found.items() if it.keeps_today)
+    assert any(it.keeps_today for it in found.values())
+
+
+def test_what_runs_today_but_does_not_fit_the_gpu_does_not_stay() -> None:
+    keys = {pair["up"].compile_key for pair in FAST_TODAY.values()}
+    found = against(FAST_TODAY, TableCompiler(lambda job: FAULTS["does not fit"] if job.key in keys else CLEAN))
+    assert not any(it.keeps_today for it in found.values())
