@@ -223,7 +223,7 @@ def lookup(
     found, is_here = _gpu(gpu)
     probe = _PROBES[layer.engine]
     request = LookupRequest(layer.shape, list(tokens), None if is_here else found)
-    answer: LookupResult = probe.ask(request, who=probe.AS_SERVED if with_plugin else probe.ALONE)
+    answer: LookupResult = (probe.AS_SERVED if with_plugin else probe.ALONE).ask(request)
     return answer
 
 

@@ -93,8 +93,8 @@ def _problems_of_spelling(layer: LayerUnderTest, engine: EngineName, folder: Pat
         spelt = other.file_name(key)
         if spelt != asked and (folder / spelt).exists() and not (folder / asked).exists():
             yield (
-                f"{folder / spelt} is not read: {other.TITLE} spells names so, and {ENGINES[engine].TITLE} asks for "
-                f"{asked}; rename it, or use sglang-moe-ext import"
+                f"{folder / spelt} is named as {other.TITLE} does: {ENGINES[engine].TITLE} alone asks for {asked}, and "
+                "only a server with the plugin reads both; rename it, or use sglang-moe-ext import"
             )
 
 

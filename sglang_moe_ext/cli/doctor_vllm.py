@@ -8,14 +8,10 @@ from pathlib import Path
 from sglang_moe_ext.cli.doctor_examination import Examination, Finding
 from sglang_moe_ext.cli.doctor_layers import LayerUnderTest
 from sglang_moe_ext.cli.doctor_tables import find_problems
-from sglang_moe_ext.cli.written_entry import describe_change
-from sglang_moe_ext.core import TableError, TileConfig
+from sglang_moe_ext.core import TableError
 from sglang_moe_ext.engines.installed import parse_version
 from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
-from sglang_moe_ext.engines.vllm import adapter as vllm
 from sglang_moe_ext.engines.vllm import lookup_probe, support, table_names
-from sglang_moe_ext.gpu.shared_memory import smem_bytes
-from sglang_moe_ext.serving.guard import degrade
 from sglang_moe_ext.tables import config_table, provenance
 
 
@@ -38,7 +34,7 @@ def examine(layer: LayerUnderTest, tokens: Sequence[int], *, deterministic: bool
         is_deterministic=deterministic,
         files=answer.files,
         findings=tuple(
-            Finding(m, "both", str(config), _with_fit(whys[m], layer, config)) for m, config in answer.up.items()
+            Finding(m, "both", str(config), _with_fit(whys[m], answer, m)) for m, config in answer.up.items()
         ),
         problems=find_problems(layer, "vllm"),
     )
@@ -61,14 +57,9 @@ def _why(layer: LayerUnderTest, answer: LookupResult, tokens: int, deterministic
     return f"{entry}; {(known and known.origin(nearest)) or 'origin unknown: shipped with the engine, or yours'}"
 
 
-def _with_fit(why: str, layer: LayerUnderTest, config: TileConfig) -> str:
-    """The reason, with what the guard makes of the configuration at the launch, where it does not fit the GPU."""
-    config = vllm.effective_config(config, layer.shape.quantization)
-    if smem_bytes(config, layer.shape, layer.gpu.sm) <= layer.gpu.smem_per_block:
-        return why
-    smaller = (it for it in degrade(config) if smem_bytes(it, layer.shape, layer.gpu.sm) <= layer.gpu.smem_per_block)
-    fitted = next(smaller, None)
-    change = None if fitted is None else describe_change(config, fitted, layer.shape, layer.gpu)
+def _with_fit(why: str, answer: LookupResult, tokens: int) -> str:
+    """The reason, with what the guard makes of the entry at the launch, if it changes it."""
+    change = answer.fitted.get(tokens, {}).get("up")
     return why if change is None else f"{why}; at the launch {change}"
 
 

@@ -37,7 +37,7 @@ def lookup_layer(
     """The layer that a call of `try_get_optimal_moe_config` is about.
 
     Raises:
-        TypeError, ValueError, IndexError: the arguments are no shapes of weights, or no block of scales.
+        TypeError, ValueError, LookupError: the arguments are no shapes of weights, or no block of scales.
     """
     block = None if not block_shape else (int(block_shape[0]), int(block_shape[1]))
     w1, w2, per_channel = tuple(w1_shape), tuple(w2_shape), bool(per_channel)

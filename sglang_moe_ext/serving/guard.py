@@ -85,15 +85,16 @@ class ConfigGuard:
             case LaunchRule() as rule:
                 return self._refuse(f"{config} breaks the rule that {rule.name}: {rule.harm}", shape, projection)
             case ruled:
-                changes = [f"{describe_change(config, ruled.config, rule)}: {rule.harm}" for rule in ruled.mended]
-        for change in changes:
-            warn_once(f"the {projection} projection of {shape}: {change}")
+                mended = [(describe_change(config, ruled.config, rule), rule.harm) for rule in ruled.mended]
+        for change, harm in mended:
+            warn_once(f"{change} of the {projection} projection of {shape}: {harm}")
+        changes = [f"{change}: {harm}" for change, harm in mended]
         safe = _write_back(entry, config, ruled.config)
         fitted = fit_to_shared_memory(safe, shape, self.gpu)
         if fitted is not safe and self.gpu is not None:
             smaller = describe_changes(ruled.config, config_dict.tile_of(fitted))
             limit = f"{self.gpu.smem_per_block / _KIB:.0f} KiB"
-            changes.append(f"fitted to {limit}: {smaller}; the engine alone would end")
+            changes.append(f"fitted to {limit} of shared memory: {smaller}; the engine alone would end")
         return SafeEntry(fitted, "; ".join(changes) or None)
 
     def _refuse(self, why: str, shape: MoEShape, projection: Projection) -> RefusedEntry:

@@ -128,7 +128,12 @@ def _plainer(
     if len(plain) < len(entry):
         yield plain
     args, kwargs = call
-    shape = launch_shape.shape_of(inspect.signature(launcher.function).bind(*args, **kwargs).arguments)
+    try:
+        arguments = inspect.signature(launcher.function).bind(*args, **kwargs)
+        arguments.apply_defaults()
+        shape = launch_shape.shape_of(arguments.arguments)
+    except (TypeError, ValueError, LookupError, AttributeError):  # not called as the engine calls it
+        return
     yield config_dict.resize(plain, launch_rules.plain_tile(asked.block_m, shape))
 
 

@@ -101,7 +101,10 @@ class ConfigResolver:
     def _ask_engine(self, call: SglangCall, original: Callable[[], Any], instead: OurEntry | None) -> ServedConfigs:
         """A table that the engine cannot read ends a server; our reading of it, or the engine's default, does not."""
         try:
-            return from_engine(original(), call.wants_down)
+            answer = from_engine(original(), call.wants_down)
+            if not isinstance(answer.up, dict):
+                raise TypeError(f"an entry that is no object: {show(answer.up, 40)}")
+            return answer
         except Exception as error:
             answer = self._default(call) if instead is None else _take(instead)
             what = "the engine's default runs" if instead is None else f"the engine's {instead.path.name} is read by us"
@@ -232,7 +235,7 @@ def lookup_hook(engine: SglangHookPoints, resolve: ConfigResolver) -> Callable[.
         if answer is None:
             try:
                 layer = lookup_args.lookup_layer(w1_shape, w2_shape, top_k, dtype, block_shape, per_channel)
-            except (TypeError, ValueError, IndexError):  # no shapes of weights
+            except (TypeError, ValueError, LookupError):  # no shapes of weights
                 return original(w1_shape, w2_shape, top_k, dtype, M, is_marlin, block_shape, *rest, **named)
             answer = resolved(
                 SglangCall(layer, M, is_marlin, wants_down),

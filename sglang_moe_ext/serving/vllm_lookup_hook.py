@@ -86,25 +86,32 @@ class VllmTableResolver:
         tokens, *of_layer = key
         try:
             call = VllmCall(lookup_args.lookup_layer(*of_layer), tokens)
-        except (TypeError, ValueError, IndexError):  # no shapes of weights
+        except (TypeError, ValueError, LookupError):  # no shapes of weights
             return own()
         with self._asking_for(call):
-            entry = config_dict.drop_tma(own())
+            entry = own()
             if (why := self._why_refused(call, entry)) is not None:
-                self.refused[call.layer, tokens] = EntryChange(entry, f"refused: {why}")
+                written = entry if isinstance(entry, Mapping) else {}
+                self.refused[call.layer, tokens] = EntryChange(written, f"refused: {why}")
                 with self._asking_for(replace(call, wants_default=True)):
-                    entry = config_dict.drop_tma(own())
+                    entry = own()
+            entry = config_dict.drop_tma(entry)
         if len(self.answers) >= _MOST_ANSWERS:
             self.answers.clear()
         self.answers[key] = entry
         return entry
 
-    def _why_refused(self, call: VllmCall, entry: ConfigDict) -> str | None:
+    def _why_refused(self, call: VllmCall, entry: Any) -> str | None:
         """Why no launch can run blocks of that many rows: the launch guard mends all else, and keeps BLOCK_SIZE_M."""
         shape = call.layer.shape
-        if shape is None or "BLOCK_SIZE_N" not in entry:
+        if shape is None or (isinstance(entry, Mapping) and "BLOCK_SIZE_N" not in entry):
             return None
-        match ConfigGuard(self._engine.engine.version, None, "vllm").check(clamp_to_block(entry, shape), shape, "up"):
+        guard = ConfigGuard(self._engine.engine.version, None, "vllm")
+        try:
+            clamped = clamp_to_block(entry, shape)
+        except (TypeError, LookupError):  # a stranger's entry that is no configuration
+            clamped = entry
+        match guard.check(clamped, shape, "up"):
             case RefusedEntry(why):
                 return why
             case SafeEntry():
@@ -181,11 +188,15 @@ def table_hook(engine: VllmHookPoints, resolver: VllmTableResolver) -> Callable[
         dtype: str | None,
         block_n: int | None = None,
         block_k: int | None = None,
+        *rest: Any,
+        **named: Any,
     ) -> Any:
         def own() -> Rows:
-            rows: Rows = original(E, N, dtype, block_n, block_k)
+            rows: Rows = original(E, N, dtype, block_n, block_k, *rest, **named)
             return rows
 
+        if rest or named:  # arguments of a later release
+            return own()
         try:
             block = (block_n, block_k) if block_n and block_k else None
             return resolver.rows(lookup_args.layer_from_name(E, N, dtype, block), own)
@@ -197,9 +208,9 @@ def table_hook(engine: VllmHookPoints, resolver: VllmTableResolver) -> Callable[
         resolver.forget()
         original.cache_clear()
 
-    named = vars(get_moe_configs)
-    named |= {"cache_clear": cache_clear, "cache_info": original.cache_info}
-    named |= {"cache_parameters": original.cache_parameters}
+    attributes = vars(get_moe_configs)
+    attributes |= {"cache_clear": cache_clear, "cache_info": original.cache_info}
+    attributes |= {"cache_parameters": original.cache_parameters}
     return get_moe_configs
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
+import re
 import stat
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,36 +19,55 @@ from sglang_moe_ext.core import StoreError, TableError
 from sglang_moe_ext.untrusted import show
 
 
-def write_together(contents: Mapping[Path, str]) -> None:
+def write_together(contents: Mapping[Path, str], pairs: Iterable[tuple[Path, Path]] = ()) -> None:
     """Write each file whole. All are on disk before the first takes its name, so a full disk changes nothing.
+
+    `pairs`: tables of the up and the down projection, of which a reader must never see one old and one new. The old
+    down table is set aside before the new up table takes its name: an up table alone is sound.
 
     Raises:
         StoreError: a folder cannot be made or written; the message names it, the reason, and the way round.
     """
-    staged: list[tuple[str, Path]] = []
+    staged: dict[Path, str] = {}
+    downs = [down for up, down in pairs if up in contents and down in contents]
     path = Path()
     try:
         for path, text in contents.items():
-            staged.append((_stage(path, text), path))
-        for temporary, path in staged:
-            os.replace(temporary, path)
+            staged[path] = stage(path, text.encode())
+        for path in filter(os.path.lexists, downs):
+            os.replace(path, set_aside(path))
+        for path in sorted(staged, key=downs.__contains__):
+            os.replace(staged[path], path)
+        for path in downs:
+            set_aside(path).unlink(missing_ok=True)
     except OSError as error:
         raise StoreError(
-            f"cannot write {path}: {error.strerror}; make room, or choose another place with --output-dir"
+            f"cannot write {show(str(path))}: {error.strerror}; make room, or choose another place with --output-dir"
         ) from error
     finally:
-        for temporary, _ in staged:
+        for temporary in staged.values():
             if os.path.exists(temporary):
                 os.unlink(temporary)
 
 
-def _stage(path: Path, text: str) -> str:
-    """Write the text beside its final place and flush it to the disk; the name starts with a dot and ends in .tmp."""
+_OURS = "sglang_moe_ext"
+_STAGED = re.compile(rf"\.{_OURS}\.(?P<namespace>\d+)\.(?P<process>\d+)\.\w+\.tmp")
+_FORGOTTEN_S = 24 * 3600.0
+"""After so long, a staged file of a process of another container is taken for left over."""
+
+
+def stage(path: Path, data: bytes) -> str:
+    """Write the bytes beside their final place and flush them; the name tells which process wrote it.
+
+    Raises:
+        OSError: the disk refuses.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
+    prefix = f".{_OURS}.{_process_namespace()}.{os.getpid()}."
+    descriptor, temporary = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -55,8 +77,45 @@ def _stage(path: Path, text: str) -> str:
     return temporary
 
 
+def _process_namespace() -> int:
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes of ours staged in that folder, and no other file."""
+    try:
+        found = [(entry, match) for entry in os.scandir(folder) if (match := _STAGED.fullmatch(entry.name))]
+    except OSError:
+        return
+    for entry, match in found:
+        with contextlib.suppress(OSError):
+            is_here = int(match["namespace"]) == _process_namespace()
+            is_old = time.time() - entry.stat(follow_symlinks=False).st_mtime > _FORGOTTEN_S
+            if is_old or (is_here and not os.path.exists(f"/proc/{match['process']}")):
+                os.unlink(entry.path)
+
+
+def set_aside(table: Path) -> Path:
+    """The name of a down table while the up table beside it is replaced."""
+    return table.with_name(f".{_OURS}.{table.name}.old")
+
+
+def tables_set_aside(folder: Path) -> list[Path]:
+    """The down tables of that folder that a killed process set aside, by the names that they had."""
+    prefix, suffix = f".{_OURS}.", ".old"
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []
+    ours = (name for name in names if name.startswith(prefix) and name.endswith(suffix))
+    return sorted(folder / name.removeprefix(prefix).removesuffix(suffix) for name in ours)
+
+
 _MOST_BYTES = 4 * 1024 * 1024
-"""Of a table, or of what is known of one."""
+"""Of a table, or of its provenance."""
 
 
 def read_bounded(path: Path) -> bytes:

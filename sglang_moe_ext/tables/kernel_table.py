@@ -193,4 +193,5 @@ def put(path: Path, table: KernelTable) -> None:
         MoEExtError: what lies there is no table of kernel plans, or the disk refuses.
     """
     with user_store.locked([path.parent]):
+        files.remove_leftovers(path.parent)
         files.write_together({path: to_json(read(path) | table)})

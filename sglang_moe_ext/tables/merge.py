@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -132,16 +133,50 @@ def put(
         StoreError: the disk refuses.
         TableError: what lies at a place is no table.
     """
+    pairs = list(pairs)
     with user_store.locked({path.parent for path in changes}):
+        for folder in {path.parent for path in changes}:
+            _recover(folder, text)
         results = {path: merge_tables(read(path), new) for path, new in changes.items()}
         for up, down in pairs:
             results[up], results[down] = check_pair(results[up], results[down])
-        contents: dict[Path, str] = {}
-        for path, result in results.items():
-            if isinstance(result, StoredTable):
-                if result.provenance is not None:
-                    contents[provenance.sidecar(path)] = provenance.to_json(result.provenance)
-                contents[path] = text(result.table)
-        if contents:
-            files.write_together(contents)
+        kept = {path: result for path, result in results.items() if isinstance(result, StoredTable)}
+        _write(kept, [(up, down) for up, down in pairs if up in kept and not _fits(read(down), kept[up])], text)
     return results
+
+
+def _fits(down: StoredTable | None, up: StoredTable) -> bool:
+    """Whether the two are sound together: at each M the nearest entries of both have one BLOCK_SIZE_M."""
+    if down is None:
+        return True
+    return down.table.keys() == up.table.keys() and all(
+        config.block_m == up.table[m].block_m for m, config in down.table.items()
+    )
+
+
+def _write(tables: dict[Path, StoredTable], pairs: Iterable[tuple[Path, Path]], text: Callable[[Table], str]) -> None:
+    contents: dict[Path, str] = {}
+    for path, stored in tables.items():
+        if stored.provenance is not None:
+            contents[provenance.sidecar(path)] = provenance.to_json(stored.provenance)
+        contents[path] = text(stored.table)
+    if contents:
+        files.write_together(contents, pairs)
+
+
+def _recover(folder: Path, text: Callable[[Table], str]) -> None:
+    """Mend what a killed process left: staged files, and a down table that was set aside, and never replaced."""
+    files.remove_leftovers(folder)
+    for down in files.tables_set_aside(folder):
+        aside, up = files.set_aside(down), down.with_name(down.name.replace("_down.json", ".json"))
+        if not os.path.lexists(down) and up.exists():
+            pair = check_pair(_read_known(up, up), _read_known(aside, down))
+            _write(
+                {path: it for path, it in zip((up, down), pair, strict=True) if isinstance(it, StoredTable)}, [], text
+            )
+        aside.unlink(missing_ok=True)
+
+
+def _read_known(path: Path, table: Path) -> StoredTable:
+    """The table in `path`, with the provenance of `table`."""
+    return StoredTable(config_table.read(path), provenance.read(table))

@@ -27,8 +27,7 @@ from benchmarks.vs_upstream import effort, model_folder, ours, report, theirs, t
 from benchmarks.vs_upstream.report import Place
 from benchmarks.vs_upstream.timed_run import Line, Run
 from sglang_moe_ext.core import CompileJob, EngineError, Failure, ModelError, MoEShape, Quantization, TileConfig
-from sglang_moe_ext.engines.lookup_probe import LookupResult
-from sglang_moe_ext.engines.sglang import lookup_probe
+from sglang_moe_ext.engines.lookup_probe import LookupResult, ProbeModule
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tables import config_table
@@ -158,7 +157,7 @@ def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeWorker:
     command = tmp_path / "our_command.py"
     command.write_text(OUR_COMMAND, encoding="utf-8")
     monkeypatch.setattr(report, "here", lambda _: place)
-    monkeypatch.setattr(lookup_probe, "ask", lambda _: taken)
+    monkeypatch.setattr(ProbeModule, "ask", lambda *_: taken)
     monkeypatch.setattr(ours, "COMMAND", (sys.executable, str(command)))
     monkeypatch.setattr(racing, "compile_all", lambda *_, **__: {})
     monkeypatch.setattr(racing, "BenchProcess", lambda _: fake)

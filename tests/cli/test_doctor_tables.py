@@ -12,10 +12,8 @@ import pytest
 from sglang_moe_ext.cli import main
 from sglang_moe_ext.cli.written_entry import describe_change
 from sglang_moe_ext.core import MoEShape, TileConfig
-from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
-from sglang_moe_ext.engines.sglang import lookup_probe
+from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult, ProbeModule
 from sglang_moe_ext.engines.vllm import installation as vllm
-from sglang_moe_ext.engines.vllm import lookup_probe as vllm_lookup_probe
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.models import parse_shape
 from sglang_moe_ext.tables import config_table
@@ -60,7 +58,7 @@ def examined(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
             downs = dict.fromkeys(request.tokens, down)
             return LookupResult(VERSION, "3.7.1", "NVIDIA GB10", taken, downs, files, (), plugin="active")
 
-        monkeypatch.setattr(lookup_probe, "ask", ask)
+        monkeypatch.setattr(ProbeModule, "ask", lambda _probe, request, *_: ask(request))
         assert main.main(["doctor", "--shape", LAYER, "--gpu", "GB10", "--batch-size", "64", "--json"]) == 0
         (found,) = json.loads(capsys.readouterr().out)["examined"]
         return dict(found)
@@ -147,7 +145,7 @@ def test_a_table_in_the_other_engines_spelling_is_named(tmp_path: Path, examined
     misspelt.parent.mkdir(parents=True)
     misspelt.write_text(config_table.to_json({64: FITS}))
     (problem,) = examined(DEFAULT)["problems"]
-    assert problem.startswith(f"{misspelt} is not read: vLLM spells names so, and SGLang asks for {NAME}")
+    assert problem.startswith(f"{misspelt} is named as vLLM does: SGLang alone asks for {NAME}")
 
 
 def test_people_see_problems_too(table: Path, examined: Examined, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,10 +162,12 @@ def test_vllm_is_said_to_fit_an_entry_at_the_launch(
     monkeypatch.setattr(vllm, "find", lambda: engine)
 
     def ask(request: LookupRequest, **_: Any) -> LookupResult:
-        taken = dict.fromkeys(request.tokens, WRITTEN)
-        return LookupResult("0.33.0", "3.7.1", "NVIDIA GB10", taken, dict.fromkeys(taken), (), (), plugin="active")
+        taken = dict.fromkeys(request.tokens, FITTED)
+        fitted: Any = {m: {"up": "fitted to 99 KiB of shared memory: num_stages 4 -> 3"} for m in request.tokens}
+        said: Any = {"plugin": "active", "fitted": fitted}
+        return LookupResult("0.33.0", "3.7.1", "NVIDIA GB10", taken, dict.fromkeys(taken), (), (), **said)
 
-    monkeypatch.setattr(vllm_lookup_probe, "ask", ask)
+    monkeypatch.setattr(ProbeModule, "ask", lambda _probe, request, *_: ask(request))
     given = ["--engine", "vllm", "--shape", LAYER, "--gpu", "GB10", "--batch-size", "64", "--json"]
     assert main.main(["doctor", *given]) == 0
     (found,) = json.loads(capsys.readouterr().out)["examined"]

@@ -15,8 +15,7 @@ import pytest
 
 from sglang_moe_ext.cli import main
 from sglang_moe_ext.core import TileConfig
-from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
-from sglang_moe_ext.engines.sglang import lookup_probe
+from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult, ProbeModule
 from sglang_moe_ext.gpu import specs
 from tests.engines.installed import ENGINES_DIR, REPO_ROOT
 from tests.engines.sglang.test_server_info import ANSWER
@@ -85,7 +84,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[LookupRequest]:
         taken = dict.fromkeys(question.tokens, TileConfig(16, 32, 64, 1, 4, 3))
         return LookupResult(VERSION, "3.7.1", "NVIDIA H200", taken, dict.fromkeys(taken), (), ())
 
-    monkeypatch.setattr(lookup_probe, "ask", ask)
+    monkeypatch.setattr(ProbeModule, "ask", lambda _probe, request, *_: ask(request))
     return questions
 
 

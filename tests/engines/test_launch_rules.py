@@ -33,6 +33,7 @@ SCHEMES: dict[str, Quantization] = {
     "fp8 block": Quantization("fp8_w8a8", (32, 32)),
     "fp8 block, narrow": Quantization("fp8_w8a8", (16, 32)),
     "fp8 block, no power of two": Quantization("fp8_w8a8", (48, 48)),
+    "fp8 block, long": Quantization("fp8_w8a8", (64, 96)),
     "fp8 channel": Quantization("fp8_w8a8", per_channel=True),
     "fp8 tensor": Quantization("fp8_w8a8"),
     "int8 block": Quantization("int8_w8a8", (32, 32)),
@@ -48,7 +49,7 @@ PROJECTIONS: tuple[Projection, ...] = ("up", "down")
 
 
 def shape_of(scheme: str) -> MoEShape:
-    size = (96, 96) if scheme == "fp8 block, no power of two" else (64, 64)
+    size = {"fp8 block, no power of two": (96, 96), "fp8 block, long": (192, 192)}.get(scheme, (64, 64))
     return MoEShape(3, *size, 2, SCHEMES[scheme])
 
 
@@ -93,8 +94,10 @@ def test_sglangs_kernel_computes_right_results_just_where_the_rules_say(
     assert wrong == {tile for tile in TILES if not keeps_scales(launch("sglang", version, scheme, projection, tile))}
 
 
-VLLM_SCHEMES = [scheme for scheme in SCHEMES if scheme not in ("int8 weights, group", "int4 group")]
+VLLM_SCHEMES = ["not quantized", "fp8 block", "fp8 block, narrow", "fp8 block, long", "fp8 channel"]
 """vLLM's launcher for groups along K chooses its own tiles."""
+VLLM_TILES = [TileConfig(16, block_n, block_k, 2, 4, 2) for block_n in (32, 64) for block_k in (32, 64, 128)]
+"""The child runs the whole layer with each."""
 
 
 @functools.cache
@@ -102,7 +105,7 @@ def vllm_errors(version: str) -> list[float]:
     asked = [
         {"shape": dataclasses.asdict(shape_of(scheme)), "tokens": 17, "config": list(dataclasses.astuple(tile))}
         for scheme in VLLM_SCHEMES
-        for tile in TILES
+        for tile in VLLM_TILES
     ]
     environment = vllm_environment(version) | {"TRITON_INTERPRET": "1"}
     return [case["up"] for case in run_in_vllm(CHILDREN / "vllm_layer.py", asked, environment, timeout=900)]
@@ -111,12 +114,13 @@ def vllm_errors(version: str) -> list[float]:
 @pytest.mark.parametrize("scheme", VLLM_SCHEMES)
 def test_vllms_kernel_computes_right_results_just_where_the_rules_say(scheme: str) -> None:
     version = "0.33.0"
-    cases = itertools.product(VLLM_SCHEMES, TILES)
+    cases = itertools.product(VLLM_SCHEMES, VLLM_TILES)
     errors = zip(cases, vllm_errors(version), strict=True)
     wrong = {tile for (of, tile), error in errors if of == scheme and not error <= RIGHT}
     block = SCHEMES[scheme].block_shape
     clamped = {
-        tile: tile if block is None else dataclasses.replace(tile, block_k=min(tile.block_k, *block)) for tile in TILES
+        tile: tile if block is None else dataclasses.replace(tile, block_k=min(tile.block_k, *block))
+        for tile in VLLM_TILES
     }
     assert wrong == {
         tile for tile, runs in clamped.items() if not keeps_scales(launch("vllm", version, scheme, "up", runs))

@@ -11,15 +11,15 @@ import os
 import re
 import site
 import stat
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from sglang_moe_ext import package_data
-from sglang_moe_ext.core import EngineError
+from sglang_moe_ext.core import EngineError, TableError
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
+from sglang_moe_ext.tables import files
 
 NAME = "0001-attach-sglang-moe-ext.patch"
 State = Literal["not applied", "applied", "unknown contents"]
@@ -148,20 +148,18 @@ def _state(patch: SourcePatch, contents: bytes) -> State:
 
 def _read(file: Path) -> bytes:
     try:
-        return file.read_bytes()
-    except OSError as error:
-        raise EngineError(f"cannot read {file}: {error.strerror}; is SGLang installed whole?") from error
+        return files.read_bounded(file)
+    except (OSError, TableError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is too large"
+        raise EngineError(f"cannot read {file}: {reason}; is SGLang installed whole?") from error
 
 
 def _replace(file: Path, contents: bytes) -> None:
     """The old file or the new one lies there, whatever happens; other names of the old file (hard links) keep it."""
     temporary: str | None = None
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=file.parent)
-        with os.fdopen(descriptor, "wb") as written:
-            written.write(contents)
-            written.flush()
-            os.fsync(written.fileno())
+        files.remove_leftovers(file.parent)
+        temporary = files.stage(file, contents)
         os.chmod(temporary, stat.S_IMODE(file.stat().st_mode))
         os.replace(temporary, file)
         temporary = None

@@ -36,7 +36,7 @@ def root() -> Path:
     """
     try:
         return user_store.root() / "runs"
-    except RuntimeError as error:
+    except StoreError as error:
         raise StoreError(f"no place for runs: {error} Set {env.STORE} to a folder") from error
 
 

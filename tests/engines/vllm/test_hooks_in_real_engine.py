@@ -325,9 +325,9 @@ def test_one_line_says_who_is_active_with_which_tables_and_that_they_matter(vers
 @every_version
 def test_each_kind_of_experts_says_once_whether_it_reads_tables(version: str) -> None:
     triton_experts, other, fallback = said(version)["built"]
-    assert triton_experts.endswith(": TritonExperts reads them")
-    assert other.endswith(": FusedMoEExpertsModular reads no table, so that none can matter to it")
-    assert fallback.endswith(": FallbackExperts reads them")
+    assert triton_experts.endswith(": TritonExperts uses Triton config tables")
+    assert other.endswith(": FusedMoEExpertsModular does not use Triton config tables; tuning has no effect")
+    assert fallback.endswith(": FallbackExperts uses Triton config tables")
 
 
 @every_version
