@@ -54,10 +54,10 @@ from sglang_moe_ext.tuning.bench.worker import BenchLike, BenchProcess
 from sglang_moe_ext.tuning.compile.cache import CompileCache
 from sglang_moe_ext.tuning.compile.kernel_source import kernel_source
 from sglang_moe_ext.tuning.compile.pool import CompilePool
+from sglang_moe_ext.tuning.incumbents import pairs_of
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.search import candidates, sorted_kernels, statistics
 from sglang_moe_ext.tuning.search.sorted_kernels import CleanPlan
-from sglang_moe_ext.tuning.today import pairs_of
 
 _BLOCK = Quantization("fp8_w8a8", (128, 128))
 LAYERS = {

@@ -16,7 +16,7 @@ from sglang_moe_ext.engines.sglang import lookup_probe
 from sglang_moe_ext.tuning import install_target
 from sglang_moe_ext.tuning.bench.messages import Pair
 from sglang_moe_ext.tuning.config_args import pairs_of_tables, parse_tables
-from sglang_moe_ext.tuning.today import pairs_of
+from sglang_moe_ext.tuning.incumbents import pairs_of
 
 COMMAND = (sys.executable, "-m", "sglang_moe_ext.tune")
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_moe_ext.cli import today
+from sglang_moe_ext.cli import incumbent_source
 from sglang_moe_ext.cli.console import Grid
 from sglang_moe_ext.core import CompileKey, Failure, MoEShape, Origin, TileConfig
 from sglang_moe_ext.engines.lookup_probe import LookupResult
@@ -18,6 +18,7 @@ from sglang_moe_ext.sorted_kernels import KernelPlan
 from sglang_moe_ext.tables import config_table, kernel_table
 from sglang_moe_ext.tuning.bench.messages import Pair, Runner
 from sglang_moe_ext.tuning.compare_configs import TODAY, ConfigComparison, TimedConfig
+from sglang_moe_ext.tuning.incumbents import pairs_of
 from sglang_moe_ext.tuning.pipeline import TuneOutcome
 from sglang_moe_ext.tuning.plan import TunePlan
 from sglang_moe_ext.tuning.request import TuneRequest
@@ -25,7 +26,6 @@ from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice, is_rig
 from sglang_moe_ext.tuning.search.predict import PredictedConfig, estimate_us
 from sglang_moe_ext.tuning.search.space import RULES
 from sglang_moe_ext.tuning.search.statistics import Interval
-from sglang_moe_ext.tuning.today import pairs_of
 
 _LONGEST_REASON = 160
 """Characters of a failure in a table for people; the document has all."""
@@ -309,7 +309,7 @@ def _predictions(request: TuneRequest, outcome: TuneOutcome) -> list[Mapping[str
 
 
 def _todays_sources(request: TuneRequest, answer: LookupResult | None) -> list[Mapping[str, Any]]:
-    found = {} if answer is None else today.sources(request, answer)
+    found = {} if answer is None else incumbent_source.sources(request, answer)
     return [{"m": m, "source": source.text, "ours": source.is_ours} for m, source in found.items()]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sglang_moe_ext import env
-from sglang_moe_ext.cli import console, engine_choice, layer_args, measure_args, output, today
+from sglang_moe_ext.cli import console, engine_choice, incumbent_source, layer_args, measure_args, output
 from sglang_moe_ext.cli.command import Command, configure
 from sglang_moe_ext.core import Gpu, MoEExtError, StoreError
 from sglang_moe_ext.engines.lookup_probe import LookupResult
@@ -111,7 +111,7 @@ def _say_today(request: TuneRequest, answer: LookupResult | None) -> None:
     if answer is None:
         print(f"today: unknown, since {request.adapter.TITLE} is not installed here to be asked")
         return
-    for line in today.describe(today.sources(request, answer)):
+    for line in incumbent_source.describe(incumbent_source.sources(request, answer)):
         print(line)
 
 

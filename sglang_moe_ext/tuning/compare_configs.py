@@ -14,13 +14,13 @@ from sglang_moe_ext.tuning import verify_install
 from sglang_moe_ext.tuning.bench.messages import Accuracy, CheckAccuracy, Measure, Pair
 from sglang_moe_ext.tuning.compile.kernel_source import kernel_source
 from sglang_moe_ext.tuning.config_args import Choices
+from sglang_moe_ext.tuning.incumbents import pairs_of
 from sglang_moe_ext.tuning.request import MeasureOptions, Progress, TuneRequest
 from sglang_moe_ext.tuning.run import session
 from sglang_moe_ext.tuning.run.executor import Executor, run_tasks
 from sglang_moe_ext.tuning.search import candidates, final_comparison
 from sglang_moe_ext.tuning.search.screening import EFFORTS
 from sglang_moe_ext.tuning.search.statistics import Interval
-from sglang_moe_ext.tuning.today import pairs_of
 
 TODAY = "today"
 """The name of what the engine takes now."""

@@ -21,6 +21,7 @@ from sglang_moe_ext.tuning.bench.messages import Pair, Runner
 from sglang_moe_ext.tuning.compile.cache import CompileCache, default_path
 from sglang_moe_ext.tuning.compile.kernel_source import KernelSource, kernel_source
 from sglang_moe_ext.tuning.compile.pool import compile_all
+from sglang_moe_ext.tuning.incumbents import pairs_of
 from sglang_moe_ext.tuning.install_target import InstallTarget
 from sglang_moe_ext.tuning.plan import TunePlan
 from sglang_moe_ext.tuning.request import Progress, TuneRequest
@@ -29,7 +30,6 @@ from sglang_moe_ext.tuning.run import session
 from sglang_moe_ext.tuning.search import predict
 from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
 from sglang_moe_ext.tuning.search.predict import PredictedConfig
-from sglang_moe_ext.tuning.today import pairs_of, whose
 from sglang_moe_ext.tuning.verify_install import WrittenTables
 
 T = TypeVar("T")
@@ -51,10 +51,6 @@ class TuneOutcome:
     answer: LookupResult | None
     kernel: KernelSource
     today: LookupResult | None = None
-
-    def whose(self, tokens: int) -> str | None:
-        """Where the configuration came from that the engine ran before, None where none was asked."""
-        return None if self.today is None else whose(self.today, tokens)
 
 
 def target_of(request: TuneRequest, engine: InstallationLike | None) -> InstallTarget | None:

@@ -9,12 +9,12 @@ from sglang_moe_ext.engines.lookup_probe import LookupResult
 from sglang_moe_ext.gpu.roofline import pair_floor_us
 from sglang_moe_ext.tuning.bench.messages import Pair
 from sglang_moe_ext.tuning.compile.pool import default_workers
+from sglang_moe_ext.tuning.incumbents import pairs_of
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.request import TuneRequest
 from sglang_moe_ext.tuning.search import candidates, predict, space
 from sglang_moe_ext.tuning.search.predict import estimate_us
 from sglang_moe_ext.tuning.search.prediction_error import margin
-from sglang_moe_ext.tuning.today import pairs_of, whose
 
 DEFAULT_TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 8192, 16384)
 """Upstream's 18 batch sizes, and the two that a chunked prefill asks for: the engine takes the nearest, however far."""
@@ -29,7 +29,7 @@ _START_S, _COMPILE_S, _SCREEN_S, _COMPARISON_S = 14.0, 0.16, 0.004, 0.3
 class PlanRow:
     """One M: the floor, and the predicted times of the best candidate and of what the engine takes today.
 
-    `incumbent` is today's pair and `whose` names its origin, None where no engine was asked. `keeps_today`: a run that
+    `incumbent` is today's pair, None where no engine was asked. `keeps_today`: a run that
     predicts writes today's pair, since the best is not faster by more than the model's error.
     """
 
@@ -39,7 +39,6 @@ class PlanRow:
     best_us: float
     incumbent_us: float | None
     incumbent: Pair | None = None
-    whose: str | None = None
     keeps_today: bool = False
 
     @property
@@ -130,4 +129,4 @@ def _row(kept: tuple[TileConfig, ...], problem: Problem, tokens: int, today: Loo
     incumbent = pairs_of(today)[tokens]
     incumbent_us = estimate_us(incumbent, problem, tokens)
     keeps_today = incumbent_us / best_us <= margin(tokens)
-    return PlanRow(tokens, floor_us, best, best_us, incumbent_us, incumbent, whose(today, tokens), keeps_today)
+    return PlanRow(tokens, floor_us, best, best_us, incumbent_us, incumbent, keeps_today)

@@ -10,13 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_moe_ext.core import TableError, TileConfig
-from sglang_moe_ext.sorted_kernels import (
-    DownConfig,
-    KernelPlan,
-    UpConfig,
-    WarpSpecializedDown,
-    WarpSpecializedUp,
-)
+from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, UpConfig, WarpSpecializedDown, WarpSpecializedUp
 from sglang_moe_ext.tables import config_table, kernel_table
 from sglang_moe_ext.tables.kernel_table import KernelEntry
 from sglang_moe_ext.tables.provenance import TuningRun

@@ -12,7 +12,7 @@ from sglang_moe_ext.core import EngineError, Table, TileConfig
 from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.tables import config_table
 from sglang_moe_ext.tuning import verify_install
-from sglang_moe_ext.tuning.today import pairs_of, whose
+from sglang_moe_ext.tuning.incumbents import pairs_of
 from sglang_moe_ext.tuning.verify_install import WrittenTables
 from tests.tuning.recorded_runs import request_of
 
@@ -93,23 +93,6 @@ def test_with_our_hooks_a_measured_table_before_a_predicted_one_is_no_error(monk
 def test_far_from_an_entry_our_hooks_may_leave_the_default() -> None:
     engine = Engine(lambda: {3: OTHER, **MINE}, (COPY,), "active")
     verify(engine, MINE, MINE)
-
-
-@pytest.mark.parametrize(
-    ("files", "whys", "said"),
-    [
-        ((), {}, "the engine's default"),
-        ((UP, DOWN), {}, "the engine's table, triton_3_6_0"),
-        ((Path("/flat/E=65.json"),), {}, "the engine's table"),
-        ((COPY,), {64: "your table, entry 64; predicted"}, "your table, entry 64; predicted"),
-    ],
-    ids=str,
-)
-def test_it_is_said_whose_the_configuration_of_today_is(
-    files: tuple[Path, ...], whys: dict[int, str], said: str
-) -> None:
-    answer = replace(Engine(lambda: MINE, files, None).answer(verify_install.lookup_request(REQUEST)), whys=whys)
-    assert whose(answer, 64) == said
 
 
 def test_without_a_down_table_both_gemms_run_the_up_entry_without_tma() -> None:

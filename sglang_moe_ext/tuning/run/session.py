@@ -16,6 +16,7 @@ from sglang_moe_ext.tuning.bench.worker import BenchProcess
 from sglang_moe_ext.tuning.compile.cache import CompileCache, default_path
 from sglang_moe_ext.tuning.compile.kernel_source import Job, KernelSource, kernel_source
 from sglang_moe_ext.tuning.compile.pool import CompilePool
+from sglang_moe_ext.tuning.incumbents import pairs_of
 from sglang_moe_ext.tuning.request import MeasureOptions, Progress, TuneRequest
 from sglang_moe_ext.tuning.run import ray_executor, run_folder, search_loop
 from sglang_moe_ext.tuning.run.executor import BenchProcessLike, CompilePoolLike, Executor, LocalExecutor, close_all
@@ -23,7 +24,6 @@ from sglang_moe_ext.tuning.run.journal_reader import Circumstances
 from sglang_moe_ext.tuning.run.run_folder import RunFolder
 from sglang_moe_ext.tuning.run.search_loop import SearchResults
 from sglang_moe_ext.tuning.search import candidates
-from sglang_moe_ext.tuning.today import pairs_of
 from sglang_moe_ext.tuning.versions import driver_version, version_of
 
 log = logging.getLogger(__name__)

@@ -6,16 +6,7 @@ import functools
 import itertools
 from collections.abc import Collection, Sequence
 
-from sglang_moe_ext.core import (
-    PROJECTIONS,
-    CompileJob,
-    CompileKey,
-    Failure,
-    Gpu,
-    Projection,
-    Resources,
-    TileConfig,
-)
+from sglang_moe_ext.core import PROJECTIONS, CompileJob, CompileKey, Failure, Gpu, Projection, Resources, TileConfig
 from sglang_moe_ext.tuning.bench.messages import Pair
 from sglang_moe_ext.tuning.compile.kernel_source import Job
 from sglang_moe_ext.tuning.problem import Problem

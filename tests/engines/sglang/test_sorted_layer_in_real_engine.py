@@ -17,13 +17,7 @@ from sglang_moe_ext.engines.lookup_probe import LookupRequest
 from sglang_moe_ext.engines.sglang import lookup_probe, table_names
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.serving import kernel_selection
-from sglang_moe_ext.sorted_kernels import (
-    DownConfig,
-    KernelPlan,
-    UpConfig,
-    WarpSpecializedDown,
-    WarpSpecializedUp,
-)
+from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, UpConfig, WarpSpecializedDown, WarpSpecializedUp
 from sglang_moe_ext.tables import kernel_table
 from sglang_moe_ext.tables.kernel_table import KernelEntry
 from tests.engines.children import own_path as child

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_moe_ext.cli import main, output, today
+from sglang_moe_ext.cli import incumbent_source, main, output
 from sglang_moe_ext.core import MoEShape, Resources, TileConfig
 from sglang_moe_ext.engines import lookup_memory
 from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
@@ -58,7 +58,7 @@ def written(folder: Path, *origins: str) -> Path:
 
 
 def said(*files: Path) -> list[str]:
-    return today.describe(today.sources(REQUEST, answer(*files)))
+    return incumbent_source.describe(incumbent_source.sources(REQUEST, answer(*files)))
 
 
 def test_the_engines_default_is_called_one() -> None:
@@ -95,7 +95,7 @@ def test_what_the_plugin_in_a_server_chose_is_repeated() -> None:
         (),
         whys=dict.fromkeys(TOKENS, "your table, entry 64; measured"),
     )
-    assert today.describe(today.sources(REQUEST, by_plugin))[0] == "today: your table at M=1-4096"
+    assert incumbent_source.describe(incumbent_source.sources(REQUEST, by_plugin))[0] == "today: your table at M=1-4096"
 
 
 def outcome(before: LookupResult | None) -> TuneOutcome:
