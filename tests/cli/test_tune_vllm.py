@@ -61,7 +61,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
 
 
 def test_the_whole_job_without_a_gpu(engine: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    mine = tmp_path / "mine"  # vLLM ships a measured table of this layer, which a prediction elsewhere does not hide
+    mine = tmp_path / "mine"  # vLLM ships a measured table of this layer: a prediction needs --force
     assert (
         command_line.main(
             (
@@ -76,6 +76,7 @@ def test_the_whole_job_without_a_gpu(engine: None, capsys: pytest.CaptureFixture
                 "--tune",
                 "--seed",
                 "0",
+                "--force",
                 "--json",
             )
         )
@@ -119,7 +120,7 @@ def test_a_prediction_is_refused_where_vllm_ships_a_measured_table(
     engine: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command_line.main(("tune", *QWEN, "--batch-size", "64", "--predict")) == 1
-    assert "vLLM already has a measured table for this layer" in capsys.readouterr().err
+    assert "vLLM takes a measured table for this layer" in capsys.readouterr().err
 
 
 def test_a_dry_run_needs_no_engine(capsys: pytest.CaptureFixture[str]) -> None:

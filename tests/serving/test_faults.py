@@ -28,7 +28,7 @@ TOKENS = (1, 64, 4096)
 LOOKUP = """
 import json, logging, sys
 from pathlib import Path
-from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.serving import selection, table_search
 from sglang_moe_ext.serving.selection import OurEntry
 from sglang_moe_ext.serving.table_search import TableDir

@@ -119,7 +119,7 @@ def bench(stopwatch: TableStopwatch | None = None, layer: FakeLayer | None = Non
 
 
 def screened(us: dict[int, float], limit_us: float | None, samples: int = 2) -> GemmTimes:
-    return bench(TableStopwatch(us))._screen(BenchGemm(64, "up", KEY, tuple(us), samples, limit_us))
+    return bench(TableStopwatch(us))._time_gemm(BenchGemm(64, "up", KEY, tuple(us), samples, limit_us))
 
 
 def test_every_group_below_the_limit_gets_all_samples_with_routings_in_turn() -> None:
@@ -184,7 +184,7 @@ def test_other_data_of_a_race_and_another_batch_size_are_other_batches() -> None
 
 def test_a_race_has_no_tensors_of_single_gemms_beside_it() -> None:
     layer = FakeLayer()
-    bench(layer=layer)._race(BenchLayers(64, (PAIR,), 2))
+    bench(layer=layer)._time_layers(BenchLayers(64, (PAIR,), 2))
     assert [batch.has_gemms for batch in layer.batches] == [False]
 
 
@@ -192,14 +192,14 @@ def test_clocks_are_read_while_the_gpu_is_busy() -> None:
     stopwatch = TableStopwatch()
     one: Any = bench(stopwatch)
     one._clocks = SimpleNamespace(read=lambda: stopwatch.events.append("clocks"))
-    one._race(BenchLayers(64, (PAIR,), 2))
+    one._time_layers(BenchLayers(64, (PAIR,), 2))
     assert stopwatch.events == ["queued", "clocks", "synchronized"]
 
 
 def test_a_race_tells_the_clock_and_what_spoiled_it() -> None:
     one: Any = bench()
     one._clocks = SimpleNamespace(read=lambda: ClockReading(1400, frozenset({"hardware slowdown", "idle"})))
-    raced = one._race(BenchLayers(64, (PAIR, PAIR), 3))
+    raced = one._time_layers(BenchLayers(64, (PAIR, PAIR), 3))
     assert (raced.sm_clock_mhz, raced.throttled) == (1400, "hardware slowdown")
 
 

@@ -139,5 +139,5 @@ def test_a_throttled_race_is_run_again_twice(throttled: int, attempts: list[int]
 
 
 def test_an_answer_to_another_question_is_a_mistake() -> None:
-    with pytest.raises(TypeError, match="Checked"):
+    with pytest.raises(TypeError, match="Accuracy"):
         interleave(64, INCUMBENT, RIVALS, lambda _: Accuracy(0.1), rounds=ROUNDS)
