@@ -269,7 +269,7 @@ def _prove(
     """The engine's own answer to what was written, None where nothing was.
 
     It is asked as a server of this environment would: with our hooks, and then no variable is needed; where they are
-    off, under the variables that make it read the folder.
+    off, or another table stands before the written one, under the variables that make it read the folder.
     """
     names = install_target.table_names(request.adapter, request.shape, request.gpu.device_name)
     files = {down: destination.folder / name for down, name in names.items()}
@@ -287,7 +287,8 @@ def _prove(
     def ask() -> LookupResult:
         asked = probe
         first = asked.answer(verify_install.lookup_request(request))
-        if destination.environment and not verify_install.is_served(first):
+        reads_ours = {files[False].resolve(), copy.resolve()} & {file.resolve() for file in first.files}
+        if destination.environment and not (verify_install.is_served(first) and reads_ours):
             environment = verify_install.environment(destination.environment)
             asked = processes.enter_context(closing(request.adapter.start_probe(environment)))
         return verify_install.verify(tables_of(found), read, copy, request, asked)
