@@ -1,12 +1,27 @@
-"""What all tests share: how hypothesis draws examples.
+"""What all tests share: how hypothesis draws examples, and which tests start an engine.
 
 `./check` draws the same examples each time, so that a fresh clone never fails by chance; `./check --fuzz` draws others.
 """
 
 import os
 
+import pytest
 from hypothesis import settings
 
+from tests.examples import examples
+
 settings.register_profile("check", deadline=None, derandomize=True, database=None)
-settings.register_profile("fuzz", deadline=None, max_examples=2000, print_blob=True)
+settings.register_profile("fuzz", deadline=None, max_examples=examples(100), print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "check"))
+
+SLOW = ("tests/servers/", "tests/kernels/test_in_interpreter.py", "tests/models/test_every_transformers_class.py")
+"""Tests that start an engine, an interpreter or another Python by other means than `tests.engines.installed`."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `./check --quick` leaves out: each module that can start a real engine, and the slow ones."""
+    for item in items:
+        module = vars(getattr(item, "module", None) or object)
+        starts_engines = any(getattr(value, "__module__", "") == "tests.engines.installed" for value in module.values())
+        if starts_engines or item.nodeid.startswith(SLOW):
+            item.add_marker(pytest.mark.engine)

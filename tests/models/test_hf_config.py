@@ -14,6 +14,7 @@ from sglang_moe_ext.core import ModelError, MoEModel
 from sglang_moe_ext.models import from_config
 from sglang_moe_ext.models.config_fields import WRAPPERS
 from sglang_moe_ext.models.families import EXPERTS, SHARED, TOP_K, WIDTH
+from tests.examples import examples
 
 GLM_FLASH: dict[str, Any] = {
     "architectures": ["Glm4MoeLiteForCausalLM"],
@@ -206,7 +207,7 @@ def test_an_attribute_that_cannot_be_read_counts_as_not_there() -> None:
 positive = st.integers(2, 1 << 12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(
     numbers=st.tuples(positive, positive, positive, st.integers(1, 8)),
     names=st.tuples(*(st.sampled_from(names) for names in (EXPERTS, TOP_K, WIDTH, SHARED, ("hidden_size", "d_model")))),
@@ -291,7 +292,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(config=st.dictionaries(st.sampled_from((*KNOWN, *OTHERS)), json_values, max_size=8))
 def test_arbitrary_json_is_read_or_refused_in_one_line(config: dict[str, object]) -> None:
     try:

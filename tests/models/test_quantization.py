@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sglang_moe_ext.core import ModelError, Quantization
 from sglang_moe_ext.models.quantization import METHODS, OTHER_KERNELS, quantization_from_config
 from sglang_moe_ext.models.shape_string import parse_dtype_flag
+from tests.examples import examples
 
 FP8_TENSOR = Quantization("fp8_w8a8")
 FP8_CHANNEL = Quantization("fp8_w8a8", per_channel=True)
@@ -272,7 +273,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(method=st.sampled_from((*METHODS, None)), section=st.dictionaries(st.sampled_from(KEYS), values, max_size=8))
 def test_any_section_is_read_or_refused_in_one_line(method: str | None, section: dict[str, Any]) -> None:
     try:

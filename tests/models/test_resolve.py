@@ -19,6 +19,7 @@ from sglang_moe_ext.core import ModelError, MoEModel, MoEShape, Quantization
 from sglang_moe_ext.models import builtin_models, hub, parse_shape, resolve
 from sglang_moe_ext.models.builtin import builtin_records
 from sglang_moe_ext.models.checkpoint_names import NameMatch, find_builtin, match_name
+from tests.examples import examples
 
 MIXTRAL: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],
@@ -217,7 +218,7 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     assert "has no config.json" in refusal(str(tmp_path))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80))
 @given(content=st.binary(max_size=200))
 def test_arbitrary_bytes_are_refused_in_one_line(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -228,7 +229,7 @@ def test_arbitrary_bytes_are_refused_in_one_line(content: bytes) -> None:
 COMPLETE = json.dumps(MIXTRAL).encode()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(cut=st.integers(0, len(COMPLETE)), noise=st.binary(max_size=3))
 def test_a_damaged_config_is_read_or_refused_in_one_line(cut: int, noise: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -244,7 +245,7 @@ oddities = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(
     model_type=st.sampled_from(
         ["qwen3_moe", "glm4_moe_lite", "nemotron_h", "llama4", "dbrx", "ernie4_5_vl_moe", "gemma4"]
@@ -576,7 +577,7 @@ def test_a_wrong_shape_is_refused_in_one_line(text: str, complaint: str) -> None
     assert str(refused.value).isprintable()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 @given(text=st.one_of(st.text(max_size=40), st.text(alphabet="ENKtopkdtype=[],0123 _", max_size=40)))
 def test_any_text_for_a_shape_is_refused_in_one_line(text: str) -> None:
     try:
@@ -585,7 +586,7 @@ def test_any_text_for_a_shape_is_refused_in_one_line(text: str) -> None:
         assert str(refused).isprintable()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50))
 @given(
     sizes=st.tuples(st.integers(8, 1 << 20), st.integers(1, 1 << 20), st.integers(1, 1 << 20), st.integers(1, 8)),
     order=st.permutations(range(4)),

@@ -7,7 +7,7 @@ import itertools
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from sglang_moe_ext.core import Gpu, MoEShape, Projection, Quantization, TileConfig
@@ -73,28 +73,24 @@ def changed(before: TileConfig, after: TileConfig) -> set[str]:
     return {name for name in names if getattr(before, name) != getattr(after, name)}
 
 
-@settings(deadline=None)
 @given(usual)
 def test_nothing_but_stages_and_the_sides_n_and_k_is_made_smaller(config: TileConfig) -> None:
     for smaller in degrade(config):
         assert changed(config, smaller) <= {"num_stages", "block_n", "block_k"}
 
 
-@settings(deadline=None)
 @given(usual, shapes, st.sampled_from([80, 89, 90, 100, 120]))
 def test_no_step_asks_for_more_than_the_one_before(config: TileConfig, shape: MoEShape, sm: int) -> None:
     asked = [smem_bytes(it, shape, sm) for it in (config, *degrade(config))]
     assert asked == sorted(asked, reverse=True)
 
 
-@settings(deadline=None)
 @given(usual, st.sampled_from([32, 64, 128, 256, 512]))
 def test_a_tile_that_divides_a_block_of_scales_divides_it_at_each_step(config: TileConfig, block: int) -> None:
     config = dataclasses.replace(config, block_k=min(config.block_k, block))
     assert all(block % it.block_k == 0 for it in degrade(config))
 
 
-@settings(deadline=None)
 @given(usual)
 def test_stages_go_before_n_and_n_before_k(config: TileConfig) -> None:
     steps = [changed(*pair).pop() for pair in itertools.pairwise((config, *degrade(config)))]
@@ -114,7 +110,6 @@ def test_the_last_step_is_small_enough_for_any_gpu() -> None:
     assert smem_bytes(last, GLM, 90) <= min(it.smem_per_block for it in specs.ARCHITECTURES.values())
 
 
-@settings(deadline=None)
 @given(usual, shapes, st.sampled_from(["up", "down"]))
 def test_an_entry_that_fits_and_is_right_is_a_plain_copy(config: TileConfig, shape: MoEShape, of: Projection) -> None:
     assume(is_sound(config, shape))
@@ -124,7 +119,6 @@ def test_an_entry_that_fits_and_is_right_is_a_plain_copy(config: TileConfig, sha
     assert left is not entry
 
 
-@settings(deadline=None)
 @given(usual, shapes)
 def test_what_leaves_the_guard_fits_wherever_a_smaller_one_does(config: TileConfig, shape: MoEShape) -> None:
     assume(is_sound(config, shape))

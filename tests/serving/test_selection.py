@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_moe_ext.core import Gpu, MoEShape, Origin, Quantization, Table, TileConfig
@@ -125,7 +125,6 @@ any_candidate = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(any_candidate, min_size=1, max_size=6))
 def test_no_table_that_is_left_stands_higher_than_the_one_that_is_taken(found: list[TableCandidate]) -> None:
     found.sort(key=lambda it: [YOURS, SHIPPED, ENGINES].index(it.table_dir))
@@ -390,7 +389,6 @@ def encoded(document: object) -> bytes:
     return json.dumps(document).encode()
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=64) | nonsense.map(encoded) | almost_tables.map(encoded))
 def test_a_table_full_of_nonsense_never_raises(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -399,7 +397,6 @@ def test_a_table_full_of_nonsense_never_raises(content: bytes) -> None:
         choice([at(YOURS, Path(folder)), at(ENGINES, Path(folder))])
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=64) | nonsense.map(encoded) | almost_provenance.map(encoded))
 def test_provenance_full_of_nonsense_never_raises(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:

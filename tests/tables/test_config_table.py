@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sglang_moe_ext.core import Table, TableError, TileConfig
 from sglang_moe_ext.tables import config_table
+from tests.examples import examples
 from tests.tables import generated
 
 ENTRY = {
@@ -68,7 +69,7 @@ def test_a_table_is_written_in_order_of_m(table: Table) -> None:
     assert list(json.loads(config_table.to_json(table))) == [str(m) for m in sorted(table)]
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=examples(5))
 @given(table=generated.tables)
 def test_a_file_cut_short_at_any_byte_is_whole_or_refused_by_name(file: Path, table: Table) -> None:
     data = config_table.to_json(table).encode()
@@ -78,13 +79,11 @@ def test_a_file_cut_short_at_any_byte_is_whole_or_refused_by_name(file: Path, ta
         assert found == table if whole else isinstance(found, str), length
 
 
-@settings(deadline=None)
 @given(document=json_documents | nearly_tables)
 def test_any_json_is_a_table_or_refused_by_name(file: Path, document: object) -> None:
     read_or_refusal(file, json.dumps(document).encode())
 
 
-@settings(deadline=None)
 @given(data=st.binary())
 @example(b"[" * 100_000)
 @example(b'{"1":' * 100_000)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_moe_ext.core import TableError
@@ -56,7 +56,6 @@ def test_any_json_is_provenance_or_a_table_error(document: object) -> None:
         assert str(error)
 
 
-@settings(deadline=None)
 @given(data=st.binary(max_size=64))
 def test_any_bytes_beside_a_table_are_provenance_or_unknown(
     tmp_path_factory: pytest.TempPathFactory, data: bytes

@@ -28,6 +28,7 @@ from sglang_moe_ext.tuning.bench.messages import (
     LayerTimes,
 )
 from sglang_moe_ext.tuning.run.executor import Executor, LocalExecutor, close_all, run_tasks, visible_gpus
+from tests.examples import examples
 
 REPO_ROOT = Path(__file__).resolve().parents[3]
 SHAPE = MoEShape(8, 64, 64, 2)
@@ -150,7 +151,7 @@ def test_the_result_does_not_depend_on_the_number_of_executors(count: int) -> No
 
 
 @given(lives=st.lists(st.integers(0, 60), max_size=3))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 def test_the_result_does_not_depend_on_which_executors_die_or_when(lives: list[int]) -> None:
     mortal = [executor(f"GPU {place}", RecordedWorker(life)) for place, life in enumerate(lives, 1)]
     assert run_tasks([executor(), *mortal], TASKS, unseen) == alone()

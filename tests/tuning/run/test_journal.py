@@ -30,6 +30,7 @@ from sglang_moe_ext.tuning.bench.messages import (
 from sglang_moe_ext.tuning.bench.messages_json import identity
 from sglang_moe_ext.tuning.run import journal_reader
 from sglang_moe_ext.tuning.run.journal import Journal, replay
+from tests.examples import examples
 from tests.tuning.journal_strategies import answer_of, halving, request, trials
 
 CIRCUMSTANCES = {"shape": "E=8", "gpu": "table", "seed": 0, "driver": None, "routing": True, "skew": 1.5}
@@ -332,7 +333,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(json_values | st.dictionaries(st.sampled_from(["s", "r", "c", "us", "e", "f", "n", "why", "mhz"]), json_values))
 def test_any_line_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, document: object) -> None:
     path = made(tmp_path_factory.mktemp("journal") / "journal.jsonl", 0)

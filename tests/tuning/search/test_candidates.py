@@ -32,6 +32,7 @@ from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.search import candidates
 from sglang_moe_ext.tuning.search.candidates import Candidates
 from sglang_moe_ext.tuning.search.screening import EFFORTS
+from tests.examples import examples
 
 GPUS = {name: find_gpu(name) for name in ("H200", "RTX 4090", "A100")}
 SHAPES = sorted({launched_shape(model, Parallelism()) for model in builtin_models().values()}, key=str)
@@ -46,7 +47,7 @@ tokens_of = st.sampled_from(plan.DEFAULT_TOKENS)
 keys_of = st.sampled_from([2, 3, 24, 96])
 with_tma_of = st.sampled_from(WITH_TMA)
 # The first example of a shape ranks 1,500 candidates, three times.
-slow = settings(deadline=None, max_examples=25)
+slow = settings(max_examples=examples(25))
 
 
 @functools.cache

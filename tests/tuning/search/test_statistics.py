@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_moe_ext.tuning.search.statistics import gain, typical_us
+from tests.examples import examples
 
 SIMULATIONS = 200
 LEAST_COVERED, MOST_COVERED = 0.90, 0.99
@@ -26,14 +27,14 @@ def noisy(base: list[float], rounds: int, draw: random.Random, spread: float = 0
     return [base[turn % len(base)] * draw.lognormvariate(0, spread) for turn in range(rounds)]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50))
 @given(st.lists(times, min_size=1, max_size=32), factors, routing_counts)
 def test_a_constant_ratio_is_found_exactly(of: list[float], ratio: float, routings: int) -> None:
     found = gain(of, [us / ratio for us in of], routings)
     assert (found.low, found.value, found.high) == pytest.approx((ratio, ratio, ratio), rel=1e-9)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50))
 @given(rounds_of_two, factors, routing_counts)
 def test_the_unit_of_time_changes_no_gain(rounds: list[tuple[float, float]], unit: float, routings: int) -> None:
     of, to = (list(column) for column in zip(*rounds, strict=True))
@@ -41,14 +42,14 @@ def test_the_unit_of_time_changes_no_gain(rounds: list[tuple[float, float]], uni
     assert (scaled.low, scaled.value, scaled.high) == pytest.approx((found.low, found.value, found.high), rel=1e-6)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50))
 @given(rounds_of_two, routing_counts)
 def test_the_other_way_round_the_gain_is_the_inverse(rounds: list[tuple[float, float]], routings: int) -> None:
     of, to = zip(*rounds, strict=True)
     assert gain(to, of, routings).value == pytest.approx(1 / gain(of, to, routings).value)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50))
 @given(rounds_of_two, routing_counts)
 def test_the_interval_contains_the_gain(rounds: list[tuple[float, float]], routings: int) -> None:
     found = gain(*zip(*rounds, strict=True), routings)
