@@ -19,9 +19,13 @@ SLOW = ("tests/servers/", "tests/kernels/test_in_interpreter.py", "tests/models/
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what `./check --quick` leaves out: each module that can start a real engine, and the slow ones."""
+    """Mark what `./check --quick` leaves out, and run it first, so that no worker begins a long file at the end.
+
+    Marked is each module that can start a real engine, and the slow ones.
+    """
     for item in items:
         module = vars(getattr(item, "module", None) or object)
         starts_engines = any(getattr(value, "__module__", "") == "tests.engines.installed" for value in module.values())
         if starts_engines or item.nodeid.startswith(SLOW):
             item.add_marker(pytest.mark.engine)
+    items.sort(key=lambda item: (not item.nodeid.startswith(SLOW), item.get_closest_marker("engine") is None))

@@ -342,7 +342,8 @@ def _swiglu(gate, up, routed_weight, WEIGHS_INPUT: tl.constexpr):  # type: ignor
         gate *= routed_weight
         up *= routed_weight
         return gate * tl.sigmoid(gate) * up
-    return gate * tl.sigmoid(gate) * up * routed_weight
+    else:
+        return gate * tl.sigmoid(gate) * up * routed_weight
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -350,21 +351,24 @@ def _scale_row(w_row, SCALING: tl.constexpr, GROUP_N: tl.constexpr, ROWS: tl.con
     """Rows of scales: one for a tile where it multiplies a vector of blocks, else one for each row of w."""
     if ROWS == 1 and SCALING == "block":
         return tl.min(w_row, axis=0) // GROUP_N
-    return w_row // GROUP_N
+    else:
+        return w_row // GROUP_N
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _stored_depth(BLOCK_K: tl.constexpr, STORED: tl.constexpr):  # type: ignore[no-untyped-def]
     if STORED == "int4":
         return tl.arange(0, BLOCK_K // 2)
-    return tl.arange(0, BLOCK_K)
+    else:
+        return tl.arange(0, BLOCK_K)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _stored_length(K, STORED: tl.constexpr):  # type: ignore[no-untyped-def]
     if STORED == "int4":
         return K // 2
-    return K
+    else:
+        return K
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -374,15 +378,17 @@ def _real(stored, STORED: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no
         low = (stored & 15).to(tl.int16) - 8
         high = (stored >> 4).to(tl.int16) - 8
         return tl.interleave(low, high).to(dtype)
-    if STORED == "uint8":
+    elif STORED == "uint8":
         return (stored.to(tl.int16) - 128).to(dtype)
-    if STORED == "float8":
+    elif STORED == "float8":
         return stored.to(tl.float8e4nv, bitcast=True).to(dtype)
-    if STORED == "float8_bits":
+    elif STORED == "float8_bits":
         if dtype == tl.float16:
             return _float8_as_float16(stored)
-        return _float8_as_bfloat16(stored).to(dtype)
-    return stored.to(dtype)
+        else:
+            return _float8_as_bfloat16(stored).to(dtype)
+    else:
+        return stored.to(dtype)
 
 
 @triton.jit

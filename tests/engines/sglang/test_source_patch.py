@@ -171,11 +171,11 @@ def test_a_disk_that_refuses_changes_nothing_and_costs_one_line(
 
 _DIES_IN = (
     "import os, sys; from pathlib import Path; from sglang_moe_ext.engines.sglang import source_patch; "
-    "from sglang_moe_ext.engines.sglang.installation import Installation; "
+    "from sglang_moe_ext.engines.sglang.installation import SglangInstallation; "
     "module, _, name = sys.argv[2].rpartition('.'); real = getattr(sys.modules[module], name); "
     "die = lambda *a, **k: (real(*a, **k) if sys.argv[3] == 'after' else 0, os._exit(9)); "
     "setattr(sys.modules[module], name, die); "
-    "engine = Installation('0.5.15', Path(sys.argv[1]), None); source_patch.apply(source_patch.find(engine), engine)"
+    "engine = SglangInstallation('0.5.15', Path(sys.argv[1]), None); source_patch.apply(source_patch.find(engine), engine)"
 )
 
 
