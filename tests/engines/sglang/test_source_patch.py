@@ -175,7 +175,8 @@ _DIES_IN = (
     "module, _, name = sys.argv[2].rpartition('.'); real = getattr(sys.modules[module], name); "
     "die = lambda *a, **k: (real(*a, **k) if sys.argv[3] == 'after' else 0, os._exit(9)); "
     "setattr(sys.modules[module], name, die); "
-    "engine = SglangInstallation('0.5.15', Path(sys.argv[1]), None); source_patch.apply(source_patch.find(engine), engine)"
+    "engine = SglangInstallation('0.5.15', Path(sys.argv[1]), None); "
+    "source_patch.apply(source_patch.find(engine), engine)"
 )
 
 
