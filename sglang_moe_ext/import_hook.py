@@ -1,6 +1,6 @@
-"""Act on a module as soon as Python has executed it, whoever imports it, and before whoever imports it goes on.
+"""Call a function with a module as soon as Python has executed it, before the import returns.
 
-Nothing is imported before that, not even `__future__`: all processes of an environment pay for what stands here.
+Nothing is imported before that, not even `__future__`: every process of the environment pays for it.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""One row for each quantization scheme; every table keyed by a scheme is read from here. Imports nothing of ours."""
+"""One row for each quantization scheme; every table keyed by a scheme is read from here."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-NOBODY = tl.constexpr(1 << 30)
+NO_PAIR = tl.constexpr(1 << 30)
 """Larger than the number of any pair."""
 WORD = tl.constexpr(16)
 """Bits of what a loop reads to find its weights: the compiler copies ahead what has 32, at the weights' expense."""
@@ -51,9 +51,9 @@ def up_kernel(  # type: ignore[no-untyped-def]
             return
         expert = candidate if BY_EXPERT else tl.load(ids_ptr + candidate).to(tl.int32)
         is_hit = (ids == expert) & there
-        first = tl.min(tl.min(tl.where(is_hit, pairs, NOBODY), axis=1), axis=0)
+        first = tl.min(tl.min(tl.where(is_hit, pairs, NO_PAIR), axis=1), axis=0)
         # One program makes all of an expert's rows: that of the expert, or of the first pair that asks for it.
-        if (first if BY_EXPERT else tl.where(first == candidate, 0, NOBODY)) == NOBODY:
+        if (first if BY_EXPERT else tl.where(first == candidate, 0, NO_PAIR)) == NO_PAIR:
             return
         if expert < 0:
             return
@@ -220,9 +220,9 @@ def _plan(  # type: ignore[no-untyped-def]
         else:
             expert = tl.load(ids_ptr + candidate, mask=is_candidate, other=-1).to(tl.int32)
         is_hit = (ids[:, :, None] == expert[None, None, :]) & (ids >= 0)[:, :, None]
-        first = tl.min(tl.min(tl.where(is_hit, pairs[:, :, None], NOBODY), axis=1), axis=0)
+        first = tl.min(tl.min(tl.where(is_hit, pairs[:, :, None], NO_PAIR), axis=1), axis=0)
         used = tl.max(is_hit.to(tl.int32), axis=1)
-        is_active = is_candidate & (first != NOBODY if BY_EXPERT else first == candidate)
+        is_active = is_candidate & (first != NO_PAIR if BY_EXPERT else first == candidate)
         rank = count + tl.cumsum(is_active.to(tl.int32), axis=0) - 1
         entry_ptrs = plan_ptr + 1 + rank * (2 + (ROWS + WORD - 1) // WORD)
         tl.store(entry_ptrs, candidate.to(tl.int16), mask=is_active)

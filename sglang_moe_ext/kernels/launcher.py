@@ -1,7 +1,7 @@
-"""Launch a kernel: first through Triton's just-in-time compiler, from then on the binary that this gave, directly.
+"""Launch a Triton kernel: the first time through its just-in-time compiler, later the compiled binary directly.
 
-A layer of ours is four or five launches, and what the compiler asks of each argument, again at each of them, costs the
-host more than the launch. The direct one is Triton's own: `binary[grid](*arguments)`.
+A sorted layer takes four or five launches. The compiler inspects every argument at each of them, which costs the host
+more than the launch itself. The direct launch is Triton's own: `binary[grid](*arguments)`.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from sglang_moe_ext.tables import user_store
 
 
 def table_dirs(engine: VllmInstallation) -> list[TableDir]:
-    """In order. What SGLang's tables are worth to vLLM nobody has measured: `export` makes them into tables of vLLM's.
+    """In order of search. SGLang's tables are not searched: `export` converts them into tables for vLLM.
 
     The engine's variable is read and never set, since a value of it has LoRA layers ask for other tables.
     """
@@ -152,7 +152,7 @@ def _building(original: Callable[..., None], line: ActivityLine) -> Callable[...
 
 
 def _speak_through_the_engine() -> None:
-    """vLLM gives its own loggers alone a handler, some releases only later: else our lines would reach nobody."""
+    """Log through vLLM's logger: it alone has a handler, in some releases only later."""
     ours = logging.getLogger(_OURS)
     if not ours.handlers:
         ours.parent = logging.getLogger(_THEIRS)

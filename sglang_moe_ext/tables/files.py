@@ -85,7 +85,7 @@ def _process_namespace() -> int:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes of ours staged in that folder, and no other file."""
+    """Remove the files that killed processes of this package left in that folder, and no others."""
     try:
         found = [(entry, match) for entry in os.scandir(folder) if (match := _STAGED.fullmatch(entry.name))]
     except OSError:
@@ -184,7 +184,7 @@ def is_writable(folder: Path) -> bool:
 def hold(path: Path, *, wait: bool) -> BinaryIO | None:
     """The file, made where it is missing, held until it is closed. None where another holds it and `wait` is off.
 
-    A lock file is never deleted while others may wait for it: they would hold one that nobody else sees.
+    A lock file is never deleted while others may wait for it: they would hold a file that no other process sees.
 
     Raises:
         OSError: its folder is missing or cannot be written, or its disk knows no locks.
@@ -195,7 +195,7 @@ def hold(path: Path, *, wait: bool) -> BinaryIO | None:
     except BlockingIOError:
         file.close()
         return None
-    except BaseException:  # an interrupt as well: nobody else can close the file
+    except BaseException:  # an interrupt as well: no caller could close the file
         file.close()
         raise
     return file

@@ -70,7 +70,7 @@ def make_plan(request: TuneRequest, progress: Progress) -> TunePlan:
     """The plan of the run, against what the engine takes today; nothing is written anywhere.
 
     Raises:
-        MoEExtError: any of ours.
+        MoEExtError: the engine, the store or the model refuses.
     """
     if request.adapter.find() is None:
         return plan.make_plan(request, None)
@@ -101,7 +101,7 @@ def run(request: TuneRequest, progress: Progress) -> TuneOutcome:
     """Do what is asked for.
 
     Raises:
-        MoEExtError: any of ours. Nothing is half-written then; what a failed proof is about stays, and it says so.
+        MoEExtError: the run failed. No file is half-written; after a failed proof the tables stay, as the error says.
     """
     engine = request.adapter.find()
     destination = target_of(request, engine)

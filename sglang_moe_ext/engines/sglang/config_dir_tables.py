@@ -1,4 +1,4 @@
-"""Which of our tables an overlay holds, made as safe for that engine as a file can be where no hook of ours runs."""
+"""Choose the tables of an overlay, and make them safe for an engine that runs without our hooks."""
 
 from __future__ import annotations
 

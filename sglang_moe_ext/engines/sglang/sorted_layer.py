@@ -56,7 +56,7 @@ class SortedLayer:
         return self.tensors.topk_ids.numel()
 
     def scales(self, activations: torch.Tensor | None, weights: torch.Tensor | None) -> Scales | None:
-        """Of a GEMM of ours."""
+        """Scales of one GEMM."""
         from sglang_moe_ext.kernels.quantize import Scales
 
         return None if activations is None or weights is None else Scales(self.shape.quantization, activations, weights)
