@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_moe_ext.core import ActivationDtype, EngineError, MoEShape, Quantization
 from sglang_moe_ext.engines.config_dict import ConfigWithPlan
 from sglang_moe_ext.engines.sglang.hook_points import SEQUENCE, SglangHookPoints
-from sglang_moe_ext.sorted_kernels import KernelPlan
+from sglang_moe_ext.sorted_kernels import SCALE_GROUP, KernelPlan
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ _NEEDED = {
     "activation", "is_gated", "w1_scale", "w2_scale", "block_shape", "use_fp8_w8a8", "per_channel_quant",
     "inplace", "routed_scaling_factor", "filter_expert",
 }  # fmt: skip
-_FP8_BLOCK = [128, 128]
+_FP8_BLOCK = [SCALE_GROUP, SCALE_GROUP]
 _SYMMETRIC_MEMORY = "sglang.srt.distributed.device_communicators.pynccl_allocator"
 _NOTHING = object()
 _SOME_RANKS = 2
