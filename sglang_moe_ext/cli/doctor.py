@@ -65,7 +65,7 @@ def _layer(arguments: argparse.Namespace, server: RunningServer | None) -> layer
             f"{server.url} quantizes {layer.name} with --quantization {server.quantization}, and its checkpoint does "
             "not say to what: add --dtype, such as fp8_w8a8"
         )
-    return layer
+    return replace(layer, shape=server_info.quantize_as_served(layer.shape, server))
 
 
 def examine(arguments: argparse.Namespace, server: RunningServer | None) -> Iterator[Examination]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import itertools
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from sglang_moe_ext.cli import doctor
+from sglang_moe_ext.cli.layer_args import LayerArgs
 from sglang_moe_ext.core import CheckpointFormat, ModelError, MoEModel, MoEShape, Parallelism, Quantization
 from sglang_moe_ext.engines.sglang import server_info
 from sglang_moe_ext.engines.sglang import sharding as sglang_sharding
@@ -220,6 +223,16 @@ def test_a_server_with_moe_wna16_reads_the_table_of_awq_and_gptq(name: str) -> N
     assert sglang.why_no_table("auto", shape, H200, model.architecture) is not None
     assert sglang.why_no_table("auto", served, H200, model.architecture) is None
     assert str(served) == str(shape)
+
+
+def test_doctor_examines_the_layer_as_a_server_with_moe_wna16_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = CheckpointFormat("gptq", 4, 128)
+    shape = MoEShape(8, 192, 2048, 2, Quantization("int4_w4a16", (0, 128), checkpoint=stored))
+    answer = {"model_path": "m", "version": "0.5.23", "tp_size": 8, "quantization": "moe_wna16"}
+    monkeypatch.setattr(doctor.layer_args, "parse_layer", lambda _: LayerArgs("m", shape, "", None))
+    flags = argparse.Namespace(from_log=None, dtype="auto", engine=None)
+    examined = doctor._layer(flags, server_info.parse(answer, "http://here")).shape
+    assert examined.quantization.block_shape == (0, 64)
 
 
 def test_moe_wna16_halves_the_groups_of_gptq_too() -> None:
