@@ -52,6 +52,13 @@ def is_traced() -> Callable[[], bool]:
     return is_compiling
 
 
+def is_capturing() -> Callable[[], bool]:
+    """Torch's own answer: whether the current stream is captured into a CUDA graph. Never so without a GPU."""
+    import torch
+
+    return torch.cuda.is_current_stream_capturing if torch.cuda.is_available() else lambda: False
+
+
 def is_out_of_resources(error: BaseException) -> bool:
     """Whether Triton refused to load a kernel that asks for more than the GPU has."""
     from triton.runtime.errors import OutOfResources

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from sglang_moe_ext import env
 from sglang_moe_ext.core import MoEShape, TableError
@@ -22,10 +22,24 @@ from sglang_moe_ext.untrusted import show
 
 log = logging.getLogger(__name__)
 
-SHORTEST_US = 400.0
-"""Our kernels run only where the engine's layer takes the GPU at least this long. The host needs 285 to 395 us to
-launch ours, 43 to 73 us more than the engine's (H200, SGLang 0.5.15, Triton 3.6.0, 2026-11-21, launch_cost), so that
-below, a GPU that waits for its host gains nothing."""
+SHORTEST_US = 600.0
+"""Outside of CUDA graphs, our kernels run only where the engine's layer takes the GPU at least this long.
+
+The host needs 43 to 73 us more to launch ours than the engine's (H200, SGLang 0.5.15, Triton 3.6.0, 2026-11-21,
+launch_cost). In a server whose prefill ran without CUDA graphs, a layer of 402 us lost by them and one of 686 us won
+(docs/benchmarks/server.md). From a CUDA graph the host launches nothing, so that no limit is needed there."""
+Weights = tuple[tuple[int, ...], tuple[int, ...]]
+"""Shapes of w1 and w2, by which a layer's launches know it."""
+ColdPlans = dict[Weights, tuple[KernelPlan, ...]]
+"""Plans whose kernels are not loaded yet, in the order of their numbers of tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlans:
+    """Plans of one layer by tokens: `eager` those that are worth their launches, `in_graphs` all that won."""
+
+    eager: KernelTable
+    in_graphs: KernelTable
 
 
 def is_on() -> bool:
@@ -46,24 +60,38 @@ class KernelPlans:
         tables_of: Callable[[LookupLayer], FoundTables | None],
     ) -> None:
         self._engine, self._table_dirs, self._tables_of = engine, table_dirs, tables_of
-        self._tables: dict[LookupLayer, KernelTable] = {}
-        self._declined: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
+        self._tables: dict[LookupLayer, LayerPlans] = {}
+        self._declined: set[Weights] = set()
+        self.cold: ColdPlans = {}
 
-    def select(self, layer: LookupLayer, tokens: int) -> KernelPlan | None:
-        """What runs in place of the engine's own kernels, before anything is known of the batch but its size."""
+    def select(self, layer: LookupLayer, tokens: int, *, in_graph: bool = False) -> KernelPlan | None:
+        """What runs in place of the engine's own kernels, before anything is known of the batch but its size.
+
+        `in_graph`: launched from a CUDA graph, where it does not matter what a launch costs the host.
+        """
         if (layer.w1_shape, layer.w2_shape) in self._declined or self._engine.is_deterministic():
             return None
         if layer not in self._tables:
             self._tables[layer] = self._load(layer)
-        return select_plan(self._tables[layer], tokens)
+        plans = self._tables[layer]
+        return select_plan(plans.in_graphs if in_graph else plans.eager, tokens)
 
     def decline(self, w1_shape: tuple[int, ...], w2_shape: tuple[int, ...]) -> bool:
         """Never again choose our kernels for layers of such weights; False where that is so already."""
         is_new = (w1_shape, w2_shape) not in self._declined
         self._declined.add((w1_shape, w2_shape))
+        self.cold.pop((w1_shape, w2_shape), None)
         return is_new
 
-    def _load(self, layer: LookupLayer) -> KernelTable:
+    def _load(self, layer: LookupLayer) -> LayerPlans:
+        table = self._supported(layer)
+        plans = tuple(dict.fromkeys(entry.plan for _, entry in sorted(table.items()) if entry.plan is not None))
+        if plans:
+            weights = layer.w1_shape, layer.w2_shape
+            self.cold[weights] = tuple(dict.fromkeys((*self.cold.get(weights, ()), *plans)))
+        return LayerPlans(drop_short(table), table)
+
+    def _supported(self, layer: LookupLayer) -> KernelTable:
         shape, device_name, triton = layer.shape, self._engine.device_name(), self._engine.triton
         if not is_on() or self._engine.sequence is None or shape is None or device_name is None or triton is None:
             return {}
@@ -72,16 +100,23 @@ class KernelPlans:
         if gpu is None or gpu.sm < FIRST_SM or is_asked_for:
             return {}
         table = drop_unsupported(load_plans(shape, device_name, triton, self._table_dirs()), shape, gpu.sm, triton)
-        if won := [str(m) for m, entry in sorted(table.items()) if entry.plan is not None]:
-            log.info("sglang-moe-ext: %s: our own kernels run at M=%s, where they are faster", shape, ", ".join(won))
+        won, eager = (_list_won(it) for it in (table, drop_short(table)))
+        if won:
+            where = "" if won == eager else f" (at M={', '.join(eager) or 'none'} outside of CUDA graphs)"
+            log.info(
+                "sglang-moe-ext: %s: our own kernels run at M=%s%s, where they are faster", shape, ", ".join(won), where
+            )
         return table
+
+
+def _list_won(table: KernelTable) -> list[str]:
+    return [str(m) for m, entry in sorted(table.items()) if entry.plan is not None]
 
 
 def load_plans(shape: MoEShape, device_name: str, triton: str, table_dirs: Sequence[TableDir]) -> KernelTable:
     """Read the plans for that layer, that very GPU and that very Triton; an earlier folder wins over a later one.
 
-    A file that cannot be read is skipped with one log line, and a layer that is below SHORTEST_US by the engine's
-    kernels has no plan: in both cases the engine's own kernels run.
+    A file that cannot be read is skipped with one log line: the engine's own kernels run.
     """
     name = table_names.file_name(table_names.table_key(shape, device_name))
     found: KernelTable = {}
@@ -100,7 +135,12 @@ def load_plans(shape: MoEShape, device_name: str, triton: str, table_dirs: Seque
                 show(str(file)),
             )
         found |= made_for_it
-    return {m: entry if _is_long(entry) else replace(entry, plan=None) for m, entry in found.items()}
+    return found
+
+
+def drop_short(table: KernelTable) -> KernelTable:
+    """The table without the plans of a layer that is below SHORTEST_US by the engine's kernels."""
+    return {m: entry if _is_long(entry) else replace(entry, plan=None) for m, entry in table.items()}
 
 
 def drop_unsupported(table: KernelTable, shape: MoEShape, sm: int, triton: str) -> KernelTable:

@@ -6,7 +6,8 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -21,8 +22,10 @@ from sglang_moe_ext.engines.sglang.hook_points import SglangHookPoints
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.serving import launch_guard, sglang_lookup_hook
 from sglang_moe_ext.serving.guard import warn_once
+from sglang_moe_ext.serving.kernel_selection import ColdPlans
 from sglang_moe_ext.serving.launch_guard import GuardedLauncher
 from sglang_moe_ext.serving.table_search import TableDir
+from sglang_moe_ext.sorted_kernels import KernelPlan
 from sglang_moe_ext.tables import user_store
 from sglang_moe_ext.untrusted import show
 
@@ -34,36 +37,63 @@ _OUT_OF_MEMORY = "OutOfMemoryError"
 """Torch's, which says something of this moment, and nothing of the layer."""
 
 
-def sequence_hook(engine: SglangHookPoints, original: Callable[..., Any], decline: Declines) -> Callable[..., Any]:
+def sequence_hook(
+    engine: SglangHookPoints, original: Callable[..., Any], decline: Declines, cold: ColdPlans
+) -> Callable[..., Any]:
     """A function to stand where `engine.sequence` stood.
 
     Nothing that the engine's kernels read is written before our last kernel, so whatever fails, theirs can still run.
+    The kernels of all `cold` plans of a layer are compiled and loaded at its first call, whatever its number of tokens:
+    in a server's own warm-up, before it reports ready. So no later request waits for a compiler. While a CUDA graph is
+    captured nothing can be loaded; a layer that is still cold there runs the engine's kernels.
 
     Raises:
         EngineError: the original takes other arguments than those that are known.
     """
     parameters, is_traced = kernel_sequence.parameters(original), running.is_traced()
+    is_capturing = running.is_capturing()
 
     @functools.wraps(original)
     def _fused_moe_kernel_sequence(*args: Any, **kwargs: Any) -> Any:
         plan = kernel_sequence.plan_of(args, kwargs)
-        if plan is None or is_traced():
+        if (plan is None and not cold) or is_traced():
             return original(*args, **kwargs)
+        given = parameters.given(args, kwargs)
+        weights = w1, w2 = tuple(given["w1"].shape), tuple(given["w2"].shape)
+        to_load = () if is_capturing() else cold.pop(weights, ())
+        if weights in cold or (plan is None and not to_load):
+            return original(*args, **kwargs)
+        why, is_lasting = None, True
         try:
-            given = parameters.given(args, kwargs)
             gate = kernel_sequence.refusal(parameters, given, engine)
-            if gate is None:
-                return kernel_sequence.run(given, plan, engine)
-            why, is_lasting = gate.why, True
+            if gate is not None:
+                why = gate.why
+            else:
+                _load_kernels(given, to_load, engine)
+                if plan is not None:
+                    return kernel_sequence.run(given, plan, engine)
         except Exception as error:  # the engine's own kernels have all that they need
-            why, is_lasting = f"{type(error).__name__}: {show(error)}", type(error).__name__ != _OUT_OF_MEMORY
-        w1, w2 = (tuple(parameters.given(args, kwargs)[name].shape) for name in ("w1", "w2"))
-        warn_once(f"the engine's own kernels run for a layer with weights of {w1} and {w2}: {why}")
-        if is_lasting:
-            decline(w1, w2)
+            why = f"{type(error).__name__}: {show(error)}"
+            is_lasting = bool(to_load) or type(error).__name__ != _OUT_OF_MEMORY
+        if why is not None:
+            warn_once(f"the engine's own kernels run for a layer with weights of {w1} and {w2}: {why}")
+            if is_lasting:
+                decline(w1, w2)
         return original(*args, **kwargs)
 
     return _fused_moe_kernel_sequence
+
+
+def _load_kernels(given: kernel_sequence.Arguments, plans: Sequence[KernelPlan], engine: SglangHookPoints) -> None:
+    if not plans:
+        return
+    begun = time.perf_counter()
+    for plan in plans:
+        kernel_sequence.load_kernels(given, plan, engine)
+    log.info(
+        "sglang-moe-ext: the kernels of %d plans are loaded for weights of %s and %s, in %.1f s",
+        len(plans), tuple(given["w1"].shape), tuple(given["w2"].shape), time.perf_counter() - begun,
+    )  # fmt: skip
 
 
 ENGINE = "sglang"
@@ -141,7 +171,9 @@ def install_hooks(layer: ModuleType, way: str) -> sglang_lookup_hook.ConfigResol
         (engine.launch, launch_guard.launch_hook(launcher)),
     ]
     if engine.sequence is not None:
-        replaced.append((engine.sequence, sequence_hook(engine, engine.sequence, resolver.decline_plan)))
+        replaced.append(
+            (engine.sequence, sequence_hook(engine, engine.sequence, resolver.decline_plan, resolver.plans.cold))
+        )
     for original, ours in replaced:
         running.replace("sglang", original, ours)
     return resolver

@@ -31,6 +31,7 @@ class ServedConfigs:
     """What the engine's lookup returns, in parts; both entries are copied before they leave.
 
     `plan`: what runs instead of the engine's own kernels, which both entries are for. `changes`: what the guard did.
+    `in_graph`: the answer while a CUDA graph is captured, where it is another one.
     """
 
     up: ConfigDict
@@ -38,6 +39,7 @@ class ServedConfigs:
     most_block_m: int | None
     plan: KernelPlan | None = None
     changes: EntryChanges = field(default_factory=dict)
+    in_graph: ServedConfigs | None = None
 
     def down_to_hand_on(self) -> ConfigDict | None:
         """A fresh entry of the down GEMM."""
@@ -68,7 +70,7 @@ class ConfigResolver:
     ) -> None:
         self._engine, self._choices = engine, TableSelector(engine, table_dirs)
         self._at_first_call: Callable[[], None] | None = at_first_call
-        self._plans, self.answers = KernelPlans(engine, table_dirs, self._choices.tables), Answers()
+        self.plans, self.answers = KernelPlans(engine, table_dirs, self._choices.tables), Answers()
         self._guards: dict[str, ConfigGuard] = {}
 
     def __call__(self, call: SglangCall, original: Callable[[], Any]) -> ServedConfigs:
@@ -87,9 +89,15 @@ class ConfigResolver:
                 answer = self._ask_engine(call, original, instead)
         if not call.wants_down:  # the caller hands the entry to the kernel as it is, and that knows no USE_TMA
             answer = replace(answer, up=config_dict.drop_tma(answer.up))
-        elif (plan := self.plan(call.layer, call.tokens)) is not None:
-            answer = _attach_plan(plan, answer)
-        return self._check(answer, call)
+        return self._with_plans(answer, call) if call.wants_down else self._check(answer, call)
+
+    def _with_plans(self, answer: ServedConfigs, call: SglangCall) -> ServedConfigs:
+        eager, in_graph = (self.plan(call.layer, call.tokens, in_graph=it) for it in (False, True))
+        entries = {
+            plan: self._check(answer if plan is None else _attach_plan(plan, answer), call)
+            for plan in {eager, in_graph}
+        }
+        return entries[eager] if eager == in_graph else replace(entries[eager], in_graph=entries[in_graph])
 
     def _default(self, call: SglangCall) -> ServedConfigs:
         layer, block = call.layer, call.layer.block_shape
@@ -115,9 +123,9 @@ class ConfigResolver:
         """Which configuration runs, before the guard looks at it."""
         return self._choices.select(layer, tokens)
 
-    def plan(self, layer: LookupLayer, tokens: int) -> KernelPlan | None:
+    def plan(self, layer: LookupLayer, tokens: int, *, in_graph: bool = False) -> KernelPlan | None:
         """What runs in place of the engine's own kernels, before anything is known of the batch but its size."""
-        return self._plans.select(layer, tokens)
+        return self.plans.select(layer, tokens, in_graph=in_graph)
 
     @property
     def engine(self) -> SglangHookPoints:
@@ -137,7 +145,7 @@ class ConfigResolver:
 
     def decline_plan(self, w1_shape: tuple[int, ...], w2_shape: tuple[int, ...]) -> None:
         """Never again choose our kernels for layers of such weights."""
-        if self._plans.decline(w1_shape, w2_shape):
+        if self.plans.decline(w1_shape, w2_shape):
             self.answers.clear()
 
     def _check(self, answer: ServedConfigs, call: SglangCall) -> ServedConfigs:
@@ -202,7 +210,7 @@ def from_engine(returned: Any, wants_down: bool) -> ServedConfigs:
 
 def lookup_hook(engine: SglangHookPoints, resolve: ConfigResolver) -> Callable[..., Any]:
     """A function to stand where `engine.lookup` stood. It never raises where that would not have."""
-    original, answers = engine.lookup, resolve.answers
+    original, answers, is_capturing = engine.lookup, resolve.answers, running.is_capturing()
 
     def resolved(call: SglangCall, own: Callable[[], Any]) -> ServedConfigs:
         try:
@@ -244,6 +252,8 @@ def lookup_hook(engine: SglangHookPoints, resolve: ConfigResolver) -> Callable[.
             if len(answers) >= _MOST_ANSWERS:
                 answers.clear()
             answers[key] = answer
+        if answer.in_graph is not None and is_capturing():
+            answer = answer.in_graph
         if wants_down:
             return answer.up.copy(), (answer.down_to_hand_on(), answer.most_block_m)
         return answer.up.copy()

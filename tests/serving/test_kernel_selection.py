@@ -100,21 +100,22 @@ def test_entries_of_a_layer_that_only_shares_the_name_of_the_file_are_passed_ove
     assert kernel_selection.load_plans(unlike, DEVICE, TRITON, table_dirs(tmp_path)) == {}
 
 
-@pytest.mark.parametrize("figures", [{"us": kernel_selection.SHORTEST_US - 1}, {}], ids=["short", "nobody knows"])
-def test_a_layer_that_is_shorter_than_what_it_costs_the_host_is_left_to_the_engine(
-    figures: dict[str, float], tmp_path: Path
-) -> None:
-    write(table_dirs(tmp_path)[0], {1024: KernelEntry(path(), RUN, figures), 4096: KernelEntry(path(), RUN, LONG)})
-    found = kernel_selection.load_plans(SHAPE, DEVICE, TRITON, table_dirs(tmp_path))
+SHORTEST = kernel_selection.SHORTEST_US
+
+
+@pytest.mark.parametrize("figures", [{"us": SHORTEST - 1}, {}], ids=["short", "nobody knows"])
+def test_a_layer_that_is_shorter_than_what_it_costs_the_host_is_left_to_the_engine(figures: dict[str, float]) -> None:
+    entries = {1024: KernelEntry(path(), RUN, figures), 4096: KernelEntry(path(), RUN, LONG)}
+    found = kernel_selection.drop_short(entries)
     assert {m: entry.plan for m, entry in found.items()} == {1024: None, 4096: path()}
 
 
-@pytest.mark.parametrize(("incumbent_us", "runs"), [(399.0, False), (400.0, True), (549.0, True)])
-def test_a_plan_is_not_given_up_for_being_fast(incumbent_us: float, runs: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("incumbent_us", "runs"), [(SHORTEST - 1, False), (SHORTEST, True), (SHORTEST + 1, True)])
+def test_a_plan_is_not_given_up_for_being_fast(incumbent_us: float, runs: bool) -> None:
     """The engine's layer says how long the host has; ours may take less than the host needs."""
-    figures = {"us": 310.0, "incumbent_us": incumbent_us}
-    write(table_dirs(tmp_path)[0], {4096: KernelEntry(path(), RUN, figures)})
-    found = kernel_selection.load_plans(SHAPE, DEVICE, TRITON, table_dirs(tmp_path))
+    found = kernel_selection.drop_short(
+        {4096: KernelEntry(path(), RUN, {"us": SHORTEST - 90, "incumbent_us": incumbent_us})}
+    )
     assert (found[4096].plan is not None) == runs
 
 

@@ -199,6 +199,30 @@ def run(given: Arguments, plan: KernelPlan, engine: SglangHookPoints) -> torch.T
     return out
 
 
+_LOADING_TOKENS = (16, 3)
+"""Divisible by 16 and not: compilers make binaries of their own for whole numbers of 16. Few, for little memory."""
+
+
+def load_kernels(given: Arguments, plan: KernelPlan, engine: SglangHookPoints) -> None:
+    """Compile and load what the plan launches for this layer, by running it on batches of zeros."""
+    import torch
+
+    from sglang_moe_ext.engines.sglang import sorted_layer
+
+    experts, top_k = given["w1"].shape[0], given["topk_ids"].shape[1]
+    for tokens in _LOADING_TOKENS:
+        ids = torch.arange(top_k, dtype=given["topk_ids"].dtype, device=given["topk_ids"].device)
+        batch = {
+            "hidden_states": given["hidden_states"].new_zeros(tokens, given["hidden_states"].shape[1]),
+            "topk_weights": given["topk_weights"].new_zeros(tokens, top_k),
+            "topk_ids": ids.repeat(tokens, 1),
+        }
+        aligned = engine.layer.moe_align_block_size(batch["topk_ids"], plan.block_m, experts)
+        names = ("sorted_token_ids", "expert_ids", "num_tokens_post_padded")
+        layer = _layer({**given, **batch, **dict(zip(names, aligned, strict=True))}, plan, engine)
+        sorted_layer.run(layer, torch.empty_like(batch["hidden_states"]))
+
+
 def _layer(given: Arguments, plan: KernelPlan, engine: SglangHookPoints) -> SortedLayer:
     from sglang_moe_ext.engines.sglang.runner import LoadedSglang
     from sglang_moe_ext.engines.sglang.sorted_layer import SortedLayer

@@ -20,6 +20,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from sglang_moe_ext.core import MoEShape, Quantization
+from sglang_moe_ext.engines import running
 from sglang_moe_ext.engines.sglang import bootstrap, hook_points, installation, kernel_sequence
 from sglang_moe_ext.engines.sglang.kernel_sequence import _TAKEN, GATES
 from sglang_moe_ext.kernels import reference
@@ -46,16 +47,17 @@ TOKENS = 33
 
 
 class Counted:
-    """In the place of our last kernel's launcher: what ran to the end of our path."""
+    """In the place of our last kernel's launcher: what ran to the end of our path; `loads`: before it was needed."""
 
     def __init__(self) -> None:
         from sglang_moe_ext.kernels import gather_sum
 
-        self.runs, self._launch = 0, gather_sum.launch_gather_sum
+        self.runs, self.loads, self._launch = 0, 0, gather_sum.launch_gather_sum
         gather_sum.launch_gather_sum = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        self.runs += 1
+        is_load = args[3].shape[0] in kernel_sequence._LOADING_TOKENS
+        self.loads, self.runs = self.loads + is_load, self.runs + (not is_load)
         self._launch(*args, **kwargs)
 
 
@@ -197,19 +199,31 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     stock = problem.run(layer)
     engine = hook_points.locate(layer)
     traced: list[bool] = []
-    with replaced(torch.compiler, "is_compiling", lambda: bool(traced)):
+    captured: list[bool] = []
+    with (
+        replaced(torch.compiler, "is_compiling", lambda: bool(traced)),
+        replaced(running, "is_capturing", lambda: lambda: bool(captured)),
+    ):
         plugin.attach_patched()
     counted = Counted()
     said: dict[str, Any] = {"active": attach.state().is_active, "stock_error": problem.error(stock)}
 
     def ran(what: str, of: Problem, factor: float = 1.0, **changed: Any) -> torch.Tensor:
-        before = counted.runs
+        runs, loads = counted.runs, counted.loads
         with NanFill(), RowFill():
             out = of.run(layer, **changed)
-        said[what] = {"ours": counted.runs - before, "error": of.error(out, factor)}
+        said[what] = {"ours": counted.runs - runs, "loads": counted.loads - loads, "error": of.error(out, factor)}
         return out
 
+    few = Problem(SHAPES["16 bits"], TOKENS // 3)
+    captured.append(True)
+    ran("captured while cold", problem)
+    captured.clear()
+    ran("few tokens", few)
     ran("out of place", problem)
+    captured.append(True)
+    ran("captured", problem)
+    captured.clear()
     ran("in place", problem, inplace=True)
     ran("scaled", problem, 2.5, routed_scaling_factor=2.5)
     ran("block", Problem(SHAPES["block"]))
@@ -224,8 +238,6 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     ran("experts elsewhere", elsewhere, filter_expert=True)
     with replaced(layer, "moe_align_block_size", align_without_others):
         ran("experts left out", elsewhere, filter_expert=True)
-    few = Problem(SHAPES["16 bits"], TOKENS // 3)
-    ran("few tokens", few)
     given = recorded_arguments(layer, lambda: problem.run(layer))
     said["refused"] = refused(layer, engine, given)
     said["taken"] = kernel_sequence.refusal(kernel_sequence.parameters(engine.sequence), given, engine) is None

@@ -103,9 +103,10 @@ def test_a_warp_specialized_plan_runs_with_what_its_launchers_want(version: str,
 
 @every_version
 def test_both_kernels_of_a_warp_specialized_plan_are_launched(version: str) -> None:
+    """Twice to load them, and in two batches."""
     launched = said(version)["launched"]
     plans = [PATHS[name] for name in SHAPES if name.startswith("warp-specialized")]
-    wanted = [str(it) for plan in plans for it in 2 * (plan.up, plan.down) if str(it).startswith("warp-specialized")]
+    wanted = [str(it) for plan in plans for it in 4 * (plan.up, plan.down) if str(it).startswith("warp-specialized")]
     assert launched == wanted
 
 
@@ -113,6 +114,21 @@ def test_both_kernels_of_a_warp_specialized_plan_are_launched(version: str) -> N
 def test_fewer_tokens_than_it_was_measured_for_run_the_engines_kernels(version: str) -> None:
     assert said(version)["few tokens"]["ours"] == 0
     assert said(version)["few tokens"]["error"] < BOUNDS["16 bits"]
+
+
+@every_version
+def test_all_kernels_of_a_layer_are_loaded_at_its_first_call_whatever_its_number_of_tokens(version: str) -> None:
+    """So that no request with many tokens waits for a compiler."""
+    found = said(version)
+    assert (found["few tokens"]["loads"], found["out of place"]["loads"]) == (2, 0)
+    assert found["few tokens"]["error"] < BOUNDS["16 bits"]
+
+
+@every_version
+def test_a_graph_is_captured_with_our_kernels_only_where_they_are_loaded(version: str) -> None:
+    cold, warm = said(version)["captured while cold"], said(version)["captured"]
+    assert (cold["ours"], cold["loads"], warm["ours"], warm["loads"]) == (0, 0, 1, 0)
+    assert max(cold["error"], warm["error"]) < BOUNDS["16 bits"]
 
 
 @every_version
