@@ -14,7 +14,6 @@ from sglang_moe_ext import __version__, env
 from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.serving.guard import warn_once
 from sglang_moe_ext.serving.selection import Choice
-from sglang_moe_ext.sorted_kernels import KernelPlan
 from sglang_moe_ext.untrusted import show
 
 if TYPE_CHECKING:
@@ -87,10 +86,16 @@ def vllm_resolver() -> VllmTableResolver | None:
     return cast("VllmTableResolver | None", _choosers.get("vllm"))
 
 
-def kernel_plans(layer: LookupLayer, tokens: Sequence[int]) -> dict[int, KernelPlan | None]:
-    """Which of our kernel plans SGLang's layers take at each M; empty if this process is not hooked."""
-    found = sglang_resolver()
-    return {} if found is None else {m: found.plan(layer, m) for m in tokens}
+def kernel_plans(layer: LookupLayer, tokens: Sequence[int]) -> dict[int, str]:
+    """Which of our kernel plans SGLang's layers take, at each M that has one, and if only where a graph is captured."""
+    if (found := sglang_resolver()) is None:
+        return {}
+    plans = {m: (found.plan(layer, m), found.plan(layer, m, in_graph=True)) for m in tokens}
+    return {
+        m: f"{in_graph}{'' if eager == in_graph else ' (in CUDA graphs alone)'}"
+        for m, (eager, in_graph) in plans.items()
+        if in_graph is not None
+    }
 
 
 def decline_plan(layer: LookupLayer) -> None:

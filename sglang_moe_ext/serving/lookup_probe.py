@@ -90,7 +90,7 @@ def look_up_sglang(loaded: tuple[Any, Any], request: dict[str, Any]) -> Answer:
     engine, config = loaded
     layer, tokens = lookup_probe.layer_of(request), request["tokens"]
     said = sglang_lookup_probe.look_up(engine, config, request)
-    if paths := {m: str(plan) for m, plan in attach.kernel_plans(layer, tokens).items() if plan is not None}:
+    if paths := attach.kernel_plans(layer, tokens):
         attach.decline_plan(layer)
         said = {**sglang_lookup_probe.look_up(engine, config, request), "paths": paths}
     said |= {"remarks": [] if layer.shape is None else check_config_dir(layer.shape, said["device_name"], engine)}
