@@ -34,6 +34,7 @@ from benchmarks.collection.rows import Row
 from benchmarks.vs_upstream import timed_run
 from sglang_moe_ext import env
 from sglang_moe_ext.core import MoEExtError
+from sglang_moe_ext.engines import table_names
 
 CHECKOUT = Path(__file__).parents[1]
 TUNED_CONFIGS = CHECKOUT / "tuned_configs"
@@ -148,6 +149,8 @@ class Collection:
 def collect(folders: Iterable[Path], tuned_configs: Path) -> list[Unshipped]:
     """Take the rows that are worth it into `tuned_configs`; those that are not, each with the reason.
 
+    Rows that failed are named on standard error alone: nothing was measured.
+
     Raises:
         MoEExtError: a folder lacks its archive, or a table cannot be read.
     """
@@ -157,18 +160,21 @@ def collect(folders: Iterable[Path], tuned_configs: Path) -> list[Unshipped]:
             archive.unpack(folder / archive.TABLES, Path(unpacked))
             for result in read_results(folder).values():
                 models = rows.describe_launches(result.launches)
-                tables = shipping.up_tables(Path(unpacked) / archive.ROWS / result.slug)
-                why, gpu = result.why, "-"
-                for engine, table in tables:
-                    gpu = table.name.partition("device_name=")[2].partition(",")[0].removesuffix(".json")
-                    if not shipping.is_worth_shipping(shipping.gains(table)):
-                        why = f"no gain of {shipping.LEAST_GAIN} or more beyond doubt: what the engine runs is as good"
-                    else:
-                        why = shipping.put(engine, table, tuned_configs)
-                if why is not None or not tables:
-                    missing = why or "tune wrote no table"
-                    unshipped.append(Unshipped(result.engine, gpu, models, result.shape, missing))
+                if result.why is not None:
+                    print(f"{models}: was not tuned: {result.why}", file=sys.stderr)
+                    continue
+                for engine, table in shipping.up_tables(Path(unpacked) / archive.ROWS / result.slug):
+                    if (why := _take(engine, table, tuned_configs)) is not None:
+                        gpu = table_names.parse(table.name).device_name
+                        unshipped.append(Unshipped(engine, gpu, models, result.shape, why))
     return unshipped
+
+
+def _take(engine: str, table: Path, tuned_configs: Path) -> str | None:
+    """Why that table does not ship; None where it now does."""
+    if not shipping.is_worth_shipping(shipping.gains(table)):
+        return f"no gain of {shipping.LEAST_GAIN} or more beyond doubt: what the engine runs is as good"
+    return shipping.put(engine, table, tuned_configs)
 
 
 def main(arguments: Sequence[str] | None = None, made: Mapping[str, Any] | None = None) -> int:

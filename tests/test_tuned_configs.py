@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from sglang_moe_ext.engines import missing_config_log, table_names
+from sglang_moe_ext.engines import config_dict, missing_config_log, table_names
 from sglang_moe_ext.engines.sglang import table_names as sglang_table_names
 from sglang_moe_ext.engines.vllm import table_names as vllm_naming
 from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.gpu.shared_memory import smem_bytes
 from sglang_moe_ext.models import parse_shape
+from sglang_moe_ext.serving import guard
 from sglang_moe_ext.tables import config_table, kernel_table, provenance
 
 CONFIGS = Path(__file__).resolve().parents[1] / "tuned_configs" / "configs"
@@ -29,6 +30,29 @@ def test_a_shipped_table_is_measured_fits_its_gpu_and_has_its_own_name(path: Pat
     assert sglang_table_names.file_name(sglang_table_names.table_key(shape, run.gpu, down=key.down)) == path.name
     assert all(smem_bytes(config, shape, gpu.sm) <= gpu.smem_per_block for config in table.values())
     assert all(entry.figures["us"] <= entry.figures["incumbent_us"] for entry in known.entries.values())
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_guard_of_a_server_changes_nothing_of_a_shipped_entry(path: Path) -> None:
+    """In the engine that it was measured in: shared memory, TMA, blocks of scales, least tiles."""
+    table, known = config_table.read(path), provenance.read(path)
+    assert known is not None
+    (run,) = {entry.run for entry in known.entries.values()}
+    key, shape = table_names.parse(path.name), parse_shape(run.shape)
+    version = tuple(map(int, str(run.engine).removeprefix("sglang ").split(".")))
+    check = guard.ConfigGuard(version, find_gpu(missing_config_log.device_of(key))).check
+    for config in table.values():
+        entry = config_dict.config_dict_of(config)
+        assert check(entry, shape, "down" if key.down else "up") == guard.SafeEntry(entry, None)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in TABLES if config_table.is_up_table(path.name)], ids=lambda path: path.stem
+)
+def test_both_shipped_tables_of_a_layer_sort_into_one_block_size(path: Path) -> None:
+    """SGLang up to 0.5.12 ends the server otherwise."""
+    up, down = config_table.read(path), config_table.read(path.with_name(f"{path.stem}_down.json"))
+    assert {m: config.block_m for m, config in up.items()} == {m: config.block_m for m, config in down.items()}
 
 
 FOR_VLLM = sorted(

@@ -94,7 +94,8 @@ def put(engine: str, table: Path, tuned_configs: Path) -> str | None:
         return ENGINES[engine].table_text(of, triton)  # type: ignore[index] # one of SHIPPED
 
     merge.put(changes, pairs, text)
-    if plans := kernel_table.read(kernel_table.path_beside(table)):
+    plans = kernel_table.read(kernel_table.path_beside(table))
+    if any(entry.plan is not None for entry in plans.values()):
         kernel_table.put(kernel_table.path_beside(place), plans)
     return None
 
