@@ -105,18 +105,16 @@ def _stages(engine: Any, shape: MoEShape, tensors: Any, plan: KernelPlan) -> dic
     """By name, what launches each stage that the plan has."""
     import torch
 
-    def aligned() -> sorted_layer.SortedLayer:
-        return sorted_layer.sort_tokens(engine, shape, tensors, plan)
+    def sort() -> sorted_layer.SortedLayer:
+        return sorted_layer.sort(engine, shape, tensors, plan)
 
-    layer = aligned()
-    hidden = sorted_layer.read(layer)
-    gate_up = sorted_layer.run_up(layer, hidden)
+    layer = sort()
+    gate_up = sorted_layer.run_up(layer)
     inner = sorted_layer.run_activation(layer, gate_up)
     down_rows, out = sorted_layer.run_down(layer, inner), torch.empty_like(tensors.hidden)
     return {
-        "align": aligned,
-        **({} if hidden.scale is None else {"quantize": lambda: sorted_layer.read(layer)}),
-        "up": lambda: sorted_layer.run_up(layer, hidden),
+        "sort" if layer.hidden.scale is None else "sort and quantize": sort,
+        "up": lambda: sorted_layer.run_up(layer),
         **({} if inner is gate_up else {"activation": lambda: sorted_layer.run_activation(layer, gate_up)}),
         "down": lambda: sorted_layer.run_down(layer, inner),
         "sum": lambda: sorted_layer.write_sum(layer, down_rows, out),

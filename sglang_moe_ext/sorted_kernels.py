@@ -13,6 +13,9 @@ FIRST_SM = 90
 """With TMA, and the matrix units that the kernels are written for."""
 
 
+MOST_SORTED_EXPERTS = 1023
+"""Our sort counts the pairs of all experts in the registers of one program; with more, the engine's sort runs."""
+
 SCALE_GROUP = 128
 """Columns of a row, and rows and columns of weights, that share one scale of block-wise float8."""
 

@@ -131,7 +131,7 @@ def _compile_gemm(engine: LoadedSglang, job: CompileJob) -> Resources | Failure:
 
 
 def _compile_sorted(engine: LoadedSglang, job: SortedKernelJob) -> Resources | Failure:
-    from sglang_moe_ext.kernels import tma
+    from sglang_moe_ext.kernels import sort_tokens, tma
 
     tma.capability = lambda _: divmod(job.sm, 10)  # type: ignore[assignment]
     match job.config:
@@ -139,12 +139,16 @@ def _compile_sorted(engine: LoadedSglang, job: SortedKernelJob) -> Resources | F
             plan = KernelPlan(up, DownConfig(job.block_m, 128, 64, 1, 4, 3))
         case down:
             plan = KernelPlan(TileConfig(job.block_m, 128, 64, 1, 4, 3), down)
-    layer = sorted_layer.sort_tokens(engine, job.shape, _layer_tensors(job), plan)
+    tensors = _layer_tensors(job)
 
     def launch_up() -> None:
-        sorted_layer.run_activation(layer, sorted_layer.run_up(layer, sorted_layer.read(layer)))
+        layer = sorted_layer.sort(engine, job.shape, tensors, plan)
+        sorted_layer.run_activation(layer, sorted_layer.run_up(layer))
 
     def launch_down() -> None:
+        hidden = sorted_layer.empty_hidden(job.shape, tensors, plan)
+        pairs_sorted = sort_tokens.empty_sorted(tensors.topk_ids, job.shape.experts, plan.block_m)
+        layer = SortedLayer(engine, job.shape, tensors, plan, pairs_sorted, hidden)
         down = sorted_layer.run_down(layer, _activations(layer))
         sorted_layer.write_sum(layer, down, layer.tensors.hidden)
 

@@ -224,8 +224,8 @@ def load_kernels(given: Arguments, plan: KernelPlan, engine: SglangHookPoints) -
 
 
 def _layer(given: Arguments, plan: KernelPlan, engine: SglangHookPoints) -> SortedLayer:
+    from sglang_moe_ext.engines.sglang import sorted_layer
     from sglang_moe_ext.engines.sglang.runner import LoadedSglang
-    from sglang_moe_ext.engines.sglang.sorted_layer import SortedLayer
     from sglang_moe_ext.engines.tensors import LayerTensors
 
     hidden, w1, w2, topk_ids = (given[name] for name in ("hidden_states", "w1", "w2", "topk_ids"))
@@ -233,21 +233,19 @@ def _layer(given: Arguments, plan: KernelPlan, engine: SglangHookPoints) -> Sort
     if given["use_fp8_w8a8"]:
         per_channel = bool(given["per_channel_quant"])
         quantization = Quantization("fp8_w8a8", None if per_channel else (128, 128), per_channel)
-    return SortedLayer(
-        engine=LoadedSglang(engine.engine.version, engine.kernels, None, engine.layer),
-        shape=MoEShape(
-            experts=w1.shape[0],
-            intermediate_size=w2.shape[2],
-            hidden_size=w2.shape[1],
-            top_k=topk_ids.shape[1],
-            quantization=quantization,
-            dtype=_dtype(hidden),
-            ep=_SOME_RANKS if given["filter_expert"] else 1,
-        ),
-        tensors=LayerTensors(hidden, w1, w2, given["w1_scale"], given["w2_scale"], given["topk_weights"], topk_ids),
-        aligned=(given["sorted_token_ids"], given["expert_ids"], given["num_tokens_post_padded"]),
-        plan=plan,
+    shape = MoEShape(
+        experts=w1.shape[0],
+        intermediate_size=w2.shape[2],
+        hidden_size=w2.shape[1],
+        top_k=topk_ids.shape[1],
+        quantization=quantization,
+        dtype=_dtype(hidden),
+        ep=_SOME_RANKS if given["filter_expert"] else 1,
     )
+    loaded = LoadedSglang(engine.engine.version, engine.kernels, None, engine.layer)
+    tensors = LayerTensors(hidden, w1, w2, given["w1_scale"], given["w2_scale"], given["topk_weights"], topk_ids)
+    aligned = given["sorted_token_ids"], given["expert_ids"], given["num_tokens_post_padded"]
+    return sorted_layer.take_sorted(loaded, shape, tensors, plan, aligned)
 
 
 def _dtype(hidden: torch.Tensor) -> ActivationDtype:

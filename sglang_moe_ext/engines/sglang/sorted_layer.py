@@ -1,8 +1,9 @@
 """SGLang's fused-MoE layer run by our kernels: rows keep the order of the experts from the sort to the last sum.
 
-The up GEMM, the engine's or ours; our activation, with the quantization where there is one; our down GEMM; a weighted
-sum that gathers a token's rows in order. The inputs stay as they are until that sum: whatever fails before
-it, the engine's own kernels can still run.
+Our sort, which quantizes the tokens meanwhile where our up GEMM wants them so, or the engine's sort; the up GEMM, the
+engine's or ours; our activation, with the quantization where there is one; our down GEMM; a weighted sum that gathers a
+token's rows in order. The inputs stay as they are until that sum: whatever fails before it, the engine's own kernels
+can still run.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from sglang_moe_ext.engines.sglang import runner
 from sglang_moe_ext.engines.sglang.runner import LoadedSglang
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors, sorted_rows
 from sglang_moe_ext.sorted_kernels import (
+    MOST_SORTED_EXPERTS,
     SCALE_GROUP,
     DownConfig,
     KernelPlan,
@@ -28,17 +30,32 @@ if TYPE_CHECKING:
     import torch
 
     from sglang_moe_ext.kernels.quantize import Scales
+    from sglang_moe_ext.kernels.sort_tokens import SortedTokens
+
+
+@dataclass(frozen=True, slots=True)
+class RowValues:
+    """Activations between the GEMMs; in float8, with float32 scales of rows, or of 128 columns of a row."""
+
+    values: torch.Tensor
+    scale: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SortedLayer:
-    """One batch of one layer. `aligned`: the engine's sort of it into blocks of the plan's `block_m`."""
+    """One batch of one layer, its pairs sorted into blocks of the plan's `block_m`; `hidden`: what up reads."""
 
     engine: LoadedSglang
     shape: MoEShape
     tensors: LayerTensors
-    aligned: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     plan: KernelPlan
+    pairs_sorted: SortedTokens
+    hidden: RowValues
+
+    @property
+    def aligned(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(sorted_token_ids, expert_ids, num_tokens_post_padded), as every kernel behind the sort takes them."""
+        return self.pairs_sorted.ids, self.pairs_sorted.experts, self.pairs_sorted.padded
 
     @property
     def rows(self) -> int:
@@ -62,74 +79,93 @@ class SortedLayer:
         return None if activations is None or weights is None else Scales(self.shape.quantization, activations, weights)
 
 
-@dataclass(frozen=True, slots=True)
-class RowValues:
-    """Activations between the GEMMs; in float8, with float32 scales of rows, or of 128 columns of a row."""
-
-    values: torch.Tensor
-    scale: torch.Tensor | None = None
-
-
 def run(layer: SortedLayer, out: torch.Tensor, routed_scaling_factor: float = 1.0) -> None:
     """Write [tokens, hidden] to `out`, which may be the hidden states themselves."""
-    gate_up = run_up(layer, read(layer))
+    gate_up = run_up(layer)
     inner = run_activation(layer, gate_up)
     del gate_up  # its memory is the next one's
     write_sum(layer, run_down(layer, inner), out, routed_scaling_factor)
 
 
-def sort_tokens(engine: LoadedSglang, shape: MoEShape, tensors: LayerTensors, plan: KernelPlan) -> SortedLayer:
-    """The batch, with the engine's sort of it, which is run."""
-    return SortedLayer(engine, shape, tensors, engine.align(tensors.topk_ids, plan.block_m, shape.experts), plan)
-
-
 def result(engine: LoadedSglang, shape: MoEShape, tensors: LayerTensors, plan: KernelPlan) -> torch.Tensor:
-    """[tokens, hidden], the engine's sort included."""
+    """[tokens, hidden], the sort included."""
     import torch
 
     out = torch.empty_like(tensors.hidden)
-    run(sort_tokens(engine, shape, tensors, plan), out)
+    run(sort(engine, shape, tensors, plan), out)
     return out
 
 
-def read(layer: SortedLayer) -> RowValues:
-    """The hidden states [tokens, hidden], quantized where our up GEMM wants them so; the engine's does it itself."""
+def can_sort(shape: MoEShape) -> bool:
+    """Whether our sort can run for that layer; else the engine's does."""
+    return shape.experts <= MOST_SORTED_EXPERTS
+
+
+def sort(engine: LoadedSglang, shape: MoEShape, tensors: LayerTensors, plan: KernelPlan) -> SortedLayer:
+    """The batch, sorted here; nothing waits for the GPU."""
+    from sglang_moe_ext.kernels import sort_tokens
+
+    if not can_sort(shape):
+        return take_sorted(engine, shape, tensors, plan, engine.align(tensors.topk_ids, plan.block_m, shape.experts))
+    hidden = empty_hidden(shape, tensors, plan)
+    quantized = None if hidden.scale is None else sort_tokens.QuantizedTokens(hidden.values, hidden.scale)
+    made = sort_tokens.launch_sort(
+        tensors.topk_ids, shape.experts, plan.block_m, hidden=tensors.hidden, quantized=quantized
+    )
+    return SortedLayer(engine, shape, tensors, plan, made, hidden)
+
+
+def take_sorted(
+    engine: LoadedSglang,
+    shape: MoEShape,
+    tensors: LayerTensors,
+    plan: KernelPlan,
+    aligned: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> SortedLayer:
+    """The batch with a sort that the engine made; the hidden states are quantized where our up GEMM wants them so."""
+    from sglang_moe_ext.kernels import swiglu
+    from sglang_moe_ext.kernels.sort_tokens import SortedTokens
+
+    hidden = empty_hidden(shape, tensors, plan)
+    if hidden.scale is not None and shape.quantization.per_channel:
+        swiglu.launch_swiglu_of_rows(tensors.hidden, None, hidden.values, hidden.scale)
+    elif hidden.scale is not None:
+        swiglu.launch_quantize(tensors.hidden, hidden.values, hidden.scale)
+    return SortedLayer(engine, shape, tensors, plan, SortedTokens(*aligned), hidden)
+
+
+def empty_hidden(shape: MoEShape, tensors: LayerTensors, plan: KernelPlan) -> RowValues:
+    """What up reads [tokens, hidden]: the hidden states, or room for them in float8. The engine's up quantizes."""
     import torch
 
-    from sglang_moe_ext.kernels import swiglu
-
-    hidden, quantization = layer.tensors.hidden, layer.shape.quantization
-    if isinstance(layer.plan.up, TileConfig) or quantization.scheme is None:
+    hidden, quantization = tensors.hidden, shape.quantization
+    if isinstance(plan.up, TileConfig) or quantization.scheme is None:
         return RowValues(hidden)
     values = torch.empty_like(hidden, dtype=torch.float8_e4m3fn)
     if quantization.per_channel:
-        scale = hidden.new_empty(hidden.shape[0], 1, dtype=torch.float32)
-        swiglu.launch_swiglu_of_rows(hidden, None, values, scale)
-    else:
-        scale = _scale_for(hidden)
-        swiglu.launch_quantize(hidden, values, scale)
-    return RowValues(values, scale)
+        return RowValues(values, hidden.new_empty(hidden.shape[0], 1, dtype=torch.float32))
+    return RowValues(values, _scale_for(hidden))
 
 
-def run_up(layer: SortedLayer, hidden: RowValues) -> RowValues:
+def run_up(layer: SortedLayer) -> RowValues:
     """Gate and up [rows, 2 I], or, where the up kernel is fused, what comes of them [rows, I]."""
     match layer.plan.up:
         case TileConfig() as config:
-            gate_up = hidden.values.new_empty(layer.rows, layer.shape.gemm("up")[0])
+            gate_up = layer.tensors.hidden.new_empty(layer.rows, layer.shape.gemm("up")[0])
             runner.launch(layer.engine, layer.shape, "up", _engines_gemm(layer, gate_up), config, writes_sorted=True)
             return RowValues(gate_up)
         case UpConfig() as config:
-            return _run_sorted_up(layer, hidden, config)
+            return _run_sorted_up(layer, config)
         case WarpSpecializedUp() as config:
-            return _run_warp_specialized_up(layer, hidden, config)
+            return _run_warp_specialized_up(layer, config)
 
 
-def _run_sorted_up(layer: SortedLayer, hidden: RowValues, config: UpConfig) -> RowValues:
+def _run_sorted_up(layer: SortedLayer, config: UpConfig) -> RowValues:
     import torch
 
     from sglang_moe_ext.kernels import sorted_up
 
-    tensors, shape = layer.tensors, layer.shape
+    tensors, shape, hidden = layer.tensors, layer.shape, layer.hidden
     # A tile is quantized in the kernel where it has all the columns of a scale.
     quantizes = config.is_fused and hidden.scale is not None and config.block_n == SCALE_GROUP
     size = layer.rows, shape.intermediate_size if config.is_fused else shape.gemm("up")[0]
@@ -143,13 +179,13 @@ def _run_sorted_up(layer: SortedLayer, hidden: RowValues, config: UpConfig) -> R
     return RowValues(gate_up, scale)
 
 
-def _run_warp_specialized_up(layer: SortedLayer, hidden: RowValues, config: WarpSpecializedUp) -> RowValues:
+def _run_warp_specialized_up(layer: SortedLayer, config: WarpSpecializedUp) -> RowValues:
     """What comes of gate and up [rows, I]: float8 with its scales block-wise, else 16 bits."""
     import torch
 
     from sglang_moe_ext.kernels import warp_specialized_up
 
-    tensors, shape = layer.tensors, layer.shape
+    tensors, shape, hidden = layer.tensors, layer.shape, layer.hidden
     quantizes = shape.quantization.is_block_wise
     dtype = torch.float8_e4m3fn if quantizes else tensors.hidden.dtype
     inner = tensors.hidden.new_empty(layer.rows, shape.intermediate_size, dtype=dtype)
@@ -239,12 +275,13 @@ def write_sum(layer: SortedLayer, down: torch.Tensor, out: torch.Tensor, routed_
 
     from sglang_moe_ext.kernels import gather_sum
 
-    ids, experts, padded = layer.aligned
-    positions = torch.empty_like(layer.tensors.topk_ids, dtype=torch.int32, memory_format=torch.contiguous_format)
-    gather_sum.launch_inverse(
-        ids, experts, padded, positions,
-        align_block_m=layer.plan.block_m, experts_elsewhere=layer.has_experts_elsewhere,
-    )  # fmt: skip
+    positions = layer.pairs_sorted.positions
+    if positions is None:
+        positions = torch.empty_like(layer.tensors.topk_ids, dtype=torch.int32, memory_format=torch.contiguous_format)
+        gather_sum.launch_inverse(
+            *layer.aligned, positions,
+            align_block_m=layer.plan.block_m, experts_elsewhere=layer.has_experts_elsewhere,
+        )  # fmt: skip
     gather_sum.launch_gather_sum(
         down, positions, layer.tensors.topk_weights, out, routed_scaling_factor=routed_scaling_factor
     )
