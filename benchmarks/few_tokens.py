@@ -28,7 +28,7 @@ from statistics import median
 from typing import Any
 
 from sglang_moe_ext.core import MoEExtError, MoEShape, Quantization, TileConfig
-from sglang_moe_ext.kernels.few_tokens_config import DownTile, FewTokensConfig, FewTokensProblem, UpTile, refusals
+from sglang_moe_ext.few_tokens_config import DownTile, FewTokensConfig, FewTokensProblem, UpTile, refusals
 
 _BLOCK = Quantization("fp8_w8a8", (128, 128))
 LAYERS = {

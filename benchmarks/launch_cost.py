@@ -1,6 +1,6 @@
 """What a layer costs the host: the engine's own kernels against our path, both through the hooked engine.
 
-usage, from the repository root, on a GPU: python -m benchmarks.launch_cost [--profile]
+usage, from the repository root, on a GPU: python -m benchmarks.launch_cost [--cases NAME ...] [--profile]
 
 Calls are queued without waiting for the GPU, fewer than its queue holds, so that the time is the host's alone. Medians
 of several rounds in turn. `--profile` says where the time of our path goes.
@@ -52,14 +52,15 @@ def main() -> int:
     """Exit status: 0 done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--cases", nargs="+", choices=path_modes.CASES, default=list(path_modes.CASES), metavar="NAME")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as store:
         os.environ["SGLANG_MOE_EXT_STORE"] = store
         module = path_modes.hooked(Path(store))
-        for name, (shape, _, _) in path_modes.CASES.items():
-            problem = path_modes.Problem(shape, 1)
-            few = tuple(tensor[: path_modes.FEW] for tensor in problem.inputs[0])
-            batches = {"engine": few, "ours": problem.inputs[0]}
+        for name in arguments.cases:
+            case = path_modes.CASES[name]
+            problem = path_modes.Problem(case, 1)
+            batches = {"engine": problem.batch(case.engines_tokens), "ours": problem.inputs[0]}
 
             def call(batch: Any, problem: path_modes.Problem = problem) -> Any:
                 return problem.run(module.outplace_fused_experts, batch)

@@ -18,58 +18,107 @@ from pathlib import Path
 from typing import Any
 
 from sglang_moe_ext.core import MoEShape, Quantization
-from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, UpConfig, WarpSpecializedDown, WarpSpecializedUp
+from sglang_moe_ext.few_tokens_config import DownTile, FewTokensConfig, UpTile
+from sglang_moe_ext.sorted_kernels import (
+    DownConfig,
+    KernelPlan,
+    Plan,
+    UpConfig,
+    WarpSpecializedDown,
+    WarpSpecializedUp,
+)
 
-TOKENS, LAYERS, TURNS = 1024, 130, 16
-FEW = TOKENS // 2 - 1
-"""Of tokens, which the engine's own kernels take."""
+LAYERS, TURNS = 130, 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer, a plan for it, the error that it stays under, and batches: of ours and of the engine's own kernels.
+
+    `between`: the numbers of tokens that the table names the plan for.
+    """
+
+    shape: MoEShape
+    plan: Plan
+    bound: float
+    tokens: int = 1024
+    engines_tokens: int = 511
+    between: tuple[int, int] = (512, 4096)
+
+
+_BLOCK = Quantization("fp8_w8a8", (128, 128))
+_CHANNEL = Quantization("fp8_w8a8", per_channel=True)
+_FEW: dict[str, Any] = {"tokens": 4, "engines_tokens": 9, "between": (1, 8)}
 CASES = {
-    "16 bits": (
+    "16 bits": Case(
         MoEShape(16, 768, 1024, 4),
         KernelPlan(UpConfig(128, 128, 64, 8, 8, 4), DownConfig(128, 256, 64, 8, 8, 4, half_stores=True)),
         1e-2,
     ),
-    "float8 in blocks": (
-        MoEShape(16, 768, 1024, 4, Quantization("fp8_w8a8", (128, 128))),
+    "float8 in blocks": Case(
+        MoEShape(16, 768, 1024, 4, _BLOCK),
         KernelPlan(
             UpConfig(64, 128, 128, 8, 8, 2, persistent=False), DownConfig(64, 128, 128, 8, 4, 4, programs_per_sm=2)
         ),
         5e-2,
     ),
-    "16 bits, warp-specialized": (
-        MoEShape(17, 768, 1024, 4),
-        KernelPlan(WarpSpecializedUp(2), WarpSpecializedDown("wide", 4)),
-        1e-2,
+    "16 bits, warp-specialized": Case(
+        MoEShape(17, 768, 1024, 4), KernelPlan(WarpSpecializedUp(2), WarpSpecializedDown("wide", 4)), 1e-2
     ),
-    "float8 in blocks, warp-specialized": (
-        MoEShape(17, 768, 1024, 4, Quantization("fp8_w8a8", (128, 128))),
-        KernelPlan(WarpSpecializedUp(2), WarpSpecializedDown("pair", 8, 3)),
-        5e-2,
+    "float8 in blocks, warp-specialized": Case(
+        MoEShape(17, 768, 1024, 4, _BLOCK), KernelPlan(WarpSpecializedUp(2), WarpSpecializedDown("pair", 8, 3)), 5e-2
     ),
-    "float8 of channels, warp-specialized": (
-        MoEShape(17, 768, 1024, 4, Quantization("fp8_w8a8", per_channel=True)),
+    "float8 of channels, warp-specialized": Case(
+        MoEShape(17, 768, 1024, 4, _CHANNEL),
         KernelPlan(WarpSpecializedUp(1, persistent=False), WarpSpecializedDown("wide", 8)),
         5e-2,
     ),
+    "few tokens, 16 bits": Case(
+        MoEShape(64, 768, 1024, 4),
+        FewTokensConfig(UpTile(1, 8, 512, 4, 3), DownTile(1, 16, 512, 4, 4, prefetched=1)),
+        1e-2,
+        **_FEW,
+    ),
+    "few tokens, grouped": Case(
+        MoEShape(65, 768, 1024, 4),
+        FewTokensConfig(UpTile(16, 32, 128, 4, 5), DownTile(16, 64, 128, 4, 4, split=4), grouped=True),
+        1e-2,
+        **_FEW,
+    ),
+    "few tokens, float8 in blocks": Case(
+        MoEShape(64, 768, 1024, 4, _BLOCK),
+        FewTokensConfig(UpTile(8, 64, 128, 4, 4), DownTile(8, 128, 128, 4, 4, split=4), wide_range=True),
+        1e-2,
+        **_FEW,
+    ),
+    "few tokens, float8 of channels": Case(
+        MoEShape(64, 768, 1024, 4, _CHANNEL),
+        FewTokensConfig(UpTile(8, 16, 128, 2, 5), DownTile(8, 64, 128, 4, 4, split=4), grouped=True, wide_range=True),
+        1e-2,
+        **_FEW,
+    ),
 }
+"""Of one file name of tables there is one case."""
 
 
 @dataclass
 class Runs:
-    """How often our path came to its last kernel."""
+    """How often a path of ours came to its last kernel."""
 
     count: int = 0
 
     def watch(self) -> None:
-        from sglang_moe_ext.kernels import gather_sum
+        from sglang_moe_ext.kernels import few_tokens, gather_sum
 
-        launch = gather_sum.launch_gather_sum
+        gather_sum.launch_gather_sum = self._counted(gather_sum.launch_gather_sum)
+        few_tokens.few_tokens_layer = self._counted(few_tokens.few_tokens_layer)
 
+    def _counted(self, launch: Callable[..., None]) -> Callable[..., None]:
         def counted(*args: Any, **kwargs: Any) -> None:
-            self.count += 1
             launch(*args, **kwargs)
+            self.count += 1
 
-        gather_sum.launch_gather_sum = counted
+        return counted
 
 
 def hooked(store: Path) -> Any:
@@ -88,10 +137,10 @@ def hooked(store: Path) -> Any:
     config = sys.modules[installed.config_module]
     folder = user_store.tables_folder("sglang", table_names.version_folder(installed.triton))
     assert folder.is_relative_to(store)
-    for shape, path, _ in CASES.values():
-        name = table_names.file_name(table_names.table_key(shape, config.get_device_name()))
-        run = TuningRun("", "", "", str(shape), "", "", None, None, None, None, 0, "")
-        entries = {m: kernel_table.KernelEntry(path, run, {"us": SHORTEST_US}) for m in (TOKENS // 2, 4 * TOKENS)}
+    for case in CASES.values():
+        name = table_names.file_name(table_names.table_key(case.shape, config.get_device_name()))
+        run = TuningRun("", "", "", str(case.shape), "", "", None, None, None, None, 0, "")
+        entries = {m: kernel_table.KernelEntry(case.plan, run, {"us": SHORTEST_US}) for m in case.between}
         kernel_table.put(kernel_table.path_beside(folder / name), entries)
     plugin.attach_patched()
     assert attach.state().is_active, attach.state().why
@@ -101,14 +150,15 @@ def hooked(store: Path) -> Any:
 class Problem:
     """Weights of some layers, and inputs."""
 
-    def __init__(self, shape: MoEShape, layers: int) -> None:
+    def __init__(self, case: Case, layers: int) -> None:
         import torch
 
         from sglang_moe_ext.kernels.quantize import quantize_weights
 
-        self.shape = shape
+        self.case, self.shape = case, case.shape
+        shape = case.shape
         torch.manual_seed(0)
-        self.inputs = [self.batch() for _ in range(2)]
+        self.inputs = [self.batch(case.tokens) for _ in range(2)]
         self.weights = []
         for _ in range(layers):
             stored = [
@@ -118,12 +168,12 @@ class Problem:
             scheme = shape.quantization
             self.weights.append([quantize_weights(it, scheme) if scheme.scheme else (it, None) for it in stored])
 
-    def batch(self) -> tuple[Any, Any, Any]:
+    def batch(self, tokens: int) -> tuple[Any, Any, Any]:
         import torch
 
-        hidden = torch.randn(TOKENS, self.shape.hidden_size, device="cuda", dtype=torch.bfloat16)
-        topk_ids = torch.rand(TOKENS, self.shape.experts, device="cuda").topk(self.shape.top_k, dim=1).indices.int()
-        return hidden, torch.rand(TOKENS, self.shape.top_k, device="cuda"), topk_ids
+        hidden = torch.randn(tokens, self.shape.hidden_size, device="cuda", dtype=torch.bfloat16)
+        topk_ids = torch.rand(tokens, self.shape.experts, device="cuda").topk(self.shape.top_k, dim=1).indices.int()
+        return hidden, torch.rand(tokens, self.shape.top_k, device="cuda"), topk_ids
 
     def run(self, operator: Callable[..., Any], batch: tuple[Any, Any, Any], layer: int = 0) -> Any:
         """What the engine's operator makes of a batch; in place it returns nothing."""
@@ -144,6 +194,7 @@ class Problem:
         expected = reference.moe_layer(
             hidden, w1, w2, weights, ids, quantization=self.shape.quantization,
             w1_scale=w1_scale, w2_scale=w2_scale, activation="silu", gated=True,
+            quantizes_activations=not isinstance(self.case.plan, FewTokensConfig),
         )  # fmt: skip
         return reference.relative_error(out, expected)
 
@@ -207,8 +258,8 @@ def checked(name: str, module: Any, runs: Runs, layers: int) -> bool:
     """Print a line for each mode; whether all are as they must be."""
     import torch
 
-    shape, _, bound = CASES[name]
-    problem = Problem(shape, layers)
+    bound = CASES[name].bound
+    problem = Problem(CASES[name], layers)
     before = runs.count
     eager = problem.run(module.outplace_fused_experts, problem.inputs[0])
     error = problem.error(eager, problem.inputs[0])

@@ -1,12 +1,16 @@
-"""How fast does a real SGLang HTTP server answer with the plugin? All of Qwen3-30B-A3B fp8, stock against plugin.
+"""How fast does a real SGLang HTTP server answer with the plugin? A whole dummy model, stock against plugin.
 
 usage, from any folder, with this checkout on PYTHONPATH: python -m benchmarks.server_speed [--order stock plugin stock]
-       [--layers 48] [--runs 7] [--prompts 1024 ...] [--requests 32 64] [--weights spread|engine] [--seconds 540]
-       [--out FOLDER] [--json] [-- FLAGS OF THE SERVER]
+       [--model qwen3_30b_a3b_fp8] [--layers 48] [--runs 7] [--prompts 1024 ...] [--requests 32 64]
+       [--in 1024] [--out-tokens 128] [--weights spread|engine] [--seconds 540] [--out FOLDER] [--json]
+       [-- FLAGS OF THE SERVER]
 
-Servers run one after the other, each in a process group that is killed at the end. Where no table with kernel plans
-for this GPU and Triton is known, the layer is tuned first, into SGLANG_MOE_EXT_STORE or a scratch store. What was
-measured until then is written to FOLDER/server_speed.json after each case. Needs SGLang 0.5.15 and a GPU with 80 GB.
+Decode alone: --prompts (none) --requests 1 4 32 256 --in 32 --out-tokens 256 -- --cuda-graph-max-bs-decode 256
+
+Servers run one after the other, each in a process group that is killed at the end. Where no table with kernel plans for
+this GPU and Triton is known (where no prompt is timed: with plans for few tokens), the layer is tuned first, into
+SGLANG_MOE_EXT_STORE or a scratch store. What was measured until then is written to FOLDER/server_speed.json after each
+case. Needs SGLang 0.5.15 and a GPU with 80 GB.
 The status is 0 where all servers were measured in full, each with the plugin as its name says.
 """
 
@@ -31,10 +35,17 @@ from benchmarks.serving.http_server import CHECKOUT, Launch, Server
 from benchmarks.vs_upstream.report import Place, here
 from sglang_moe_ext import env
 from sglang_moe_ext.core import EngineError, MoEExtError, MoEShape, Quantization
+from sglang_moe_ext.few_tokens_config import FewTokensConfig
 from sglang_moe_ext.serving import kernel_selection, sglang_hooks
+from sglang_moe_ext.sorted_kernels import Plan
 
 MODEL = "qwen3_30b_a3b_fp8"
-SHAPE = MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", (128, 128)))
+SHAPES = {
+    MODEL: MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", (128, 128))),
+    "qwen3_30b_a3b": MoEShape(128, 768, 2048, 8),
+    "glm_4_7_flash": MoEShape(65, 1536, 2048, 5, fused_shared=1),
+}
+SHAPE = SHAPES[MODEL]
 PROMPTS = (1024, 2048, 4096, 8192, 16_000)
 REQUESTS = (32, 64)
 BATCH_TOKENS, BATCH_NEW_TOKENS = 1024, 128
@@ -42,6 +53,8 @@ WARM_UPS = 2
 """Before the runs that count; the first of them is reported by itself, since it may compile."""
 FEWEST_RUNS = 7
 TUNED_TOKENS = (1, 32, 64, 512, 1024, 2048, 4096, 8192, 16384)
+DECODED_TOKENS = (1, 2, 4, 8, 16, 32, 64, 256)
+"""What is tuned where no prompt is timed."""
 TUNE_S = 200.0
 WEIGHTS = {"spread": "of the size that training starts with", "engine": "of the engine's dummy loader"}
 _LEAST_FOR_A_SERVER_S = 75.0
@@ -79,7 +92,7 @@ def measure(server: Server, into: Measured, asked: argparse.Namespace, clock: Cl
         if clock.left_s() <= 0:
             raise EngineError(f"no time was left for {requests} requests")
         rates = [
-            client.batch(requests, BATCH_TOKENS, BATCH_NEW_TOKENS, seed).tokens_per_s
+            client.batch(requests, asked.tokens_in, asked.tokens_out, seed).tokens_per_s
             for seed in range(asked.batch_runs + 1)
         ]
         into.tokens_per_s[requests] = rates[1:]
@@ -100,19 +113,20 @@ def serve(
     save()
 
 
-def has_plans(place: Place) -> bool:
-    """Whether a server here finds a table of ours that runs our own kernels for some batch."""
+def has_plans(place: Place, shape: MoEShape = SHAPE, *, of_few: bool = False) -> bool:
+    """Whether a server here finds a table of ours that runs our own kernels for some batch; `of_few`: of few tokens."""
     folders, triton = sglang_hooks.table_dirs(place.engine), place.engine.triton
     if triton is None:
         return False
-    found = kernel_selection.load_plans(SHAPE, place.gpu.device_name, triton, folders)
-    return any(entry.plan is not None for entry in found.values())
+    found = kernel_selection.load_plans(shape, place.gpu.device_name, triton, folders)
+    kind: Any = FewTokensConfig if of_few else Plan
+    return any(isinstance(entry.plan, kind) for entry in found.values())
 
 
-def tune(model: Path, log: Path, limit_s: float) -> str | None:
+def tune(model: Path, log: Path, limit_s: float, tokens: Sequence[int] = TUNED_TOKENS) -> str | None:
     """Tune the layer into the store; what went wrong, None where nothing did."""
     command = [sys.executable, "-W", "ignore", "-m", "sglang_moe_ext.tune", "--model", str(model)]
-    command += ["--effort", "quick", "--install", "none", "--batch-size", *map(str, TUNED_TOKENS)]
+    command += ["--effort", "quick", "--install", "none", "--batch-size", *map(str, tokens)]
     path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
     with log.open("wb") as out:
         try:
@@ -129,13 +143,16 @@ def tune(model: Path, log: Path, limit_s: float) -> str | None:
     return None if done.returncode == 0 else f"tune ended with status {done.returncode}; its output is in {log}"
 
 
-def tune_where_needed(place: Place, model: Path, out: Path, clock: Clock) -> str | None:
+def tune_where_needed(
+    place: Place, model: Path, out: Path, clock: Clock, shape: MoEShape = SHAPE, *, is_decode: bool = False
+) -> str | None:
     """Say in a word what was done; None where tables with plans are known already."""
-    if has_plans(place):
+    if has_plans(place, shape, of_few=is_decode):
         return None
     begun = time.monotonic()
-    wrong = tune(model, out / "tune.log", min(TUNE_S, clock.left_s()))
-    if wrong is None and not has_plans(place):
+    tokens = DECODED_TOKENS if is_decode else TUNED_TOKENS
+    wrong = tune(model, out / "tune.log", min(TUNE_S, clock.left_s()), tokens)
+    if wrong is None and not has_plans(place, shape, of_few=is_decode):
         wrong = "tune found no plan of ours that wins"
     return wrong or f"tuned in {time.monotonic() - begun:.0f} s"
 
@@ -158,11 +175,14 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--order", nargs="+", choices=["stock", "plugin"], default=["stock", "plugin", "stock"])
+    arguments.add_argument("--model", choices=list(SHAPES), default=MODEL)
     arguments.add_argument("--layers", type=_positive, default=48)
     arguments.add_argument("--runs", type=_runs, default=FEWEST_RUNS, help="prompts of each length")
     arguments.add_argument("--batch-runs", type=_positive, default=3, help="batches of each number of requests")
-    arguments.add_argument("--prompts", nargs="+", type=_positive, default=list(PROMPTS), metavar="TOKENS")
+    arguments.add_argument("--prompts", nargs="*", type=_positive, default=list(PROMPTS), metavar="TOKENS")
     arguments.add_argument("--requests", nargs="+", type=_positive, default=list(REQUESTS), metavar="NUMBER")
+    arguments.add_argument("--in", dest="tokens_in", type=_positive, default=BATCH_TOKENS, help="tokens of a request")
+    arguments.add_argument("--out-tokens", dest="tokens_out", type=_positive, default=BATCH_NEW_TOKENS)
     arguments.add_argument("--weights", choices=list(WEIGHTS), default="spread")
     arguments.add_argument(
         "--seconds", type=float, default=1800.0, help="of the whole command; what is late is left out"
@@ -181,14 +201,16 @@ def run(asked: argparse.Namespace, place: Place, scratch: Path, say: Callable[[s
     out = (asked.out or scratch).resolve()
     out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault(env.STORE, str(scratch / "store"))
-    dummy_model.write(scratch / "model", MODEL, asked.layers)
+    dummy_model.write(scratch / "model", asked.model, asked.layers)
     plugin_site.write(scratch / "site", spread_weights=asked.weights == "spread")
-    tuned = tune_where_needed(place, scratch / "model", out, clock)
+    shape = SHAPES[asked.model]
+    tuned = tune_where_needed(place, scratch / "model", out, clock, shape, is_decode=not asked.prompts)
     say(f"tables: {tuned or 'known already'}")
     servers: list[Measured] = []
 
     def document() -> dict[str, Any]:
-        return http_report.document(place, asked.layers, WEIGHTS[asked.weights], tuned, servers)
+        found = http_report.document(place, asked.layers, WEIGHTS[asked.weights], tuned, servers)
+        return {"model": asked.model, **found, "tokens_in": asked.tokens_in, "tokens_out": asked.tokens_out}
 
     def save() -> None:
         (out / "server_speed.json").write_text(json.dumps(document(), indent=1), encoding="utf-8")
@@ -217,10 +239,10 @@ def launch_of(asked: argparse.Namespace, scratch: Path, clock: Clock) -> Launch:
 
 def parts(servers: Sequence[Measured], asked: argparse.Namespace, place: Place) -> tuple[str, str, str]:
     """What is printed at the end, the table last."""
-    batches = [(requests, BATCH_TOKENS, BATCH_NEW_TOKENS) for requests in asked.requests]
+    batches = [(requests, asked.tokens_in, asked.tokens_out) for requests in asked.requests]
     return (
         http_report.remarks(servers),
-        http_report.header(place, asked.layers, asked.runs, asked.batch_runs, WEIGHTS[asked.weights]),
+        http_report.header(place, asked.model, asked.layers, asked.runs, asked.batch_runs, WEIGHTS[asked.weights]),
         http_report.table(servers, asked.prompts, batches),
     )
 

@@ -196,7 +196,7 @@ def measure(
         budget_s=budget_s,
         routing=routing.MIXED,
         gpus=tuple(executor.visible_gpus(None, gpu[0].device_name, names)),
-        with_sorted_kernels=request.adapter.has_sorted_kernels(engine.version, gpu[0].sm),
+        with_own_kernels=request.adapter.has_own_kernels(engine.version, gpu[0].sm),
     )
     return pipeline.run(replace(request, measuring=measuring), progress)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from sglang_moe_ext.core import MoEShape, Projection, TileConfig
+from sglang_moe_ext.few_tokens_config import FewTokensConfig, FewTokensProblem
 
 FIRST_SM = 90
 """With TMA, and the matrix units that the kernels are written for."""
@@ -228,24 +229,38 @@ class KernelPlan:
         return f"KERNEL up {engines}{self.up}, down {self.down}"
 
 
+Plan = KernelPlan | FewTokensConfig
+"""What can run in place of the engine's own kernels: behind its sort, or straight from topk_ids."""
+
+
+def few_tokens_problem(shape: MoEShape, tokens: int) -> FewTokensProblem:
+    """What the rules of a plan for few tokens look at."""
+    return FewTokensProblem(tokens, shape.top_k, shape.intermediate_size, shape.hidden_size, shape.quantization)
+
+
 @dataclass(frozen=True, slots=True)
 class SortedKernelJob:
     """The binaries to make of one half of a plan, as a layer launches them for `tokens` tokens on that architecture.
 
     Up: the GEMM with what precedes it and its activation; down: the GEMM and the sum. Rows are sorted into blocks of
-    `block_m`.
+    `block_m`; 0: the plan for few tokens does not sort, and its two launches are known by the whole of it.
     """
 
     shape: MoEShape
     projection: Projection
-    config: Up | Down
+    config: Up | Down | FewTokensConfig
     block_m: int
     tokens: int
     sm: int
 
 
-def list_jobs(plan: KernelPlan, shape: MoEShape, tokens: int, sm: int) -> tuple[SortedKernelJob, SortedKernelJob]:
+def list_jobs(plan: Plan, shape: MoEShape, tokens: int, sm: int) -> tuple[SortedKernelJob, SortedKernelJob]:
     """All binaries that a layer launches with that plan."""
+    if isinstance(plan, FewTokensConfig):
+        return (
+            SortedKernelJob(shape, "up", plan, 0, tokens, sm),
+            SortedKernelJob(shape, "down", plan, 0, tokens, sm),
+        )
     return (
         SortedKernelJob(shape, "up", plan.up, plan.block_m, tokens, sm),
         SortedKernelJob(shape, "down", plan.down, plan.block_m, tokens, sm),

@@ -58,12 +58,12 @@ def wrongly_attached(measured: Measured) -> str | None:
     return f"by the log of the {measured.kind} server the plugin {state} active"
 
 
-def header(place: Place, layers: int, runs: int, batch_runs: int, weights: str) -> str:
+def header(place: Place, model: str, layers: int, runs: int, batch_runs: int, weights: str) -> str:
     """Where, when, how."""
     return (
         f"{place.gpu.device_name}, SGLang {place.engine.version_text}, Triton {place.engine.triton}, {place.date}: "
         f"`{place.command}`\n\n"
-        f"HTTP servers of Qwen3-30B-A3B in float8 blocks, {layers} layers, weights {weights}, one server after the "
+        f"HTTP servers of {model}, {layers} layers, weights {weights}, one server after the "
         f"other. Medians of {runs} prompts, and of {batch_runs} batches; in brackets the least and the most."
     )
 

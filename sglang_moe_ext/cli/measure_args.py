@@ -162,7 +162,7 @@ def measure_options(
         gpus=() if arguments.ray is not None else _gpus(arguments.gpus, gpu),
         ray=arguments.ray,
         resume=arguments.resume,
-        with_sorted_kernels=arguments.kernels == "all" and adapter.has_sorted_kernels(engine.version, gpu.sm),
+        with_own_kernels=arguments.kernels == "all" and adapter.has_own_kernels(engine.version, gpu.sm),
     )
 
 

@@ -14,7 +14,7 @@ from sglang_moe_ext.engines.lookup_probe import LookupResult
 from sglang_moe_ext.engines.sglang import table_names
 from sglang_moe_ext.engines.vllm import table_names as vllm_naming
 from sglang_moe_ext.gpu.roofline import pair_floor_us
-from sglang_moe_ext.sorted_kernels import KernelPlan
+from sglang_moe_ext.sorted_kernels import Plan
 from sglang_moe_ext.tables import config_table, kernel_table
 from sglang_moe_ext.tuning.bench.messages import Pair, Runner
 from sglang_moe_ext.tuning.compare_configs import TODAY, ConfigComparison, TimedConfig
@@ -73,7 +73,7 @@ def measured_rows(tokens: int, result: MeasuredChoice[Pair], floor_us: float) ->
 
 def path_rows(raced: MeasuredChoice[Runner] | None, floor_us: float) -> list[list[str]]:
     """Our own path, below the pair that it beat; nothing where it did not."""
-    if raced is None or not isinstance(raced.pair, KernelPlan):
+    if raced is None or not isinstance(raced.pair, Plan):
         return []
     up, down = raced.pair.up, raced.pair.down
     engines = "engine's " if isinstance(up, TileConfig) else ""
@@ -132,10 +132,10 @@ def measurement(tokens: int, result: MeasuredChoice[Pair]) -> Mapping[str, Any]:
 
 def plan_measurement(tokens: int, raced: MeasuredChoice[Runner]) -> Mapping[str, Any]:
     """The race of one M between our own path and the chosen pair, for programs; `path` null where the pair won."""
-    is_won = isinstance(raced.pair, KernelPlan)
+    is_won = isinstance(raced.pair, Plan)
     return {
         "m": tokens,
-        "path": kernel_table.document_of(raced.pair) if isinstance(raced.pair, KernelPlan) else None,
+        "path": kernel_table.document_of(raced.pair) if isinstance(raced.pair, Plan) else None,
         "us": round(raced.us, 2),
         "pair_us": round(raced.incumbent_us, 2),
         "gain": round(raced.gain.value, 4) if is_won else None,
@@ -228,7 +228,7 @@ def results(request: TuneRequest, outcome: TuneOutcome) -> Grid:
                 *path_rows(outcome.plans.get(m), floors[m]),
             )
         ]
-        if any(isinstance(raced.pair, KernelPlan) for raced in outcome.plans.values()):
+        if any(isinstance(raced.pair, Plan) for raced in outcome.plans.values()):
             title += "\nkernel: our own kernels, which a server with this plugin runs there; gain: over what is above"
         title += "\nus: whole layer; roof: how much of the GEMM roofline that is; gain: with its 95 % interval"
         columns = ["M", "", "configuration", "us", "gain", "roof", "error"]

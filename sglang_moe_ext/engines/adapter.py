@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from sglang_moe_ext.core import Gpu, MoEShape, Projection, Quantization, Table, TableKey, TileConfig
 from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
-from sglang_moe_ext.sorted_kernels import KernelPlan
+from sglang_moe_ext.sorted_kernels import Plan
 
 if TYPE_CHECKING:
     import torch
@@ -80,8 +80,8 @@ class EngineAdapter(Protocol):
     def why_not_tuned(self, quantization: Quantization, version: Version) -> str | None:
         """Why a table for such weights would do that release's servers harm."""
 
-    def has_sorted_kernels(self, version: Version, sm: int) -> bool:
-        """Whether our own kernels can take the place of that release's, on a GPU of that architecture."""
+    def has_own_kernels(self, version: Version, sm: int) -> bool:
+        """Whether any of our own kernels can take the place of that release's, on a GPU of that architecture."""
 
     # What follows is called in the measuring process alone; `load` imports the engine, the others take what it gives.
 
@@ -104,5 +104,9 @@ class EngineAdapter(Protocol):
     ) -> torch.Tensor:
         """[tokens, hidden], by the engine's own layer."""
 
-    def run_kernel_plan(self, loaded: Any, shape: MoEShape, tensors: LayerTensors, path: KernelPlan) -> torch.Tensor:
-        """The same by our own kernels, behind the engine's sort. Raises EngineError where there is no such path."""
+    def run_kernel_plan(self, loaded: Any, shape: MoEShape, tensors: LayerTensors, path: Plan) -> torch.Tensor:
+        """The same by our own kernels, with the engine's sort where they read it.
+
+        Raises:
+            EngineError: there is no such path.
+        """

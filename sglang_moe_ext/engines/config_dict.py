@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sglang_moe_ext.core import TileConfig
-from sglang_moe_ext.sorted_kernels import KernelPlan
+from sglang_moe_ext.sorted_kernels import Plan
 from sglang_moe_ext.tables.config_table import FIELDS
 
 ConfigDict = dict[str, Any]
@@ -56,6 +56,6 @@ class ConfigWithPlan(ConfigDict):
     know the entry alone.
     """
 
-    def __init__(self, entry: Mapping[str, Any], plan: KernelPlan) -> None:
+    def __init__(self, entry: Mapping[str, Any], plan: Plan) -> None:
         super().__init__(entry)
         self.plan = plan

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sglang_moe_ext.core import MoEExtError, Quantization
-from sglang_moe_ext.kernels.few_tokens_config import FIRST_PDL_SM, FewTokensConfig, FewTokensProblem, refusals
+from sglang_moe_ext.few_tokens_config import FIRST_PDL_SM, FewTokensConfig, FewTokensProblem, refusals
 from sglang_moe_ext.kernels.few_tokens_kernel import down_kernel, up_kernel
 from sglang_moe_ext.kernels.launcher import launch
 
@@ -257,7 +257,7 @@ def _up_constants(
         "BLOCK_K": tile.block_k,
         "STAGES": tile.num_stages,
         "GROUPED": config.grouped,
-        "BY_EXPERT": experts <= tokens * top_k,
+        "BY_EXPERT": config.grouped and experts <= tokens * top_k,
         "PLAN_CHUNK": max(2, _PLANNED_AT_ONCE // (tile.rows * slots)),
         **_scaling(quantization, dtype, sm, wide_range=config.wide_range and tile.rows > 1),
         "EVEN_K": k % tile.block_k == 0,

@@ -96,19 +96,22 @@ def moe_layer(
     w2_scale: Tensor | None = None,
     activation: str = "silu",
     gated: bool = True,
+    quantizes_activations: bool = True,
 ) -> Tensor:
     """[tokens, hidden_size] float32: up, activation, down, weighted sum over the slots.
 
-    Gated: the activation of the first half of the up columns, times the second half.
+    Gated: the activation of the first half of the up columns, times the second half. `quantizes_activations`: where
+    the scheme does; else they stay as they are.
     """
-    up = _layer_gemm(hidden, w1, topk_ids, topk_ids.shape[1], quantization, w1_scale)
+    keeps = not quantizes_activations
+    up = _layer_gemm(hidden, w1, topk_ids, topk_ids.shape[1], quantization, w1_scale, keeps_rows=keeps)
     act = ACTIVATIONS[activation]
     if gated:
         gate, linear = up.chunk(2, dim=-1)
         inner = act(gate) * linear
     else:
         inner = act(up)
-    down = _layer_gemm(inner, w2, topk_ids, 1, quantization, w2_scale)
+    down = _layer_gemm(inner, w2, topk_ids, 1, quantization, w2_scale, keeps_rows=keeps)
     weighted = down.view(*topk_ids.shape, -1) * topk_weights.float().unsqueeze(-1)
     return weighted.sum(dim=1)
 
@@ -128,10 +131,19 @@ def relative_error(out: Tensor, ref: Tensor) -> float:
 
 
 def _layer_gemm(
-    a: Tensor, weights: Tensor, topk_ids: Tensor, top_k: int, quantization: Quantization | None, scale: Tensor | None
+    a: Tensor,
+    weights: Tensor,
+    topk_ids: Tensor,
+    top_k: int,
+    quantization: Quantization | None,
+    scale: Tensor | None,
+    *,
+    keeps_rows: bool,
 ) -> Tensor:
     if quantization is None or scale is None:
         return grouped_gemm(a, weights, topk_ids, top_k=top_k)
+    if keeps_rows:
+        return grouped_gemm(a, weights, topk_ids, top_k=top_k, scales=Scales(quantization, None, scale))
     rows, scales = as_the_gemm_reads(a, scale, quantization)
     return grouped_gemm(rows, weights, topk_ids, top_k=top_k, scales=scales)
 

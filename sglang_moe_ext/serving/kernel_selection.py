@@ -13,9 +13,18 @@ from sglang_moe_ext.engines import running
 from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.engines.sglang import table_names
 from sglang_moe_ext.engines.sglang.hook_points import SglangHookPoints
+from sglang_moe_ext.few_tokens_config import FIRST_SM as FIRST_SM_OF_FEW
+from sglang_moe_ext.few_tokens_config import FewTokensConfig, refusals
 from sglang_moe_ext.serving.selection import SATURATED_TOKENS
 from sglang_moe_ext.serving.table_search import FoundTables, TableDir, is_made_for
-from sglang_moe_ext.sorted_kernels import FIRST_SM, KernelPlan, why_not_warp_specialized, why_unsupported
+from sglang_moe_ext.sorted_kernels import (
+    FIRST_SM,
+    KernelPlan,
+    Plan,
+    few_tokens_problem,
+    why_not_warp_specialized,
+    why_unsupported,
+)
 from sglang_moe_ext.tables import kernel_table
 from sglang_moe_ext.tables.kernel_table import KernelEntry, KernelTable
 from sglang_moe_ext.untrusted import show
@@ -30,7 +39,7 @@ launch_cost). In a server whose prefill ran without CUDA graphs, a layer of 402 
 (docs/benchmarks/server.md). From a CUDA graph the host launches nothing, so that no limit is needed there."""
 Weights = tuple[tuple[int, ...], tuple[int, ...]]
 """Shapes of w1 and w2, by which a layer's launches know it."""
-ColdPlans = dict[Weights, tuple[KernelPlan, ...]]
+ColdPlans = dict[Weights, tuple[Plan, ...]]
 """Plans whose kernels are not loaded yet, in the order of their numbers of tokens."""
 
 
@@ -64,7 +73,7 @@ class KernelPlans:
         self._declined: set[Weights] = set()
         self.cold: ColdPlans = {}
 
-    def select(self, layer: LookupLayer, tokens: int, *, in_graph: bool = False) -> KernelPlan | None:
+    def select(self, layer: LookupLayer, tokens: int, *, in_graph: bool = False) -> Plan | None:
         """What runs in place of the engine's own kernels, before anything is known of the batch but its size.
 
         `in_graph`: launched from a CUDA graph, where it does not matter what a launch costs the host.
@@ -74,7 +83,7 @@ class KernelPlans:
         if layer not in self._tables:
             self._tables[layer] = self._load(layer)
         plans = self._tables[layer]
-        return select_plan(plans.in_graphs if in_graph else plans.eager, tokens)
+        return select_plan(plans.in_graphs if in_graph else plans.eager, tokens, layer.shape)
 
     def decline(self, w1_shape: tuple[int, ...], w2_shape: tuple[int, ...]) -> bool:
         """Never again choose our kernels for layers of such weights; False where that is so already."""
@@ -97,7 +106,7 @@ class KernelPlans:
             return {}
         gpu, tables = running.running_gpu(device_name), self._tables_of(layer)
         is_asked_for = tables is not None and any(candidate.table_dir.is_asked_for for candidate in tables.candidates)
-        if gpu is None or gpu.sm < FIRST_SM or is_asked_for:
+        if gpu is None or gpu.sm < FIRST_SM_OF_FEW or is_asked_for:
             return {}
         table = drop_unsupported(load_plans(shape, device_name, triton, self._table_dirs()), shape, gpu.sm, triton)
         won, eager = (_list_won(it) for it in (table, drop_short(table)))
@@ -139,8 +148,14 @@ def load_plans(shape: MoEShape, device_name: str, triton: str, table_dirs: Seque
 
 
 def drop_short(table: KernelTable) -> KernelTable:
-    """The table without the plans of a layer that is below SHORTEST_US by the engine's kernels."""
-    return {m: entry if _is_long(entry) else replace(entry, plan=None) for m, entry in table.items()}
+    """The table without the plans of a layer that is below SHORTEST_US by the engine's kernels.
+
+    A plan for few tokens stays: it launches twice, where the engine launches five times or more.
+    """
+    return {
+        m: entry if isinstance(entry.plan, FewTokensConfig) or _is_long(entry) else replace(entry, plan=None)
+        for m, entry in table.items()
+    }
 
 
 def drop_unsupported(table: KernelTable, shape: MoEShape, sm: int, triton: str) -> KernelTable:
@@ -149,8 +164,11 @@ def drop_unsupported(table: KernelTable, shape: MoEShape, sm: int, triton: str) 
     if not won:
         return table
     why = why_unsupported(shape)
+    if why is None:  # plans for few tokens ask for no more than their rules, which are read where one is selected
+        won = {m: entry for m, entry in won.items() if isinstance(entry.plan, KernelPlan)}
+        why = f"those behind its sort are for sm_{FIRST_SM} and newer" if won and sm < FIRST_SM else None
     if why is None:
-        won = {m: entry for m, entry in won.items() if entry.plan is not None and entry.plan.is_warp_specialized}
+        won = {m: it for m, it in won.items() if isinstance(it.plan, KernelPlan) and it.plan.is_warp_specialized}
         why = _why_not_warp_specialized(sm, triton) if won else None
     if why is None:
         return table
@@ -171,10 +189,11 @@ def _is_long(entry: KernelEntry) -> bool:
     return entry.figures.get("incumbent_us", entry.figures.get("us", 0.0)) >= SHORTEST_US
 
 
-def select_plan(table: KernelTable, tokens: int) -> KernelPlan | None:
-    """Return the nearest entry's plan if the entries on both sides of `tokens` have one.
+def select_plan(table: KernelTable, tokens: int, shape: MoEShape | None = None) -> Plan | None:
+    """Return the nearest entry's plan if the entries on both sides of `tokens` have one of the same kind.
 
-    Beyond the last entry, that entry decides alone, and only from SATURATED_TOKENS on.
+    Beyond the last entry, that entry decides alone, and only from SATURATED_TOKENS on. Where the rules of a plan for
+    few tokens refuse this number, the other side's plan is returned, or none.
     """
     below = max((m for m in table if m <= tokens), default=None)
     above = min((m for m in table if m >= tokens), default=None)
@@ -182,4 +201,10 @@ def select_plan(table: KernelTable, tokens: int) -> KernelPlan | None:
         return None
     above = below if above is None else above
     nearest = below if tokens - below <= above - tokens else above
-    return table[nearest].plan if table[below].plan and table[above].plan else None
+    sides = [table[m].plan for m in (nearest, below, above)]
+    if all(isinstance(plan, KernelPlan) for plan in sides):
+        return sides[0]
+    if shape is None or not all(isinstance(plan, FewTokensConfig) for plan in sides):
+        return None
+    problem = few_tokens_problem(shape, tokens)
+    return next((it for it in sides if isinstance(it, FewTokensConfig) and not refusals(it, problem)), None)

@@ -18,6 +18,7 @@ from sglang_moe_ext.core import EngineError, MoEShape
 from sglang_moe_ext.engines import running
 from sglang_moe_ext.engines.sglang import hook_points, kernel_sequence, table_names
 from sglang_moe_ext.engines.sglang import kernel_sequence as known_sequence
+from sglang_moe_ext.engines.sglang.deferred_sort import DeferredSort, NextSort, sort_now
 from sglang_moe_ext.engines.sglang.hook_points import SglangHookPoints
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.serving import launch_guard, sglang_lookup_hook
@@ -25,7 +26,7 @@ from sglang_moe_ext.serving.guard import warn_once
 from sglang_moe_ext.serving.kernel_selection import ColdPlans
 from sglang_moe_ext.serving.launch_guard import GuardedLauncher
 from sglang_moe_ext.serving.table_search import TableDir
-from sglang_moe_ext.sorted_kernels import KernelPlan
+from sglang_moe_ext.sorted_kernels import Plan
 from sglang_moe_ext.tables import user_store
 from sglang_moe_ext.untrusted import show
 
@@ -42,6 +43,7 @@ def sequence_hook(
 ) -> Callable[..., Any]:
     """A function to stand where `engine.sequence` stood.
 
+    Where the sort was put off, it runs before the engine's kernels do, and not at all before ours that do not read it.
     Nothing that the engine's kernels read is written before our last kernel, so whatever fails, theirs can still run.
     The kernels of all `cold` plans of a layer are compiled and loaded at its first call, whatever its number of tokens:
     in a server's own warm-up, before it reports ready. So no later request waits for a compiler. While a CUDA graph is
@@ -53,16 +55,22 @@ def sequence_hook(
     parameters, is_traced = kernel_sequence.parameters(original), running.is_traced()
     is_capturing = running.is_capturing()
 
+    def engines(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = sort_now(args, kwargs)
+        return original(*args, **kwargs)
+
     @functools.wraps(original)
     def _fused_moe_kernel_sequence(*args: Any, **kwargs: Any) -> Any:
         plan = kernel_sequence.plan_of(args, kwargs)
-        if (plan is None and not cold) or is_traced():
+        if plan is None and not cold:  # nothing was put off
+            return original(*args, **kwargs)
+        if is_traced():
             return original(*args, **kwargs)
         given = parameters.given(args, kwargs)
         weights = w1, w2 = tuple(given["w1"].shape), tuple(given["w2"].shape)
         to_load = () if is_capturing() else cold.pop(weights, ())
         if weights in cold or (plan is None and not to_load):
-            return original(*args, **kwargs)
+            return engines(args, kwargs)
         why, is_lasting = None, True
         try:
             gate = kernel_sequence.refusal(parameters, given, engine)
@@ -79,12 +87,25 @@ def sequence_hook(
             warn_once(f"the engine's own kernels run for a layer with weights of {w1} and {w2}: {why}")
             if is_lasting:
                 decline(w1, w2)
-        return original(*args, **kwargs)
+        return engines(args, kwargs)
 
     return _fused_moe_kernel_sequence
 
 
-def _load_kernels(given: kernel_sequence.Arguments, plans: Sequence[KernelPlan], engine: SglangHookPoints) -> None:
+def sort_hook(original: Callable[..., Any], next_sort: NextSort) -> Callable[..., Any]:
+    """A function to stand where the layer's sort stood: it puts off what the lookup before it said it would."""
+    is_traced = running.is_traced()
+
+    @functools.wraps(original)
+    def moe_align_block_size(*args: Any, **kwargs: Any) -> Any:
+        if is_traced() or not next_sort.take():
+            return original(*args, **kwargs)
+        return DeferredSort(lambda: original(*args, **kwargs)).parts()
+
+    return moe_align_block_size
+
+
+def _load_kernels(given: kernel_sequence.Arguments, plans: Sequence[Plan], engine: SglangHookPoints) -> None:
     if not plans:
         return
     begun = time.perf_counter()
@@ -176,6 +197,9 @@ def install_hooks(layer: ModuleType, way: str) -> sglang_lookup_hook.ConfigResol
         )
     for original, ours in replaced:
         running.replace("sglang", original, ours)
+    if engine.sequence is not None and (sort := getattr(engine.layer, hook_points.SORT, None)) is not None:
+        # In the layer alone: others sort as well, and hand the result to kernels that we do not stand for.
+        setattr(engine.layer, hook_points.SORT, sort_hook(sort, resolver.next_sort))
     return resolver
 
 

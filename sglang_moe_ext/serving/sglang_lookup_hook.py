@@ -11,12 +11,14 @@ from sglang_moe_ext.core import Projection, TileConfig
 from sglang_moe_ext.engines import config_dict, lookup_args, running
 from sglang_moe_ext.engines.config_dict import ConfigDict, ConfigWithPlan
 from sglang_moe_ext.engines.lookup_args import LookupLayer
+from sglang_moe_ext.engines.sglang.deferred_sort import NextSort
 from sglang_moe_ext.engines.sglang.hook_points import SglangHookPoints
+from sglang_moe_ext.few_tokens_config import FewTokensConfig
 from sglang_moe_ext.serving.guard import ConfigGuard, EntryChange, RefusedEntry, SafeEntry, warn_once
 from sglang_moe_ext.serving.kernel_selection import KernelPlans
 from sglang_moe_ext.serving.selection import Choice, EngineDefault, EngineEntry, OurEntry, TableSelector
 from sglang_moe_ext.serving.table_search import TableDir
-from sglang_moe_ext.sorted_kernels import KernelPlan
+from sglang_moe_ext.sorted_kernels import Plan
 from sglang_moe_ext.untrusted import show
 
 _MOST_ANSWERS = 65536
@@ -37,7 +39,7 @@ class ServedConfigs:
     up: ConfigDict
     down: ConfigDict | None
     most_block_m: int | None
-    plan: KernelPlan | None = None
+    plan: Plan | None = None
     changes: EntryChanges = field(default_factory=dict)
     in_graph: ServedConfigs | None = None
 
@@ -71,6 +73,7 @@ class ConfigResolver:
         self._engine, self._choices = engine, TableSelector(engine, table_dirs)
         self._at_first_call: Callable[[], None] | None = at_first_call
         self.plans, self.answers = KernelPlans(engine, table_dirs, self._choices.tables), Answers()
+        self.next_sort = NextSort()
         self._guards: dict[str, ConfigGuard] = {}
 
     def __call__(self, call: SglangCall, original: Callable[[], Any]) -> ServedConfigs:
@@ -123,7 +126,7 @@ class ConfigResolver:
         """Which configuration runs, before the guard looks at it."""
         return self._choices.select(layer, tokens)
 
-    def plan(self, layer: LookupLayer, tokens: int, *, in_graph: bool = False) -> KernelPlan | None:
+    def plan(self, layer: LookupLayer, tokens: int, *, in_graph: bool = False) -> Plan | None:
         """What runs in place of the engine's own kernels, before anything is known of the batch but its size."""
         return self.plans.select(layer, tokens, in_graph=in_graph)
 
@@ -191,8 +194,12 @@ def _changes(projection: Projection, written: ConfigDict, checked: SafeEntry | R
     return {} if why is None else {projection: EntryChange(written, why)}
 
 
-def _attach_plan(plan: KernelPlan, answer: ServedConfigs) -> ServedConfigs:
+def _attach_plan(plan: Plan, answer: ServedConfigs) -> ServedConfigs:
     """The plan, with entries for the engine's own kernels where it may not run: for its blocks of the sort."""
+    if isinstance(plan, FewTokensConfig):
+        if answer.down is not None:
+            return replace(answer, plan=plan)
+        return replace(answer, down=config_dict.drop_tma(answer.up), most_block_m=answer.up["BLOCK_SIZE_M"], plan=plan)
     if answer.up["BLOCK_SIZE_M"] == plan.block_m and answer.down is not None:
         return replace(answer, plan=plan)
     known = plan.up if isinstance(plan.up, TileConfig) else config_dict.tile_of(answer.up)
@@ -210,7 +217,8 @@ def from_engine(returned: Any, wants_down: bool) -> ServedConfigs:
 
 def lookup_hook(engine: SglangHookPoints, resolve: ConfigResolver) -> Callable[..., Any]:
     """A function to stand where `engine.lookup` stood. It never raises where that would not have."""
-    original, answers, is_capturing = engine.lookup, resolve.answers, running.is_capturing()
+    original, answers, next_sort = engine.lookup, resolve.answers, resolve.next_sort
+    is_capturing, is_traced = running.is_capturing(), running.is_traced()
 
     def resolved(call: SglangCall, own: Callable[[], Any]) -> ServedConfigs:
         try:
@@ -232,6 +240,8 @@ def lookup_hook(engine: SglangHookPoints, resolve: ConfigResolver) -> Callable[.
         **named: Any,
     ) -> Any:
         per_channel, wants_down = named.get("per_channel_quant", False), named.get("return_down_config", False)
+        if not is_traced():
+            next_sort.decide(is_deferred=False)
         try:
             block = tuple(block_shape) if block_shape else None
             key = (M, w1_shape, w2_shape, top_k, dtype, block, per_channel, wants_down, is_marlin)
@@ -255,6 +265,8 @@ def lookup_hook(engine: SglangHookPoints, resolve: ConfigResolver) -> Callable[.
         if answer.in_graph is not None and is_capturing():
             answer = answer.in_graph
         if wants_down:
+            if answer.plan is not None and not is_traced():
+                next_sort.decide(is_deferred=True)
             return answer.up.copy(), (answer.down_to_hand_on(), answer.most_block_m)
         return answer.up.copy()
 

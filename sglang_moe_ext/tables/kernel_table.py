@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from sglang_moe_ext.core import TableError, TileConfig
+from sglang_moe_ext.few_tokens_config import DownTile, FewTokensConfig, UpTile, has_known_sizes
 from sglang_moe_ext.sorted_kernels import (
     Down,
     DownConfig,
     DownForm,
     KernelPlan,
+    Plan,
     ShortKDownConfig,
     Up,
     UpConfig,
@@ -39,6 +41,7 @@ _DOWN: dict[str, type[Down]] = {
     "short_down": ShortKDownConfig,
     "warp_specialized_down": WarpSpecializedDown,
 }
+_FEW_UP, _FEW_DOWN = "few_tokens_up", "few_tokens_down"
 _LARGEST = {"num_warps": 32, "num_stages": 16, "programs_per_sm": 8, "group_m": 4096, "tiles_per_program": 4096}
 _LARGEST_SIDE = 256
 _POWERS_OF_TWO = ("block_m", "block_n", "block_k", "num_warps")
@@ -55,7 +58,7 @@ class KernelEntry:
     file, and the engine's own kernels run there.
     """
 
-    plan: KernelPlan | None
+    plan: Plan | None
     run: TuningRun
     figures: dict[str, float] = field(default_factory=dict)
     of_later: str | None = None
@@ -69,8 +72,14 @@ def path_beside(table: Path) -> Path:
     return table.with_name(f"{table.stem}{SUFFIX}")
 
 
-def document_of(plan: KernelPlan) -> dict[str, Any]:
-    """The plan as JSON has it."""
+def document_of(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON has it: always an up and a down, of kernels that an older version may not know."""
+    if isinstance(plan, FewTokensConfig):
+        whole = {"grouped": plan.grouped, "wide_range": plan.wide_range}
+        return {
+            "up": {"kernel": _FEW_UP, **asdict(plan.up), **whole},
+            "down": {"kernel": _FEW_DOWN, **asdict(plan.down)},
+        }
     return {"up": _with_kernel(plan.up, _UP), "down": _with_kernel(plan.down, _DOWN)}
 
 
@@ -79,15 +88,41 @@ def _with_kernel(config: Up | Down, kernels: Mapping[str, type[Any]]) -> dict[st
     return {"kernel": name, **asdict(config)}
 
 
-def parse_plan(document: Any) -> KernelPlan:
+def parse_plan(document: Any) -> Plan:
     """Raises TableError where the document is no kernel plan, UnknownKernelError where a later version may know it."""
     match document:
+        case {
+            "up": {"kernel": "few_tokens_up"} as few_up,
+            "down": {"kernel": "few_tokens_down"} as few_down,
+            **rest,
+        } if not rest:
+            return _few_tokens(_without_kernel(few_up), _without_kernel(few_down))
         case {"up": up, "down": down, **rest} if not rest:
             plan = KernelPlan(_config(up, _UP), _config(down, _DOWN))
             if plan.block_m % plan.down.block_m == 0:
                 return plan
             raise TableError(f"a down tile of {plan.down.block_m} rows in blocks of {plan.block_m}: expected a divisor")
     raise TableError(f"expected a kernel plan with up and down, found {show(document, 80)}")
+
+
+def _without_kernel(document: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in document.items() if name != "kernel"}
+
+
+def _few_tokens(up: dict[str, Any], down: dict[str, Any]) -> FewTokensConfig:
+    whole = {name: up.pop(name) for name in ("grouped", "wide_range") if name in up}
+    for kind, values in ((UpTile, up), (DownTile, down)):
+        names = {item.name for item in fields(kind)}
+        if names < values.keys():
+            raise UnknownKernelError(f"a tile for few tokens with {show(', '.join(sorted(values.keys() - names)))}")
+        if values.keys() != names or not all(type(value) is int for value in values.values()):
+            raise TableError(f"a tile for few tokens: expected whole numbers {', '.join(sorted(names))}")
+    if len(whole) != 2 or not all(type(value) is bool for value in whole.values()):
+        raise TableError("a plan for few tokens: expected grouped and wide_range, true or false")
+    plan = FewTokensConfig(UpTile(**up), DownTile(**down), **whole)
+    if not has_known_sizes(plan):
+        raise TableError(f"{plan}: a side of a tile, its warps, stages or parts are none of those that were tried")
+    return plan
 
 
 class UnknownKernelError(TableError):
@@ -101,10 +136,11 @@ def _config(document: Any, kernels: Mapping[str, type[Any]]) -> Any:
         is_name = isinstance(name, str) and _KERNEL_NAME.fullmatch(name)
         error = UnknownKernelError if is_name else TableError
         raise error(f"expected a kernel of {', '.join(kernels)}, found {show(document, 80)}")
-    values = {name: value for name, value in document.items() if name != "kernel"}
-    if values.keys() != {item.name for item in fields(kind)}:
-        found = show(", ".join(sorted(values)))
-        raise TableError(f"a configuration of {document['kernel']} with {found}: not its fields")
+    values = _without_kernel(document)
+    names = {item.name for item in fields(kind)}
+    if values.keys() != names:
+        error = UnknownKernelError if names < values.keys() else TableError  # a later version may know more of it
+        raise error(f"a configuration of {document['kernel']} with {show(', '.join(sorted(values)))}: not its fields")
     for item in fields(kind):
         _check(item.name, values[item.name], is_flag=item.type == "bool")
     if values.get("use_tma"):

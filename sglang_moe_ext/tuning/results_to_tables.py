@@ -12,7 +12,7 @@ from sglang_moe_ext.core import MoEShape, Origin, Table
 from sglang_moe_ext.engines import installed
 from sglang_moe_ext.engines.adapter import InstallationLike
 from sglang_moe_ext.gpu.roofline import pair_floor_us
-from sglang_moe_ext.sorted_kernels import KernelPlan
+from sglang_moe_ext.sorted_kernels import Plan
 from sglang_moe_ext.tables import kernel_table
 from sglang_moe_ext.tables.kernel_table import KernelTable
 from sglang_moe_ext.tables.merge import StoredTable
@@ -107,7 +107,7 @@ def plans_table(found: Mapping[int, MeasuredChoice[Runner]], tokens: Iterable[in
     untried = {m: kernel_table.KernelEntry(None, run) for m in tokens}
     return untried | {
         m: kernel_table.KernelEntry(
-            result.pair if isinstance(result.pair, KernelPlan) else None, run, _of_measurement(result)
+            result.pair if isinstance(result.pair, Plan) else None, run, _of_measurement(result)
         )
         for m, result in found.items()
     }

@@ -302,7 +302,7 @@ def test_the_whole_command_prints_the_table_last_and_writes_the_document(
     command = (sys.executable, str(tmp_path / "fake.py"), "serves")
     monkeypatch.setattr(http_server, "command_of", lambda *_: command)
     monkeypatch.setattr(server_speed, "here", lambda _: PLACE)
-    monkeypatch.setattr(server_speed, "has_plans", lambda _: True)
+    monkeypatch.setattr(server_speed, "has_plans", lambda *_, **__: True)
     monkeypatch.setenv(env.STORE, str(tmp_path / "store"))
     monkeypatch.delenv(env.DISABLE, raising=False)
     cases = ["--prompts", "100", "--requests", "2", "--batch-runs", "1", "--order", "stock", "plugin"]
@@ -318,7 +318,7 @@ def test_json_is_all_of_standard_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(server_speed, "here", lambda _: PLACE)
-    monkeypatch.setattr(server_speed, "has_plans", lambda _: True)
+    monkeypatch.setattr(server_speed, "has_plans", lambda *_, **__: True)
     monkeypatch.setenv(env.STORE, str(tmp_path / "store"))
     assert server_speed.main(["--json", "--seconds", "0"]) == 1
     document = json.loads(capsys.readouterr().out)
@@ -328,12 +328,12 @@ def test_json_is_all_of_standard_output(
 def test_a_gpu_with_shipped_plans_is_not_tuned_and_another_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(env.STORE, str(tmp_path / "store"))
     engine = SglangInstallation("0.5.15", ENGINES_DIR / "sglang" / "0.5.15" / "sglang", "3.6.0")
-    places = [Place(find_gpu(gpu), engine, PLACE.date, PLACE.command) for gpu in ("H200", "H100")]
+    places = [Place(find_gpu(gpu), engine, PLACE.date, PLACE.command) for gpu in ("H200", "B200")]
     assert [server_speed.has_plans(place) for place in places] == [True, False]
 
 
 def test_a_tune_run_that_fails_is_told_and_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_speed, "has_plans", lambda _: False)
+    monkeypatch.setattr(server_speed, "has_plans", lambda *_, **__: False)
     monkeypatch.setattr(sys, "executable", "false")
     said = server_speed.tune_where_needed(PLACE, tmp_path, tmp_path, Clock(CLOCK_S))
     assert said == f"tune ended with status 1; its output is in {tmp_path / 'tune.log'}"

@@ -15,9 +15,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from offline_down import compiled
 
 from sglang_moe_ext.core import Quantization
+from sglang_moe_ext.few_tokens_config import DownTile, FewTokensConfig, UpTile
 from sglang_moe_ext.kernels.compiled import resources_of
 from sglang_moe_ext.kernels.few_tokens import ExpertWeights, Routed, down_arguments, up_arguments, workspace
-from sglang_moe_ext.kernels.few_tokens_config import DownTile, FewTokensConfig, UpTile
 from sglang_moe_ext.kernels.few_tokens_kernel import down_kernel, up_kernel
 
 EXPERTS, HIDDEN, INNER, TOP_K = 128, 2048, 768, 8

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from sglang_moe_ext.core import Quantization
-from sglang_moe_ext.kernels.few_tokens_config import (
+from sglang_moe_ext.few_tokens_config import (
     DownTile,
     FewTokensConfig,
     FewTokensProblem,

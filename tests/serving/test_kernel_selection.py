@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sglang_moe_ext import env
 from sglang_moe_ext.core import MoEShape, Quantization
 from sglang_moe_ext.engines.sglang import table_names
+from sglang_moe_ext.few_tokens_config import DownTile, FewTokensConfig, UpTile
 from sglang_moe_ext.kernels import warp_specialized_support
 from sglang_moe_ext.serving import kernel_selection
 from sglang_moe_ext.serving.selection import SATURATED_TOKENS
@@ -126,6 +127,36 @@ def test_a_broken_table_is_passed_over_with_a_line(tmp_path: Path, caplog: pytes
     with caplog.at_level(logging.WARNING):
         assert kernel_selection.load_plans(SHAPE, DEVICE, TRITON, [yours, shipped]) == CASES
     assert "passes over a table of kernel plans" in caplog.text
+
+
+FEW = FewTokensConfig(UpTile(1, 16, 256, 4, 3), DownTile(1, 16, 256, 4, 4))
+GROUPED = FewTokensConfig(UpTile(16, 32, 128, 4, 4), DownTile(16, 64, 128, 4, 4), grouped=True)
+SMALL = {
+    m: KernelEntry(it, RUN, {"us": 40.0})
+    for m, it in {1: FEW, 2: None, 4: FEW, 8: GROUPED, 32: FEW, 512: path()}.items()
+}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "plan"),
+    [(1, FEW), (2, None), (3, None), (4, FEW), (6, FEW), (7, GROUPED), (16, GROUPED), (17, FEW), (32, FEW), (33, None)],
+)
+def test_a_plan_for_few_tokens_runs_between_its_own_kind_where_its_rules_allow(
+    tokens: int, plan: FewTokensConfig | None
+) -> None:
+    """Behind the last of its kind tiles behind a sort may follow, and nothing is known of what lies between."""
+    assert kernel_selection.select_plan(SMALL, tokens, SHAPE) == plan
+
+
+def test_a_plan_for_few_tokens_runs_outside_of_graphs_too_and_on_gpus_before_hopper(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    entries = {1: SMALL[1], 1024: KernelEntry(path(), RUN, LONG)}
+    assert kernel_selection.drop_short(entries) == entries
+    with caplog.at_level(logging.WARNING):
+        found = kernel_selection.drop_unsupported(entries, SHAPE, 86, TRITON)
+    assert {m: entry.plan for m, entry in found.items()} == {1: FEW, 1024: None}
+    assert "M=1024: those behind its sort are for sm_90" in caplog.text
 
 
 GLUON = KernelPlan(WarpSpecializedUp(), DownConfig(64, 128, 64, 8, 4, 4))

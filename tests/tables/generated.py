@@ -5,6 +5,17 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from sglang_moe_ext.core import TileConfig
+from sglang_moe_ext.few_tokens_config import (
+    BLOCK_K,
+    COLUMNS,
+    NUM_STAGES,
+    NUM_WARPS,
+    ROWS,
+    SPLITS,
+    DownTile,
+    FewTokensConfig,
+    UpTile,
+)
 from sglang_moe_ext.sorted_kernels import (
     DownConfig,
     KernelPlan,
@@ -68,4 +79,13 @@ paths = st.builds(
     st.builds(DownConfig, _side, _side, _side, _count, _warps, _count, *_crew, st.booleans())
     | st.builds(ShortKDownConfig, _side, _side, _side, _count, _warps, _count)
     | st.builds(WarpSpecializedDown, st.sampled_from(["wide", "pair"]), *_warp_specialized),
+)
+
+_tile = tuple(map(st.sampled_from, (ROWS, COLUMNS, BLOCK_K, NUM_WARPS, NUM_STAGES)))
+plans_for_few_tokens = st.builds(
+    FewTokensConfig,
+    st.builds(UpTile, *_tile),
+    st.builds(DownTile, *_tile, st.sampled_from(SPLITS), st.integers(0, 32)),
+    st.booleans(),
+    st.booleans(),
 )

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_moe_ext.core import TableError, TileConfig
-from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, UpConfig, WarpSpecializedDown, WarpSpecializedUp
+from sglang_moe_ext.few_tokens_config import DownTile, FewTokensConfig, UpTile
+from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, Plan, UpConfig, WarpSpecializedDown, WarpSpecializedUp
 from sglang_moe_ext.tables import config_table, kernel_table
 from sglang_moe_ext.tables.kernel_table import KernelEntry
 from sglang_moe_ext.tables.provenance import TuningRun
-from tests.tables.generated import paths
+from tests.tables.generated import paths, plans_for_few_tokens
 
 RUN = TuningRun(
     "2026-11-21", "tune", "m", "E=8,N=128,K=256,topk=2", "H200", "k", "sglang 0.5.15", "3.6.0", None, None, 0, "1"
@@ -23,7 +24,7 @@ UP = UpConfig(128, 128, 64, 8, 8, 4)
 DOWN = DownConfig(64, 256, 64, 8, 8, 4, half_stores=True)
 PATH = KernelPlan(UP, DOWN)
 
-entries = st.builds(KernelEntry, st.none() | paths, st.just(RUN), st.just({"us": 1.5}))
+entries = st.builds(KernelEntry, st.none() | paths | plans_for_few_tokens, st.just(RUN), st.just({"us": 1.5}))
 
 
 @given(st.dictionaries(st.integers(1, 1 << 20), entries))
@@ -90,6 +91,48 @@ def test_a_plan_of_a_later_version_stays_in_the_file_when_others_are_written(hal
     file.write_text(json.dumps(later))
     kernel_table.put(file, {64: KernelEntry(None, RUN)})
     assert json.loads(file.read_text())["entries"]["4096"] == later["entries"]["4096"]
+
+
+FEW = FewTokensConfig(UpTile(8, 64, 128, 4, 4), DownTile(8, 128, 128, 4, 4, split=8, prefetched=1), wide_range=True)
+
+
+def test_a_plan_for_few_tokens_names_kernels_that_an_older_version_does_not_know_and_keeps() -> None:
+    """It reads an up and a down of a kernel each, and takes a well-formed name that is new to it for a later one."""
+    document = kernel_table.document_of(FEW)
+    assert document.keys() == {"up", "down"}
+    assert (document["up"]["kernel"], document["down"]["kernel"]) == ("few_tokens_up", "few_tokens_down")
+    assert kernel_table.parse_plan(document) == FEW
+
+
+@pytest.mark.parametrize("of", [GLUON, FEW], ids=str)
+@pytest.mark.parametrize("half", ["up", "down"])
+def test_a_field_that_only_a_later_version_knows_costs_its_own_entry_alone(half: str, of: Plan) -> None:
+    document = json.loads(kernel_table.to_json({m: KernelEntry(of, RUN) for m in (1, 4)}))
+    document["entries"]["4"]["path"][half]["cluster"] = 2
+    table = kernel_table.parse(document)
+    assert {m: entry.plan for m, entry in table.items()} == {1: of, 4: None}
+    assert json.loads(kernel_table.to_json(table)) == document
+
+
+@pytest.mark.parametrize(
+    ("half", "new"),
+    [
+        ("up", {"rows": 3}),
+        ("up", {"rows": True}),
+        ("up", {"grouped": 1}),
+        ("up", {"num_stages": 7}),
+        ("down", {"split": 5}),
+        ("down", {"prefetched": -1}),
+        ("down", {"columns": 256}),
+        ("down", {"columns": "64"}),
+    ],
+    ids=str,
+)
+def test_a_plan_for_few_tokens_of_sizes_that_were_not_tried_is_refused(half: str, new: dict[str, Any]) -> None:
+    document = kernel_table.document_of(FEW)
+    document[half] |= new
+    with pytest.raises(TableError):
+        kernel_table.parse_plan(document)
 
 
 def test_the_tables_of_earlier_versions_are_still_read() -> None:

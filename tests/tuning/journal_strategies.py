@@ -21,7 +21,7 @@ from sglang_moe_ext.tuning.bench.messages import (
     LayerTimes,
     Pair,
 )
-from tests.tables.generated import paths
+from tests.tables.generated import paths, plans_for_few_tokens
 
 whole = st.integers(1, 2**31 - 1)
 times = st.floats(allow_nan=False)
@@ -45,10 +45,16 @@ def screens(draw: st.DrawFn) -> tuple[BenchRequest, BenchResult]:
     return screen, GemmTimes(tuple(tuple(draw(st.lists(times, max_size=samples))) for _ in groups))
 
 
+counts = st.integers(0, 9)
+
+
 @st.composite
 def races(draw: st.DrawFn) -> tuple[BenchRequest, BenchResult]:
-    racers, rounds = draw(st.lists(pairs() | paths, min_size=1, max_size=3)), draw(st.integers(1, 4))
-    race = BenchLayers(draw(whole), tuple(racers), rounds, draw(st.integers(0, 9)), draw(st.integers(0, 9)))
+    racers, rounds = (
+        draw(st.lists(pairs() | paths | plans_for_few_tokens, min_size=1, max_size=3)),
+        draw(st.integers(1, 4)),
+    )
+    race = BenchLayers(draw(whole), tuple(racers), rounds, *draw(st.tuples(counts, counts, st.booleans())))
     us = tuple(tuple(draw(times) for _ in range(rounds)) for _ in racers)
     return race, LayerTimes(us, draw(whole), draw(st.none() | st.text(max_size=9)), draw(st.none() | whole))
 
@@ -59,7 +65,7 @@ def path_screens(draw: st.DrawFn) -> tuple[BenchRequest, BenchResult]:
     return BenchKernelPlan(draw(whole), draw(paths), samples), GemmTimes((tuple(draw(times) for _ in range(samples)),))
 
 
-checks = st.tuples(st.builds(CheckAccuracy, whole, pairs() | paths), st.builds(Accuracy, times))
+checks = st.tuples(st.builds(CheckAccuracy, whole, pairs() | paths | plans_for_few_tokens), st.builds(Accuracy, times))
 answered = screens() | path_screens() | races() | checks
 trials = answered | st.tuples(answered.map(lambda trial: trial[0]), failures)
 """A request with a result to it, or with a failure."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sglang_moe_ext.core import Gpu, MoEShape, Projection, Quantization, Table, TableKey, TileConfig
+from sglang_moe_ext.engines import few_tokens_layer
 from sglang_moe_ext.engines.adapter import EngineName, Sorted, Version
 from sglang_moe_ext.engines.lookup_probe import ProbeProcess
 from sglang_moe_ext.engines.sglang import (
@@ -21,7 +22,8 @@ from sglang_moe_ext.engines.sglang import (
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.engines.sglang.runner import LoadedSglang
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
-from sglang_moe_ext.sorted_kernels import FIRST_SM, KernelPlan
+from sglang_moe_ext.few_tokens_config import FIRST_SM, FewTokensConfig
+from sglang_moe_ext.sorted_kernels import Plan
 from sglang_moe_ext.tables import config_table
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ def why_not_tuned(quantization: Quantization, version: Version) -> str | None:
     return None
 
 
-def has_sorted_kernels(version: Version, sm: int) -> bool:
+def has_own_kernels(version: Version, sm: int) -> bool:
     return version >= kernel_sequence.FIRST_RELEASE and sm >= FIRST_SM
 
 
@@ -113,5 +115,7 @@ def run_layer(
     return runner.run(loaded, shape, tensors, up, down)
 
 
-def run_kernel_plan(loaded: LoadedSglang, shape: MoEShape, tensors: LayerTensors, path: KernelPlan) -> torch.Tensor:
+def run_kernel_plan(loaded: LoadedSglang, shape: MoEShape, tensors: LayerTensors, path: Plan) -> torch.Tensor:
+    if isinstance(path, FewTokensConfig):
+        return few_tokens_layer.result(tensors, shape.quantization, path)
     return sorted_layer.result(loaded, shape, tensors, path)

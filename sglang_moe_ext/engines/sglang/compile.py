@@ -26,6 +26,7 @@ from sglang_moe_ext.engines.sglang import sorted_layer
 from sglang_moe_ext.engines.sglang.runner import LoadedSglang, launch, load
 from sglang_moe_ext.engines.sglang.sorted_layer import RowValues, SortedLayer
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors, sorted_rows
+from sglang_moe_ext.few_tokens_config import FewTokensConfig
 from sglang_moe_ext.sorted_kernels import (
     SCALE_GROUP,
     DownConfig,
@@ -118,7 +119,32 @@ def compile_job(job: CompileJob | SortedKernelJob) -> Resources | Failure:
     """What the binary of this job needs, or why the compiler refuses it."""
     engine = _engine()
     _prepare(engine.kernels, job.sm)
-    return _compile_sorted(engine, job) if isinstance(job, SortedKernelJob) else _compile_gemm(engine, job)
+    match job:
+        case CompileJob():
+            return _compile_gemm(engine, job)
+        case SortedKernelJob(config=FewTokensConfig() as plan):
+            return _compile_few_tokens(job, plan)
+        case SortedKernelJob():
+            return _compile_sorted(engine, job)
+
+
+def _compile_few_tokens(job: SortedKernelJob, plan: FewTokensConfig) -> Resources | Failure:
+    from sglang_moe_ext.kernels import few_tokens
+
+    few_tokens._sm = lambda _: job.sm  # type: ignore[assignment]
+    tensors, quantization = _layer_tensors(job), job.shape.quantization
+    routed = few_tokens.Routed(tensors.topk_ids, tensors.topk_weights)
+    between = few_tokens.workspace(tensors.hidden, tensors.w1, tensors.topk_ids, plan)
+
+    def launch_up() -> None:
+        weights = few_tokens.ExpertWeights(tensors.w1, tensors.w1_scale, quantization)
+        few_tokens.few_tokens_up(tensors.hidden, weights, routed, between, plan)
+
+    def launch_down() -> None:
+        weights = few_tokens.ExpertWeights(tensors.w2, tensors.w2_scale, quantization)
+        few_tokens.few_tokens_down(between, weights, routed, tensors.hidden, plan)
+
+    return meta_compile.compile_every_launch(job.sm, launch_up if job.projection == "up" else launch_down)
 
 
 def _compile_gemm(engine: LoadedSglang, job: CompileJob) -> Resources | Failure:
@@ -135,6 +161,8 @@ def _compile_sorted(engine: LoadedSglang, job: SortedKernelJob) -> Resources | F
 
     tma.capability = lambda _: divmod(job.sm, 10)  # type: ignore[assignment]
     match job.config:
+        case FewTokensConfig():
+            raise TypeError("a plan for few tokens sorts nothing")
         case TileConfig() | UpConfig() | WarpSpecializedUp() as up:
             plan = KernelPlan(up, DownConfig(job.block_m, 128, 64, 1, 4, 3))
         case down:

@@ -23,6 +23,8 @@ LAYER_MODULES = (
 LOOKUP, LAUNCH = "try_get_optimal_moe_config", "invoke_fused_moe_kernel"
 SEQUENCE = "_fused_moe_kernel_sequence"
 """All kernels of a layer behind the sort of its tokens; a function of its own since 0.5.11."""
+SORT = "moe_align_block_size"
+"""In the layer's module: called straight behind the lookup, and for the sequence of kernels alone, up to 0.5.23."""
 # By position, as the engine's own callers give them; what follows goes by name.
 _LOOKUP_PARAMETERS = ("w1_shape", "w2_shape", "top_k", "dtype", "M", "is_marlin", "block_shape")
 _LOOKUP_NAMED = "return_down_config"

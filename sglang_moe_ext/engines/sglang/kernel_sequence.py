@@ -6,6 +6,7 @@ it is not given; else the engine's own kernels run.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping
@@ -13,9 +14,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sglang_moe_ext.core import ActivationDtype, EngineError, MoEShape, Quantization
+from sglang_moe_ext.engines import few_tokens_layer
 from sglang_moe_ext.engines.config_dict import ConfigWithPlan
+from sglang_moe_ext.engines.sglang.deferred_sort import DeferredSort, sort_now
 from sglang_moe_ext.engines.sglang.hook_points import SEQUENCE, SglangHookPoints
-from sglang_moe_ext.sorted_kernels import SCALE_GROUP, KernelPlan
+from sglang_moe_ext.engines.tensors import LayerTensors
+from sglang_moe_ext.few_tokens_config import FewTokensConfig
+from sglang_moe_ext.sorted_kernels import SCALE_GROUP, KernelPlan, Plan
 
 if TYPE_CHECKING:
     import torch
@@ -27,9 +32,10 @@ FIRST_RELEASE = (0, 5, 11)
 DOWN_POSITION = 9
 """Of `down_config`, the entry that carries our kernel plan, in all releases from 0.5.11 to 0.5.23."""
 _DOWN = "down_config"
+_SORTED = ("sorted_token_ids", "expert_ids", "num_tokens_post_padded")
 _BY_POSITION = (
     "hidden_states", "w1", "w2", "topk_weights", "topk_ids",
-    "sorted_token_ids", "expert_ids", "num_tokens_post_padded", "config", _DOWN,
+    *_SORTED, "config", _DOWN,
 )  # fmt: skip
 _TAKEN = frozenset(_BY_POSITION) | {
     "w1_scale", "w2_scale", "block_shape", "use_fp8_w8a8", "per_channel_quant",
@@ -44,6 +50,9 @@ _NEEDED = {
     "inplace", "routed_scaling_factor", "filter_expert",
 }  # fmt: skip
 _FP8_BLOCK = [SCALE_GROUP, SCALE_GROUP]
+_NOT_QUANTIZED = Quantization()
+_OF_BLOCKS = Quantization("fp8_w8a8", (SCALE_GROUP, SCALE_GROUP))
+_OF_CHANNELS = Quantization("fp8_w8a8", None, per_channel=True)
 _SYMMETRIC_MEMORY = "sglang.srt.distributed.device_communicators.pynccl_allocator"
 _NOTHING = object()
 _SOME_RANKS = 2
@@ -134,7 +143,7 @@ def parameters(function: Callable[..., Any]) -> SequenceParameters:
     return SequenceParameters(names, defaults, tuple(name for name in names if name not in _KNOWN))
 
 
-def plan_of(args: tuple[Any, ...], kwargs: Arguments) -> KernelPlan | None:
+def plan_of(args: tuple[Any, ...], kwargs: Arguments) -> Plan | None:
     """The kernel plan that our lookup chose for this call, if it did."""
     entry = args[DOWN_POSITION] if len(args) > DOWN_POSITION else kwargs.get(_DOWN)
     return entry.plan if isinstance(entry, ConfigWithPlan) else None
@@ -187,15 +196,19 @@ def _of_tensors(given: Arguments) -> ArgumentGate | None:
     return None
 
 
-def run(given: Arguments, plan: KernelPlan, engine: SglangHookPoints) -> torch.Tensor:
+def run(given: Arguments, plan: Plan, engine: SglangHookPoints) -> torch.Tensor:
     """What the sequence returns: [tokens, hidden], the hidden states themselves where it works in place."""
     import torch
 
+    hidden = given["hidden_states"]
+    factor = 1.0 if given["routed_scaling_factor"] is None else float(given["routed_scaling_factor"])
+    out: torch.Tensor = hidden if given["inplace"] else torch.empty_like(hidden)
+    if isinstance(plan, FewTokensConfig):
+        few_tokens_layer.run(_tensors(given), _quantization(given), plan, out, factor)
+        return out
     from sglang_moe_ext.engines.sglang import sorted_layer
 
-    hidden, factor = given["hidden_states"], given["routed_scaling_factor"]
-    out: torch.Tensor = hidden if given["inplace"] else torch.empty_like(hidden)
-    sorted_layer.run(_layer(given, plan, engine), out, 1.0 if factor is None else float(factor))
+    sorted_layer.run(_layer(given, plan, engine), out, factor)
     return out
 
 
@@ -203,49 +216,72 @@ _LOADING_TOKENS = (16, 3)
 """Divisible by 16 and not: compilers make binaries of their own for whole numbers of 16. Few, for little memory."""
 
 
-def load_kernels(given: Arguments, plan: KernelPlan, engine: SglangHookPoints) -> None:
+def load_kernels(given: Arguments, plan: Plan, engine: SglangHookPoints) -> None:
     """Compile and load what the plan launches for this layer, by running it on batches of zeros."""
+    if isinstance(plan, FewTokensConfig):
+        # A binary is for any number of tokens; grouped, there is one for more pairs than experts, and one for fewer.
+        for tokens in (1, plan.up.rows) if plan.grouped else (1,):
+            few_tokens_layer.result(_tensors({**given, **_zeros(given, tokens)}), _quantization(given), plan)
+        return
     import torch
 
     from sglang_moe_ext.engines.sglang import sorted_layer
 
-    experts, top_k = given["w1"].shape[0], given["topk_ids"].shape[1]
     for tokens in _LOADING_TOKENS:
-        ids = torch.arange(top_k, dtype=given["topk_ids"].dtype, device=given["topk_ids"].device)
-        batch = {
-            "hidden_states": given["hidden_states"].new_zeros(tokens, given["hidden_states"].shape[1]),
-            "topk_weights": given["topk_weights"].new_zeros(tokens, top_k),
-            "topk_ids": ids.repeat(tokens, 1),
-        }
-        aligned = engine.layer.moe_align_block_size(batch["topk_ids"], plan.block_m, experts)
-        names = ("sorted_token_ids", "expert_ids", "num_tokens_post_padded")
-        layer = _layer({**given, **batch, **dict(zip(names, aligned, strict=True))}, plan, engine)
-        sorted_layer.run(layer, torch.empty_like(batch["hidden_states"]))
+        batch = _zeros(given, tokens)
+        sort = functools.partial(
+            engine.layer.moe_align_block_size, batch["topk_ids"], plan.block_m, given["w1"].shape[0]
+        )
+        parts = dict(zip(_SORTED, DeferredSort(sort).parts(), strict=True))
+        sorted_layer.run(_layer({**given, **batch, **parts}, plan, engine), torch.empty_like(batch["hidden_states"]))
+
+
+def _zeros(given: Arguments, tokens: int) -> dict[str, torch.Tensor]:
+    """A batch of so many tokens, of the types of this call."""
+    import torch
+
+    ids = torch.arange(top_k := given["topk_ids"].shape[1], dtype=given["topk_ids"].dtype, device=given["w1"].device)
+    return {
+        "hidden_states": given["hidden_states"].new_zeros(tokens, given["hidden_states"].shape[1]),
+        "topk_weights": given["topk_weights"].new_zeros(tokens, top_k),
+        "topk_ids": ids.repeat(tokens, 1),
+    }
 
 
 def _layer(given: Arguments, plan: KernelPlan, engine: SglangHookPoints) -> SortedLayer:
     from sglang_moe_ext.engines.sglang import sorted_layer
     from sglang_moe_ext.engines.sglang.runner import LoadedSglang
-    from sglang_moe_ext.engines.tensors import LayerTensors
 
-    hidden, w1, w2, topk_ids = (given[name] for name in ("hidden_states", "w1", "w2", "topk_ids"))
-    quantization = Quantization()
-    if given["use_fp8_w8a8"]:
-        per_channel = bool(given["per_channel_quant"])
-        quantization = Quantization("fp8_w8a8", None if per_channel else (128, 128), per_channel)
-    shape = MoEShape(
+    loaded = LoadedSglang(engine.engine.version, engine.kernels, None, engine.layer)
+    shape, tensors = _shape(given), _tensors(given)
+    if sorted_layer.can_sort(shape):
+        return sorted_layer.sort(loaded, shape, tensors, plan)
+    ids, experts, padded = sort_now(tuple(given[name] for name in _SORTED), {})[0]
+    return sorted_layer.take_sorted(loaded, shape, tensors, plan, (ids, experts, padded))
+
+
+def _shape(given: Arguments) -> MoEShape:
+    w1, w2 = given["w1"], given["w2"]
+    return MoEShape(
         experts=w1.shape[0],
         intermediate_size=w2.shape[2],
         hidden_size=w2.shape[1],
-        top_k=topk_ids.shape[1],
-        quantization=quantization,
-        dtype=_dtype(hidden),
+        top_k=given["topk_ids"].shape[1],
+        quantization=_quantization(given),
+        dtype=_dtype(given["hidden_states"]),
         ep=_SOME_RANKS if given["filter_expert"] else 1,
     )
-    loaded = LoadedSglang(engine.engine.version, engine.kernels, None, engine.layer)
-    tensors = LayerTensors(hidden, w1, w2, given["w1_scale"], given["w2_scale"], given["topk_weights"], topk_ids)
-    aligned = given["sorted_token_ids"], given["expert_ids"], given["num_tokens_post_padded"]
-    return sorted_layer.take_sorted(loaded, shape, tensors, plan, aligned)
+
+
+def _quantization(given: Arguments) -> Quantization:
+    if not given["use_fp8_w8a8"]:
+        return _NOT_QUANTIZED
+    return _OF_CHANNELS if given["per_channel_quant"] else _OF_BLOCKS
+
+
+def _tensors(given: Arguments) -> LayerTensors:
+    names = ("hidden_states", "w1", "w2", "w1_scale", "w2_scale", "topk_weights", "topk_ids")
+    return LayerTensors(*(given[name] for name in names))
 
 
 def _dtype(hidden: torch.Tensor) -> ActivationDtype:

@@ -15,7 +15,7 @@ from sglang_moe_ext.engines.vllm import installation, lookup_probe, runner, supp
 from sglang_moe_ext.engines.vllm.hook_points import GROUPS_RUN_TRITON
 from sglang_moe_ext.engines.vllm.installation import VllmInstallation
 from sglang_moe_ext.engines.vllm.runner import LoadedVllm
-from sglang_moe_ext.sorted_kernels import KernelPlan
+from sglang_moe_ext.sorted_kernels import Plan
 from sglang_moe_ext.tables import config_table
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def why_not_tuned(quantization: Quantization, version: Version) -> str | None:
     return "up to 0.32 it may hand the tiles of a table for weights of groups to a CUDA kernel, for few tokens"
 
 
-def has_sorted_kernels(version: Version, sm: int) -> bool:
+def has_own_kernels(version: Version, sm: int) -> bool:
     return False
 
 
@@ -112,5 +112,5 @@ def run_layer(
     return runner.run(loaded, shape, tensors, up, down)
 
 
-def run_kernel_plan(loaded: LoadedVllm, shape: MoEShape, tensors: LayerTensors, path: KernelPlan) -> torch.Tensor:
+def run_kernel_plan(loaded: LoadedVllm, shape: MoEShape, tensors: LayerTensors, path: Plan) -> torch.Tensor:
     raise EngineError(f"vLLM runs no kernels of ours: {path} is for SGLang")

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from sglang_moe_ext.core import MoEShape
 from sglang_moe_ext.engines.adapter import EngineName
-from sglang_moe_ext.sorted_kernels import KernelPlan
+from sglang_moe_ext.few_tokens_config import FewTokensConfig
+from sglang_moe_ext.sorted_kernels import Plan
 from sglang_moe_ext.tuning.bench.messages import (
     Accuracy,
     BenchGemm,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from sglang_moe_ext.kernels.launcher import RecordedLaunch
     from sglang_moe_ext.tuning.bench.clocks import ClockReading
+    from sglang_moe_ext.tuning.bench.graph_timer import GraphStopwatch
     from sglang_moe_ext.tuning.bench.layer import LayerBatch
 
 _KEPT_SCREENS = 2000
@@ -74,6 +76,7 @@ class GpuBench:
         self.layer = BenchedLayer(engine, setup.shape, setup.routing, setup.seed, adapter=adapter)
         queue = cuda_queue()
         self._gemms, self._layers = Stopwatch(queue), Stopwatch(queue)
+        self._graph_stopwatch: GraphStopwatch | None = None
         self._clocks = ClockWatch(0)
         self._batch: LayerBatch | None = None
         self._screens = 0
@@ -167,7 +170,7 @@ class GpuBench:
 
     def _whole(self, batch: LayerBatch, runner: Runner) -> Callable[[int], torch.Tensor]:
         layer, adapter = self.layer, self.layer.adapter
-        if isinstance(runner, KernelPlan):
+        if isinstance(runner, Plan):
             return lambda turn: adapter.run_kernel_plan(layer.engine, layer.shape, layer.whole(batch, turn), runner)
         up, down = runner["up"], runner["down"]
         return lambda turn: adapter.run_layer(layer.engine, layer.shape, layer.whole(batch, turn), up, down)
@@ -181,14 +184,28 @@ class GpuBench:
         for launch in launches:
             launch(0)
         read: list[ClockReading | None] = []
-        rounds = self._layers.rounds(launches, range(request.rounds), lambda: read.append(self._clocks.read()))
+
+        def note_clocks() -> None:
+            read.append(self._clocks.read())
+
+        if request.in_graph:
+            rounds = self._graphs().rounds(launches, request.rounds, ROUTINGS, note_clocks)
+        else:
+            rounds = self._layers.rounds(launches, range(request.rounds), note_clocks)
         [clocks] = read
         return LayerTimes(
             us=tuple(zip(*rounds, strict=True)),
-            routings=ROUTINGS,
+            routings=1 if request.in_graph else ROUTINGS,
             throttled=None if clocks is None else clocks.spoiled,
             sm_clock_mhz=None if clocks is None else clocks.sm_mhz,
         )
+
+    def _graphs(self) -> GraphStopwatch:
+        from sglang_moe_ext.tuning.bench.graph_timer import GraphStopwatch
+
+        if self._graph_stopwatch is None:
+            self._graph_stopwatch = GraphStopwatch()
+        return self._graph_stopwatch
 
     def _check(self, check: CheckAccuracy) -> Accuracy:
         """With one routing of each kind; the largest error of them."""
@@ -202,7 +219,8 @@ class GpuBench:
         for turn in range(min(len(self.layer.source.makers), ROUTINGS)):
             with NanFill():
                 out = run(turn)
-            errors.append(self.layer.error(batch, turn, out))
+            keeps = isinstance(check.pair, FewTokensConfig)
+            errors.append(self.layer.error(batch, turn, out, quantizes_activations=not keeps))
         return Accuracy(max(errors))
 
 

@@ -163,8 +163,11 @@ class BenchedLayer:
             topk_ids=chosen.topk_ids,
         )
 
-    def error(self, batch: LayerBatch, turn: int, out: torch.Tensor) -> float:
-        """Relative error of what the whole layer gave, [tokens, hidden], against the reference."""
+    def error(self, batch: LayerBatch, turn: int, out: torch.Tensor, *, quantizes_activations: bool = True) -> float:
+        """Relative error of what the whole layer gave, [tokens, hidden], against the reference.
+
+        `quantizes_activations`: as the scheme says; else the reference takes them as they are.
+        """
         tensors = self.whole(batch, turn)
         if not bool(out.isfinite().all()):
             return float("inf")
@@ -183,6 +186,7 @@ class BenchedLayer:
             w2_scale=tensors.w2_scale,
             activation="silu" if self.shape.gated else "relu2",
             gated=self.shape.gated,
+            quantizes_activations=quantizes_activations,
         )
         return reference.relative_error(out[rows], expected)
 

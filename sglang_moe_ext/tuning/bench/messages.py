@@ -7,22 +7,23 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from sglang_moe_ext.core import CompileKey, Failure, Projection, TileConfig
-from sglang_moe_ext.sorted_kernels import KernelPlan
+from sglang_moe_ext.few_tokens_config import FewTokensConfig
+from sglang_moe_ext.sorted_kernels import KernelPlan, Plan
 
 Pair = dict[Projection, TileConfig]
 """The configurations of the up and the down GEMM. Both share one BLOCK_SIZE_M."""
-Runner = Pair | KernelPlan
+Runner = Pair | KernelPlan | FewTokensConfig
 """What a layer can run: the engine's own kernels with a pair, or our kernels with a plan."""
 
 
 def identity(runner: Runner) -> Hashable:
     """Equal for two runners that run the same kernels."""
-    return runner if isinstance(runner, KernelPlan) else (runner["up"], runner["down"])
+    return runner if isinstance(runner, Plan) else (runner["up"], runner["down"])
 
 
 def describe(runner: Runner) -> str:
     """The runner's name in a log."""
-    return str(runner) if isinstance(runner, KernelPlan) else f"up {runner['up']}, down {runner['down']}"
+    return str(runner) if isinstance(runner, Plan) else f"up {runner['up']}, down {runner['down']}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class BenchLayers:
     """Time whole layers in turn, one for each runner: align, quantize, up, activation, down, sum.
 
     The result is LayerTimes. `attempt` tells a repetition from the first measurement; `data` selects the inputs and
-    the routings.
+    the routings. `in_graph`: as a server decodes, from CUDA graphs, each round over all routings.
     """
 
     TIME_LIMIT_S: ClassVar[float] = 300.0
@@ -76,6 +77,7 @@ class BenchLayers:
     rounds: int
     attempt: int = 0
     data: int = 0
+    in_graph: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,10 @@ class LayerTimes:
 
 @dataclass(frozen=True, slots=True)
 class CheckAccuracy:
-    """Compare the layer's output with the reference, on fresh inputs and poisoned buffers. The result is Accuracy."""
+    """Compare the layer's output with the reference, on fresh inputs and poisoned buffers. The result is Accuracy.
+
+    The reference quantizes activations where the runner does: a plan for few tokens keeps them in 16 bits.
+    """
 
     TIME_LIMIT_S: ClassVar[float] = 300.0
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from sglang_moe_ext.core import CompileKey, Failure, StoreError, TableError, TileConfig
-from sglang_moe_ext.sorted_kernels import KernelPlan
+from sglang_moe_ext.sorted_kernels import KernelPlan, Plan
 from sglang_moe_ext.tables import kernel_table
 from sglang_moe_ext.tuning.bench import messages
 from sglang_moe_ext.tuning.bench.messages import (
@@ -40,7 +40,8 @@ def identity(request: BenchRequest) -> Hashable:
             return request
         case BenchLayers():
             runners = tuple(map(messages.identity, request.pairs))
-            return BenchLayers, request.tokens, runners, request.rounds, request.attempt, request.data
+            numbers = request.rounds, request.attempt, request.data, request.in_graph
+            return BenchLayers, request.tokens, runners, *numbers
         case CheckAccuracy():
             return CheckAccuracy, request.tokens, messages.identity(request.pair)
 
@@ -57,14 +58,15 @@ def _request_fields(request: BenchRequest) -> dict[str, object]:
             return {"s": [tokens, projection, numbers, groups, samples]}
         case BenchKernelPlan(tokens, plan, samples):
             return {"p": [tokens, kernel_table.document_of(plan), samples]}
-        case BenchLayers(tokens, runners, rounds, attempt, data):
-            return {"r": [tokens, [_of_runner(runner) for runner in runners], rounds, attempt, data]}
+        case BenchLayers(tokens, runners, rounds, attempt, data, in_graph):
+            graph = [in_graph] if in_graph else []
+            return {"r": [tokens, [_of_runner(runner) for runner in runners], rounds, attempt, data, *graph]}
         case CheckAccuracy(tokens, runner):
             return {"c": [tokens, _of_runner(runner)]}
 
 
 def _of_runner(runner: Runner) -> object:
-    if isinstance(runner, KernelPlan):
+    if isinstance(runner, Plan):
         return kernel_table.document_of(runner)
     return [_of_config(runner["up"]), _of_config(runner["down"])]
 
@@ -147,17 +149,18 @@ def _bench_plan(document: Any) -> BenchKernelPlan:
     match document:
         case [tokens, plan, samples]:
             _whole(tokens, samples)
-            return BenchKernelPlan(tokens, _plan(plan), samples)
+            if isinstance(found := _plan(plan), KernelPlan):
+                return BenchKernelPlan(tokens, found, samples)
     raise StoreError(f"expected tokens, a kernel plan and samples, found {_shown(document)}")
 
 
 def _bench_layers(document: Any) -> BenchLayers:
     match document:
-        case [tokens, [_, *_] as runners, rounds, attempt, data]:
+        case [tokens, [_, *_] as runners, rounds, attempt, data, *graph] if graph in ([], [True]):
             _whole(tokens, rounds)
             _whole(attempt, data, least=0)
-            return BenchLayers(tokens, tuple(map(_runner, runners)), rounds, attempt, data)
-    raise StoreError(f"expected tokens, pairs, rounds, attempt and data, found {_shown(document)}")
+            return BenchLayers(tokens, tuple(map(_runner, runners)), rounds, attempt, data, graph == [True])
+    raise StoreError(f"expected tokens, pairs, rounds, attempt, data and perhaps true, found {_shown(document)}")
 
 
 def _check_accuracy(document: Any) -> CheckAccuracy:
@@ -172,7 +175,7 @@ def _runner(document: Any) -> Runner:
     return _plan(document) if isinstance(document, dict) else _pair(document)
 
 
-def _plan(document: Any) -> KernelPlan:
+def _plan(document: Any) -> Plan:
     try:
         return kernel_table.parse_plan(document)
     except TableError as error:

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from sglang_moe_ext.core import CompileKey, Failure, MoEExtError, Projection, Resources
-from sglang_moe_ext.sorted_kernels import KernelPlan, list_jobs
+from sglang_moe_ext.sorted_kernels import Plan, list_jobs
 from sglang_moe_ext.tuning.bench.messages import BenchGemm, BenchRequest, BenchResult, Measure, Pair, Runner
 from sglang_moe_ext.tuning.compile.kernel_source import Job
 from sglang_moe_ext.tuning.compile.processes import UNABLE
 from sglang_moe_ext.tuning.request import MeasureOptions, Progress, TuneRequest
 from sglang_moe_ext.tuning.run.executor import Executor, run_tasks
 from sglang_moe_ext.tuning.run.journal import Journal
-from sglang_moe_ext.tuning.search import candidates, final_comparison, sorted_kernels
+from sglang_moe_ext.tuning.search import candidates, few_tokens, final_comparison, sorted_kernels
 from sglang_moe_ext.tuning.search import screening as search
 from sglang_moe_ext.tuning.search.candidates import Candidates
 from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
@@ -65,7 +65,7 @@ def measure_all(
     counted = _Counted(progress, sum(len({c.compile_key for c in of}) for task in tasks for of in task.listed.values()))
     _get_ready(executors, request, tasks, measuring)
     budget = Budget(measuring.budget_s, len(tasks), len(executors))
-    search_of = _Search(request, EFFORTS[measuring.effort], journal, budget, counted, measuring.with_sorted_kernels)
+    search_of = _Search(request, EFFORTS[measuring.effort], journal, budget, counted, measuring.with_own_kernels)
     screenings = run_tasks(
         executors,
         [partial(_screen, search_of, task) for task in tasks],
@@ -130,7 +130,7 @@ class _Search:
     journal: Journal
     budget: Budget
     counted: _Counted
-    with_sorted_kernels: bool
+    with_own_kernels: bool
 
     def fastest_keys(self, times: Times, count: int) -> dict[Projection, list[CompileKey]]:
         of_both = search.fastest_shared_keys
@@ -165,7 +165,8 @@ def _screen(of: _Search, task: SearchTask, executor: Executor) -> Screening:
     screening = search.screen(task.tokens, task.listed, of.effort, measure, clean, of.budget.share(), of.fastest_keys)
     for pair in of.finalists(screening, of.effort.finalists):
         executor.want(candidates.pair_jobs(pair, problem, task.tokens))
-    if of.with_sorted_kernels:
+    if of.with_own_kernels:
+        executor.want(few_tokens.jobs(problem, task.tokens))
         executor.want(sorted_kernels.screening_jobs(problem, task.tokens))
     return screening
 
@@ -193,16 +194,19 @@ def _decide(
     chosen = final_comparison.confirm(
         shape, tokens, runnable, incumbent, measure, rounds=rounds, tried=screening.tried, failures=screening.failures
     )
-    if chosen is None or not of.with_sorted_kernels or of.budget.is_spent():
+    if chosen is None or not of.with_own_kernels or of.budget.is_spent():
         return chosen, None
+    executor.want(few_tokens.jobs(problem, tokens))
     ups = [pair["up"] for pair in runnable]
     executor.want(sorted_kernels.screening_jobs(problem, tokens, [chosen.pair["up"], *ups]))
 
-    def clean(plan: KernelPlan) -> Failure | None:
+    def clean(plan: Plan) -> Failure | None:
         troubles = (
             candidates.misfit(job, _binary(executor, job), problem.gpu)
             for job in list_jobs(plan, shape, tokens, problem.gpu.sm)
         )
         return next((trouble for trouble in troubles if trouble is not None), None)
 
+    if few_tokens.contenders(problem, tokens):
+        return chosen, few_tokens.compare_plans(problem, tokens, chosen.pair, measure, clean, rounds=rounds)
     return chosen, sorted_kernels.compare_plans(problem, tokens, chosen.pair, ups, measure, clean, rounds=rounds)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from sglang_moe_ext.core import Failure, MoEShape, Scheme
+from sglang_moe_ext.few_tokens_config import FewTokensConfig
 from sglang_moe_ext.schemes import NOT_QUANTIZED, SCHEMES
 from sglang_moe_ext.tuning.bench.messages import (
     Accuracy,
@@ -63,11 +64,13 @@ class _Entrants:
     runners: dict[int, Runner]
     rounds: int
     data: int
+    in_graph: bool
 
     def request(self, places: Sequence[int]) -> BenchLayers:
         """The incumbent runs first and last, which gives the noise."""
         turns = [*places, 0] if 0 in places else places
-        return BenchLayers(self.tokens, tuple(self.runners[place] for place in turns), self.rounds, data=self.data)
+        entrants = tuple(self.runners[place] for place in turns)
+        return BenchLayers(self.tokens, entrants, self.rounds, data=self.data, in_graph=self.in_graph)
 
 
 def interleave(
@@ -78,10 +81,11 @@ def interleave(
     *,
     rounds: int,
     data: int = 0,
+    in_graph: bool = False,
 ) -> InterleavedComparison:
     """Compare all in one measurement; if it fails, those that run alone; then the incumbent with ever fewer of them."""
     runners = {place: pair for place, pair in enumerate((incumbent, *challengers)) if pair is not None}
-    entrants = _Entrants(tokens, runners, rounds, data)
+    entrants = _Entrants(tokens, runners, rounds, data, in_graph)
     field, out = list(runners), dict[int, Failure]()
     result = _compare(entrants.request(field), measure) if field else None
     if isinstance(result, Failure):
@@ -107,7 +111,9 @@ def _failing_alone(entrants: _Entrants, measure: Measure) -> dict[int, Failure]:
     """Those that fail in a round without the others."""
     found: dict[int, Failure] = {}
     for place, pair in entrants.runners.items():
-        result = measure(BenchLayers(entrants.tokens, (pair,), rounds=1, data=entrants.data))
+        result = measure(
+            BenchLayers(entrants.tokens, (pair,), rounds=1, data=entrants.data, in_graph=entrants.in_graph)
+        )
         if isinstance(result, Failure):
             found[place] = result
             log.warning("M=%d: %s fails: %s: %s", entrants.tokens, describe(pair), result.kind, result.message)
@@ -217,11 +223,16 @@ class _Comparison(Generic[R]):
     rounds: int
     measure: Measure
     errors: dict[Hashable, float | None]
+    in_graph: bool = False
 
 
-def is_right(shape: MoEShape, error: float | Failure) -> bool:
-    """Whether a layer with that relative error may serve."""
-    return not isinstance(error, Failure) and error <= TOLERATED_ERROR[shape.quantization.scheme]
+def is_right(shape: MoEShape, error: float | Failure, runner: Runner | None = None) -> bool:
+    """Whether a layer with that relative error may serve.
+
+    A plan for few tokens keeps activations in 16 bits whatever the weights are, and is held against the bound of those.
+    """
+    scheme = None if isinstance(runner, FewTokensConfig) else shape.quantization.scheme
+    return not isinstance(error, Failure) and error <= TOLERATED_ERROR[scheme]
 
 
 def confirm(  # noqa: PLR0913 - the last two only pass through, into the noun that tells all of an M
@@ -234,13 +245,14 @@ def confirm(  # noqa: PLR0913 - the last two only pass through, into the noun th
     rounds: int,
     tried: int,
     failures: Mapping[str, int],
+    in_graph: bool = False,
 ) -> MeasuredChoice[R] | None:
     """The first right finalist that beats the incumbent in a confirmation run, or the incumbent.
 
     A wrong incumbent is replaced by the fastest right finalist. None where no runner gives a right result.
     """
     challengers = [pair for place, pair in enumerate(finalists) if pair not in (incumbent, *finalists[:place])]
-    comparison = _Comparison(shape, tokens, incumbent, rounds, measure, {})
+    comparison = _Comparison(shape, tokens, incumbent, rounds, measure, {}, in_graph)
     ranked = _rank(comparison, challengers, data=0)
     chosen = _winner(comparison, ranked) or _first_right(comparison, ranked)
     error = None if chosen is None else _tolerable_error(comparison, chosen.pair)
@@ -265,8 +277,9 @@ def confirm(  # noqa: PLR0913 - the last two only pass through, into the noun th
 def _rank(comparison: _Comparison[R], challengers: Sequence[R], data: int) -> list[_Verdict[R]]:
     """The runners that finished a comparison, by gain over the incumbent, which is one of them if it runs."""
     compared = interleave(
-        comparison.tokens, comparison.incumbent, challengers, comparison.measure, rounds=comparison.rounds, data=data
-    )
+        comparison.tokens, comparison.incumbent, challengers, comparison.measure,
+        rounds=comparison.rounds, data=data, in_graph=comparison.in_graph,
+    )  # fmt: skip
     if compared.times is None:
         return []
     incumbent_us = compared.incumbent.us if isinstance(compared.incumbent, ComparedLayer) else math.inf
@@ -315,7 +328,7 @@ def _check(comparison: _Comparison[R], pair: R) -> float | None:
     tokens, name = comparison.tokens, describe(pair)
     result = comparison.measure(CheckAccuracy(tokens, pair))
     if isinstance(result, Accuracy):
-        if is_right(comparison.shape, result.error):
+        if is_right(comparison.shape, result.error, pair):
             return result.error
         log.warning("M=%d: %s is WRONG (relative error %.3g): left out", tokens, name, result.error)
     elif isinstance(result, Failure):

@@ -11,6 +11,7 @@ from typing import Literal, cast
 
 from sglang_moe_ext.core import Failure, MoEShape, TileConfig
 from sglang_moe_ext.sorted_kernels import (
+    FIRST_SM,
     LONGEST_K,
     Down,
     DownConfig,
@@ -34,8 +35,10 @@ BLOCKS_M = (64, 128)
 _FEWEST_ROWS = 32
 
 
-def why_not(shape: MoEShape, tokens: int) -> str | None:
-    """Why no kernel plan is tried there, None where some are."""
+def why_not(shape: MoEShape, tokens: int, sm: int = FIRST_SM) -> str | None:
+    """Why no plan behind a sort is tried there, None where some are."""
+    if sm < FIRST_SM:
+        return f"they are for sm_{FIRST_SM} and newer, this GPU is sm_{sm}"
     if why := why_unsupported(shape):
         return why
     # H200, 2026-11-21: below, ours lost at every M of four layers (docs/benchmarks/kernels.md).
@@ -166,7 +169,7 @@ _FINALISTS = 3
 def screening_jobs(problem: Problem, tokens: int, engines_ups: Iterable[TileConfig] = ()) -> list[SortedKernelJob]:
     """The binaries of all plans that a screening may time at that M, without the engine's ups where none is given."""
     shape, sm = problem.shape, problem.gpu.sm
-    if why_not(shape, tokens):
+    if why_not(shape, tokens, sm):
         return []
     downs = {block_m: down_configs(problem, tokens, block_m) for block_m in BLOCKS_M}
     ups = up_configs(problem, tokens, engines_ups)
@@ -185,7 +188,7 @@ def compare_plans(
     rounds: int,
 ) -> MeasuredChoice[Runner] | None:
     """The kernel plan that beats the chosen pair beyond doubt, or the pair; None where no plan can be tried."""
-    if why := why_not(problem.shape, tokens):
+    if why := why_not(problem.shape, tokens, problem.gpu.sm):
         log.info("M=%d: our own kernels are not tried: %s", tokens, why)
         return None
     if why := _why_not_in_gluon(problem, tokens):

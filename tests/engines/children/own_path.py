@@ -41,9 +41,24 @@ SHAPES = {
     "warp-specialized channel": MoEShape(7, 128, 128, 2, Quantization("fp8_w8a8", per_channel=True)),
     "warp-specialized up alone": MoEShape(7, 384, 128, 2, Quantization("fp8_w8a8", (128, 128))),
     "warp-specialized down alone": MoEShape(8, 128, 128, 2),
+    "few 16 bits": MoEShape(9, 128, 128, 2),
+    "few block": MoEShape(9, 128, 256, 2, Quantization("fp8_w8a8", (128, 128))),
+    "few channel": MoEShape(9, 128, 128, 2, Quantization("fp8_w8a8", per_channel=True)),
 }
 TOKENS = 33
 """At which the tables choose our path; at fewer they do not."""
+FEW_TOKENS = 3
+"""At which the tables choose the two launches, where they do."""
+
+
+SORTS: list[tuple[int, int]] = []
+"""Of each sort of the engine: tokens, and rows of a block."""
+
+
+def sort(ids: torch.Tensor, block: int, experts: int) -> tuple[torch.Tensor, ...]:
+    """In the place of the engine's."""
+    SORTS.append((ids.shape[0], block))
+    return tuple(reference.moe_align(ids, block, experts))
 
 
 class Counted:
@@ -59,6 +74,25 @@ class Counted:
         is_load = args[3].shape[0] in kernel_sequence._LOADING_TOKENS
         self.loads, self.runs = self.loads + is_load, self.runs + (not is_load)
         self._launch(*args, **kwargs)
+
+
+class CountedFew:
+    """In the place of the two launches for few tokens: how often both ran, for a batch and to load them."""
+
+    def __init__(self) -> None:
+        from sglang_moe_ext.kernels import few_tokens
+
+        self.runs, self.loads, self._layer, self._load = 0, 0, few_tokens.few_tokens_layer, kernel_sequence.load_kernels
+        few_tokens.few_tokens_layer, kernel_sequence.load_kernels = self, self.load
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self._layer(*args, **kwargs)
+        self.runs += 1
+
+    def load(self, *args: Any) -> None:
+        runs = self.runs
+        self._load(*args)
+        self.runs, self.loads = runs, self.loads + self.runs - runs
 
 
 class RowFill(TorchFunctionMode):
@@ -86,8 +120,11 @@ def align_without_others(ids: torch.Tensor, block: int, experts: int) -> tuple[t
 class Problem:
     """Inputs of one layer, and what float32 makes of them."""
 
-    def __init__(self, shape: MoEShape, tokens: int = TOKENS, *, ids_elsewhere: bool = False) -> None:
+    def __init__(
+        self, shape: MoEShape, tokens: int = TOKENS, *, ids_elsewhere: bool = False, quantizes_activations: bool = True
+    ) -> None:
         torch.manual_seed(0)
+        self.quantizes_activations = quantizes_activations
         self.shape = shape
         self.hidden = torch.randn(tokens, shape.hidden_size, dtype=torch.bfloat16)
         self.topk_ids = torch.rand(tokens, shape.experts).topk(shape.top_k, dim=1).indices.int()
@@ -121,7 +158,7 @@ class Problem:
         expected = reference.moe_layer(
             self.hidden, self.w1, self.w2, self.topk_weights, self.topk_ids,
             quantization=self.shape.quantization, w1_scale=self.w1_scale, w2_scale=self.w2_scale,
-            activation="silu", gated=True,
+            activation="silu", gated=True, quantizes_activations=self.quantizes_activations,
         )  # fmt: skip
         return reference.relative_error(out, expected * factor)
 
@@ -173,6 +210,58 @@ def recorded_arguments(layer: ModuleType, run: Callable[[], object]) -> dict[str
     return found
 
 
+def few_tokens(
+    layer: ModuleType, counted: CountedFew, captured: list[bool], traced: list[bool], handler: Lines
+) -> dict[str, Any]:
+    """What became of batches that the tables name the two launches for: `sorts`, the engine's; `ours`, both of ours."""
+    said: dict[str, Any] = {}
+
+    def ran(what: str, of: Problem, factor: float = 1.0, **changed: Any) -> torch.Tensor:
+        runs, loads = counted.runs, counted.loads
+        SORTS.clear()
+        with NanFill(), RowFill():
+            out = of.run(layer, **changed)
+        ours, loaded = counted.runs - runs, counted.loads - loads
+        said[what] = {"ours": ours, "loads": loaded, "sorts": len(SORTS), "error": of.error(out, factor)}
+        return out
+
+    def batch(shape: str, tokens: int = FEW_TOKENS, *, ids_elsewhere: bool = False, ours: bool = True) -> Problem:
+        return Problem(SHAPES[shape], tokens, ids_elsewhere=ids_elsewhere, quantizes_activations=not ours)
+
+    problem = batch("few 16 bits")
+    captured.append(True)
+    ran("captured while cold", problem)
+    captured.clear()
+    ran("more tokens", batch("few 16 bits", 11))
+    ran("out of place", problem)
+    captured.append(True)
+    ran("captured", problem)
+    captured.clear()
+    ran("in place", problem, inplace=True)
+    ran("scaled", problem, 2.5, routed_scaling_factor=2.5)
+    ran("one token", batch("few 16 bits", 1))
+    ran("experts elsewhere", batch("few 16 bits", ids_elsewhere=True), filter_expert=True)
+    ran("block", batch("few block"))
+    ran("channel", batch("few channel"))
+    traced.append(True)
+    ran("traced", problem)
+    traced.clear()
+    ran("refused", problem, apply_router_weight_on_input=True)
+    ran("refused for good", problem)
+    handler.lines.clear()
+    from sglang_moe_ext.kernels import few_tokens as kernels
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such launch")
+
+    stock = batch("few block", ours=False)
+    with replaced(kernels, "few_tokens_down", fails):
+        ran("failing", stock, inplace=True)
+    ran("after a failure", stock)
+    said["lines"] = list(handler.lines)
+    return said
+
+
 def without_ranks(layer: ModuleType) -> None:
     """Since 0.5.18 the layer asks for the ranks of a server, of which this process has not one."""
     vars(layer).update(
@@ -192,7 +281,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     bootstrap.publish_server_args()
     without_ranks(layer)
     config.get_device_name = lambda *_: request["device"]
-    layer.moe_align_block_size = lambda ids, block, experts: tuple(reference.moe_align(ids, block, experts))
+    layer.moe_align_block_size = sort
     handler = Lines()
     logging.getLogger("sglang_moe_ext").addHandler(handler)
     problem = Problem(SHAPES["16 bits"])
@@ -205,7 +294,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         replaced(running, "is_capturing", lambda: lambda: bool(captured)),
     ):
         plugin.attach_patched()
-    counted = Counted()
+    counted, counted_few = Counted(), CountedFew()
     said: dict[str, Any] = {"active": attach.state().is_active, "stock_error": problem.error(stock)}
 
     def ran(what: str, of: Problem, factor: float = 1.0, **changed: Any) -> torch.Tensor:
@@ -244,6 +333,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     traced.append(True)
     ran("traced", problem)
     traced.clear()
+    said["few"] = few_tokens(layer, counted_few, captured, traced, handler)
 
     handler.lines.clear()
     from sglang_moe_ext.kernels import sorted_down

@@ -19,11 +19,11 @@ from triton.runtime.jit import JITFunction
 
 from sglang_moe_ext.core import Failure
 from sglang_moe_ext.engines import meta_compile
+from sglang_moe_ext.engines.sglang import adapter
 from sglang_moe_ext.engines.sglang import compile as sglang_compile
-from sglang_moe_ext.engines.sglang import sorted_layer
 from sglang_moe_ext.kernels.compiled import TargetOnlyDriver
 from sglang_moe_ext.models import parse_shape
-from sglang_moe_ext.sorted_kernels import KernelPlan, SortedKernelJob, list_jobs
+from sglang_moe_ext.sorted_kernels import Plan, SortedKernelJob, list_jobs
 from sglang_moe_ext.tables import kernel_table
 
 SM = 90
@@ -37,7 +37,7 @@ def note(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> A
     hashes.append(run(self, *arguments, grid=grid, warmup=True, **named).hash)
 
 
-def launched(job: SortedKernelJob, plan: KernelPlan) -> list[str]:
+def launched(job: SortedKernelJob, plan: Plan) -> list[str]:
     """By the whole layer, as the measuring process runs it."""
     engine = sglang_compile._engine()
     sglang_compile._prepare(engine.kernels, SM)
@@ -45,7 +45,7 @@ def launched(job: SortedKernelJob, plan: KernelPlan) -> list[str]:
     hashes.clear()
     JITFunction.run = note
     try:
-        sorted_layer.result(engine, job.shape, sglang_compile._layer_tensors(job), plan)
+        adapter.run_kernel_plan(engine, job.shape, sglang_compile._layer_tensors(job), plan)
     finally:
         JITFunction.run = run
     return sorted(hashes)

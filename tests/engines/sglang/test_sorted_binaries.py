@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sglang_moe_ext.core import MoEShape, Quantization, TileConfig
+from sglang_moe_ext.few_tokens_config import DownTile, FewTokensConfig, UpTile
 from sglang_moe_ext.sorted_kernels import (
     DownConfig,
     KernelPlan,
@@ -53,6 +54,19 @@ CASES = {
 }
 
 CASES |= {f"{name}, odd": (shape, plan, 1021) for name, (shape, plan, _) in CASES.items() if plan.is_warp_specialized}
+FEW = {
+    "16 bits": (BF16, FewTokensConfig(UpTile(1, 16, 256, 4, 3), DownTile(1, 16, 256, 4, 4)), (1, 7, 16)),
+    "grouped": (
+        BF16,
+        FewTokensConfig(UpTile(16, 32, 128, 4, 4), DownTile(16, 64, 128, 4, 4, split=8), grouped=True),
+        (1, 7, 15),
+    ),
+    "block": (
+        BLOCK,
+        FewTokensConfig(UpTile(8, 16, 128, 2, 5), DownTile(8, 64, 128, 4, 4, split=8), wide_range=True),
+        (1, 7, 16),
+    ),
+}
 
 
 @functools.cache
@@ -60,9 +74,10 @@ def binaries(version: str) -> dict[str, Any]:
     """Of each case in that version, all from one process."""
     asked = [
         {"shape": str(shape), "plan": kernel_table.document_of(plan), "tokens": tokens}
-        for shape, plan, tokens in CASES.values()
+        for shape, plan, tokens in (*CASES.values(), *((*it[:2], m) for it in FEW.values() for m in it[2]))
     ]
-    return dict(zip(CASES, run_in_engine(version, CHILD, asked), strict=True))
+    names = [*CASES, *(f"few tokens, {name}, {m}" for name, it in FEW.items() for m in it[2])]
+    return dict(zip(names, run_in_engine(version, CHILD, asked), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -87,3 +102,14 @@ def test_each_half_states_what_its_largest_kernel_needs(version: str, case: str)
 def test_a_warp_specialized_plan_has_the_same_binaries_for_every_number_of_tokens(version: str, case: str) -> None:
     """So that no request waits for a compiler because its number of tokens has other divisors."""
     assert binaries(version)[case]["launched"] == binaries(version)[f"{case}, odd"]["launched"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("case", FEW)
+def test_a_plan_for_few_tokens_launches_two_binaries_the_same_for_every_number_of_tokens(
+    version: str, case: str
+) -> None:
+    """Which is why a server loads it by one batch of one token; grouped, by one of more pairs than experts too."""
+    found = [binaries(version)[f"few tokens, {case}, {m}"] for m in FEW[case][2]]
+    assert all(len(of["launched"]) == 2 and of["launched"] == of["made"] for of in found)
+    assert all(of["launched"] == found[0]["launched"] for of in found)

@@ -15,6 +15,7 @@ from sglang_moe_ext import env
 from sglang_moe_ext.core import TileConfig
 from sglang_moe_ext.engines.lookup_probe import LookupRequest
 from sglang_moe_ext.engines.sglang import lookup_probe, table_names
+from sglang_moe_ext.few_tokens_config import DownTile, FewTokensConfig, UpTile
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.serving import kernel_selection
 from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, UpConfig, WarpSpecializedDown, WarpSpecializedUp
@@ -39,6 +40,17 @@ PATHS = {
     "warp-specialized up alone": KernelPlan(WarpSpecializedUp(), DownConfig(64, 64, 128, 1, 4, 2)),
     "warp-specialized down alone": KernelPlan(UpConfig(128, 64, 64, 1, 4, 2), WarpSpecializedDown()),
 }
+_BYTES = FewTokensConfig(UpTile(8, 32, 128, 4, 2), DownTile(8, 64, 128, 4, 2, split=2))
+FEW = {
+    "few 16 bits": {
+        1: FewTokensConfig(UpTile(1, 64, 128, 4, 2), DownTile(1, 64, 128, 4, 2)),
+        2: FewTokensConfig(UpTile(8, 64, 128, 4, 2), DownTile(8, 64, 128, 4, 2, split=2), grouped=True),
+        4: FewTokensConfig(UpTile(8, 64, 128, 4, 2), DownTile(8, 64, 128, 4, 2, split=2), grouped=True),
+        8: None,
+    },
+    "few block": {2: _BYTES, 4: _BYTES},
+    "few channel": {2: _BYTES, 4: _BYTES},
+}
 # bf16 rounded a few times; float8 activations besides.
 BOUNDS = {"16 bits": 6e-3, "block": 4e-2, "channel": 4e-2}
 
@@ -50,10 +62,14 @@ def store() -> Path:
     for name, shape in child.SHAPES.items():
         run = dataclasses.replace(A_RUN, shape=str(shape))
         table = folder / table_names.file_name(table_names.table_key(shape, DEVICE))
-        entries = {
-            child.TOKENS // 2: KernelEntry(None, run),
-            child.TOKENS: KernelEntry(PATHS[name], run, {"us": kernel_selection.SHORTEST_US}),
-        }
+        entries = (
+            {m: KernelEntry(plan, run, {"us": 40.0}) for m, plan in FEW[name].items()}
+            if name in FEW
+            else {
+                child.TOKENS // 2: KernelEntry(None, run),
+                child.TOKENS: KernelEntry(PATHS[name], run, {"us": kernel_selection.SHORTEST_US}),
+            }
+        )
         kernel_table.put(kernel_table.path_beside(table), entries)
     return root
 
@@ -176,3 +192,51 @@ def test_all_releases_with_a_sequence_of_kernels_are_hooked() -> None:
         )
     ]
     assert with_sequence == WITH_PLUGINS
+
+
+BATCHES_OF_FEW = [
+    "out of place",
+    "in place",
+    "scaled",
+    "one token",
+    "experts elsewhere",
+    "block",
+    "channel",
+    "captured",
+]
+
+
+@every_version
+@pytest.mark.parametrize("batch", BATCHES_OF_FEW)
+def test_few_tokens_run_the_two_launches_without_the_engines_sort_and_right(version: str, batch: str) -> None:
+    """Activations stay in 16 bits, so that float8 weights are as near to float32 as those of 16 bits."""
+    found = said(version)["few"][batch]
+    assert (found["ours"], found["sorts"]) == (1, 0)
+    assert found["error"] < BOUNDS["16 bits"]
+
+
+@every_version
+def test_the_launches_for_few_tokens_are_loaded_at_the_first_call_whatever_its_number_of_tokens(version: str) -> None:
+    found = said(version)["few"]
+    assert (found["more tokens"]["ours"], found["more tokens"]["sorts"]) == (0, 1)
+    assert found["more tokens"]["loads"] == len(set(FEW["few 16 bits"].values()) - {None}) + 1  # two where it groups
+    assert found["out of place"]["loads"] == 0
+    assert found["more tokens"]["error"] < BOUNDS["16 bits"]
+
+
+@every_version
+@pytest.mark.parametrize("batch", ["captured while cold", "traced", "refused", "refused for good"])
+def test_a_sort_that_was_put_off_runs_where_the_engines_kernels_run_after_all(version: str, batch: str) -> None:
+    found = said(version)["few"][batch]
+    assert (found["ours"], found["sorts"]) == (0, 1)
+    assert batch == "refused" or found["error"] < BOUNDS["16 bits"]
+
+
+@every_version
+def test_a_launch_for_few_tokens_that_fails_leaves_the_layer_to_the_engine_even_in_place(version: str) -> None:
+    found = said(version)["few"]
+    for batch in ("failing", "after a failure"):
+        assert (found[batch]["ours"], found[batch]["sorts"]) == (0, 1)
+        assert found[batch]["error"] < BOUNDS["block"]
+    assert [line for line in found["lines"] if "no such launch" in line] == found["lines"]
+    assert len(found["lines"]) == 1

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sglang_moe_ext.core import MoEExtError, Quantization
+from sglang_moe_ext.few_tokens_config import DownTile, FewTokensConfig, UpTile
 from sglang_moe_ext.kernels.few_tokens import (
     ExpertWeights,
     Routed,
@@ -18,7 +19,6 @@ from sglang_moe_ext.kernels.few_tokens import (
     few_tokens_up,
     workspace,
 )
-from sglang_moe_ext.kernels.few_tokens_config import DownTile, FewTokensConfig, UpTile
 from sglang_moe_ext.kernels.quantize import Scales, quantize_weights, real_weights
 from sglang_moe_ext.kernels.reference import relative_error
 

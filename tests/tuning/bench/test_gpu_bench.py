@@ -102,7 +102,8 @@ class FakeLayer:
         self.batches.append(FakeBatch(tokens, seed))
         return self.batches[-1]
 
-    def error(self, batch: FakeBatch, turn: int, out: int) -> float:
+    def error(self, batch: FakeBatch, turn: int, out: int, *, quantizes_activations: bool) -> float:
+        self.quantizes_activations = quantizes_activations
         assert turn == out
         return self._errors[turn]
 

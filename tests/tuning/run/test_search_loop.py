@@ -398,7 +398,7 @@ def test_binaries_of_our_own_kernels_are_made_by_the_pool_before_they_are_timed(
         return Resources(smem_bytes=65536, registers=128, spill_bytes=0)
 
     executor = ReplayingStation(with_plans, needs=needs)
-    found(new_journal(tmp_path), executor, with_sorted_kernels=True)
+    found(new_journal(tmp_path), executor, with_own_kernels=True)
     timed = [request for request in executor.asked if isinstance(request, BenchKernelPlan)]
     needed = {job for request in timed for job in list_jobs(request.plan, SHAPE, request.tokens, GPU.sm)}
     assert timed and needed <= executor.wanted and needed <= set(made)
@@ -410,5 +410,5 @@ def test_one_of_our_own_kernels_that_does_not_fit_is_not_timed(tmp_path: Path) -
         return Resources(smem_bytes, registers=128, spill_bytes=0)
 
     executor = ReplayingStation(with_plans, needs=needs)
-    found(new_journal(tmp_path), executor, with_sorted_kernels=True)
+    found(new_journal(tmp_path), executor, with_own_kernels=True)
     assert not [request for request in executor.asked if isinstance(request, BenchKernelPlan)]

@@ -104,7 +104,20 @@ def _tiles(config: FewTokensConfig) -> tuple[Tile, Tile]:
     return config.up, config.down
 
 
+FIRST_SM = 80
+"""With the copies to shared memory in the background that the kernels are pipelined by."""
+
+
+def has_known_sizes(config: FewTokensConfig) -> bool:
+    """Whether its numbers are among those that were tried, whatever the layer is."""
+    return _tiles_are_known(config) and config.down.split in SPLITS and 0 <= config.down.prefetched <= MOST_PREFETCHED
+
+
 def _sizes_are_known(config: FewTokensConfig, problem: FewTokensProblem) -> bool:
+    return _tiles_are_known(config)
+
+
+def _tiles_are_known(config: FewTokensConfig) -> bool:
     return all(
         tile.rows in ROWS
         and tile.columns in COLUMNS
