@@ -18,7 +18,7 @@ from sglang_moe_ext.core import EngineError, MoEShape
 from sglang_moe_ext.engines import running
 from sglang_moe_ext.engines.sglang import hook_points, kernel_sequence, table_names
 from sglang_moe_ext.engines.sglang import kernel_sequence as known_sequence
-from sglang_moe_ext.engines.sglang.deferred_sort import DeferredSort, NextSort, sort_now
+from sglang_moe_ext.engines.sglang.deferred_sort import DeferredSort, NextSort, is_put_off, sort_now
 from sglang_moe_ext.engines.sglang.hook_points import SglangHookPoints
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.serving import launch_guard, sglang_lookup_hook
@@ -62,10 +62,8 @@ def sequence_hook(
     @functools.wraps(original)
     def _fused_moe_kernel_sequence(*args: Any, **kwargs: Any) -> Any:
         plan = kernel_sequence.plan_of(args, kwargs)
-        if plan is None and not cold:  # nothing was put off
-            return original(*args, **kwargs)
-        if is_traced():
-            return original(*args, **kwargs)
+        if (plan is None and not cold) or is_traced():
+            return engines(args, kwargs) if is_put_off(args, kwargs) else original(*args, **kwargs)
         given = parameters.given(args, kwargs)
         weights = w1, w2 = tuple(given["w1"].shape), tuple(given["w2"].shape)
         to_load = () if is_capturing() else cold.pop(weights, ())

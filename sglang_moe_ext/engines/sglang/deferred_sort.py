@@ -37,6 +37,15 @@ class SortPart:
         return self.of.sorted[self.at]
 
 
+_FIRST, _FIRST_NAME = 5, "sorted_token_ids"
+"""Of the results, among the arguments of the sequence of kernels."""
+
+
+def is_put_off(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of the sequence of kernels has something in the place of the sort's results."""
+    return isinstance(args[_FIRST] if len(args) > _FIRST else kwargs.get(_FIRST_NAME), SortPart)
+
+
 def sort_now(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call with the results of the sort in the places of what stood for them."""
     return tuple(map(_value, args)), {name: _value(value) for name, value in kwargs.items()}
