@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sglang_moe_ext.core import ActivationDtype, EngineError, MoEShape, Quantization
@@ -216,32 +216,18 @@ _LOADING_TOKENS = (16, 3)
 def load_kernels(given: Arguments, plan: Plan, engine: SglangHookPoints) -> None:
     """Compile and load what the plan launches for this layer, by running it on batches of zeros."""
     if isinstance(plan, FewTokensConfig):
-        # A binary is for any number of tokens; grouped, there is one for more pairs than experts, and one for fewer.
-        for tokens in (1, plan.up.rows) if plan.grouped else (1,):
-            few_tokens_layer.result(_tensors({**given, **_zeros(given, tokens)}), _quantization(given), plan)
+        few_tokens_layer.load(_tensors(given), _quantization(given), plan)
         return
     import torch
 
     from sglang_moe_ext.engines.sglang import sorted_layer
 
     for tokens in _LOADING_TOKENS:
-        batch = _zeros(given, tokens)
-        aligned = engine.layer.moe_align_block_size(batch["topk_ids"], plan.block_m, given["w1"].shape[0])
+        batch = few_tokens_layer.zeros(_tensors(given), tokens)
+        aligned = engine.layer.moe_align_block_size(batch.topk_ids, plan.block_m, given["w1"].shape[0])
         names = ("sorted_token_ids", "expert_ids", "num_tokens_post_padded")
-        layer = _layer({**given, **batch, **dict(zip(names, aligned, strict=True))}, plan, engine)
-        sorted_layer.run(layer, torch.empty_like(batch["hidden_states"]))
-
-
-def _zeros(given: Arguments, tokens: int) -> dict[str, torch.Tensor]:
-    """A batch of so many tokens, of the types of this call."""
-    import torch
-
-    ids = torch.arange(top_k := given["topk_ids"].shape[1], dtype=given["topk_ids"].dtype, device=given["w1"].device)
-    return {
-        "hidden_states": given["hidden_states"].new_zeros(tokens, given["hidden_states"].shape[1]),
-        "topk_weights": given["topk_weights"].new_zeros(tokens, top_k),
-        "topk_ids": ids.repeat(tokens, 1),
-    }
+        layer = _layer({**given, **dict(zip(names, aligned, strict=True))}, plan, engine)
+        sorted_layer.run(replace(layer, tensors=batch), torch.empty_like(batch.hidden))
 
 
 def _layer(given: Arguments, plan: KernelPlan, engine: SglangHookPoints) -> SortedLayer:
