@@ -7,7 +7,6 @@ of stdout: what `main` returns.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 import logging
@@ -297,7 +296,7 @@ def launches(engine: Process, device: str) -> dict[str, Any]:
 def few_tokens(engine: Process, device: str) -> dict[str, Any]:
     """What `apply` of the Triton experts runs, "ours" or the engine's, for a layer whose table has a plan for 1 to 8.
 
-    The two launches and the engine's own method are stand-ins: no GPU is here, and the launches have tests of their own.
+    The launches and the engine's own method are stand-ins: no GPU is here, and the launches have tests of their own.
     """
     import torch
 
@@ -338,9 +337,7 @@ def few_tokens(engine: Process, device: str) -> dict[str, Any]:
         points = engine.points
         dirs = [TableDir("your", folder.parent, dialect=table_names.NAMING)]
         plans = kernel_selection.KernelPlans(points, lambda: dirs, lambda _: None)
-        return vllm_experts_hook.apply_hook(
-            points, functools.wraps(vars(kind)[experts.METHOD].__wrapped__)(original), plans
-        )
+        return vllm_experts_hook.apply_hook(points, original, plans)
 
     kernels_layer, kernels.few_tokens_layer = kernels.few_tokens_layer, stand_in
 
@@ -349,7 +346,7 @@ def few_tokens(engine: Process, device: str) -> dict[str, Any]:
         given = dict.fromkeys(experts.PARAMETERS[1:])
         return given | {
             "output": torch.empty_like(hidden), "hidden_states": hidden, "activation": SimpleNamespace(value="silu"),
-            "w1": torch.zeros(12, 256, 128, dtype=torch.bfloat16), "w2": torch.zeros(12, 128, 128, dtype=torch.bfloat16),
+            "w1": hidden.new_zeros(12, 256, 128), "w2": hidden.new_zeros(12, 128, 128),
             "topk_weights": torch.ones(tokens, 2), "topk_ids": torch.zeros(tokens, 2, dtype=torch.int32),
             "apply_router_weight_on_input": False, "global_num_experts": 12,
         }  # fmt: skip
