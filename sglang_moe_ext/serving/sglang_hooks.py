@@ -62,9 +62,7 @@ def sequence_hook(
     @functools.wraps(original)
     def _fused_moe_kernel_sequence(*args: Any, **kwargs: Any) -> Any:
         plan = kernel_sequence.plan_of(args, kwargs)
-        if plan is None and not cold:  # nothing was put off
-            return original(*args, **kwargs)
-        if is_traced():
+        if (plan is None and not cold) or is_traced():  # no sort was put off
             return original(*args, **kwargs)
         given = parameters.given(args, kwargs)
         weights = w1, w2 = tuple(given["w1"].shape), tuple(given["w2"].shape)

@@ -198,8 +198,8 @@ def _decide(
     if chosen is None or not of.with_own_kernels or of.budget.is_spent():
         return chosen, None
     executor.want(few_tokens.jobs(problem, tokens))
-    ups = [pair["up"] for pair in runnable] if of.request.adapter.RUNS_SORTED_KERNELS else []
-    if ups:
+    ups, runs_sorted = [pair["up"] for pair in runnable], of.request.adapter.RUNS_SORTED_KERNELS
+    if runs_sorted:
         executor.want(sorted_kernels.screening_jobs(problem, tokens, [chosen.pair["up"], *ups]))
 
     def clean(plan: Plan) -> Failure | None:
@@ -211,6 +211,6 @@ def _decide(
 
     if few_tokens.contenders(problem, tokens):
         return chosen, few_tokens.compare_plans(problem, tokens, chosen.pair, measure, clean, rounds=rounds)
-    if not ups:
+    if not runs_sorted:
         return chosen, None
     return chosen, sorted_kernels.compare_plans(problem, tokens, chosen.pair, ups, measure, clean, rounds=rounds)
