@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sglang_moe_ext.core import Quantization
@@ -34,6 +35,29 @@ def run(
         out,
         plan,
         routed_scaling_factor=routed_scaling_factor,
+    )
+
+
+def load(tensors: LayerTensors, quantization: Quantization, plan: FewTokensConfig) -> None:
+    """Compile and load what the plan launches for the layer of these tensors, by running it on batches of zeros.
+
+    A binary is for any number of tokens; grouped, there is one for more pairs than experts, and one for fewer.
+    """
+    for tokens in (1, plan.up.rows) if plan.grouped else (1,):
+        result(zeros(tensors, tokens), quantization, plan)
+
+
+def zeros(tensors: LayerTensors, tokens: int) -> LayerTensors:
+    """A batch of so many tokens, of the types of this one, each to the first experts."""
+    import torch
+
+    top_k = tensors.topk_ids.shape[1]
+    ids = torch.arange(top_k, dtype=tensors.topk_ids.dtype, device=tensors.topk_ids.device)
+    return replace(
+        tensors,
+        hidden=tensors.hidden.new_zeros(tokens, tensors.hidden.shape[1]),
+        topk_weights=tensors.topk_weights.new_zeros(tokens, top_k),
+        topk_ids=ids.repeat(tokens, 1),
     )
 
 

@@ -6,13 +6,13 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from sglang_moe_ext import env
 from sglang_moe_ext.core import MoEShape, TableError
 from sglang_moe_ext.engines import running
 from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.engines.sglang import table_names
-from sglang_moe_ext.engines.sglang.hook_points import SglangHookPoints
 from sglang_moe_ext.few_tokens_config import FIRST_SM as FIRST_SM_OF_FEW
 from sglang_moe_ext.few_tokens_config import FewTokensConfig, refusals
 from sglang_moe_ext.serving.selection import SATURATED_TOKENS
@@ -55,8 +55,19 @@ def is_on() -> bool:
     return os.environ.get(env.KERNELS, "1") != "0"
 
 
+class RunningEngine(Protocol):
+    """What is asked of an engine that runs plans."""
+
+    @property
+    def triton(self) -> str | None: ...
+    def is_deterministic(self) -> bool: ...
+    def device_name(self) -> str | None: ...
+
+
 class KernelPlans:
     """The kernel plans of one running engine. The tables of a layer are read at its first call.
+
+    `is_hooked`: whether anything of ours stands where a plan would run.
 
     `tables_of` returns the tables that the layer's configurations come from. If the user named one of their folders to
     the engine, that folder decides, and none of our kernels runs.
@@ -64,10 +75,13 @@ class KernelPlans:
 
     def __init__(
         self,
-        engine: SglangHookPoints,
+        engine: RunningEngine,
         table_dirs: Callable[[], Sequence[TableDir]],
         tables_of: Callable[[LookupLayer], FoundTables | None],
+        *,
+        is_hooked: bool = True,
     ) -> None:
+        self._is_hooked = is_hooked
         self._engine, self._table_dirs, self._tables_of = engine, table_dirs, tables_of
         self._tables: dict[LookupLayer, LayerPlans] = {}
         self._declined: set[Weights] = set()
@@ -102,7 +116,7 @@ class KernelPlans:
 
     def _supported(self, layer: LookupLayer) -> KernelTable:
         shape, device_name, triton = layer.shape, self._engine.device_name(), self._engine.triton
-        if not is_on() or self._engine.sequence is None or shape is None or device_name is None or triton is None:
+        if not is_on() or not self._is_hooked or shape is None or device_name is None or triton is None:
             return {}
         gpu, tables = running.running_gpu(device_name), self._tables_of(layer)
         is_asked_for = tables is not None and any(candidate.table_dir.is_asked_for for candidate in tables.candidates)
@@ -127,10 +141,11 @@ def load_plans(shape: MoEShape, device_name: str, triton: str, table_dirs: Seque
 
     A file that cannot be read is skipped with one log line: the engine's own kernels run.
     """
-    name = table_names.file_name(table_names.table_key(shape, device_name))
     found: KernelTable = {}
     for table_dir in reversed(table_dirs):
-        file = kernel_table.path_beside(table_dir.root / table_names.version_folder(triton) / name)
+        name = table_dir.dialect.file_name(table_dir.dialect.key(shape, device_name))
+        folder = table_dir.root if table_dir.is_flat else table_dir.root / table_names.version_folder(triton)
+        file = kernel_table.path_beside(folder / name)
         try:
             table = kernel_table.read(file)
         except (TableError, OSError) as error:

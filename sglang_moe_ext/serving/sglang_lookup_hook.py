@@ -72,7 +72,8 @@ class ConfigResolver:
     ) -> None:
         self._engine, self._choices = engine, TableSelector(engine, table_dirs)
         self._at_first_call: Callable[[], None] | None = at_first_call
-        self.plans, self.answers = KernelPlans(engine, table_dirs, self._choices.tables), Answers()
+        self.answers = Answers()
+        self.plans = KernelPlans(engine, table_dirs, self._choices.tables, is_hooked=engine.sequence is not None)
         self.next_sort = NextSort()
         self._guards: dict[str, ConfigGuard] = {}
 

@@ -19,8 +19,9 @@ from sglang_moe_ext.engines.vllm import hook_points, launch_args, support
 from sglang_moe_ext.engines.vllm.hook_points import VllmHookPoints
 from sglang_moe_ext.engines.vllm.installation import VllmInstallation
 from sglang_moe_ext.engines.vllm.table_names import NAMING
-from sglang_moe_ext.serving import launch_guard, vllm_lookup_hook
+from sglang_moe_ext.serving import launch_guard, vllm_experts_hook, vllm_lookup_hook
 from sglang_moe_ext.serving.guard import ConfigGuard, RefusedEntry, SafeEntry, warn_once
+from sglang_moe_ext.serving.kernel_selection import KernelPlans
 from sglang_moe_ext.serving.launch_guard import GuardedLauncher
 from sglang_moe_ext.serving.table_search import TableDir
 from sglang_moe_ext.serving.vllm_lookup_hook import VllmTableResolver
@@ -75,6 +76,7 @@ def install_hooks(layer: ModuleType, way: str) -> VllmTableResolver:
     for original, ours in replaced:
         running.replace(_THEIRS, original, ours)
     type.__setattr__(engine.kernel, "__init__", built)
+    vllm_experts_hook.install(engine, KernelPlans(engine, lambda: table_dirs(engine.engine), resolver.tables))
     _speak_through_the_engine()
     return resolver
 

@@ -23,7 +23,7 @@ from sglang_moe_ext.engines.vllm.launch_args import clamp_to_block, config_dict_
 from sglang_moe_ext.serving import selection
 from sglang_moe_ext.serving.guard import ConfigGuard, EntryChange, RefusedEntry, SafeEntry, warn_once
 from sglang_moe_ext.serving.selection import Choice, EngineDefault, EngineEntry, OurEntry, TableSelector
-from sglang_moe_ext.serving.table_search import TableDir
+from sglang_moe_ext.serving.table_search import FoundTables, TableDir
 from sglang_moe_ext.untrusted import show
 
 Rows = dict[int, ConfigDict] | None
@@ -75,6 +75,10 @@ class VllmTableResolver:
         with self._asking_for(VllmCall(layer, tokens, is_alone=True)):
             entry: ConfigDict = self._engine.lookup(*shapes, layer.top_k, layer.dtype, tokens, block_shape=block_shape)
         return entry
+
+    def tables(self, layer: LookupLayer) -> FoundTables | None:
+        """The tables that the layer's configurations come from."""
+        return self._choices.tables(layer)
 
     def remarks(self, layer: LookupLayer) -> tuple[str, ...]:
         """What is odd about the tables of the layer."""

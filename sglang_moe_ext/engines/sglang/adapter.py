@@ -33,6 +33,7 @@ NAME: EngineName = "sglang"
 TITLE = "SGLang"
 OFFLINE = "sglang_moe_ext.engines.sglang.compile"
 HAS_DOWN_TABLES = True
+RUNS_SORTED_KERNELS = True
 
 
 def find() -> SglangInstallation | None:
@@ -84,6 +85,10 @@ def why_not_tuned(quantization: Quantization, version: Version) -> str | None:
 
 def has_own_kernels(version: Version, sm: int) -> bool:
     return version >= kernel_sequence.FIRST_RELEASE and sm >= FIRST_SM
+
+
+def takes_few_tokens(shape: MoEShape) -> bool:
+    return True
 
 
 def load() -> LoadedSglang:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sglang_moe_ext.core import (
-    PROJECTIONS,
     CompileJob,
     CompileKey,
     Failure,
@@ -20,12 +19,13 @@ from sglang_moe_ext.core import (
     Resources,
     TileConfig,
 )
-from sglang_moe_ext.engines import meta_compile
+from sglang_moe_ext.engines import few_tokens_compile, meta_compile
+from sglang_moe_ext.engines.few_tokens_compile import layer_tensors
 from sglang_moe_ext.engines.meta_compile import meta
 from sglang_moe_ext.engines.sglang import sorted_layer
 from sglang_moe_ext.engines.sglang.runner import LoadedSglang, launch, load
 from sglang_moe_ext.engines.sglang.sorted_layer import RowValues, SortedLayer
-from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors, sorted_rows
+from sglang_moe_ext.engines.tensors import GemmTensors, sorted_rows
 from sglang_moe_ext.few_tokens_config import FewTokensConfig
 from sglang_moe_ext.sorted_kernels import (
     SCALE_GROUP,
@@ -123,28 +123,9 @@ def compile_job(job: CompileJob | SortedKernelJob) -> Resources | Failure:
         case CompileJob():
             return _compile_gemm(engine, job)
         case SortedKernelJob(config=FewTokensConfig() as plan):
-            return _compile_few_tokens(job, plan)
+            return few_tokens_compile.compile_launch(job, plan)
         case SortedKernelJob():
             return _compile_sorted(engine, job)
-
-
-def _compile_few_tokens(job: SortedKernelJob, plan: FewTokensConfig) -> Resources | Failure:
-    from sglang_moe_ext.kernels import few_tokens
-
-    few_tokens._sm = lambda _: job.sm  # type: ignore[assignment]
-    tensors, quantization = _layer_tensors(job), job.shape.quantization
-    routed = few_tokens.Routed(tensors.topk_ids, tensors.topk_weights)
-    between = few_tokens.workspace(tensors.hidden, tensors.w1, tensors.topk_ids, plan)
-
-    def launch_up() -> None:
-        weights = few_tokens.ExpertWeights(tensors.w1, tensors.w1_scale, quantization)
-        few_tokens.few_tokens_up(tensors.hidden, weights, routed, between, plan)
-
-    def launch_down() -> None:
-        weights = few_tokens.ExpertWeights(tensors.w2, tensors.w2_scale, quantization)
-        few_tokens.few_tokens_down(between, weights, routed, tensors.hidden, plan)
-
-    return meta_compile.compile_every_launch(job.sm, launch_up if job.projection == "up" else launch_down)
 
 
 def _compile_gemm(engine: LoadedSglang, job: CompileJob) -> Resources | Failure:
@@ -167,7 +148,7 @@ def _compile_sorted(engine: LoadedSglang, job: SortedKernelJob) -> Resources | F
             plan = KernelPlan(up, DownConfig(job.block_m, 128, 64, 1, 4, 3))
         case down:
             plan = KernelPlan(TileConfig(job.block_m, 128, 64, 1, 4, 3), down)
-    tensors = _layer_tensors(job)
+    tensors = layer_tensors(job)
 
     def launch_up() -> None:
         layer = sorted_layer.sort(engine, job.shape, tensors, plan)
@@ -181,22 +162,6 @@ def _compile_sorted(engine: LoadedSglang, job: SortedKernelJob) -> Resources | F
         sorted_layer.write_sum(layer, down, layer.tensors.hidden)
 
     return meta_compile.compile_every_launch(job.sm, launch_up if job.projection == "up" else launch_down)
-
-
-def _layer_tensors(job: SortedKernelJob) -> LayerTensors:
-    import torch
-
-    (w1, w1_scale), (w2, w2_scale) = (meta_compile.weights(job.shape, projection) for projection in PROJECTIONS)
-    routed = job.tokens, job.shape.top_k
-    return LayerTensors(
-        hidden=meta((job.tokens, job.shape.hidden_size), getattr(torch, job.shape.dtype)),
-        w1=w1,
-        w2=w2,
-        w1_scale=w1_scale,
-        w2_scale=w2_scale,
-        topk_weights=meta(routed, torch.float32),
-        topk_ids=meta(routed, torch.int32),
-    )
 
 
 def _activations(layer: SortedLayer) -> RowValues:

@@ -208,7 +208,8 @@ def run(given: Arguments, plan: Plan, engine: SglangHookPoints) -> torch.Tensor:
         return out
     from sglang_moe_ext.engines.sglang import sorted_layer
 
-    sorted_layer.run(_layer(given, plan, engine), out, factor)
+    engines_sort = tuple(given[name] for name in _SORTED)
+    sorted_layer.run(_layer(_shape(given), _tensors(given), plan, engine, engines_sort), out, factor)
     return out
 
 
@@ -219,44 +220,30 @@ _LOADING_TOKENS = (16, 3)
 def load_kernels(given: Arguments, plan: Plan, engine: SglangHookPoints) -> None:
     """Compile and load what the plan launches for this layer, by running it on batches of zeros."""
     if isinstance(plan, FewTokensConfig):
-        # A binary is for any number of tokens; grouped, there is one for more pairs than experts, and one for fewer.
-        for tokens in (1, plan.up.rows) if plan.grouped else (1,):
-            few_tokens_layer.result(_tensors({**given, **_zeros(given, tokens)}), _quantization(given), plan)
+        few_tokens_layer.load(_tensors(given), _quantization(given), plan)
         return
     import torch
 
     from sglang_moe_ext.engines.sglang import sorted_layer
 
     for tokens in _LOADING_TOKENS:
-        batch = _zeros(given, tokens)
-        sort = functools.partial(
-            engine.layer.moe_align_block_size, batch["topk_ids"], plan.block_m, given["w1"].shape[0]
+        batch = few_tokens_layer.zeros(_tensors(given), tokens)
+        sort = functools.partial(engine.layer.moe_align_block_size, batch.topk_ids, plan.block_m, batch.w1.shape[0])
+        sorted_layer.run(
+            _layer(_shape(given), batch, plan, engine, DeferredSort(sort).parts()), torch.empty_like(batch.hidden)
         )
-        parts = dict(zip(_SORTED, DeferredSort(sort).parts(), strict=True))
-        sorted_layer.run(_layer({**given, **batch, **parts}, plan, engine), torch.empty_like(batch["hidden_states"]))
 
 
-def _zeros(given: Arguments, tokens: int) -> dict[str, torch.Tensor]:
-    """A batch of so many tokens, of the types of this call."""
-    import torch
-
-    ids = torch.arange(top_k := given["topk_ids"].shape[1], dtype=given["topk_ids"].dtype, device=given["w1"].device)
-    return {
-        "hidden_states": given["hidden_states"].new_zeros(tokens, given["hidden_states"].shape[1]),
-        "topk_weights": given["topk_weights"].new_zeros(tokens, top_k),
-        "topk_ids": ids.repeat(tokens, 1),
-    }
-
-
-def _layer(given: Arguments, plan: KernelPlan, engine: SglangHookPoints) -> SortedLayer:
+def _layer(
+    shape: MoEShape, tensors: LayerTensors, plan: KernelPlan, engine: SglangHookPoints, engines_sort: tuple[Any, ...]
+) -> SortedLayer:
     from sglang_moe_ext.engines.sglang import sorted_layer
     from sglang_moe_ext.engines.sglang.runner import LoadedSglang
 
     loaded = LoadedSglang(engine.engine.version, engine.kernels, None, engine.layer)
-    shape, tensors = _shape(given), _tensors(given)
     if sorted_layer.can_sort(shape):
         return sorted_layer.sort(loaded, shape, tensors, plan)
-    ids, experts, padded = sort_now(tuple(given[name] for name in _SORTED), {})[0]
+    ids, experts, padded = sort_now(engines_sort, {})[0]
     return sorted_layer.take_sorted(loaded, shape, tensors, plan, (ids, experts, padded))
 
 

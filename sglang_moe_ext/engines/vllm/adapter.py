@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sglang_moe_ext.core import EngineError, Gpu, MoEShape, Projection, Quantization, Table, TableKey, TileConfig
+from sglang_moe_ext.engines import few_tokens_layer
 from sglang_moe_ext.engines.adapter import EngineName, Sorted, Version
 from sglang_moe_ext.engines.lookup_probe import ProbeProcess
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
@@ -15,6 +16,7 @@ from sglang_moe_ext.engines.vllm import installation, lookup_probe, runner, supp
 from sglang_moe_ext.engines.vllm.hook_points import GROUPS_RUN_TRITON
 from sglang_moe_ext.engines.vllm.installation import VllmInstallation
 from sglang_moe_ext.engines.vllm.runner import LoadedVllm
+from sglang_moe_ext.few_tokens_config import FIRST_SM, FewTokensConfig
 from sglang_moe_ext.sorted_kernels import Plan
 from sglang_moe_ext.tables import config_table
 
@@ -25,6 +27,7 @@ NAME: EngineName = "vllm"
 TITLE = "vLLM"
 OFFLINE = "sglang_moe_ext.engines.vllm.compile"
 HAS_DOWN_TABLES = False
+RUNS_SORTED_KERNELS = False
 
 
 def find() -> VllmInstallation | None:
@@ -81,7 +84,12 @@ def why_not_tuned(quantization: Quantization, version: Version) -> str | None:
 
 
 def has_own_kernels(version: Version, sm: int) -> bool:
-    return False
+    return sm >= FIRST_SM
+
+
+def takes_few_tokens(shape: MoEShape) -> bool:
+    """Its experts get quantized activations, and ids of all ranks."""
+    return shape.quantization.scheme is None and shape.ep == 1
 
 
 def load() -> LoadedVllm:
@@ -113,4 +121,6 @@ def run_layer(
 
 
 def run_kernel_plan(loaded: LoadedVllm, shape: MoEShape, tensors: LayerTensors, path: Plan) -> torch.Tensor:
-    raise EngineError(f"vLLM runs no kernels of ours: {path} is for SGLang")
+    if isinstance(path, FewTokensConfig):
+        return few_tokens_layer.result(tensors, shape.quantization, path)
+    raise EngineError(f"vLLM runs no kernels of ours behind its sort: {path} is for SGLang")

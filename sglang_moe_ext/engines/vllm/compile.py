@@ -10,11 +10,13 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEShape, Projection, Resources, TileConfig
-from sglang_moe_ext.engines import meta_compile
+from sglang_moe_ext.engines import few_tokens_compile, meta_compile
 from sglang_moe_ext.engines.meta_compile import meta
 from sglang_moe_ext.engines.tensors import GemmTensors
 from sglang_moe_ext.engines.vllm import runner
 from sglang_moe_ext.engines.vllm.runner import LoadedVllm
+from sglang_moe_ext.few_tokens_config import FewTokensConfig
+from sglang_moe_ext.sorted_kernels import SortedKernelJob
 
 if TYPE_CHECKING:
     import torch
@@ -81,9 +83,13 @@ def _prepare(kernels: Any, sm: int) -> None:
     kernels.enable_swap_ab = lambda block_m, block_n: sm == 90 and block_m < 64 and block_n >= 64
 
 
-def compile_job(job: CompileJob) -> Resources | Failure:
+def compile_job(job: CompileJob | SortedKernelJob) -> Resources | Failure:
     """What the binary of this job needs, or why the compiler refuses it."""
     engine = _engine()
+    if isinstance(job, SortedKernelJob):
+        if isinstance(job.config, FewTokensConfig):
+            return few_tokens_compile.compile_launch(job, job.config)
+        return Failure("EngineError", f"vLLM runs no kernels of ours behind its sort: {job.config}")
     _prepare(engine.kernels, job.sm)
     tensors = _tensors(engine, job.shape, job.projection, job.tokens, job.key)
 

@@ -167,7 +167,8 @@ def _screen(of: _Search, task: SearchTask, executor: Executor) -> Screening:
         executor.want(candidates.pair_jobs(pair, problem, task.tokens))
     if of.with_own_kernels:
         executor.want(few_tokens.jobs(problem, task.tokens))
-        executor.want(sorted_kernels.screening_jobs(problem, task.tokens))
+        if of.request.adapter.RUNS_SORTED_KERNELS:
+            executor.want(sorted_kernels.screening_jobs(problem, task.tokens))
     return screening
 
 
@@ -197,8 +198,9 @@ def _decide(
     if chosen is None or not of.with_own_kernels or of.budget.is_spent():
         return chosen, None
     executor.want(few_tokens.jobs(problem, tokens))
-    ups = [pair["up"] for pair in runnable]
-    executor.want(sorted_kernels.screening_jobs(problem, tokens, [chosen.pair["up"], *ups]))
+    ups, runs_sorted = [pair["up"] for pair in runnable], of.request.adapter.RUNS_SORTED_KERNELS
+    if runs_sorted:
+        executor.want(sorted_kernels.screening_jobs(problem, tokens, [chosen.pair["up"], *ups]))
 
     def clean(plan: Plan) -> Failure | None:
         troubles = (
@@ -209,4 +211,6 @@ def _decide(
 
     if few_tokens.contenders(problem, tokens):
         return chosen, few_tokens.compare_plans(problem, tokens, chosen.pair, measure, clean, rounds=rounds)
+    if not runs_sorted:
+        return chosen, None
     return chosen, sorted_kernels.compare_plans(problem, tokens, chosen.pair, ups, measure, clean, rounds=rounds)

@@ -26,7 +26,7 @@ def contenders(problem: Problem, tokens: int) -> tuple[FewTokensConfig, ...]:
     the engine's kernels carry becomes infinite.
     """
     shape = problem.shape
-    if problem.gpu.sm < FIRST_SM or why_unsupported(shape):
+    if problem.gpu.sm < FIRST_SM or why_unsupported(shape) or not problem.adapter.takes_few_tokens(shape):
         return ()
     found = few_tokens_config.contenders(few_tokens_problem(shape, tokens))
     is_narrower = shape.dtype == "bfloat16" and shape.quantization.scheme == "fp8_w8a8"

@@ -14,8 +14,10 @@ import os
 import pkgutil
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -136,6 +138,7 @@ class Process:
         from sglang_moe_ext.engines.vllm import hook_points
 
         self.layer = layer
+        self.points = hook_points.locate(layer)
         self.own = {name: getattr(layer, name).__wrapped__ for name in NAMES}
         self.kernel = getattr(sys.modules[hook_points.KERNEL_MODULE], hook_points.KERNEL_CLASS)
         self.building = self.kernel.__init__.__wrapped__
@@ -290,6 +293,113 @@ def launches(engine: Process, device: str) -> dict[str, Any]:
     return said
 
 
+def few_tokens(engine: Process, device: str) -> dict[str, Any]:
+    """What `apply` of the Triton experts runs, "ours" or the engine's, for a layer whose table has a plan for 1 to 8.
+
+    The launches and the engine's own method are stand-ins: no GPU is here, and the launches have tests of their own.
+    """
+    import torch
+
+    from sglang_moe_ext.core import MoEShape
+    from sglang_moe_ext.engines.sglang.table_names import version_folder
+    from sglang_moe_ext.engines.vllm import experts, table_names
+    from sglang_moe_ext.few_tokens_config import DownTile, FewTokensConfig, UpTile
+    from sglang_moe_ext.kernels import few_tokens as kernels
+    from sglang_moe_ext.serving import guard, kernel_selection, vllm_experts_hook
+    from sglang_moe_ext.serving.table_search import TableDir
+    from sglang_moe_ext.tables import kernel_table
+    from sglang_moe_ext.tables.provenance import TuningRun
+
+    pretend(device)
+    module = sys.modules.get(experts.MODULE, engine.layer)
+    kind = vars(module)[experts.CLASS]
+    said: dict[str, Any] = {"is_hooked": hasattr(vars(kind)[experts.METHOD], "__wrapped__")}
+    experts.check(vars(kind)[experts.METHOD].__wrapped__)
+    shape = MoEShape(12, 128, 128, 2)
+    plan = FewTokensConfig(UpTile(1, 16, 128, 4, 3), DownTile(1, 16, 128, 4, 4))
+    run = TuningRun("", "", "", str(shape), "", "", None, None, None, None, 0, "")
+    ran: list[Any] = []
+    fails: list[bool] = []
+    folder = Path(tempfile.mkdtemp()) / version_folder(str(engine.points.triton))
+    file = kernel_table.path_beside(folder / table_names.file_name(table_names.table_key(shape, device)))
+    kernel_table.put(file, {m: kernel_table.KernelEntry(plan, run, {"us": 40.0}) for m in (1, 8)})
+
+    def stand_in(hidden: Any, w1: Any, w2: Any, routed: Any, out: Any, config: Any, **_: Any) -> None:
+        if fails:
+            raise RuntimeError("no such launch")
+        ran.append(["ours", hidden.shape[0], config == plan])
+        out.fill_(2.0)
+
+    def original(self: Any, *args: Any, **kwargs: Any) -> None:
+        ran.append("engine's")
+
+    def hooked() -> Any:
+        points = engine.points
+        dirs = [TableDir("your", folder.parent, dialect=table_names.NAMING)]
+        plans = kernel_selection.KernelPlans(points, lambda: dirs, lambda _: None)
+        return vllm_experts_hook.apply_hook(points, original, plans)
+
+    kernels_layer, kernels.few_tokens_layer = kernels.few_tokens_layer, stand_in
+
+    def arguments(tokens: int) -> dict[str, Any]:
+        hidden = torch.zeros(tokens, 128, dtype=torch.bfloat16)
+        given = dict.fromkeys(experts.PARAMETERS[1:])
+        return given | {
+            "output": torch.empty_like(hidden), "hidden_states": hidden, "activation": SimpleNamespace(value="silu"),
+            "w1": hidden.new_zeros(12, 256, 128), "w2": hidden.new_zeros(12, 128, 128),
+            "topk_weights": torch.ones(tokens, 2), "topk_ids": torch.zeros(tokens, 2, dtype=torch.int32),
+            "apply_router_weight_on_input": False, "global_num_experts": 12,
+        }  # fmt: skip
+
+    def experts_of(**quant: Any) -> Any:
+        runs = bare(kind)
+        type(runs).__module__ = kind.__module__
+        names = ("quant_dtype", "w1_scale", "w1_bias", "w2_bias", "gemm1_clamp_limit", "gemm1_alpha", "gemm1_beta")
+        runs.quant_config = SimpleNamespace(**(dict.fromkeys(names) | quant))
+        runs.activation_config = SimpleNamespace(clamp_limit=None)
+        type(runs)._uses_post_gemm2_hook = lambda self, tokens: False
+        return runs
+
+    def asked(tokens: int = 4, runs: Any = None, apply: Any = None, **changed: Any) -> list[Any]:
+        ran.clear()
+        (apply or hooked())(runs or experts_of(), **(arguments(tokens) | changed))
+        return list(ran)
+
+    apply = hooked()
+    said["few"], said["again"], said["one"] = asked(4, apply=apply), asked(4, apply=apply), asked(1, apply=apply)
+    said["more"] = asked(9, apply=apply)
+    LINES.taken()
+    guard.warn_once.cache_clear()
+    changes: dict[str, dict[str, Any]] = {
+        "activation": {"activation": SimpleNamespace(value="gelu")},
+        "experts elsewhere": {"expert_map": torch.zeros(12, dtype=torch.int32)},
+        "tokens of others": {"expert_tokens_meta": object()},
+        "weighs the input": {"apply_router_weight_on_input": True},
+        "quantized activations": {"a1q_scale": torch.ones(1)},
+        "another output": {"output": torch.empty(4, 128)},
+        "ids apart": {"topk_ids": torch.zeros(4, 4, dtype=torch.int32)[:, ::2]},
+    }
+    said["refused"] = {name: asked(**change) for name, change in changes.items()}
+    for name in ("quant_dtype", "w1_scale", "w1_bias", "w2_bias", "gemm1_clamp_limit", "gemm1_alpha"):
+        said["refused"][name] = asked(runs=experts_of(**{name: "unusual"}))
+    with_lora, other = experts_of(), experts_of()
+    with_lora._lora_context = object()
+    type(other).__name__ = "TritonWNA16Experts"
+    said["refused"] |= {"lora": asked(runs=with_lora), "a subclass": asked(runs=other)}
+    with engine.package.override_config({"num_stages": 3}):
+        said["refused"]["override"] = asked()
+    LINES.taken()
+    guard.warn_once.cache_clear()
+    apply = hooked()
+    fails.append(True)
+    said["failing"] = asked(apply=apply)
+    fails.clear()
+    said["after a failure"] = asked(apply=apply)
+    said["lines"] = LINES.taken()
+    kernels.few_tokens_layer = kernels_layer
+    return said
+
+
 def variables() -> dict[str, str]:
     """Those of the engines; what they import sets others."""
     return {name: value for name, value in os.environ.items() if name.startswith(("VLLM_", "SGLANG_"))}
@@ -351,6 +461,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     said["holders"] = holders()
     engine.remember(layer)
     said["built"] = built(engine)
+    said["few"] = few_tokens(engine, request["device"])
     said["launches"] = launches(engine, "NVIDIA GeForce RTX 4090")
     said["ways"] = {
         "late": engine.state_of(engine.load),

@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from sglang_moe_ext.core import Failure
 from sglang_moe_ext.engines import meta_compile
+from sglang_moe_ext.engines.few_tokens_compile import layer_tensors
 from sglang_moe_ext.engines.sglang import adapter
 from sglang_moe_ext.engines.sglang import compile as sglang_compile
 from sglang_moe_ext.kernels.compiled import TargetOnlyDriver
@@ -45,7 +46,7 @@ def launched(job: SortedKernelJob, plan: Plan) -> list[str]:
     hashes.clear()
     JITFunction.run = note
     try:
-        adapter.run_kernel_plan(engine, job.shape, sglang_compile._layer_tensors(job), plan)
+        adapter.run_kernel_plan(engine, job.shape, layer_tensors(job), plan)
     finally:
         JITFunction.run = run
     return sorted(hashes)

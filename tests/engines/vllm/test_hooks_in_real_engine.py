@@ -413,3 +413,30 @@ def test_a_target_that_moved_is_said_once_however_often_we_are_called(version: s
     (line,) = said(version)["moved"][what][2]
     assert "is off, the engine runs as it is" in line
     assert MOVED[what] in line
+
+
+@every_version
+def test_few_tokens_run_the_two_launches_in_the_place_of_the_triton_experts_method(version: str) -> None:
+    """Loaded by one token at the first call, whatever its number of tokens."""
+    few = said(version)["few"]
+    assert few["is_hooked"]
+    assert few["few"] == [["ours", 1, True], ["ours", 4, True]]
+    assert few["again"] == [["ours", 4, True]]
+    assert few["one"] == [["ours", 1, True]]
+
+
+@every_version
+def test_more_tokens_than_the_two_launches_won_at_run_the_engines_method(version: str) -> None:
+    assert said(version)["few"]["more"] == ["engine's"]
+
+
+@every_version
+def test_what_the_engine_asks_of_its_experts_beyond_the_two_launches_is_left_to_it(version: str) -> None:
+    assert {name: ran for name, ran in said(version)["few"]["refused"].items() if ran != ["engine's"]} == {}
+
+
+@every_version
+def test_two_launches_that_fail_leave_the_layer_to_the_engine_and_are_not_tried_again(version: str) -> None:
+    few = said(version)["few"]
+    assert (few["failing"], few["after a failure"]) == (["engine's"], ["engine's"])
+    assert len([line for line in few["lines"] if "no such launch" in line]) == 1
