@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 PRELOADED = ("numpy", "torch", "transformers.modeling_utils", "fastapi", "openai", "IPython", "xgrammar")
+QUICK_INTERPRETER = Path(__file__).parents[1] / "kernels" / "quick_interpreter.py"
 
 
 class ForkServer:
@@ -103,6 +104,8 @@ def main() -> None:
     """Serve until stdin ends."""
     for name in PRELOADED:
         importlib.import_module(name)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        runpy.run_path(str(QUICK_INTERPRETER))["quicken"]()
     gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
