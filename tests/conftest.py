@@ -4,10 +4,12 @@
 """
 
 import os
+import sys
 
 import pytest
 from hypothesis import settings
 
+from tests.engines.installed import forked_python
 from tests.examples import examples
 
 settings.register_profile("check", deadline=None, derandomize=True, database=None)
@@ -16,6 +18,16 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "check"))
 
 SLOW = ("tests/servers/", "tests/kernels/test_in_interpreter.py", "tests/models/test_every_transformers_class.py")
 """Tests that start an engine, an interpreter or another Python by other means than `tests.engines.installed`."""
+
+
+@pytest.fixture
+def forked_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes in which this package asks an engine, or compiles its kernel, are forked: 5 s of imports are saved.
+
+    That they also run where Python starts afresh is tested in tests/engines/test_lookup_probe.py, test_compile.py and
+    tests/tuning/compile, without this.
+    """
+    monkeypatch.setattr(sys, "executable", forked_python())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,44 @@
+"""In the place of the interpreter: has a fork server run what `python -W ignore ...` is told to run.
+
+Arguments: the address of a fork server, then those of `python`. The child has this process's open files, environment
+and folder, and its exit code becomes ours; it is killed where this process ends first. Anything but an engine's child
+(`-W ignore -m MODULE` or `-W ignore -c CODE`, not interpreted) is run by the real interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fork_server import exit_code, request_fork  # type: ignore[import-not-found]  # this runs with -I -S
+
+QUIET = ["-W", "ignore"]
+
+
+def main(address: str, arguments: list[str]) -> int:
+    if arguments[:2] != QUIET or arguments[2] not in ("-c", "-m") or "TRITON_INTERPRET" in os.environ:
+        os.execv(sys.executable, [sys.executable, *arguments])
+    with request_fork(address, arguments[2:], os.environ, {number: number for number in inherited()}) as connection:
+        code: int = exit_code(connection)
+    if code < 0:
+        os.kill(os.getpid(), -code)
+    return code
+
+
+def inherited() -> list[int]:
+    """The files that were open before this process opened its own."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            is_inherited = os.get_inheritable(int(name))
+        except OSError:  # the listing's own
+            continue
+        if is_inherited:
+            found.append(int(name))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2:]))
