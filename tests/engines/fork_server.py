@@ -28,7 +28,11 @@ from typing import Any
 
 PRELOADED = (
     *("numpy", "torch", "torch._inductor.compile_fx", "torch.ao.quantization", "torchvision", "triton"),
-    *("transformers.modeling_utils", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"),
+    *(
+        "transformers.modeling_utils",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.llama.modeling_llama",
+    ),
     *("fastapi", "openai", "IPython", "xgrammar", "requests", "zmq", "msgspec", "setuptools", "prometheus_client"),
 )
 QUICK_INTERPRETER = Path(__file__).parents[1] / "kernels" / "quick_interpreter.py"

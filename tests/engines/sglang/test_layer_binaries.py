@@ -12,6 +12,8 @@ import pytest
 from sglang_moe_ext.core import CompileJob, CompileKey, MoEShape, Quantization, TileConfig
 from tests.engines.installed import ENGINE_VERSIONS, run_in_engine
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
 CHILD = Path(__file__).parents[1] / "children" / "layer_binaries.py"
 BF16 = MoEShape(65, 1536, 2048, 5, fused_shared=1)
 FP8_BLOCK = MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", (128, 128)))
