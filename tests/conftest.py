@@ -5,6 +5,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -18,6 +19,16 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "check"))
 
 SLOW = ("tests/servers/", "tests/kernels/test_in_interpreter.py", "tests/models/test_every_transformers_class.py")
 """Tests that start an engine, an interpreter or another Python by other means than `tests.engines.installed`."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def triton_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One folder for all processes of this session: no binary is compiled twice, and none is an earlier run's."""
+    own = tmp_path_factory.getbasetemp()
+    session = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(session / "triton"))
+        yield
 
 
 @pytest.fixture
