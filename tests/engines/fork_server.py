@@ -14,9 +14,11 @@ import contextlib
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import runpy
 import selectors
+import shlex
 import signal
 import socket
 import subprocess
@@ -43,16 +45,17 @@ LONGEST_REQUEST, MOST_FILES = 1 << 20, 64
 class ForkServer:
     """Runs what `python -W ignore ARGUMENTS` would, in children of one process."""
 
-    def __init__(self, environment: dict[str, str]) -> None:
-        """`environment`: of the imports that all children share."""
+    def __init__(self, environment: Mapping[str, str], python: str | Path = sys.executable) -> None:
+        """`environment`: of the imports that all children share; `python`: the interpreter of all."""
         self._folder = tempfile.TemporaryDirectory(prefix="fork-server-")
         self.address = str(Path(self._folder.name, "socket"))
         self.python = Path(self._folder.name, "python")
-        """An executable in the place of `sys.executable`: see forked_python.py."""
-        self.python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{FORKED_PYTHON}" "{self.address}" "$@"\n')
+        """An executable in the place of the interpreter: see forked_python.py."""
+        given = (python, "-I", "-S", FORKED_PYTHON, self.address, environment.get("TRITON_INTERPRET", ""))
+        self.python.write_text(f'#!/bin/sh\nexec {shlex.join(map(str, given))} "$0" "$@"\n')
         self.python.chmod(0o755)
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, self.address],
+            [python, "-W", "ignore", __file__, self.address],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -60,6 +63,13 @@ class ForkServer:
         assert self._process.stdout is not None
         if not self._process.stdout.readline():
             raise AssertionError(f"the fork server ended with exit code {self._process.wait()}")
+
+    def close(self) -> None:
+        """End it, and with it what it has not seen the end of."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._folder.cleanup()
 
     def run(self, arguments: list[str], given: str, environment: dict[str, str], timeout_s: float) -> Any:
         """The finished child: `returncode`, `stdout`, `stderr`.
@@ -91,12 +101,17 @@ class ForkServer:
 
 
 def request_fork(
-    address: str, arguments: Sequence[str], environment: Mapping[str, str], descriptors: Mapping[int, int]
+    address: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    descriptors: Mapping[int, int],
+    executable: str | None = None,
 ) -> socket.socket:
     """The connection to a new child. It is killed, with its processes, when the connection is closed before its end.
 
     Args:
         descriptors: the child's own number for each of these files.
+        executable: of the child, for processes that it starts itself.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LONGEST_REQUEST)
@@ -106,6 +121,7 @@ def request_fork(
         "environment": dict(environment),
         "folder": os.getcwd(),
         "numbers": list(descriptors),
+        "executable": executable,
     }
     socket.send_fds(connection, [json.dumps(request).encode()], list(descriptors.values()))
     return connection
@@ -130,6 +146,9 @@ def _become(request: dict[str, Any], received: list[int]) -> None:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    if request["executable"] is not None:
+        sys.executable = request["executable"]
+        multiprocessing.set_executable(sys.executable)
     kind, *others = request["arguments"]
     folders = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
     own = {"-c": "", "-m": os.getcwd()}.get(kind, str(Path(kind).resolve().parent))
