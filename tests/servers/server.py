@@ -31,6 +31,7 @@ SETTINGS = {
     "CUDA_VISIBLE_DEVICES": "",
     "HF_HUB_OFFLINE": "1",
     "TORCHDYNAMO_DISABLE": "1",
+    "OMP_NUM_THREADS": "1",
 }
 WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 OF_THE_TESTS_PROCESS = ("SGLANG_", "MOE_ON_CPU_", "TRITON_", "PYTHON")
