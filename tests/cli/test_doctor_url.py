@@ -20,8 +20,6 @@ from sglang_moe_ext.gpu import specs
 from tests.engines.installed import ENGINES_DIR, REPO_ROOT
 from tests.engines.sglang.test_server_info import ANSWER
 
-pytestmark = pytest.mark.usefixtures("forked_engines")
-
 VERSION = "0.5.23"
 HERE = ("--gpu", "H200", "--batch-size", "1", "4096")
 BUILTIN = ANSWER | {"model_path": "Qwen3-30B-A3B", "tp_size": 1, "ep_size": 1, "version": VERSION}
