@@ -23,6 +23,8 @@ from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.models import resolve
 from tests.engines.installed import VLLM_VERSIONS, run_in_engine, run_in_vllm, vllm_environment
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
 CASES = Path(__file__).parents[1] / "data" / "cases"
 CHILDREN = Path(__file__).parents[1] / "engines" / "children"
 H200, B200, RTX_4090, A100 = (find_gpu(name) for name in ("H200", "B200", "RTX_4090", "A100"))

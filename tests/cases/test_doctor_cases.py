@@ -19,7 +19,7 @@ from sglang_moe_ext.engines.vllm import installation as vllm
 from sglang_moe_ext.gpu import specs
 from tests.engines.installed import ENGINES_DIR, REPO_ROOT
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("forked_engines")]
 
 CASES = Path(__file__).parents[1] / "data" / "cases"
 VERSION = "0.5.23"

@@ -20,6 +20,8 @@ from sglang_moe_ext.serving.selection import OurEntry
 from sglang_moe_ext.serving.table_search import TableDir
 from tests.engines.installed import engine_environment
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
 CASES = Path(__file__).parents[1] / "data" / "cases"
 SHAPE = MoEShape(256, 512, 2048, 8, Quantization("fp8_w8a8", (128, 128)))
 GB10 = find_gpu("GB10")

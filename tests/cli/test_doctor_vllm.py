@@ -15,6 +15,8 @@ from sglang_moe_ext.engines.sglang import installation as sglang
 from sglang_moe_ext.gpu import specs
 from tests.engines.installed import ENGINES_DIR, vllm_environment
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
 VERSION = "0.33.0"
 ASKED = ("doctor", "--json", "--gpu", "H200", "--batch-size", "1", "64")
 

@@ -23,15 +23,24 @@ NAME = "E=65,N=1536,device_name=NVIDIA_GeForce_RTX_4090.json"
 ARGUMENTS = ("--model", "GLM-4.7-Flash", "--tp-size", "1", "--gpu", "RTX_4090")
 
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of compiled kernels: each test after the first that tunes a layer for a GPU finds them there, as a user does."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def engine(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of a real SGLang, by links, as the engine of this process and its children; gives its configs."""
     site = tmp_path / "site"
     subprocess.run(["cp", "-al", ENGINES_DIR / "sglang" / VERSION, site], check=True)
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(REPO_ROOT), str(site))))
     monkeypatch.setenv("SGLANG_MOE_EXT_STORE", str(tmp_path / "store"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.delenv("SGLANG_MOE_CONFIG_DIR", raising=False)
     monkeypatch.setattr(specs, "detect", lambda: None)
     yield site / "sglang/srt/layers/moe/moe_runner/triton_utils/configs"

@@ -4,7 +4,8 @@ Importing an engine takes 5 to 8 s of CPU time. 4.5 s of that are torch, transfo
 release: 0.3 to 1.6 s are left for a child that is forked (SGLang 0.5.23 and 0.5.8, 2026-11-26, two cores). The engine
 itself is never imported here, so each child meets its own release, with its own environment, for the first time.
 
-As a script: one request a line on stdin, one answer a line on stdout. See `ForkServer`.
+As a script: a fork server on the socket of its first argument, until its stdin ends. A request is one connection:
+`request_fork` sends the arguments, environment and open files of a process, and hears its exit code at its end.
 """
 
 from __future__ import annotations
@@ -13,31 +14,62 @@ import contextlib
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import runpy
+import selectors
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ("numpy", "torch", "transformers.modeling_utils", "fastapi", "openai", "IPython", "xgrammar")
+PRELOADED = (
+    *("numpy", "torch", "torch._inductor.compile_fx", "torch.ao.quantization", "torchvision", "triton"),
+    *(
+        "transformers.modeling_utils",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.llama.modeling_llama",
+    ),
+    *("fastapi", "openai", "IPython", "xgrammar", "requests", "zmq", "msgspec", "setuptools", "prometheus_client"),
+)
+QUICK_INTERPRETER = Path(__file__).parents[1] / "kernels" / "quick_interpreter.py"
+FORKED_PYTHON = Path(__file__).with_name("forked_python.py")
+LONGEST_REQUEST, MOST_FILES = 1 << 20, 64
 
 
 class ForkServer:
-    """Runs scripts as `python -W ignore SCRIPT` would, in children of one process. One at a time."""
+    """Runs what `python -W ignore ARGUMENTS` would, in children of one process."""
 
-    def __init__(self, environment: dict[str, str]) -> None:
-        """`environment`: of the imports that all children share."""
+    def __init__(self, environment: Mapping[str, str], python: str | Path = sys.executable) -> None:
+        """`environment`: of the imports that all children share; `python`: the interpreter of all."""
+        self._folder = tempfile.TemporaryDirectory(prefix="fork-server-")
+        self.address = str(Path(self._folder.name, "socket"))
+        self.python = Path(self._folder.name, "python")
+        """An executable in the place of the interpreter: see forked_python.py."""
+        given = (python, "-I", "-S", FORKED_PYTHON, self.address, environment.get("TRITON_INTERPRET", ""))
+        self.python.write_text(f'#!/bin/sh\nexec {shlex.join(map(str, given))} "$0" "$@"\n')
+        self.python.chmod(0o755)
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__],
+            [python, "-W", "ignore", __file__, self.address],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
-            text=True,
         )
+        assert self._process.stdout is not None
+        if not self._process.stdout.readline():
+            raise AssertionError(f"the fork server ended with exit code {self._process.wait()}")
+
+    def close(self) -> None:
+        """End it, and with it what it has not seen the end of."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._folder.cleanup()
 
     def run(self, arguments: list[str], given: str, environment: dict[str, str], timeout_s: float) -> Any:
         """The finished child: `returncode`, `stdout`, `stderr`.
@@ -49,67 +81,158 @@ class ForkServer:
         Raises:
             subprocess.TimeoutExpired: the child took longer, and was killed with all its processes.
         """
-        with tempfile.TemporaryDirectory(prefix="forked-") as folder:
-            files = [str(Path(folder, name)) for name in ("stdin", "stdout", "stderr")]
-            Path(files[0]).write_text(given)
-            request = {"arguments": arguments, "files": files, "environment": environment, "timeout_s": timeout_s}
-            assert self._process.stdin is not None and self._process.stdout is not None
-            print(json.dumps(request), file=self._process.stdin, flush=True)
-            status = json.loads(self._process.stdout.readline())
-            out, err = (Path(name).read_text(errors="replace") for name in files[1:])
-        if status is None:
+        with contextlib.ExitStack() as held:
+            files = [held.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in range(3)]
+            files[0].write(given)
+            files[0].seek(0)
+            descriptors = {number: file.fileno() for number, file in enumerate(files)}
+            connection = held.enter_context(request_fork(self.address, arguments, environment, descriptors))
+            connection.settimeout(timeout_s)
+            try:
+                code = exit_code(connection)
+            except TimeoutError:
+                code = None
+            for file in files[1:]:
+                file.seek(0)
+            out, err = (file.read() for file in files[1:])
+        if code is None:
             raise subprocess.TimeoutExpired(arguments, timeout_s, out, err)
-        return subprocess.CompletedProcess(arguments, status, out, err)
+        return subprocess.CompletedProcess(arguments, code, out, err)
 
 
-def _become(request: dict[str, Any]) -> None:
-    """Run the script of the request in this process, which was forked for it."""
+def request_fork(
+    address: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    descriptors: Mapping[int, int],
+    executable: str | None = None,
+) -> socket.socket:
+    """The connection to a new child. It is killed, with its processes, when the connection is closed before its end.
+
+    Args:
+        descriptors: the child's own number for each of these files.
+        executable: of the child, for processes that it starts itself.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LONGEST_REQUEST)
+    connection.connect(address)
+    request = {
+        "arguments": list(arguments),
+        "environment": dict(environment),
+        "folder": os.getcwd(),
+        "numbers": list(descriptors),
+        "executable": executable,
+    }
+    socket.send_fds(connection, [json.dumps(request).encode()], list(descriptors.values()))
+    return connection
+
+
+def exit_code(connection: socket.socket) -> int:
+    """Of the child, when it ends."""
+    return int(connection.recv(64) or -signal.SIGKILL)
+
+
+def _become(request: dict[str, Any], received: list[int]) -> None:
+    """Run what the request names in this process, which was forked for it."""
     os.setsid()
-    for number, name in enumerate(request["files"]):
-        descriptor = os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    lowest = max(request["numbers"]) + 1
+    moved = [os.dup2(descriptor, lowest + at + max(received)) for at, descriptor in enumerate(received)]
+    for number, descriptor in zip(request["numbers"], moved, strict=True):
         os.dup2(descriptor, number)
+    for descriptor in {*range(3, lowest)} & {*received} - {*request["numbers"]}:
         os.close(descriptor)
+    os.closerange(lowest, max(moved) + 1)
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode) for n, mode in enumerate(("r", "w", "w")))
+    os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    script, *others = request["arguments"]
+    if request["executable"] is not None:
+        sys.executable = request["executable"]
+        multiprocessing.set_executable(sys.executable)
+    kind, *others = request["arguments"]
     folders = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
-    own = "" if script == "-c" else str(Path(script).resolve().parent)
+    own = {"-c": "", "-m": os.getcwd()}.get(kind, str(Path(kind).resolve().parent))
     sys.path[:] = [own, *folders, *sys.path[1:]]
     importlib.invalidate_caches()
-    if script == "-c":
+    if kind == "-c":
         sys.argv = ["-c", *others[1:]]
         exec(compile(others[0], "<string>", "exec"), {"__name__": "__main__"})
+    elif kind == "-m":
+        sys.argv = list(others)
+        runpy.run_module(others[0], run_name="__main__", alter_sys=True)
     else:
-        sys.argv = [script, *others]
-        runpy.run_path(script, run_name="__main__")
+        sys.argv = [kind, *others]
+        runpy.run_path(kind, run_name="__main__")
 
 
-def _status(pid: int, timeout_s: float) -> int | None:
-    """How the child ended; None where it had to be killed."""
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return None
+class _Serving:
+    """The children of the process, each with its connection."""
+
+    def __init__(self, address: str) -> None:
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.listener.bind(address)
+        self.listener.listen(16)
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(sys.stdin.buffer, selectors.EVENT_READ, None)
+        self.selector.register(self.listener, selectors.EVENT_READ, self.fork)
+        self.connections: dict[int, socket.socket] = {}
+
+    def until_stdin_ends(self) -> dict[str, Any] | None:
+        """None then; in a child, at once, what it shall run."""
+        while True:
+            for key, _ in self.selector.select():
+                if key.data is None:
+                    return None
+                request: dict[str, Any] | None = key.data()
+                if request is not None:
+                    return request
+
+    def fork(self) -> dict[str, Any] | None:
+        connection, _ = self.listener.accept()
+        message, received, _, _ = socket.recv_fds(connection, LONGEST_REQUEST, MOST_FILES)
+        request: dict[str, Any] = json.loads(message)
+        if (pid := os.fork()) == 0:
+            self.selector.close()
+            for theirs in (self.listener, connection, *self.connections.values()):
+                theirs.close()
+            return request | {"received": received}
+        for descriptor in received:
+            os.close(descriptor)
+        self.connections[pid] = connection
+        ends = os.pidfd_open(pid)
+        self.selector.register(ends, selectors.EVENT_READ, lambda: self.reap(pid, ends))
+        self.selector.register(connection, selectors.EVENT_READ, lambda: self.kill(pid))
+        return None
+
+    def kill(self, pid: int) -> None:
+        """Nobody waits for it any more."""
+        self.selector.unregister(self.connections[pid])
+        for end in (os.kill, os.killpg):  # it leads no group yet right after the fork
+            with contextlib.suppress(ProcessLookupError):
+                end(pid, signal.SIGKILL)
+
+    def reap(self, pid: int, ends: int) -> None:
+        self.selector.unregister(ends)
+        os.close(ends)
+        _, status = os.waitpid(pid, 0)
+        connection = self.connections.pop(pid)
+        with contextlib.suppress(KeyError):
+            self.selector.unregister(connection)
+        with connection, contextlib.suppress(OSError):
+            connection.send(str(os.waitstatus_to_exitcode(status)).encode())
 
 
 def main() -> None:
     """Serve until stdin ends."""
     for name in PRELOADED:
         importlib.import_module(name)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        runpy.run_path(str(QUICK_INTERPRETER))["quicken"]()
     gc.freeze()
-    for line in sys.stdin:
-        request = json.loads(line)
-        if (pid := os.fork()) == 0:
-            return _become(request)
-        print(json.dumps(_status(pid, request["timeout_s"])), flush=True)
-    return None
+    serving = _Serving(sys.argv[1])
+    print("ready", flush=True)
+    if (request := serving.until_stdin_ends()) is not None:
+        _become(request, request.pop("received"))
 
 
 if __name__ == "__main__":

@@ -50,6 +50,11 @@ def _fork_server(interpret: str | None) -> ForkServer:
     return ForkServer(shared)
 
 
+def forked_python() -> str:
+    """An executable in the place of `sys.executable`, which forks the processes that ask or compile an engine."""
+    return str(_fork_server(None).python)
+
+
 def vllm_environment(version: str, ours: Path = REPO_ROOT) -> dict[str, str]:
     """The environment of a process that can import vLLM `version`, and our package from the folder `ours`."""
     paths = [ours, ENGINES_DIR / "vllm" / version]

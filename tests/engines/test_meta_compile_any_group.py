@@ -12,6 +12,8 @@ import pytest
 from sglang_moe_ext.core import CompileJob, CompileKey, MoEShape, Projection, Quantization
 from tests.engines.installed import run_in_engine
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
 CHILD = Path(__file__).parent / "children" / "compile_jobs.py"
 VERSIONS = ("0.5.8", "0.5.15", "0.5.23")
 BF16 = MoEShape(128, 768, 2048, 8)

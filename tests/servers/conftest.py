@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.engines.fork_server import ForkServer
 from tests.engines.installed import REPO_ROOT
+from tests.servers import server as servers
 from tests.servers import tiny_model
 from tests.servers.server import Site
 
@@ -20,12 +24,23 @@ TEST_PLUGIN = Path(__file__).parent / "moe_on_cpu"
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     """An environment laid over the one of the tests, which has torch, Triton and transformers, and a tiny model."""
     folder = tmp_path_factory.mktemp("servers")
-    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     python = folder / "venv" / "bin" / "python"
     (own,) = (folder / "venv" / "lib").glob("python*/site-packages")
     (own / "beside_the_engine.pth").write_text(sysconfig.get_path("purelib"))
     for project in (REPO_ROOT, TEST_PLUGIN):
         quietly = ("--quiet", "--disable-pip-version-check", "--no-build-isolation", "--no-deps")
-        subprocess.run([python, "-m", "pip", "install", *quietly, str(project)], check=True)
+        subprocess.run([sys.executable, "-m", "pip", "--python", python, "install", *quietly, str(project)], check=True)
     tiny_model.save(folder / "model")
     return Site(python, folder / "model", folder)
+
+
+@pytest.fixture(scope="session")
+def forked_site(site: Site) -> Iterator[Site]:
+    """The same, whose servers are forked from a Python that has imported what every engine imports, and ran our .pth.
+
+    A server starts three processes, each of which imports for 5 s.
+    """
+    fork_server = ForkServer(servers.environment(site, None), site.python)
+    yield dataclasses.replace(site, python=fork_server.python)
+    fork_server.close()

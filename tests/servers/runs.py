@@ -24,10 +24,10 @@ class Run:
         return [line for line in self.log if all(word in line for word in words)]
 
 
-def of_each(site: Site, version: str, *settings: Mapping[str, str]) -> list[Run]:
-    """One server with each of these environments, all started at once: a start takes far longer than the prompts."""
+def of_each(version: str, *starts: tuple[Site, Mapping[str, str]]) -> list[Run]:
+    """One server at each site, with that environment, all started at once: that takes far longer than the prompts."""
     with contextlib.ExitStack() as held:
-        servers = [held.enter_context(starting(site, version, each)) for each in settings]
+        servers = [held.enter_context(starting(site, version, settings)) for site, settings in starts]
         runs: list[Run] = []
         for server in servers:
             server.wait_until_healthy()

@@ -31,6 +31,7 @@ SETTINGS = {
     "CUDA_VISIBLE_DEVICES": "",
     "HF_HUB_OFFLINE": "1",
     "TORCHDYNAMO_DISABLE": "1",
+    "OMP_NUM_THREADS": "1",
 }
 WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 OF_THE_TESTS_PROCESS = ("SGLANG_", "MOE_ON_CPU_", "TRITON_", "PYTHON")
@@ -147,11 +148,11 @@ def _started(site: Site, version: str, settings: Mapping[str, str], flags: Seque
     return Server(version, process, f"http://127.0.0.1:{port}", log_file, launches_file)
 
 
-def environment(site: Site, version: str) -> dict[str, str]:
+def environment(site: Site, version: str | None) -> dict[str, str]:
     """Of a process in that environment, with that SGLang and nothing of the settings of whoever runs the tests."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(OF_THE_TESTS_PROCESS)}
     places = {
-        "PYTHONPATH": str(ENGINES_DIR / "sglang" / version),
+        "PYTHONPATH": "" if version is None else str(ENGINES_DIR / "sglang" / version),
         "TRITON_CACHE_DIR": str(site.folder / "triton"),
         "HOME": str(site.folder),
         "XDG_CACHE_HOME": str(site.folder / "cache"),

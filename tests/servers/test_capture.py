@@ -48,11 +48,11 @@ def ask_until_it_ends(server: Server) -> None:
 
 
 @pytest.fixture(scope="module")
-def killed(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Killed:
+def killed(forked_site: Site, tmp_path_factory: pytest.TempPathFactory) -> Killed:
     folder = tmp_path_factory.mktemp("capture") / "topk_ids"
     store = str(tmp_path_factory.mktemp("store"))
     settings = {"SGLANG_MOE_EXT_CAPTURE": f"{folder}:1000", "SGLANG_MOE_EXT_STORE": store}
-    with starting(site, VERSION, settings) as server:
+    with starting(forked_site, VERSION, settings) as server:
         server.wait_until_healthy()
         server.tokens(PROMPTS[1])
         end = time.monotonic() + WRITTEN_S

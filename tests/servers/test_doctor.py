@@ -18,8 +18,8 @@ TIMEOUT_S = 180
 
 
 @pytest.fixture(scope="module")
-def server(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with starting(site, VERSION, {"SGLANG_MOE_EXT_STORE": str(tmp_path_factory.mktemp("store"))}) as started:
+def server(forked_site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with starting(forked_site, VERSION, {"SGLANG_MOE_EXT_STORE": str(tmp_path_factory.mktemp("store"))}) as started:
         started.wait_until_healthy()
         yield started
 

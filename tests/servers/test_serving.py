@@ -24,11 +24,16 @@ class Pair:
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
-def pair(site: Site, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+def pair(
+    site: Site, forked_site: Site, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Pair:
+    """The newest release with our plugin starts as a user's server does, the others are forked."""
     store = tmp_path_factory.mktemp("store")
     tables.put(store)
     here = {"SGLANG_MOE_EXT_STORE": str(store)}
-    return Pair(*runs.of_each(site, request.param, here | {"SGLANG_MOE_EXT_DISABLE": "1"}, here))
+    off = forked_site, here | {"SGLANG_MOE_EXT_DISABLE": "1"}
+    on = site if request.param == VERSIONS[-1] else forked_site, here
+    return Pair(*runs.of_each(request.param, off, on))
 
 
 def test_every_launch_has_the_configuration_of_our_table(pair: Pair) -> None:

@@ -32,12 +32,13 @@ class Two:
 
 
 @pytest.fixture(scope="module")
-def two(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Two:
+def two(forked_site: Site, tmp_path_factory: pytest.TempPathFactory) -> Two:
     good, bad = (tmp_path_factory.mktemp(name) for name in ("good", "bad"))
     text = tables.put(good).read_text()
     table = tables.put(bad, text[: len(text) // 2])
     others = {"SGLANG_MOE_EXT_STORE": str(good), "SGLANG_PLUGINS": "moe_on_cpu"}
-    return Two(*runs.of_each(site, VERSION, others, {"SGLANG_MOE_EXT_STORE": str(bad)}), table)
+    broken = {"SGLANG_MOE_EXT_STORE": str(bad)}
+    return Two(*runs.of_each(VERSION, (forked_site, others), (forked_site, broken)), table)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def bare(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Run:
     startup_file.unlink()
     tables.put(folder)
     there = dataclasses.replace(site, python=folder / "venv" / "bin" / "python", folder=folder)
-    (run,) = runs.of_each(there, VERSION, {"SGLANG_MOE_EXT_STORE": str(folder)})
+    (run,) = runs.of_each(VERSION, (there, {"SGLANG_MOE_EXT_STORE": str(folder)}))
     return run
 
 

@@ -12,8 +12,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from sglang_moe_ext.tuning.bench.messages import (
     Accuracy,
     BenchGemm,
@@ -46,6 +44,13 @@ class MakeBench:
         return FakeBench()
 
 
+def accelerator_error(message: str) -> RuntimeError:
+    """torch's. Imported here, since most of these processes end without a need for it."""
+    import torch
+
+    return torch.AcceleratorError(message)
+
+
 class FakeBench:
     device_name = "NVIDIA H200"
     _is_poisoned = False
@@ -55,7 +60,7 @@ class FakeBench:
 
     def measure(self, request: BenchRequest) -> BenchResult:
         if self._is_poisoned:
-            raise torch.AcceleratorError("an earlier kernel's illegal memory access")
+            raise accelerator_error("an earlier kernel's illegal memory access")
         match request.tokens:
             case 2:
                 raise ValueError("refused\nwith a second line")
@@ -66,8 +71,10 @@ class FakeBench:
             case 5:
                 os.kill(os.getpid(), signal.SIGSEGV)
             case 6:
-                raise torch.AcceleratorError("an illegal memory access was encountered")
+                raise accelerator_error("an illegal memory access was encountered")
             case 7:
+                import torch
+
                 raise torch.cuda.OutOfMemoryError("no memory")
             case 8:
                 self._is_poisoned = True

@@ -1,7 +1,8 @@
 """Child: which binaries the whole layer of the SGLang on PYTHONPATH launches, and which the compile farm makes for it.
 
-stdin: [{"job": <CompileJob of a GEMM as a dict>, "pair": [up, down], "tokens": M}]. Last line of stdout: for each the
-hashes {"launched": [...], "made": [...]}. No GPU is here, so tensors have no storage, and nothing is launched.
+stdin: {"cases": [{"job": <CompileJob of a GEMM as a dict>, "pair": [up, down], "tokens": M}], "front_end": whether to
+stop after Triton's front end}. Last line of stdout: for each case the hashes {"launched": [...], "made": [...]}. No GPU
+is here, so tensors have no storage, and nothing is launched.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from sglang_moe_ext.kernels.compiled import TargetOnlyDriver
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.search import candidates
 from tests.engines.children.compile_jobs import parsed
+from tests.engines.children.front_end import stop_after_front_end
 
 KERNELS = ("fused_moe_kernel", "fused_moe_kernel_gptq_awq")
 hashes: list[str] = []
@@ -92,4 +94,7 @@ def answer(document: dict[str, Any]) -> dict[str, list[str]]:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
-        print(json.dumps([answer(document) for document in json.load(sys.stdin)]))
+        asked = json.load(sys.stdin)
+        if asked["front_end"]:
+            stop_after_front_end()
+        print(json.dumps([answer(document) for document in asked["cases"]]))

@@ -2,15 +2,14 @@
 
 stdin: [{"shape": text as --shape takes it, "plan": a kernel plan as JSON has it, "tokens": M}]. Last line of stdout:
 for each {"launched": hashes, "made": hashes, "needs": [shared memory, registers, spilled bytes] of each half}. No GPU
-is here, so tensors have no storage, and nothing is launched.
+is here, so tensors have no storage, and nothing is launched. Most kernels are those
+of every release: $TRITON_CACHE_DIR keeps them.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 from dataclasses import astuple
 from typing import Any
 
@@ -77,9 +76,7 @@ def answer(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
-        print(json.dumps([answer(document) for document in json.load(sys.stdin)]))
+    print(json.dumps([answer(document) for document in json.load(sys.stdin)]))
 
 
 if __name__ == "__main__":

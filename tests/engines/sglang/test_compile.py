@@ -16,6 +16,8 @@ from sglang_moe_ext.engines.sglang.runner import _class, representative_tokens
 from sglang_moe_ext.gpu.specs import ARCHITECTURES
 from tests.engines.installed import run_in_engine
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
 CHILD = Path(__file__).parents[1] / "children" / "compile_jobs.py"
 VERSIONS = ("0.5.8", "0.5.15", "0.5.23")
 

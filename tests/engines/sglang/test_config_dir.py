@@ -37,6 +37,8 @@ from sglang_moe_ext.tuning import install_target
 from tests.engines.installed import ENGINES_DIR, REPO_ROOT
 from tests.engines.sglang.test_source_patch import VERSIONS, unpacked
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
 RUNNING = "triton_3_7_1"
 OLD, NEW = (0, 5, 12), (0, 5, 23)
 GPU = "NVIDIA_H200"

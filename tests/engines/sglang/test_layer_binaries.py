@@ -12,6 +12,8 @@ import pytest
 from sglang_moe_ext.core import CompileJob, CompileKey, MoEShape, Quantization, TileConfig
 from tests.engines.installed import ENGINE_VERSIONS, run_in_engine
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
 CHILD = Path(__file__).parents[1] / "children" / "layer_binaries.py"
 BF16 = MoEShape(65, 1536, 2048, 5, fused_shared=1)
 FP8_BLOCK = MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", (128, 128)))
@@ -36,9 +38,9 @@ CASES_OF_UP_TMA = {
 
 @functools.cache
 def binaries(version: str) -> dict[str, Any]:
-    """Of each case in that version, all from one process."""
+    """Of each case in that version, all from one process. Hashes are settled before anything is assembled."""
     cases = CASES | (CASES_OF_UP_TMA if version in VERSIONS_WITH_UP_TMA else {})
-    asked = [
+    asked: list[dict[str, Any]] = [
         {
             "job": asdict(CompileJob(shape, "up", tokens, CompileKey(64, 128, 64, 4, 3), 90)),
             "pair": [astuple(config) for config in pair],
@@ -46,7 +48,8 @@ def binaries(version: str) -> dict[str, Any]:
         }
         for shape, pair, tokens in cases.values()
     ]
-    return dict(zip(cases, run_in_engine(version, CHILD, asked), strict=True))
+    front_end = version != ENGINE_VERSIONS[-1]
+    return dict(zip(cases, run_in_engine(version, CHILD, {"cases": asked, "front_end": front_end}), strict=True))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.tables import config_table, files
 from tests.engines.installed import ENGINE_VERSIONS, REPO_ROOT, engine_environment
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
 TOKENS = (1, 2, 3, 17, 64, 5000)
 SHAPE = MoEShape(65, 1536, 2048, 5, Quantization("fp8_w8a8", (128, 128)))
 RTX_4090 = find_gpu("RTX 4090")

@@ -21,6 +21,8 @@ from sglang_moe_ext.sorted_kernels import (
 from sglang_moe_ext.tables import kernel_table
 from tests.engines.installed import run_in_engine
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
 CHILD = Path(__file__).parents[1] / "children" / "sorted_binaries.py"
 VERSIONS = ("0.5.12", "0.5.23")
 BF16 = MoEShape(64, 1536, 2048, 4)

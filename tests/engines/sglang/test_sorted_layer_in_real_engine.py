@@ -26,6 +26,8 @@ from tests.engines.installed import HOOKED_VERSIONS, REPO_ROOT, engine_environme
 from tests.engines.sglang.test_hooks_in_real_engine import WITH_PLUGINS
 from tests.tables.generated import A_RUN
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
 CHILD = Path(child.__file__)
 SHAPES = child.SHAPES
 DEVICE = "NVIDIA H200"

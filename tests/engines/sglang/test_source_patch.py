@@ -228,6 +228,7 @@ print(attach.state().is_active, attach.state().why)
 """
 
 
+@pytest.mark.usefixtures("forked_engines")
 @pytest.mark.parametrize(
     ("ours", "state"), [("ours", "True a patch"), ("gone", "False the engine's layer has not been imported")]
 )

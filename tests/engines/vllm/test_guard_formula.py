@@ -10,6 +10,8 @@ import pytest
 
 from tests.engines.installed import run_in_vllm, vllm_environment
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
 CHILD = Path(__file__).parents[1] / "children" / "vllm_smem.py"
 TOLERANCE_BYTES = 1126
 """What block-wise scales add, as in tests/kernels/test_fused_moe_compile.py."""

@@ -18,6 +18,8 @@ from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.tables import config_table, files
 from tests.engines.installed import REPO_ROOT, VLLM_VERSIONS, vllm_environment
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
 TOKENS = (1, 2, 3, 17, 64, 5000)
 RTX_4090 = find_gpu("RTX 4090")
 SHAPE = MoEShape(64, 1536, 2048, 4, Quantization("fp8_w8a8", (128, 128)))

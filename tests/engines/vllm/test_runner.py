@@ -18,6 +18,8 @@ from sglang_moe_ext.gpu.shared_memory import smem_bytes
 from sglang_moe_ext.tuning.search.final_comparison import TOLERATED_ERROR
 from tests.engines.installed import ENGINES_DIR, VLLM_VERSIONS, run_in_vllm, vllm_environment
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
 CHILDREN = Path(__file__).parents[1] / "children"
 FP8_BLOCK = Quantization("fp8_w8a8", (32, 32))
 SMALL = TileConfig(16, 32, 32, 4, 4, 2)

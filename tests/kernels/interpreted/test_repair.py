@@ -63,3 +63,20 @@ def test_dot_multiplies_values_and_not_patterns(dtype: torch.dtype) -> None:
     out = torch.empty(32, 32, dtype=torch.int32 if dtype == torch.int8 else torch.float32)
     dot_kernel[(1,)](a, b, out, SIZE=32)
     torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=1e-5, atol=1e-4)
+
+
+@triton.jit
+def twice(x):
+    return x + x
+
+
+@triton.jit
+def add_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(out_ptr + at, twice(tl.load(x_ptr + at)) - tl.max(tl.load(x_ptr + at), 0))
+
+
+def test_nested_functions_compute_with_integers() -> None:
+    out = torch.empty(4, dtype=torch.int32)
+    add_kernel[(1,)](torch.tensor([1, -2, 3, 1 << 29], dtype=torch.int32), out, SIZE=4)
+    assert out.tolist() == [2 - (1 << 29), -4 - (1 << 29), 6 - (1 << 29), 1 << 29]

@@ -87,9 +87,11 @@ def _on_cpu(layer: Any, name: str, inplace: bool) -> Callable[..., Any]:
 def register() -> None:
     """Entry point of the group `sglang.srt.plugins`."""
     import moe_on_cpu_interpreter
+    import moe_on_cpu_quick_interpreter
     from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 
     moe_on_cpu_interpreter.repair()
+    moe_on_cpu_quick_interpreter.quicken()
     UnquantizedFusedMoEMethod.forward_cpu = UnquantizedFusedMoEMethod.forward_native = _run_triton
     layer = importlib.import_module(f"{_PACKAGE}.fused_moe")
     for name, inplace in _OPERATORS.items():

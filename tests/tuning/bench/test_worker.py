@@ -55,7 +55,7 @@ def starts(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def worker(starts: Path) -> Iterator[BenchProcess]:
-    one = BenchProcess(MakeBench(starts), timeout_s=5)
+    one = BenchProcess(MakeBench(starts), timeout_s=60)
     yield one
     one.close()
 
