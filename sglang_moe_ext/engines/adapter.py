@@ -58,6 +58,12 @@ class EngineAdapter(Protocol):
     def start_probe(self, environment: Mapping[str, str]) -> ProbeLike:
         """A process of it under that environment, started now, with our hooks in it as a server has them."""
 
+    def start_reader(self, environment: Mapping[str, str]) -> ProbeLike:
+        """The same, without the parts of the engine that a lookup does not need. It is told which GPU it runs on.
+
+        Its start fails where that release's lookup needs more than is known.
+        """
+
     def table_key(self, shape: MoEShape, device_name: str, *, down: bool) -> TableKey: ...
 
     def file_name(self, key: TableKey) -> str: ...

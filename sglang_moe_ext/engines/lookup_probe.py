@@ -48,6 +48,7 @@ class LookupResult:
     """What the engine takes for each M, the files it opened for that, and what it said.
 
     `down` is None if the down projection runs the entry of `up`, as it always does in vLLM unless the guard changes it.
+    `is_from_files`: the engine's own lookup was run from its files, without the rest of the engine.
 
     An engine that was asked AS_SERVED says more:
 
@@ -75,6 +76,7 @@ class LookupResult:
     alone: Mapping[int, Written] = field(default_factory=dict)
     alone_errors: Mapping[int, str] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    is_from_files: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,17 @@ def engine_alone(engine: str, module: str) -> ProbeModule:
 def engine_as_served(engine: str, name: str) -> ProbeModule:
     """The probe of an engine with our hooks."""
     return ProbeModule(engine, "sglang_moe_ext.serving.lookup_probe", (name,), is_alone=False)
+
+
+FROM_FILES = "from-files"
+
+
+def engine_from_files(engine: str, name: str) -> ProbeModule:
+    """The probe of an engine's own lookup, run from its files without the rest of it, with our hooks.
+
+    It answers within a second. The GPU has to be pretended, and the server must not be deterministic.
+    """
+    return ProbeModule(engine, "sglang_moe_ext.serving.lookup_probe", (name, FROM_FILES), is_alone=False)
 
 
 def request_of(question: LookupRequest) -> dict[str, Any]:
@@ -258,4 +271,5 @@ def _answer(said: Mapping[str, Any]) -> LookupResult:
         alone={int(m): dict(entry) for m, entry in said.get("alone", {}).items()},
         alone_errors={int(m): str(error) for m, error in said.get("alone_errors", {}).items()},
         remarks=tuple(map(str, said.get("remarks", ()))),
+        is_from_files=bool(said.get("is_from_files")),
     )

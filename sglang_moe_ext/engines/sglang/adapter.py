@@ -45,6 +45,10 @@ def start_probe(environment: Mapping[str, str]) -> ProbeProcess:
     return lookup_probe.AS_SERVED.start(environment)
 
 
+def start_reader(environment: Mapping[str, str]) -> ProbeProcess:
+    return lookup_probe.FROM_FILES.start(environment)
+
+
 def table_key(shape: MoEShape, device_name: str, *, down: bool) -> TableKey:
     return table_names.table_key(shape, device_name, down=down)
 

@@ -1,0 +1,34 @@
+"""Child of test_partial_lookup: what the engine on PYTHONPATH takes with our hooks in, asked as `doctor` asks it.
+
+Argument of stdin: {"engine": "sglang" or "vllm", "requests": [what `lookup_probe.request_of` makes, ...]}.
+Last line of stdout: the answers, in that order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from typing import Any
+
+from sglang_moe_ext.serving import lookup_probe
+
+
+def in_a_fork(look_up: Any, loaded: Any, request: Any) -> Any:
+    """The answer of a process that has looked nothing up, as the probe's own server forks one."""
+    with tempfile.TemporaryFile("w+") as said:
+        if not (pid := os.fork()):
+            json.dump(look_up(loaded, request), said)
+            said.flush()
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        said.seek(0)
+        return json.load(said)
+
+
+if __name__ == "__main__":
+    asked = json.load(sys.stdin)
+    loaded = lookup_probe._load(asked["engine"], False)()
+    look_up = {"sglang": lookup_probe.look_up_sglang, "vllm": lookup_probe.look_up_vllm}[asked["engine"]]
+    print(json.dumps([in_a_fork(look_up, loaded, request) for request in asked["requests"]]))
