@@ -21,7 +21,8 @@ NEVER_MOVED = {"torch", "triton", "transformers", "sglang", "vllm", "numpy"}
 HEAVY = {"torch", "triton", "transformers", "rich", "numpy"}
 ATTACHED = {
     "": "core engines env gpu import_hook package_data schemes serving sorted_kernels startup tables untrusted",
-    "engines.": "config_dict installed launch_rules launch_shape lookup_args running sglang table_names weight_only",
+    "engines.": "backend_answer config_dict installed launch_rules launch_shape lookup_args running sglang table_names "
+    "weight_only",
     "engines.sglang.": "hook_points installation kernel_sequence support table_names",
     "gpu.": "shared_memory specs",
     "serving.": "attach guard kernel_selection launch_guard plugin selection sglang_hooks sglang_lookup_hook "

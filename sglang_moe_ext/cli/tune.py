@@ -118,6 +118,10 @@ def _say_today(request: TuneRequest, answer: LookupResult | None) -> None:
         return
     for line in incumbent_source.describe(incumbent_source.sources(request, answer)):
         print(line)
+    if answer.backend is not None:
+        why = request.adapter.why_no_table(request.shape, request.gpu, request.architecture, answer.backend)
+        found = f"it runs {answer.backend.name} ({answer.backend.method}), which reads tables"
+        print(f"note: {why}" if why else f"{request.adapter.TITLE} {answer.engine_version} was asked: {found}")
     if answer.is_from_files:
         print(
             f"today is what {request.adapter.TITLE} {answer.engine_version}'s own lookup answers, run from its files "

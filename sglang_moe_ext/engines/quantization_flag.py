@@ -19,6 +19,8 @@ _TRITON_KEEPS_ORDER: Version = (0, 33, 0)
 """From this vLLM on, moe_wna16 takes weights in an order of their own."""
 _GPTQ_RUNS_MARLIN: Version = (0, 25, 0)
 """Before this vLLM, `--quantization gptq` runs MoeWNA16Method, whatever Marlin would take."""
+_UNSET = "unquant"
+"""SGLang's word for what the checkpoint says."""
 _WITHOUT_EXPERTS = ("awq", "gptq")
 """Values of SGLang whose methods have no kernel for experts."""
 
@@ -115,18 +117,19 @@ def quantize_as_served(model: MoEModel, flag: str | None, engine: str, version: 
     Raises:
         ModelError: the engine refuses that value for the checkpoint, or its experts run another kernel.
     """
-    if flag is None:
+    reader, wanted = _READERS[engine], (flag or "").strip().lower().replace("-", "_")
+    if flag is None or (wanted == _UNSET and engine == "sglang"):
         return model
-    reader, wanted = _READERS[engine], flag.strip().lower().replace("-", "_")
     if wanted in reader.others:
         raise ModelError(
             f"--quantization {show(flag)}: such experts do not run the Triton kernel that tables configure, so that no "
-            "table is read"
+            "table is read; where yours do, state their weights with --dtype instead"
         )
     if wanted not in {name.replace("-", "_") for name in (*reader.known, *_WITHOUT_EXPERTS)}:
+        named = show(flag) or "with no name"
         raise ModelError(
-            f"--quantization {show(flag)} is not known for {reader.title}: expected one of {', '.join(reader.known)}; "
-            "or leave it out and state the weights with --dtype"
+            f"--quantization {named} is not known for {reader.title}: expected one of {', '.join(reader.known)}; or "
+            "leave it out and state the weights with --dtype"
         )
     quantization = _served(model.quantization, wanted, reader, version)
     if isinstance(quantization, str):
@@ -151,7 +154,7 @@ def _served(found: Quantization, wanted: str, reader: FlagReader, version: Versi
 def _explain_refusal(stored: CheckpointFormat, wanted: str, reader: FlagReader) -> str:
     if wanted == stored.method and wanted in _WITHOUT_EXPERTS:
         return (
-            f"is an {wanted.upper()} checkpoint, whose experts {reader.title} runs under {wanted}_marlin or "
+            f"stores {wanted.upper()} weights, whose experts {reader.title} runs under {wanted}_marlin or "
             f"{TRITON_METHOD} alone; leave the flag out, or name one of these"
         )
     return f"is quantized with {show(stored.method)}, so that {reader.title} refuses the flag; leave it out"

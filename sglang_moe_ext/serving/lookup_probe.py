@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_moe_ext.core import MoEShape, Projection, Quantization
+from sglang_moe_ext.core import EngineError, MoEShape, Projection, Quantization
 from sglang_moe_ext.engines import lookup_probe, probe_child, running
 from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.serving import attach
@@ -141,6 +141,20 @@ def _stated_shape(request: Mapping[str, Any], layer: LookupLayer) -> MoEShape | 
     return MoEShape(experts, size, hidden, request["top_k"], quantization, gated=layer.shape.gated)
 
 
+def ask_backend(engine: Engine, request: dict[str, Any] | None) -> dict[str, str] | None:
+    """The backend that the engine says it runs the layer by; None where it cannot say. To be asked last of all."""
+    if request is None:
+        return None
+    if engine == "vllm":
+        from sglang_moe_ext.engines.vllm.backend_probe import ask
+    else:
+        from sglang_moe_ext.engines.sglang.backend_probe import ask
+    try:
+        return ask(request)
+    except EngineError:
+        return None
+
+
 def _load(engine: Engine, from_files: bool) -> Callable[[], tuple[Any, Any]]:
     def load() -> tuple[Any, Any]:
         loaded: tuple[Any, Any]
@@ -167,8 +181,13 @@ def main(arguments: Sequence[str]) -> int:
     from_files = lookup_probe.FROM_FILES in arguments
     engine: Engine = "vllm" if "vllm" in arguments else "sglang"
     look_up = look_up_vllm if engine == "vllm" else functools.partial(look_up_sglang, from_files=from_files)
-    mark = {"is_from_files": from_files}
-    return probe_child.answer_stdin(_load(engine, from_files), lambda loaded, asked: {**look_up(loaded, asked), **mark})
+
+    def answer(loaded: tuple[Any, Any], request: dict[str, Any]) -> Answer:
+        said = look_up(loaded, request)
+        backend = None if from_files else ask_backend(engine, request["backend"])
+        return {**said, "is_from_files": from_files, "backend": backend}
+
+    return probe_child.answer_stdin(_load(engine, from_files), answer)
 
 
 if __name__ == "__main__":

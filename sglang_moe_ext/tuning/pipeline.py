@@ -77,7 +77,7 @@ def make_plan(request: TuneRequest, progress: Progress, *, ask: bool = False) ->
     """
     if request.adapter.find() is None:
         return plan.make_plan(request, None)
-    key = lookup_memory.key_of(request.adapter.find(), verify_install.lookup_request(request), request.gpu.device_name)
+    key = lookup_memory.key_of(request.adapter.find(), verify_install.todays_request(request), request.gpu.device_name)
     answer = lookup_memory.recall(key)  # where nothing that the engine could read has changed
     if answer is None and not ask:
         answer = _read_today(request)
@@ -101,7 +101,7 @@ def _read_today(request: TuneRequest) -> LookupResult | None:
 
 
 def _ask_today(request: TuneRequest, probe: ProbeLike, progress: Progress) -> LookupResult:
-    return _ask(request, "what it runs today", lambda: probe.answer(verify_install.lookup_request(request)), progress)
+    return _ask(request, "what it runs today", lambda: probe.answer(verify_install.todays_request(request)), progress)
 
 
 def _ask(request: TuneRequest, what: str, answer: Callable[[], T], progress: Progress) -> T:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from sglang_moe_ext.core import EngineError, Gpu, MoEShape, Projection, Quantization, Table, TableKey, TileConfig
 from sglang_moe_ext.engines.adapter import EngineName, Sorted, Version
+from sglang_moe_ext.engines.backend_answer import AskedBackend
 from sglang_moe_ext.engines.lookup_probe import ProbeProcess
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
 from sglang_moe_ext.engines.vllm import installation, lookup_probe, runner, support, table_names
@@ -62,10 +63,10 @@ def effective_config(config: TileConfig, quantization: Quantization) -> TileConf
     return replace(config, block_k=min(config.block_k, *block)) if block and quantization.is_block_wise else config
 
 
-def why_no_table(shape: MoEShape, gpu: Gpu, architecture: str) -> str | None:
+def why_no_table(shape: MoEShape, gpu: Gpu, architecture: str, asked: AskedBackend | None = None) -> str | None:
     engine = find()
     version = support.NEWEST if engine is None else engine.version
-    return support.why_no_table(shape, gpu, architecture, version)
+    return support.why_no_table(shape, gpu, architecture, version, asked)
 
 
 def representative_tokens(shape: MoEShape, tokens: int) -> int:

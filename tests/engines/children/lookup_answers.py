@@ -1,7 +1,7 @@
-"""Child of test_partial_lookup: what the engine on PYTHONPATH takes with our hooks in, asked as `doctor` asks it.
+"""Child of test_engine_answers: what the engine on PYTHONPATH takes with our hooks in, asked as `doctor` asks it.
 
-Argument of stdin: {"engine": "sglang" or "vllm", "requests": [what `lookup_probe.request_of` makes, ...]}.
-Last line of stdout: the answers, in that order.
+stdin: {"engine": "sglang" or "vllm", "requests": [what `lookup_probe.request_of` makes, ...], "backends": [of some more
+requests the part of that name, ...]}. Last line of stdout: {"answers": [...], "backends": [...]}, in that order.
 """
 
 from __future__ import annotations
@@ -27,8 +27,18 @@ def in_a_fork(look_up: Any, loaded: Any, request: Any) -> Any:
         return json.load(said)
 
 
+def ask_all(engine: Any, requests: list[Any]) -> list[Any]:
+    return [lookup_probe.ask_backend(engine, request) for request in requests]
+
+
 if __name__ == "__main__":
     asked = json.load(sys.stdin)
     loaded = lookup_probe._load(asked["engine"], False)()
     look_up = {"sglang": lookup_probe.look_up_sglang, "vllm": lookup_probe.look_up_vllm}[asked["engine"]]
-    print(json.dumps([in_a_fork(look_up, loaded, request) for request in asked["requests"]]))
+    answers = [in_a_fork(look_up, loaded, request) for request in asked["requests"]]
+    backends = {}
+    for sm in {request["sm"] for request in asked["backends"]}:
+        of_gpu = [place for place, request in enumerate(asked["backends"]) if request["sm"] == sm]
+        requests = [asked["backends"][place] for place in of_gpu]
+        backends |= dict(zip(of_gpu, in_a_fork(ask_all, asked["engine"], requests), strict=True))
+    print(json.dumps({"answers": answers, "backends": [backends[it] for it in sorted(backends)]}))
