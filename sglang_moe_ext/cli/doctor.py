@@ -49,7 +49,7 @@ def _layer(arguments: argparse.Namespace, server: RunningServer | None) -> layer
     """The layer for both engines; of a pasted line the engine that wrote it is the one that is asked."""
     flags = argparse.Namespace(**vars(arguments))
     if not arguments.from_log:
-        flags.engine = SGLANG.NAME  # which of the engines is asked is not a question about the layer
+        flags.engine = arguments.engine or SGLANG.NAME  # where both are asked, SGLang's split is the one refused
     if server is None:
         layer = layer_args.parse_layer(flags)
         if arguments.from_log:
@@ -57,15 +57,9 @@ def _layer(arguments: argparse.Namespace, server: RunningServer | None) -> layer
             _check_engine(arguments)
         return layer
     try:
-        layer = layer_args.parse_layer(flags)
+        return layer_args.parse_layer(flags)
     except ModelError as error:
         raise ModelError(f"{server.url} serves {server.model_path}: {error}; or name it with --model") from error
-    if server.quantization and arguments.dtype == "auto" and layer.shape.quantization.scheme is None:
-        raise ModelError(
-            f"{server.url} quantizes {layer.name} with --quantization {server.quantization}, and its checkpoint does "
-            "not say to what: add --dtype, such as fp8_w8a8"
-        )
-    return replace(layer, shape=server_info.quantize_as_served(layer.shape, server))
 
 
 def examine(arguments: argparse.Namespace, server: RunningServer | None) -> Iterator[Examination]:

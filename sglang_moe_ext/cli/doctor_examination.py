@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from sglang_moe_ext.cli.doctor_layers import LayerUnderTest
+from sglang_moe_ext.engines.backend_answer import AskedBackend
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,8 @@ class Examination:
     """One layer in one engine.
 
     `plugin`: whether the plugin is active in servers of this environment; `no_table`: why a server does not, or may
-    not, read a table at all; `problems`: what is wrong with tables that are present, a line each.
+    not, read a table at all; `backend`: what the engine said that it runs the layer by, None where it was not asked;
+    `problems`: what is wrong with tables that are present, a line each.
     """
 
     layer: LayerUnderTest
@@ -37,6 +39,7 @@ class Examination:
     files: tuple[Path, ...]
     findings: tuple[Finding, ...]
     problems: tuple[str, ...] = ()
+    backend: AskedBackend | None = None
 
     @property
     def reads_tables(self) -> bool:

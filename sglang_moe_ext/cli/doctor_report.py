@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from sglang_moe_ext.cli import console
@@ -18,7 +19,9 @@ def show(found: Examination) -> None:
     print(f"{layer.name}: {layer.shape}")
     print(f"{layer.gpu.device_name} ({where}), {found.engine} {found.engine_version}, Triton {found.triton}")
     if found.no_table:
-        print(f"NO TABLE IS READ, whatever follows: {found.no_table}")
+        print(f"NO TABLE IS READ{'' if found.backend else ' as far as is known'}, whatever follows: {found.no_table}")
+    elif found.backend:
+        print(f"runs {found.backend.name}, which reads tables (asked {found.engine}: {found.backend.method})")
     print(f"sglang-moe-ext in a server of this environment: {found.plugin}")
     for problem in found.problems:
         print(f"problem: {problem}")
@@ -36,6 +39,7 @@ def document(found: Examination) -> Mapping[str, Any]:
         "gpu": found.layer.gpu.device_name,
         "reads_tables": found.reads_tables,
         "no_table": found.no_table,
+        "backend": None if found.backend is None else asdict(found.backend),
         "plugin": found.plugin,
         "files": [str(file) for file in found.files],
         "problems": list(found.problems),

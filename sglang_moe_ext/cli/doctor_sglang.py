@@ -20,7 +20,7 @@ def examine(layer: LayerUnderTest, tokens: Sequence[int], backend: str, *, deter
     Raises:
         EngineError: SGLang could not be asked.
     """
-    request = LookupRequest(layer.shape, tokens, layer.pretended_gpu, deterministic)
+    request = LookupRequest(layer.shape, tokens, layer.pretended_gpu, deterministic, backend, layer.architecture)
     answer = lookup_probe.AS_SERVED.ask(request)
     return Examination(
         layer=layer,
@@ -29,8 +29,9 @@ def examine(layer: LayerUnderTest, tokens: Sequence[int], backend: str, *, deter
         triton=answer.triton,
         plugin=answer.plugin,
         no_table=support.why_no_table(
-            backend, layer.shape, layer.gpu, layer.architecture, parse_version(answer.engine_version)
+            backend, layer.shape, layer.gpu, layer.architecture, parse_version(answer.engine_version), answer.backend
         ),
+        backend=answer.backend,
         is_deterministic=deterministic,
         files=answer.files,
         findings=tuple(explain(layer, answer, deterministic=deterministic)),

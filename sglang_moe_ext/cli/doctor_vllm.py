@@ -20,7 +20,7 @@ def examine(layer: LayerUnderTest, tokens: Sequence[int], *, deterministic: bool
     Raises:
         EngineError: vLLM could not be asked.
     """
-    request = LookupRequest(layer.shape, tokens, layer.pretended_gpu, deterministic)
+    request = LookupRequest(layer.shape, tokens, layer.pretended_gpu, deterministic, "auto", layer.architecture)
     answer = lookup_probe.AS_SERVED.ask(request)
     whys = {m: answer.whys.get(m) or _why(layer, answer, m, deterministic) for m in answer.up}
     return Examination(
@@ -29,7 +29,10 @@ def examine(layer: LayerUnderTest, tokens: Sequence[int], *, deterministic: bool
         engine_version=answer.engine_version,
         triton=answer.triton,
         plugin=answer.plugin,
-        no_table=support.why_no_table(layer.shape, layer.gpu, layer.architecture, parse_version(answer.engine_version)),
+        no_table=support.why_no_table(
+            layer.shape, layer.gpu, layer.architecture, parse_version(answer.engine_version), answer.backend
+        ),
+        backend=answer.backend,
         is_deterministic=deterministic,
         files=answer.files,
         findings=tuple(

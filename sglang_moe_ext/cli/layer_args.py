@@ -11,6 +11,7 @@ from sglang_moe_ext.cli.pasted_log import StatedLaunch
 from sglang_moe_ext.core import Gpu, GpuError, ModelError, MoEModel, MoEShape, Parallelism
 from sglang_moe_ext.engines.adapter import EngineName
 from sglang_moe_ext.engines.missing_config_log import device_of
+from sglang_moe_ext.engines.quantization_flag import quantize_as_served
 from sglang_moe_ext.engines.registry import ENGINES, SGLANG, VLLM
 from sglang_moe_ext.engines.sglang import installation, sharding
 from sglang_moe_ext.engines.vllm import installation as vllm_installation
@@ -83,6 +84,7 @@ def _parse_stated_shape(arguments: argparse.Namespace) -> LayerArgs:
 
 _OF_CHECKPOINTS = (
     "--dtype",
+    "--quantization",
     "--per-channel-quant",
     "--disable-shared-experts-fusion",
     "--enable-expert-parallel",
@@ -117,6 +119,14 @@ def _resolve(arguments: argparse.Namespace) -> MoEModel:
     return model
 
 
+def _as_served(model: MoEModel, arguments: argparse.Namespace, engine: EngineName) -> MoEModel:
+    """The model as the server's --quantization makes that engine run it."""
+    if arguments.quantization is not None and arguments.dtype != "auto":
+        raise ModelError("--quantization does not go with --dtype: both say how the weights are stored")
+    version = _vllm_version() if engine == VLLM.NAME else _engine_version()
+    return quantize_as_served(model, arguments.quantization, engine, version)
+
+
 def _notes_on(model: MoEModel, argument: str) -> tuple[str, ...]:
     """What was concluded from a checkpoint's name, where no config.json was read."""
     match = match_name(argument)
@@ -148,11 +158,11 @@ def _with_redundant(model: MoEModel, arguments: argparse.Namespace, parallelism:
 
 def _parse_model_for_vllm(arguments: argparse.Namespace) -> LayerArgs:
     """vLLM fuses no shared experts, and with expert parallelism splits them over all ranks."""
-    model, stated = _resolve(arguments), _parallelism(arguments)
+    model, stated = _as_served(_resolve(arguments), arguments, VLLM.NAME), _parallelism(arguments)
     ranks = stated.tp
     if stated.ep not in (1, ranks):
         raise ModelError(f"--ep-size {stated.ep}: vLLM splits experts over all {ranks} ranks, or not at all")
-    parallelism = Parallelism(ranks, ranks if arguments.enable_expert_parallel else stated.ep)
+    parallelism = Parallelism(ranks, ranks if getattr(arguments, "enable_expert_parallel", False) else stated.ep)
     split = _with_redundant(model, arguments, parallelism)
     shape = vllm_sharding.launched_shape(split, parallelism, engine_version=_vllm_version())
     notes = _notes_on(model, arguments.model)
@@ -162,10 +172,10 @@ def _parse_model_for_vllm(arguments: argparse.Namespace) -> LayerArgs:
 def _parse_model(arguments: argparse.Namespace) -> LayerArgs:
     if getattr(arguments, "enable_expert_parallel", False):
         raise ModelError("--enable-expert-parallel is vLLM's flag: say --ep-size, or --engine vllm")
-    model, parallelism = _resolve(arguments), _parallelism(arguments)
-    split = _with_redundant(model, arguments, parallelism)
+    found, parallelism = _resolve(arguments), _parallelism(arguments)
+    model = _as_served(found, arguments, SGLANG.NAME)
     shape = sharding.launched_shape(
-        split,
+        _with_redundant(model, arguments, parallelism),
         parallelism,
         engine_version=_engine_version(),
         fuse_shared_experts=not arguments.disable_shared_experts_fusion,
@@ -174,10 +184,19 @@ def _parse_model(arguments: argparse.Namespace) -> LayerArgs:
         model.name,
         shape,
         model.architecture,
-        _vllm_shape(split, parallelism),
+        _vllm_shape_beside(found, arguments, parallelism),
         moe_layers=model.moe_layers,
-        notes=_notes_on(model, arguments.model),
+        notes=_notes_on(found, arguments.model),
     )
+
+
+def _vllm_shape_beside(model: MoEModel, arguments: argparse.Namespace, parallelism: Parallelism) -> MoEShape | None:
+    """The same launch in vLLM; None where it refuses the flags."""
+    try:
+        served = _as_served(model, arguments, VLLM.NAME)
+    except ModelError:
+        return None
+    return _vllm_shape(_with_redundant(served, arguments, parallelism), parallelism)
 
 
 def _vllm_shape(model: MoEModel, parallelism: Parallelism) -> MoEShape | None:
@@ -313,6 +332,11 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         default="auto",
         help="auto (the checkpoint's), bf16, fp16, fp8_w8a8, int8_w8a8, int8_w8a16 or int4_w4a16",
+    )
+    what.add_argument(
+        "--quantization",
+        metavar="NAME",
+        help="the server's flag of that name, such as moe_wna16, by which AWQ and GPTQ run Triton",
     )
     what.add_argument("--per-channel-quant", action="store_true", help="one scale for each output channel")
     what.add_argument("--disable-shared-experts-fusion", action="store_true", help="as the server's flag of that name")

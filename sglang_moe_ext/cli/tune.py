@@ -30,6 +30,11 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--dry-run", action="store_true", help="print what would be done, and what it could gain, and stop"
     )
+    how.add_argument(
+        "--ask",
+        action="store_true",
+        help="with --dry-run: start the engine and ask it, also where its lookup can be run from its files alone",
+    )
     how.add_argument("-v", "--verbose", action="store_true", help="print why each candidate was left out")
     measure_args.add_to(parser)
     install_target.add_to(parser)
@@ -113,6 +118,15 @@ def _say_today(request: TuneRequest, answer: LookupResult | None) -> None:
         return
     for line in incumbent_source.describe(incumbent_source.sources(request, answer)):
         print(line)
+    if answer.backend is not None:
+        why = request.adapter.why_no_table(request.shape, request.gpu, request.architecture, answer.backend)
+        found = f"it runs {answer.backend.name} ({answer.backend.method}), which reads tables"
+        print(f"note: {why}" if why else f"{request.adapter.TITLE} {answer.engine_version} was asked: {found}")
+    if answer.is_from_files:
+        print(
+            f"today is what {request.adapter.TITLE} {answer.engine_version}'s own lookup answers, run from its files "
+            "without the rest of the engine, which was not asked; --ask asks it"
+        )
 
 
 def _say_outcome(request: TuneRequest, outcome: pipeline.TuneOutcome) -> None:
@@ -176,7 +190,7 @@ def run(arguments: argparse.Namespace) -> Mapping[str, Any]:
         return _compare(arguments, request, request.measuring)
     if arguments.dry_run:
         with console.Bar() as bar:
-            plan = pipeline.make_plan(request, bar)
+            plan = pipeline.make_plan(request, bar, ask=arguments.ask)
         _say_plan(request, plan)
         return output.plan_document(request, plan)
     _check_store()

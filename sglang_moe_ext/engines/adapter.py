@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from sglang_moe_ext.core import Gpu, MoEShape, Projection, Quantization, Table, TableKey, TileConfig
+from sglang_moe_ext.engines.backend_answer import AskedBackend
 from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
 from sglang_moe_ext.sorted_kernels import Plan
@@ -60,6 +61,12 @@ class EngineAdapter(Protocol):
     def start_probe(self, environment: Mapping[str, str]) -> ProbeLike:
         """A process of it under that environment, started now, with our hooks in it as a server has them."""
 
+    def start_reader(self, environment: Mapping[str, str]) -> ProbeLike:
+        """The same, without the parts of the engine that a lookup does not need. It is told which GPU it runs on.
+
+        Its start fails where that release's lookup needs more than is known.
+        """
+
     def table_key(self, shape: MoEShape, device_name: str, *, down: bool) -> TableKey: ...
 
     def file_name(self, key: TableKey) -> str: ...
@@ -70,8 +77,13 @@ class EngineAdapter(Protocol):
     def effective_config(self, config: TileConfig, quantization: Quantization) -> TileConfig:
         """What the engine makes of a configuration before it launches it."""
 
-    def why_no_table(self, shape: MoEShape, gpu: Gpu, architecture: str) -> str | None:
-        """Why a server that chooses its backend itself does not, or may not, read a table for the layer."""
+    def why_no_table(
+        self, shape: MoEShape, gpu: Gpu, architecture: str, asked: AskedBackend | None = None
+    ) -> str | None:
+        """Why a server that chooses its backend itself does not, or may not, read a table for the layer.
+
+        `asked`: what the engine said, where it was asked.
+        """
 
     def representative_tokens(self, shape: MoEShape, tokens: int) -> int:
         """The smallest batch size whose launch runs the same binaries as this one's."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from sglang_moe_ext import __version__, env, package_data
 from sglang_moe_ext.core import TileConfig
+from sglang_moe_ext.engines.backend_answer import AskedBackend
 from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult, request_of
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.engines.vllm.installation import VllmInstallation
@@ -117,6 +118,7 @@ def _parse(stated: Mapping[str, Any]) -> LookupResult:
         alone={int(m): entry for m, entry in stated["alone"].items()},
         alone_errors={int(m): error for m, error in stated["alone_errors"].items()},
         remarks=tuple(stated["remarks"]),
+        backend=None if stated["backend"] is None else AskedBackend(**stated["backend"]),
     )
 
 

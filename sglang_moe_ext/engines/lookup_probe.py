@@ -18,9 +18,11 @@ from typing import IO, Any
 
 from sglang_moe_ext import env
 from sglang_moe_ext.core import EngineError, Gpu, MoEShape, Projection, TileConfig
-from sglang_moe_ext.engines import lookup_args, probe_server
+from sglang_moe_ext.engines import checkpoint_section, lookup_args, probe_server
+from sglang_moe_ext.engines.backend_answer import AskedBackend
 from sglang_moe_ext.engines.config_dict import tile_of
 from sglang_moe_ext.engines.lookup_args import LookupLayer
+from sglang_moe_ext.engines.weight_only import is_weight_only
 from sglang_moe_ext.untrusted import show
 
 TIMEOUT_S = 300.0
@@ -30,13 +32,16 @@ TIMEOUT_S = 300.0
 class LookupRequest:
     """What one layer asks. `pretend`: the GPU that the engine shall believe in where it is not here.
 
-    `deterministic`: in a server that promises the same result whatever the batch.
+    `deterministic`: in a server that promises the same result whatever the batch. `backend_flag`: the server's flag
+    that names the MoE backend, by which a model of that `architecture` is asked for its backend too; None: it is not.
     """
 
     shape: MoEShape
     tokens: Sequence[int]
     pretend: Gpu | None = None
     deterministic: bool = False
+    backend_flag: str | None = None
+    architecture: str = ""
 
 
 Written = Mapping[str, Any]
@@ -48,6 +53,8 @@ class LookupResult:
     """What the engine takes for each M, the files it opened for that, and what it said.
 
     `down` is None if the down projection runs the entry of `up`, as it always does in vLLM unless the guard changes it.
+    `is_from_files`: the engine's own lookup was run from its files, without the rest of the engine. `backend` is None
+    if the engine was not asked for it, or could not say.
 
     An engine that was asked AS_SERVED says more:
 
@@ -75,6 +82,8 @@ class LookupResult:
     alone: Mapping[int, Written] = field(default_factory=dict)
     alone_errors: Mapping[int, str] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    is_from_files: bool = False
+    backend: AskedBackend | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +122,17 @@ def engine_as_served(engine: str, name: str) -> ProbeModule:
     return ProbeModule(engine, "sglang_moe_ext.serving.lookup_probe", (name,), is_alone=False)
 
 
+FROM_FILES = "from-files"
+
+
+def engine_from_files(engine: str, name: str) -> ProbeModule:
+    """The probe of an engine's own lookup, run from its files without the rest of it, with our hooks.
+
+    It answers within a second. The GPU has to be pretended, and the server must not be deterministic.
+    """
+    return ProbeModule(engine, "sglang_moe_ext.serving.lookup_probe", (name, FROM_FILES), is_alone=False)
+
+
 def request_of(question: LookupRequest) -> dict[str, Any]:
     """The question as the child reads it."""
     shape, pretend = question.shape, question.pretend
@@ -131,6 +151,32 @@ def request_of(question: LookupRequest) -> dict[str, Any]:
         "deterministic": question.deterministic,
         "pretend_device": None if pretend is None else pretend.device_name,
         "pretend_smem": None if pretend is None else pretend.smem_per_block,
+        "backend": _backend_request(question),
+    }
+
+
+def _backend_request(question: LookupRequest) -> dict[str, Any] | None:
+    """What decides on the backend; None where the engine is not asked, or the checkpoint may say more than is known."""
+    shape = question.shape
+    stated = checkpoint_section.describe(shape.quantization)
+    if question.backend_flag is None or stated is None:
+        return None
+    section, flag = stated
+    return {
+        "flag": question.backend_flag,
+        "architecture": question.architecture,
+        "quantization": flag,
+        "section": section,
+        "weight_only": is_weight_only(shape.quantization),
+        "experts": shape.experts,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "top_k": shape.top_k,
+        "gated": shape.gated,
+        "dtype": shape.dtype,
+        "ep": shape.ep,
+        "sm": None if question.pretend is None else question.pretend.sm,
+        "device": None if question.pretend is None else question.pretend.device_name,
     }
 
 
@@ -258,4 +304,6 @@ def _answer(said: Mapping[str, Any]) -> LookupResult:
         alone={int(m): dict(entry) for m, entry in said.get("alone", {}).items()},
         alone_errors={int(m): str(error) for m, error in said.get("alone_errors", {}).items()},
         remarks=tuple(map(str, said.get("remarks", ()))),
+        is_from_files=bool(said.get("is_from_files")),
+        backend=AskedBackend(**said["backend"]) if said.get("backend") else None,
     )

@@ -21,6 +21,7 @@ _ALIASES = {
     "RTX PRO 5000": "NVIDIA RTX PRO 5000 Blackwell",
     "DGX Spark": "NVIDIA GB10",
     "H20 141GB": "NVIDIA H20-3e",
+    "H20e": "NVIDIA H20-3e",
 }
 
 _OTHER_MEMORY = {"RTX 4090 48GB": ("NVIDIA GeForce RTX 4090", 48.0)}

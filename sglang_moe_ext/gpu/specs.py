@@ -147,6 +147,8 @@ def aliases(gpu: Gpu) -> list[str]:
 
 def detect() -> Gpu | None:
     """The first GPU of this machine, or None where torch is missing or sees none. Initializes CUDA."""
+    if not _has_driver():
+        return None
     try:
         import torch
     except ImportError:
@@ -157,6 +159,17 @@ def detect() -> Gpu | None:
     if device_name in _FACTS:
         return _gpu(device_name)
     return describe(device_name, torch.cuda.get_device_properties(0))
+
+
+def _has_driver() -> bool:
+    """Whether the driver's library can be loaded, without which torch sees no GPU; its import takes seconds."""
+    import ctypes  # which no server needs
+
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def describe(device_name: str, properties: object) -> Gpu:

@@ -44,6 +44,12 @@ def parse_dtype_flag(
     if block_shape is not None:
         return Quantization(scheme, _block(block_shape, scheme))
     known = stored if stored.scheme == scheme else Quantization(scheme)
+    if scheme == "int4_w4a16" and known.per_channel:
+        raise refusal(
+            "the checkpoint",
+            "its weights of 4 bits have one scale for each channel (group_size -1), which the Triton kernel does not "
+            "read: no table matters to it; name a checkpoint in groups, or another --dtype",
+        )
     if scheme == "int4_w4a16" and known.block_shape is None:
         raise refusal(
             "--dtype",

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_moe_ext.core import MoEShape, Projection, Quantization
+from sglang_moe_ext.core import EngineError, MoEShape, Projection, Quantization
 from sglang_moe_ext.engines import lookup_probe, probe_child, running
 from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.serving import attach
@@ -82,17 +83,18 @@ def ask_alone(tokens: Sequence[int], look_up: Callable[[int], Mapping[str, Any]]
     return {"alone": alone, "alone_errors": errors}
 
 
-def look_up_sglang(loaded: tuple[Any, Any], request: dict[str, Any]) -> Answer:
+def look_up_sglang(loaded: tuple[Any, Any], request: dict[str, Any], *, from_files: bool = False) -> Answer:
     """What SGLang takes in a server with our hooks."""
     from sglang_moe_ext.engines.sglang import lookup_probe as sglang_lookup_probe
     from sglang_moe_ext.serving.sglang_hooks import check_config_dir, table_dirs
 
     engine, config = loaded
     layer, tokens = lookup_probe.layer_of(request), request["tokens"]
-    said = sglang_lookup_probe.look_up(engine, config, request)
+    take = sglang_lookup_probe.take if from_files else sglang_lookup_probe.look_up
+    said = take(engine, config, request)
     if paths := attach.kernel_plans(layer, tokens):
         attach.decline_plan(layer)
-        said = {**sglang_lookup_probe.look_up(engine, config, request), "paths": paths}
+        said = {**take(engine, config, request), "paths": paths}
     said |= {"remarks": [] if layer.shape is None else check_config_dir(layer.shape, said["device_name"], engine)}
     resolver = attach.sglang_resolver()
     if resolver is not None:
@@ -139,18 +141,35 @@ def _stated_shape(request: Mapping[str, Any], layer: LookupLayer) -> MoEShape | 
     return MoEShape(experts, size, hidden, request["top_k"], quantization, gated=layer.shape.gated)
 
 
-def _load(engine: Engine) -> Callable[[], tuple[Any, Any]]:
+def ask_backend(engine: Engine, request: dict[str, Any] | None) -> dict[str, str] | None:
+    """The backend that the engine says it runs the layer by; None where it cannot say. To be asked last of all."""
+    if request is None:
+        return None
+    if engine == "vllm":
+        from sglang_moe_ext.engines.vllm.backend_probe import ask
+    else:
+        from sglang_moe_ext.engines.sglang.backend_probe import ask
+    try:
+        return ask(request)
+    except EngineError:
+        return None
+
+
+def _load(engine: Engine, from_files: bool) -> Callable[[], tuple[Any, Any]]:
     def load() -> tuple[Any, Any]:
+        loaded: tuple[Any, Any]
         if engine == "vllm":
             from sglang_moe_ext.engines.vllm import lookup_probe as vllm_lookup_probe
+            from sglang_moe_ext.engines.vllm import partial_lookup as vllm_partial_lookup
             from sglang_moe_ext.engines.vllm.installation import LAYER_MODULE
 
-            loaded: tuple[Any, Any] = vllm_lookup_probe.import_engine()
+            loaded = vllm_partial_lookup.load() if from_files else vllm_lookup_probe.import_engine()
             attach.attach(sys.modules[LAYER_MODULE], "doctor")
             return loaded
         from sglang_moe_ext.engines.sglang import lookup_probe as sglang_lookup_probe
+        from sglang_moe_ext.engines.sglang import partial_lookup
 
-        loaded = sglang_lookup_probe.import_engine()
+        loaded = partial_lookup.load() if from_files else sglang_lookup_probe.import_engine()
         attach.attach(sys.modules[loaded[0].layer_module], "doctor")
         return loaded
 
@@ -158,10 +177,17 @@ def _load(engine: Engine) -> Callable[[], tuple[Any, Any]]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`arguments`: the engine's name."""
-    if list(arguments) == ["vllm"]:
-        return probe_child.answer_stdin(_load("vllm"), look_up_vllm)
-    return probe_child.answer_stdin(_load("sglang"), look_up_sglang)
+    """`arguments`: the engine's name, and `from-files` where the rest of the engine is not to be imported."""
+    from_files = lookup_probe.FROM_FILES in arguments
+    engine: Engine = "vllm" if "vllm" in arguments else "sglang"
+    look_up = look_up_vllm if engine == "vllm" else functools.partial(look_up_sglang, from_files=from_files)
+
+    def answer(loaded: tuple[Any, Any], request: dict[str, Any]) -> Answer:
+        said = look_up(loaded, request)
+        backend = None if from_files else ask_backend(engine, request["backend"])
+        return {**said, "is_from_files": from_files, "backend": backend}
+
+    return probe_child.answer_stdin(_load(engine, from_files), answer)
 
 
 if __name__ == "__main__":

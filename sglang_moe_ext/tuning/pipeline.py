@@ -12,7 +12,8 @@ from typing import TypeVar
 from sglang_moe_ext.core import EngineError, Table, TileConfig
 from sglang_moe_ext.engines import installed, lookup_memory
 from sglang_moe_ext.engines.adapter import InstallationLike, ProbeLike
-from sglang_moe_ext.engines.lookup_probe import LookupResult
+from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
+from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tables import config_table, kernel_table, merge, provenance
 from sglang_moe_ext.tables.kernel_table import KernelTable
 from sglang_moe_ext.tables.merge import RefusedTable, StoredTable
@@ -66,16 +67,20 @@ def target_of(request: TuneRequest, engine: InstallationLike | None) -> InstallT
     return install_target.CHOOSERS[request.engine](request.install, request.output_dir, engine, triton)
 
 
-def make_plan(request: TuneRequest, progress: Progress) -> TunePlan:
+def make_plan(request: TuneRequest, progress: Progress, *, ask: bool = False) -> TunePlan:
     """The plan of the run, against what the engine takes today; nothing is written anywhere.
+
+    `ask`: start the engine, also where its lookup can be run from its files alone.
 
     Raises:
         MoEExtError: the engine, the store or the model refuses.
     """
     if request.adapter.find() is None:
         return plan.make_plan(request, None)
-    key = lookup_memory.key_of(request.adapter.find(), verify_install.lookup_request(request), request.gpu.device_name)
+    key = lookup_memory.key_of(request.adapter.find(), verify_install.todays_request(request), request.gpu.device_name)
     answer = lookup_memory.recall(key)  # where nothing that the engine could read has changed
+    if answer is None and not ask:
+        answer = _read_today(request)
     if answer is None:
         with closing(request.adapter.start_probe(verify_install.environment({}))) as probe:
             answer = _ask_today(request, probe, progress)
@@ -83,8 +88,20 @@ def make_plan(request: TuneRequest, progress: Progress) -> TunePlan:
     return plan.make_plan(request, answer)
 
 
+def _read_today(request: TuneRequest) -> LookupResult | None:
+    """What the engine's lookup takes, run from its files; None where that needs the whole engine, or the GPU here."""
+    if request.gpu_is_here and request.gpu.device_name not in specs.known_gpus():
+        return None
+    question = LookupRequest(request.shape, request.tokens, request.gpu)
+    try:
+        with closing(request.adapter.start_reader(verify_install.environment({}))) as reader:
+            return reader.answer(question)
+    except EngineError:
+        return None
+
+
 def _ask_today(request: TuneRequest, probe: ProbeLike, progress: Progress) -> LookupResult:
-    return _ask(request, "what it runs today", lambda: probe.answer(verify_install.lookup_request(request)), progress)
+    return _ask(request, "what it runs today", lambda: probe.answer(verify_install.todays_request(request)), progress)
 
 
 def _ask(request: TuneRequest, what: str, answer: Callable[[], T], progress: Progress) -> T:

@@ -43,6 +43,11 @@ def lookup_request(request: TuneRequest, tokens: Sequence[int] | None = None) ->
     return LookupRequest(request.shape, tokens or request.tokens, None if request.gpu_is_here else request.gpu)
 
 
+def todays_request(request: TuneRequest) -> LookupRequest:
+    """The same, and by which backend a server that chooses it itself runs the layer."""
+    return replace(lookup_request(request), backend_flag="auto", architecture=request.architecture)
+
+
 def verify(
     written: WrittenTables, read: Callable[[], WrittenTables], stored: Path, request: TuneRequest, engine: ProbeLike
 ) -> LookupResult:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from sglang_moe_ext.cli import doctor
+from sglang_moe_ext.cli import doctor, layer_args
 from sglang_moe_ext.cli.layer_args import LayerArgs
 from sglang_moe_ext.core import CheckpointFormat, ModelError, MoEModel, MoEShape, Parallelism, Quantization
+from sglang_moe_ext.engines.quantization_flag import quantize_as_served
 from sglang_moe_ext.engines.sglang import server_info
 from sglang_moe_ext.engines.sglang import sharding as sglang_sharding
 from sglang_moe_ext.engines.sglang import support as sglang
@@ -215,34 +216,111 @@ def test_a_checkpoint_of_moe_wna16_reads_the_table() -> None:
     assert vllm.why_no_table(shape, H200, "") is None
 
 
+def parsed(*flags: str) -> LayerArgs:
+    parser = argparse.ArgumentParser()
+    doctor.add_to(parser)
+    arguments = parser.parse_args(flags)
+    arguments.engine = arguments.engine or "sglang"
+    return layer_args.parse_layer(arguments)
+
+
+def quantized(stated: Quantization, columns: int = 1536) -> MoEModel:
+    return MoEModel("m", "A", 8, 2, 2048, columns, quantization=stated)
+
+
+def of_groups(method: str, **others: Any) -> Quantization:
+    stored = CheckpointFormat(method, **{"bits": 4, "group": 128} | others)
+    return Quantization("int4_w4a16" if stored.bits == 4 else "int8_w8a16", (0, 128), checkpoint=stored)
+
+
 @pytest.mark.parametrize("name", ["04", "06"])
-def test_a_server_with_moe_wna16_reads_the_table_of_awq_and_gptq(name: str) -> None:
-    model, shape = sharded(name)
-    server = server_info.parse(
-        {"model_path": "m", "version": "0.5.23", "tp_size": 1, "quantization": "moe_wna16"}, "http://here"
-    )
-    served = server_info.quantize_as_served(shape, server)
-    assert sglang.why_no_table("auto", shape, H200, model.architecture) is not None
-    assert sglang.why_no_table("auto", served, H200, model.architecture) is None
-    assert str(served) == str(shape)
+def test_moe_wna16_reads_the_table_of_awq_and_gptq(name: str) -> None:
+    layer = parsed("--model", case(name), "--quantization", "moe_wna16")
+    plain = parsed("--model", case(name))
+    assert sglang.why_no_table("auto", plain.shape, H200, plain.architecture) is not None
+    assert sglang.why_no_table("auto", layer.shape, H200, layer.architecture) is None
+    assert layer.vllm_shape is not None
+    assert vllm.why_no_table(layer.vllm_shape, H200, layer.architecture) is None
+    assert str(layer.shape) == str(plain.shape)
 
 
-def test_doctor_examines_the_layer_as_a_server_with_moe_wna16_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = CheckpointFormat("gptq", 4, 128)
-    shape = MoEShape(8, 192, 2048, 2, Quantization("int4_w4a16", (0, 128), checkpoint=stored))
-    answer = {"model_path": "m", "version": "0.5.23", "tp_size": 8, "quantization": "moe_wna16"}
-    monkeypatch.setattr(doctor.layer_args, "parse_layer", lambda _: LayerArgs("m", shape, "", None))
-    flags = argparse.Namespace(from_log=None, dtype="auto", engine=None)
-    examined = doctor._layer(flags, server_info.parse(answer, "http://here")).shape
+def test_doctor_examines_the_layer_as_a_server_with_moe_wna16_runs_it() -> None:
+    answer = {"model_path": case("04"), "version": "0.5.23", "tp_size": 8, "quantization": "moe_wna16"}
+    server = server_info.parse(answer, "http://here")
+    parser = argparse.ArgumentParser()
+    doctor.add_to(parser)
+    flags = doctor._as_served(parser.parse_args(["--url", "http://here"]), server)
+    examined = doctor._layer(flags, server).shape
     assert examined.quantization.block_shape == (0, 64)
+    assert sglang.why_no_table("auto", examined, H200, "") is None
 
 
 def test_moe_wna16_halves_the_groups_of_gptq_too() -> None:
-    stored = CheckpointFormat("gptq", 4, 128)
-    shape = MoEShape(8, 192, 2048, 2, Quantization("int4_w4a16", (0, 128), checkpoint=stored))
-    answer = {"model_path": "m", "version": "0.5.23", "tp_size": 8, "quantization": "moe_wna16"}
-    served = server_info.quantize_as_served(shape, server_info.parse(answer, "http://here"))
-    assert served.quantization.block_shape == (0, 64)
+    served = quantize_as_served(quantized(of_groups("gptq")), "moe_wna16", "sglang", sglang.NEWEST)
+    assert sglang_sharding.launched_shape(served, Parallelism(8)).quantization.block_shape == (0, 64)
+
+
+def test_moe_wna16_serves_asymmetric_gptq_which_marlin_does_not() -> None:
+    served = quantize_as_served(quantized(of_groups("gptq", symmetric=False)), "moe_wna16", "sglang", sglang.NEWEST)
+    assert sglang_sharding.launched_shape(served, Parallelism()).experts == 8
+
+
+@pytest.mark.parametrize(
+    ("flag", "engine", "expected"),
+    [
+        ("fp8", "sglang", Quantization("fp8_w8a8")),
+        ("w8a8-fp8", "sglang", Quantization("fp8_w8a8", per_channel=True)),
+        ("FP8_per_block", "vllm", Quantization("fp8_w8a8", (128, 128))),
+        ("fp8_per_channel", "vllm", Quantization("fp8_w8a8", per_channel=True)),
+        ("experts_int8", "vllm", Quantization("int8_w8a16", per_channel=True)),
+    ],
+)
+def test_weights_that_the_server_quantizes_have_the_scheme_of_its_flag(
+    flag: str, engine: str, expected: Quantization
+) -> None:
+    assert quantize_as_served(quantized(Quantization()), flag, engine, (0, 33, 0)).quantization == expected
+
+
+def test_older_vllm_runs_gptq_by_triton_where_the_flag_says_gptq() -> None:
+    for version, method in (((0, 20, 2), "moe_wna16"), ((0, 33, 0), "gptq")):
+        stored = quantize_as_served(quantized(of_groups("gptq")), "gptq", "vllm", version).quantization.checkpoint
+        assert stored is not None and stored.method == method
+
+
+@pytest.mark.parametrize(
+    ("stated", "flag", "engine", "complaint"),
+    [
+        (Quantization(), "moe_wna16", "sglang", "is not quantized"),
+        (Quantization("fp8_w8a8", checkpoint=CheckpointFormat("fp8")), "moe_wna16", "sglang", "8 bits of fp8"),
+        (of_groups("gptq", activation_order=True), "moe_wna16", "sglang", "order of their own"),
+        (of_groups("awq"), "awq", "sglang", "awq_marlin or moe_wna16"),
+        (of_groups("awq"), "gptq_marlin", "vllm", "refuses the flag"),
+        (Quantization(), "mxfp4", "sglang", "no table is read"),
+        (Quantization(), "fp9", "vllm", "not known for vLLM: expected one of auto_awq"),
+        (Quantization(), "a\x1b[31m" * 3000, "sglang", "not known"),
+    ],
+)  # fmt: skip
+def test_a_flag_that_the_engine_refuses_is_refused_in_one_line(
+    stated: Quantization, flag: str, engine: str, complaint: str
+) -> None:
+    with pytest.raises(ModelError, match=complaint) as refused:
+        quantize_as_served(quantized(stated), flag, engine, sglang.NEWEST if engine == "sglang" else vllm.NEWEST)
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 700
+
+
+def test_one_flag_at_a_time_says_how_the_weights_are_stored() -> None:
+    with pytest.raises(ModelError, match="does not go with --dtype"):
+        parsed("--model", case("04"), "--quantization", "moe_wna16", "--dtype", "bf16")
+
+
+def test_the_redundant_experts_of_a_server_are_its_layers() -> None:
+    answer = {"model_path": "DeepSeek-R1", "version": "0.5.15", "tp_size": 8, "ep_size": 8}
+    server = server_info.parse(answer | {"ep_num_redundant_experts": 32}, "http://here")
+    parser = argparse.ArgumentParser()
+    doctor.add_to(parser)
+    flags = doctor._as_served(parser.parse_args(["--url", "http://here"]), server)
+    assert doctor._layer(flags, server).shape.experts == 36
 
 
 def test_fp8_reads_no_table_where_the_gpu_has_no_fp8_units() -> None:

@@ -14,6 +14,7 @@ from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 
 ALONE = lookup_probe.engine_alone("SGLang", "sglang_moe_ext.engines.sglang.lookup_probe")
 AS_SERVED = lookup_probe.engine_as_served("SGLang", "sglang")
+FROM_FILES = lookup_probe.engine_from_files("SGLang", "sglang")
 
 
 def _pretend(config: Any, device_name: str, smem_bytes: int) -> None:
@@ -35,6 +36,11 @@ def import_engine() -> tuple[SglangInstallation, Any]:
 def look_up(engine: SglangInstallation, config: Any, request: dict[str, Any]) -> dict[str, Any]:
     """`request` is what `lookup_probe.request_of` makes, the answer what `lookup_probe.LookupResult` is read from."""
     bootstrap.publish_server_args(deterministic=request["deterministic"])
+    return take(engine, config, request)
+
+
+def take(engine: SglangInstallation, config: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """The same, where the lookup knows the server's arguments already."""
     if request["pretend_device"] is not None:
         _pretend(config, request["pretend_device"], request["pretend_smem"])
     heard = LogCapture(config.logger)

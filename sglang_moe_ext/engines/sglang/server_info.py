@@ -7,26 +7,22 @@ with the server's arguments by name, as it resolved them, and its version. It te
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_moe_ext.core import EngineError, ModelError, MoEShape, Parallelism
+from sglang_moe_ext.core import EngineError, ModelError, Parallelism
 from sglang_moe_ext.engines.sglang import server_client
 from sglang_moe_ext.engines.sglang.installation import parse_version
 from sglang_moe_ext.engines.sglang.server_client import Server
-from sglang_moe_ext.engines.weight_only import halve_group
 from sglang_moe_ext.untrusted import show
 
 _PATHS = ("/server_info", "/get_server_info")
 """The second is the older one, and leaves with some release to come."""
 _FIRST_WITH_PLUGINS = (0, 5, 11)
-_TRITON_METHOD = "moe_wna16"
 _LONGEST_TEXT = 4096
 """As a path may be."""
 _MOST_RANKS = 1 << 16
-# What --quantization makes of experts that the checkpoint does not quantize; with other values it has to.
-_DTYPES = {"fp8": ("fp8_w8a8", False), "w8a8_fp8": ("fp8_w8a8", True), "w8a8_int8": ("int8_w8a8", True)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +39,7 @@ class RunningServer:
     device: str = "cuda"
     fuses_shared_experts: bool = True
     is_deterministic: bool = False
+    redundant_experts: int = 0
 
     @property
     def is_local(self) -> bool:
@@ -108,6 +105,7 @@ def parse(document: object, url: str) -> RunningServer:
         device=answer.text("device", "cuda"),
         fuses_shared_experts=not answer.switch("disable_shared_experts_fusion"),
         is_deterministic=answer.switch("enable_deterministic_inference"),
+        redundant_experts=answer.size("ep_num_redundant_experts", 0, smallest=0),
     )
 
 
@@ -126,10 +124,10 @@ class _Answer:
             raise self._wrong(name, f"a printable text of at most {_LONGEST_TEXT} letters")
         return words
 
-    def size(self, name: str, default: int | None = None) -> int:
+    def size(self, name: str, default: int | None = None, smallest: int = 1) -> int:
         value = self.fields.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST_RANKS:
-            raise self._wrong(name, "a positive number")
+        if not isinstance(value, int) or isinstance(value, bool) or not smallest <= value <= _MOST_RANKS:
+            raise self._wrong(name, f"a number from {smallest} on")
         return value
 
     def switch(self, name: str) -> bool:
@@ -157,6 +155,7 @@ def flags(server: RunningServer, given: Mapping[str, Any]) -> dict[str, Any]:
         "from_log": None,
         "tp_size": server.parallelism.tp,
         "ep_size": server.parallelism.ep,
+        "ep_num_redundant_experts": server.redundant_experts,
         "disable_shared_experts_fusion": not server.fuses_shared_experts,
         "moe_runner_backend": server.moe_runner_backend,
         "enable_deterministic_inference": server.is_deterministic,
@@ -164,7 +163,7 @@ def flags(server: RunningServer, given: Mapping[str, Any]) -> dict[str, Any]:
     for name in answers:
         if name in given:
             raise ModelError(f"--{name.replace('_', '-')} goes without --url: the server itself says what it runs")
-    return answers | _model(server, given) | _dtype(server, given)
+    return answers | _model(server, given) | _quantization(server, given)
 
 
 def _model(server: RunningServer, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,25 +176,11 @@ def _model(server: RunningServer, given: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": given.get("model", server.model_path)}
 
 
-def _dtype(server: RunningServer, given: Mapping[str, Any]) -> dict[str, Any]:
+def _quantization(server: RunningServer, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A --dtype of the user's says what the server makes of the weights."""
     if "dtype" in given or "per_channel_quant" in given:
-        return {}
-    dtype, per_channel = _DTYPES.get(server.quantization or "", ("auto", False))
-    return {"dtype": dtype, "per_channel_quant": per_channel}
-
-
-def quantize_as_served(shape: MoEShape, server: RunningServer) -> MoEShape:
-    """The layer as that server runs it: `--quantization moe_wna16` takes AWQ and GPTQ checkpoints from Marlin.
-
-    Raises:
-        ModelError: no group that it halves divides a rank's columns.
-    """
-    stored = shape.quantization.checkpoint
-    if server.quantization != _TRITON_METHOD or stored is None or stored.method not in ("awq", "gptq"):
-        return shape
-    quantization = replace(shape.quantization, checkpoint=replace(stored, method=_TRITON_METHOD))
-    halved = halve_group(quantization, shape.intermediate_size, shape.hidden_size, show(server.model_path), "SGLang")
-    return replace(shape, quantization=halved)
+        return {"quantization": None}
+    return {"quantization": server.quantization}
 
 
 def why_no_table(server: RunningServer) -> str | None:

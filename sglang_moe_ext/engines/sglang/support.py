@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sglang_moe_ext.core import PROJECTIONS, CheckpointFormat, Gpu, MoEShape, Projection, Quantization
+from sglang_moe_ext.engines.backend_answer import AskedBackend
 from sglang_moe_ext.engines.weight_only import is_weight_only, marlin_takes
 from sglang_moe_ext.untrusted import show
 
@@ -43,14 +44,47 @@ class ServedLayer:
         return self.shape.quantization.checkpoint
 
 
-def why_no_table(backend: str, shape: MoEShape, gpu: Gpu, architecture: str, version: Version = NEWEST) -> str | None:
+def why_no_table(
+    backend: str,
+    shape: MoEShape,
+    gpu: Gpu,
+    architecture: str,
+    version: Version = NEWEST,
+    asked: AskedBackend | None = None,
+) -> str | None:
     """Why a server with that `--moe-runner-backend` does not, or may not, read a table for the layer; None: it does.
 
-    `architecture` is the model's, empty where it is not known.
+    `architecture` is the model's, empty where it is not known. `asked`: what the engine itself said, if it was asked.
     """
     layer = ServedLayer(backend, shape, gpu, architecture, version)
+    if asked is not None and not _needs_fp8_units(layer):
+        if asked.reads_tables:
+            return None
+        release = ".".join(map(str, version))
+        return f"it runs {asked.name}, which reads no table{_advise(layer)} (asked SGLang {release}: {asked.method})"
     found = next((find(layer) for applies, find in _KINDS if applies(layer)), None)
     return None if found is None else f"{found} ({_AS_READ})"
+
+
+def _advise(layer: ServedLayer) -> str:
+    """What makes Triton run, where something does."""
+    method = None if layer.stored is None else layer.stored.method
+    if method in ("awq", "gptq"):
+        return f": {_WNA16}"
+    if is_weight_only(layer.shape.quantization):
+        return f": {_TRITON_FLAG}" if _is_readable(layer) and layer.version >= _FIRST_WITH_TRITON_FLAG else ""
+    return f": {_TRITON_FLAG}"
+
+
+_TRITON_FLAG = "--moe-runner-backend triton runs Triton, which reads one"
+
+
+def _is_readable(layer: ServedLayer) -> bool:
+    """Whether the Triton scheme of compressed-tensors takes such weights."""
+    stored = layer.stored
+    return stored is not None and (
+        stored.bits == 4 and stored.group in _TRITON_GROUPS and stored.symmetric and not stored.activation_order
+    )
 
 
 def _needs_fp8_units(layer: ServedLayer) -> bool:
@@ -76,7 +110,8 @@ def _explain_weight_only(layer: ServedLayer) -> str | None:
         case _ if marlin_takes(layer.shape, pads_columns=False):
             whose = "" if layer.stored is not None else ", unless they are compressed-tensors' that run Triton"
             bits = layer.shape.quantization.weight_bits
-            return f"weights of {bits} bits run Marlin{whose}, which reads no table: {_WNA16}"
+            advice = f": {_WNA16}" if layer.stored is None or layer.stored.method == "awq" else ""
+            return f"weights of {bits} bits run Marlin{whose}, which reads no table{advice}"
         case _:
             return None
 
@@ -85,9 +120,7 @@ _WNA16 = "--quantization moe_wna16 makes an AWQ or symmetric GPTQ checkpoint run
 
 
 def _explain_compressed_tensors(layer: ServedLayer, stored: CheckpointFormat) -> str | None:
-    is_readable = (
-        stored.bits == 4 and stored.group in _TRITON_GROUPS and stored.symmetric and not stored.activation_order
-    )
+    is_readable = _is_readable(layer)
     if layer.architecture in _TRTLLM_ARCHITECTURES and stored.group == _TRTLLM_GROUP and layer.gpu.sm in _SM100:
         return None if layer.backend == _READS_TABLES else "the server itself takes FlashInfer for such experts here"
     by_flag = layer.backend == _READS_TABLES and layer.version >= _FIRST_WITH_TRITON_FLAG
@@ -97,7 +130,7 @@ def _explain_compressed_tensors(layer: ServedLayer, stored: CheckpointFormat) ->
     if by_flag:
         return "Triton takes weights of compressed-tensors in 4 bits, symmetric, in groups of 32 or 128 alone"
     can = is_readable and layer.version >= _FIRST_WITH_TRITON_FLAG
-    advice = ": --moe-runner-backend triton runs Triton, which reads one" if can else ""
+    advice = f": {_TRITON_FLAG}" if can else ""
     return f"weights of {stored.bits} bits run Marlin, which reads no table{advice}"
 
 
@@ -113,15 +146,15 @@ _KINDS: tuple[tuple[Callable[[ServedLayer], bool], Callable[[ServedLayer], str |
     (
         lambda layer: layer.architecture == "GptOssForCausalLM",
         lambda layer: (
-            "gpt-oss runs the triton_kernel backend, which reads no table, where it is available: "
-            "--moe-runner-backend triton makes sure"
+            "gpt-oss runs the triton_kernel backend, which reads no table, where the package triton_kernels is "
+            f"installed: {_TRITON_FLAG}"
         ),
     ),
     (
         lambda layer: layer.gpu.sm in _SM100,
         lambda layer: (
-            "on this GPU `auto` takes FlashInfer for several models, which reads no table: "
-            "--moe-runner-backend triton makes sure (the server's log names its choice)"
+            "on this GPU `auto` takes FlashInfer for some architectures and Triton for others, and which it takes for "
+            f"this one is not known: {_TRITON_FLAG}"
         ),
     ),
 )

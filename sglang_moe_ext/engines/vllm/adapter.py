@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from sglang_moe_ext.core import EngineError, Gpu, MoEShape, Projection, Quantization, Table, TableKey, TileConfig
 from sglang_moe_ext.engines import few_tokens_layer
 from sglang_moe_ext.engines.adapter import EngineName, Sorted, Version
+from sglang_moe_ext.engines.backend_answer import AskedBackend
 from sglang_moe_ext.engines.lookup_probe import ProbeProcess
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
 from sglang_moe_ext.engines.vllm import installation, lookup_probe, runner, support, table_names
@@ -42,6 +43,10 @@ def start_probe(environment: Mapping[str, str]) -> ProbeProcess:
     return lookup_probe.AS_SERVED.start(environment)
 
 
+def start_reader(environment: Mapping[str, str]) -> ProbeProcess:
+    return lookup_probe.FROM_FILES.start(environment)
+
+
 def table_key(shape: MoEShape, device_name: str, *, down: bool) -> TableKey:
     return table_names.table_key(shape, device_name)
 
@@ -61,10 +66,10 @@ def effective_config(config: TileConfig, quantization: Quantization) -> TileConf
     return replace(config, block_k=min(config.block_k, *block)) if block and quantization.is_block_wise else config
 
 
-def why_no_table(shape: MoEShape, gpu: Gpu, architecture: str) -> str | None:
+def why_no_table(shape: MoEShape, gpu: Gpu, architecture: str, asked: AskedBackend | None = None) -> str | None:
     engine = find()
     version = support.NEWEST if engine is None else engine.version
-    return support.why_no_table(shape, gpu, architecture, version)
+    return support.why_no_table(shape, gpu, architecture, version, asked)
 
 
 def representative_tokens(shape: MoEShape, tokens: int) -> int:

@@ -32,9 +32,10 @@ def import_engine(module: str) -> Any:
 
 
 def pretend(device_name: str) -> None:
-    """Let all of the engine believe in the GPU of that name."""
-    platforms = sys.modules["vllm.platforms"]
-    type(platforms.current_platform).get_device_name = classmethod(lambda *_, **__: device_name)
+    """Let all of the engine believe in the GPU of that name, which has CUDA: some defaults depend on that."""
+    platform = type(sys.modules["vllm.platforms"].current_platform)
+    platform.get_device_name = classmethod(lambda *_, **__: device_name)
+    platform.is_cuda = lambda _: True
     names = sys.modules.get("vllm.utils.platform_utils")
     if forget := getattr(getattr(names, "get_device_name_as_file_name", None), "cache_clear", None):  # 0.33
         forget()

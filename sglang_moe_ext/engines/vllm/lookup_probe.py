@@ -15,6 +15,7 @@ from sglang_moe_ext.engines.vllm.installation import LAYER_MODULE, VllmInstallat
 
 ALONE = lookup_probe.engine_alone("vLLM", "sglang_moe_ext.engines.vllm.lookup_probe")
 AS_SERVED = lookup_probe.engine_as_served("vLLM", "vllm")
+FROM_FILES = lookup_probe.engine_from_files("vLLM", "vllm")
 
 
 def import_engine() -> tuple[VllmInstallation, Any]:

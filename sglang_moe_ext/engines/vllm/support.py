@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from sglang_moe_ext.core import Gpu, MoEShape, Quantization
+from sglang_moe_ext.engines.backend_answer import AskedBackend
 from sglang_moe_ext.engines.vllm.hook_points import GROUPS_RUN_TRITON, LOOKUP
 from sglang_moe_ext.engines.weight_only import is_weight_only, marlin_takes
 
@@ -49,10 +50,32 @@ _FIRST_WITH_PADDED_MARLIN: Version = (0, 25, 0)
 _AS_READ = "as read in vLLM 0.20, 0.25 and 0.33, not asked of the engine"
 
 
-def why_no_table(shape: MoEShape, gpu: Gpu, architecture: str, version: Version = NEWEST) -> str | None:
-    """Why a server does not, or may not, read a table for the layer; None: it does."""
+def why_no_table(
+    shape: MoEShape, gpu: Gpu, architecture: str, version: Version = NEWEST, asked: AskedBackend | None = None
+) -> str | None:
+    """Why a server does not, or may not, read a table for the layer; None: it does.
+
+    `asked`: what the engine itself said, where it was asked.
+    """
     found = _why(shape, gpu, architecture, version)
-    return None if found is None else f"{found} ({_AS_READ})"
+    if asked is None:
+        return None if found is None else f"{found} ({_AS_READ})"
+    if asked.reads_tables:
+        return None
+    advice = f": {_advise(shape, version)}"
+    release = ".".join(map(str, version))
+    return f"it runs {asked.name}, which reads no table{advice} (asked vLLM {release}: {asked.method})"
+
+
+def _advise(shape: MoEShape, version: Version) -> str:
+    stored = shape.quantization.checkpoint
+    if not is_weight_only(shape.quantization):
+        return "--moe-backend triton asks for Triton"
+    if stored is not None and stored.method == "compressed_tensors":
+        return "--moe-backend triton asks for Triton" if version >= GROUPS_RUN_TRITON else "the server's log names it"
+    if stored is not None and stored.method not in ("awq", "gptq"):
+        return "the server's log names it"
+    return "--quantization moe_wna16 makes an AWQ or GPTQ checkpoint run Triton"
 
 
 def _why(shape: MoEShape, gpu: Gpu, architecture: str, version: Version) -> str | None:
@@ -75,10 +98,8 @@ def _why_weight_only(shape: MoEShape, version: Version) -> str | None:
     method = None if stored is None else stored.method
     if method == "moe_wna16" or not marlin_takes(shape, pads_columns=_pads_columns(shape.quantization, version)):
         return None
-    advice = "--quantization moe_wna16 makes an AWQ or GPTQ checkpoint run Triton"
-    if method == "compressed_tensors":
-        advice = "--moe-backend triton asks for Triton" if version >= GROUPS_RUN_TRITON else "the server's log names it"
-    return f"vLLM takes Marlin for weights of {shape.quantization.weight_bits} bits, which reads no table: {advice}"
+    bits = shape.quantization.weight_bits
+    return f"vLLM takes Marlin for weights of {bits} bits, which reads no table: {_advise(shape, version)}"
 
 
 def _pads_columns(quantization: Quantization, version: Version) -> bool:

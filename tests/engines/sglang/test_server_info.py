@@ -26,6 +26,7 @@ ANSWER = {
     "moe_a2a_backend": "none",
     "disable_shared_experts_fusion": False,
     "enable_deterministic_inference": False,
+    "ep_num_redundant_experts": 0,
     "quantization": None,
     "device": "cuda",
     "version": "0.5.15",
@@ -81,8 +82,8 @@ def test_an_answer_becomes_the_flags_of_its_layer() -> None:
         "from_log": None,
         "tp_size": 8,
         "ep_size": 2,
-        "dtype": "auto",
-        "per_channel_quant": False,
+        "ep_num_redundant_experts": 0,
+        "quantization": None,
         "disable_shared_experts_fusion": False,
         "moe_runner_backend": "triton",
         "enable_deterministic_inference": False,
@@ -98,24 +99,9 @@ def test_an_answer_of_a_release_without_that_argument_splits_by_all_ranks() -> N
     assert server_info.parse(older, URL).parallelism == Parallelism(tp=8, ep=2)
 
 
-@pytest.mark.parametrize(
-    ("quantization", "dtype", "per_channel"),
-    [
-        (None, "auto", False),
-        ("fp8", "fp8_w8a8", False),
-        ("w8a8_fp8", "fp8_w8a8", True),
-        ("w8a8_int8", "int8_w8a8", True),
-        ("compressed-tensors", "auto", False),
-    ],
-)
-def test_the_servers_quantization_becomes_a_dtype(quantization: str | None, dtype: str, per_channel: bool) -> None:
-    flags = server_info.flags(parsed(quantization=quantization), {})
-    assert (flags["dtype"], flags["per_channel_quant"]) == (dtype, per_channel)
-
-
 def test_a_users_dtype_comes_before_the_servers() -> None:
     flags = server_info.flags(parsed(quantization="fp8"), {"dtype": "int8_w8a8"})
-    assert "dtype" not in flags and "per_channel_quant" not in flags
+    assert "dtype" not in flags and flags["quantization"] is None
 
 
 def test_the_switches_of_the_server_are_kept() -> None:
