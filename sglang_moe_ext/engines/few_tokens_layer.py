@@ -23,7 +23,7 @@ def run(
     """Write [tokens, hidden] to `out`, which may be the hidden states themselves.
 
     What lies between the launches comes from torch's allocator at each call, which keeps streams and CUDA graphs apart:
-    [rows, I] of 16 bits; where the plan splits the down GEMM, float32 [split, tokens, hidden] besides. Up to 4 MB.
+    [rows, I] of 16 bits; where the plan splits the down GEMM, float32 [split, tokens, hidden] besides.
     """
     from sglang_moe_ext.kernels.few_tokens import ExpertWeights, Routed, few_tokens_layer
 
