@@ -66,7 +66,7 @@ def sequence_hook(
             return engines(args, kwargs) if is_put_off(args, kwargs) else original(*args, **kwargs)
         given = parameters.given(args, kwargs)
         weights = w1, w2 = tuple(given["w1"].shape), tuple(given["w2"].shape)
-        to_load = () if is_capturing() else cold.pop(weights, ())
+        to_load = cold.pop(weights, ()) if weights in cold and not is_capturing() else ()
         if weights in cold or (plan is None and not to_load):
             return engines(args, kwargs)
         why, is_lasting = None, True

@@ -62,7 +62,7 @@ class NextSort:
     _of_thread: threading.local = field(default_factory=threading.local)
 
     def decide(self, *, is_deferred: bool) -> None:
-        """Called by each lookup."""
+        """Called by a lookup whose answer has a plan of ours."""
         self._of_thread.is_deferred = is_deferred
 
     def take(self) -> bool:
