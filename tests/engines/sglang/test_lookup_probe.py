@@ -1,4 +1,4 @@
-"""Each real SGLang, in a fresh process, takes from the tables that we write the entries that we mean."""
+"""Each real SGLang, imported anew, takes from the tables that we write the entries that we mean."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each real vLLM, in a fresh process, takes from the tables that we write the entries that we mean."""
+"""Each real vLLM, imported anew, takes from the tables that we write the entries that we mean."""
 
 from __future__ import annotations
 
