@@ -70,10 +70,11 @@ class Server:
         return self.log_file.read_text(errors="replace").splitlines()
 
     def launches(self) -> list[Launch]:
-        """Every launch of the kernel so far."""
+        """Every launch of the kernel so far. A line without its end is still being written, and is not read."""
         if not self.launches_file.exists():
             return []
-        return [Launch(**json.loads(line)) for line in self.launches_file.read_text().splitlines()]
+        written, _, _ = self.launches_file.read_text().rpartition("\n")
+        return [Launch(**json.loads(line)) for line in written.splitlines()]
 
     def tokens(self, prompt: str, count: int = 4) -> list[int]:
         """The ids that it generates after the prompt, greedily."""
