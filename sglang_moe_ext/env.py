@@ -18,7 +18,8 @@ MEANINGS = {
     DISABLE: "`1`: nothing of this package runs in a server, nor in the engines' tuning scripts",
     KERNELS: "`0`: a server runs the engine's kernels alone; tables and the guard stay active",
     STORE: "your own store of tables, instead of `~/.local/share/sglang_moe_ext`",
-    CAPTURE: "`DIR[:max_files][:min_tokens]`: a server of SGLang writes its topk_ids there, for `tune --topk-ids-dir`",
+    CAPTURE: "`DIR[:max_files][:min_tokens]`: an SGLang server writes its topk_ids (which experts each token chose) "
+    "there, for `tune --topk-ids-dir`",
     SGLANG_CONFIG_DIR: "SGLang's own: it reads tables from this folder alone, and `tune` writes there where it is set",
     VLLM_CONFIG_FOLDER: "vLLM's own: it reads tables from this folder first, and `tune` writes there where it is set",
     SGLANG_PLUGINS: "SGLang's own list of plugins to load; one without `sglang_moe_ext` keeps this package out",
