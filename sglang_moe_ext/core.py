@@ -161,7 +161,7 @@ class MoEShape:
     w1 is [experts, 2 * intermediate_size, hidden_size] ([experts, intermediate_size, hidden_size] when not gated),
     w2 is [experts, hidden_size, intermediate_size]; `experts` and `top_k` include the `fused_shared` experts, which lie
     last and which every token takes. `zero_experts` are ids behind the routed ones that a router may give and that
-    compute nothing.
+    compute nothing. float32 is of a grouped GEMM alone: no engine launches a layer in it.
     """
 
     experts: int
@@ -169,7 +169,7 @@ class MoEShape:
     hidden_size: int
     top_k: int
     quantization: Quantization = field(default_factory=Quantization)
-    dtype: ActivationDtype = "bfloat16"
+    dtype: CheckpointDtype = "bfloat16"
     gated: bool = True
     ep: int = 1
     fused_shared: int = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sglang_moe_ext.kernels.expert_gemm import grouped_gemm as grouped_gemm  # noqa: PLC0414 (exported)
+    from sglang_moe_ext.kernels.expert_gemm import grouped_gemm as grouped_gemm
 
 
 def __getattr__(name: str) -> object:

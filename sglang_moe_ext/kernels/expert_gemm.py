@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sglang_moe_ext.core import CompileKey, MoEExtError, Quantization, TileConfig
+from sglang_moe_ext.kernels.launcher import launch
 from sglang_moe_ext.kernels.quantize import STORED_DTYPE, Scales
 from sglang_moe_ext.kernels.sorted_down import position_of
 from sglang_moe_ext.tables import config_table, grouped_gemm_table
@@ -132,9 +133,8 @@ def grouped_gemm(
     arguments = kernel_arguments(a, b, out, offsets, chosen.compile_key, scales)
     grid = (most_tiles(a.shape[0], b.shape[0], chosen.block_m) * -(-b.shape[1] // chosen.block_n),)
     if grid[0]:
-        expert_gemm_kernel[grid](
-            **arguments, group_m=chosen.group_m, num_warps=chosen.num_warps, num_stages=chosen.num_stages
-        )
+        options = {"group_m": chosen.group_m, "num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+        launch(expert_gemm_kernel, grid, arguments | options)
     return out
 
 
@@ -162,10 +162,12 @@ def default_config(rows: int, experts: int, key: GroupedGemmKey) -> TileConfig:
     """A tile as tall as the mean expert, between 16 and 128 rows."""
     mean = -(-rows // experts)
     block_m = next((size for size in (16, 32, 64) if mean <= size), 128)
+    # More registers than these tiles take are spilled (sm_89, Triton 3.7.1): three products in TF32, scales of blocks.
     if key.dtype == "float32":
-        return TileConfig(min(block_m, 64), 64, 32, 8, 4, 3)
-    block_k = 64 if key.block_shape is None else min(128, key.block_shape[1])
-    return TileConfig(block_m, 128 if block_m > 32 else 64, block_k, 8, 8 if block_m == 128 else 4, 3)
+        return TileConfig(min(block_m, 64), 64, 32, 8, 8, 3)
+    if key.block_shape is not None:
+        return TileConfig(block_m, 64, min(128, key.block_shape[1]), 8, 8 if block_m == 128 else 4, 3)
+    return TileConfig(block_m, 128 if block_m > 32 else 64, 64, 8, 8 if block_m == 128 else 4, 3)
 
 
 def kernel_arguments(
@@ -253,7 +255,9 @@ def _check_key(key: CompileKey, group_k: int) -> None:
 def _check_scales(a: Tensor, b: Tensor, scales: Scales | None, scaling: str) -> None:
     if scales is None:
         if a.dtype not in _UNQUANTIZED or b.dtype != a.dtype:
-            raise MoEExtError(f"grouped_gemm: a {a.dtype} and b {b.dtype} without scales: expected one 16 or 32-bit dtype")
+            raise MoEExtError(
+                f"grouped_gemm: a {a.dtype} and b {b.dtype} without scales: expected one 16 or 32-bit dtype"
+            )
         return
     expected = {"weights": (None, 3), "tensor": (1, 1)}.get(scaling, (2, 3))
     found = None if scales.activations is None else scales.activations.ndim, scales.weights.ndim
@@ -263,4 +267,6 @@ def _check_scales(a: Tensor, b: Tensor, scales: Scales | None, scaling: str) -> 
         )
     weights = torch.int8 if scaling == "weights" else STORED_DTYPE[str(scales.quantization.scheme)]
     if b.dtype != weights or (scaling != "weights" and a.dtype != weights):
-        raise MoEExtError(f"grouped_gemm: a {a.dtype} and b {b.dtype} are not {scales.quantization}: expected {weights}")
+        raise MoEExtError(
+            f"grouped_gemm: a {a.dtype} and b {b.dtype} are not {scales.quantization}: expected {weights}"
+        )

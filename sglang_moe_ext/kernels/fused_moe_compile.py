@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +44,7 @@ def compile_signature(shape: MoEShape, projection: Projection, key: CompileKey, 
     columns, k = shape.gemm(projection)
     slots = 1 if projection == "down" else shape.top_k
     quantization = shape.quantization
-    scales = _meta_scales(shape, columns, k)
+    scales = meta_scales(shape, columns, k)
     dtype = getattr(torch, shape.dtype)
     stored = dtype if scales is None else STORED_DTYPE[str(quantization.scheme)]
     with torch.device("meta"):
@@ -59,10 +60,10 @@ def compile_signature(shape: MoEShape, projection: Projection, key: CompileKey, 
             scales=scales,
             routed_weights=torch.empty(1, slots) if projection == "down" else None,
         )
-    return _specialized(arguments | {"group_m": 1}, {"num_warps": key.num_warps, "num_stages": key.num_stages})
+    return specialize(fused_moe_kernel, UNSPECIALIZED, arguments | {"group_m": 1}, key)
 
 
-def _meta_scales(shape: MoEShape, columns: int, k: int) -> Scales | None:
+def meta_scales(shape: MoEShape, columns: int, k: int) -> Scales | None:
     """Scales of one row of activations, by shape alone."""
     quantization = shape.quantization
     if quantization.scheme is None:
@@ -80,14 +81,16 @@ def _meta_scales(shape: MoEShape, columns: int, k: int) -> Scales | None:
         return Scales(quantization, torch.empty(1), torch.empty(shape.experts))
 
 
-def _specialized(arguments: dict[str, Any], options: dict[str, int]) -> CompileSignature:
+def specialize(
+    kernel: Any, unspecialized: Collection[str], arguments: Mapping[str, Any], key: CompileKey
+) -> CompileSignature:
     """As Triton's launcher does it: None and 1 are constants, what 16 divides is marked so, pointers are aligned."""
     signature: dict[str, str] = {}
     constexprs: dict[str, Any] = {}
     attrs: dict[tuple[int, ...], list[list[Any]]] = {}
-    for index, parameter in enumerate(fused_moe_kernel.params):
+    for index, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        special = parameter.name not in UNSPECIALIZED
+        special = parameter.name not in unspecialized
         if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
             signature[parameter.name] = "constexpr"
             constexprs[parameter.name] = value
@@ -96,7 +99,23 @@ def _specialized(arguments: dict[str, Any], options: dict[str, int]) -> CompileS
         signature[parameter.name] = TRITON_TYPE[value.dtype] if pointer else "i32" if value < 2**31 else "i64"
         if pointer or (special and value % 16 == 0):
             attrs[(index,)] = [["tt.divisibility", 16]]
-    return CompileSignature(fused_moe_kernel, signature, constexprs, attrs, options)
+    options = {"num_warps": key.num_warps, "num_stages": key.num_stages}
+    return CompileSignature(kernel, signature, constexprs, attrs, options)
+
+
+def compile_offline(sign: Callable[[], CompileSignature], sm: int) -> Resources | Failure:
+    """What that binary needs, or why the compiler refuses it. One binary serves every batch size and group."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    triton.runtime.driver.set_active(TargetOnlyDriver(sm))
+    try:
+        asked = sign()
+        source = ASTSource(asked.fn, asked.signature, asked.constexprs, asked.attrs)
+        return resources_of(triton.compile(source, target=GPUTarget("cuda", sm, 32), options=asked.options))
+    except Exception as error:  # noqa: BLE001 - the compiler fails in many ways; each costs this candidate alone
+        return Failure(type(error).__name__, (str(error).strip().splitlines() or ["no message"])[-1][:300])
 
 
 def warm_up() -> None:
@@ -105,15 +124,5 @@ def warm_up() -> None:
 
 
 def compile_job(job: CompileJob) -> Resources | Failure:
-    """What the job's binary needs, or why the compiler refuses it. One binary serves every batch size and group."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    triton.runtime.driver.set_active(TargetOnlyDriver(job.sm))
-    try:
-        asked = compile_signature(job.shape, job.projection, job.key, job.sm)
-        source = ASTSource(asked.fn, asked.signature, asked.constexprs, asked.attrs)
-        return resources_of(triton.compile(source, target=GPUTarget("cuda", job.sm, 32), options=asked.options))
-    except Exception as error:  # noqa: BLE001 - the compiler fails in many ways; each costs this candidate alone
-        return Failure(type(error).__name__, (str(error).strip().splitlines() or ["no message"])[-1][:300])
+    """What the job's binary needs, or why the compiler refuses it."""
+    return compile_offline(lambda: compile_signature(job.shape, job.projection, job.key, job.sm), job.sm)

@@ -31,7 +31,9 @@ class GroupedGemmKey:
 
 def folder(store: Path, device_name: str, triton: str) -> Path:
     """Where the tables for that GPU and that Triton lie, since their names say neither."""
-    return store / "grouped_gemm" / device_name.replace(" ", "_").replace("/", "_") / f"triton_{triton.replace('.', '_')}"
+    return (
+        store / "grouped_gemm" / device_name.replace(" ", "_").replace("/", "_") / f"triton_{triton.replace('.', '_')}"
+    )
 
 
 def load(key: GroupedGemmKey, device_name: str, triton: str) -> Table:

@@ -16,7 +16,12 @@ KINDS = {
 }
 BOUND = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float32: 1e-6}
 SMALL, TALL = TileConfig(16, 16, 32, 1, 4, 2), TileConfig(32, 32, 16, 4, 4, 2)
-SIZES = {"an expert without rows": (3, 0, 17, 1), "all to one": (0, 0, 40, 0), "one row": (0, 1, 0, 0), "whole": (32,) * 4}
+SIZES = {
+    "an expert without rows": (3, 0, 17, 1),
+    "all to one": (0, 0, 40, 0),
+    "one row": (0, 1, 0, 0),
+    "whole": (32,) * 4,
+}
 
 
 def run(kind: str, sizes: tuple[int, ...], config: TileConfig | None, k: int = 72, columns: int = 40) -> None:
