@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from sglang_moe_ext import env
-from sglang_moe_ext.cli import console, engine_choice, incumbent_source, layer_args, measure_args, output
+from sglang_moe_ext.cli import (
+    console,
+    engine_choice,
+    incumbent_source,
+    layer_args,
+    measure_args,
+    output,
+    tune_grouped_gemm,
+)
 from sglang_moe_ext.cli.command import Command, configure
 from sglang_moe_ext.core import Gpu, MoEExtError, StoreError
 from sglang_moe_ext.engines.lookup_probe import LookupResult
@@ -37,6 +45,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("-v", "--verbose", action="store_true", help="print why each candidate was left out")
     measure_args.add_to(parser)
+    tune_grouped_gemm.add_to(parser)
     install_target.add_to(parser)
 
 
@@ -176,6 +185,11 @@ def run(arguments: argparse.Namespace) -> Mapping[str, Any]:
     Raises:
         MoEExtError: any of this package's errors.
     """
+    if arguments.kernel == "grouped_gemm":
+        measure_args.check(arguments)
+        arguments.is_measuring = True
+        return tune_grouped_gemm.run(arguments)
+    tune_grouped_gemm.refuse_elsewhere(arguments)
     if not arguments.from_log and (said := engine_choice.describe_choice(arguments.engine)):
         print(said)
     request = request_of(arguments, arguments.command_line)
@@ -234,6 +248,10 @@ COMMAND = Command(
             "time one configuration beside the one in use today",
         ),
         ("sglang-moe-ext tune --engine vllm --model Qwen3-30B-A3B --tp-size 2", "tune the kernel of vLLM"),
+        (
+            "sglang-moe-ext tune --kernel grouped_gemm --hidden-size 4096 --dtype fp8_w8a8 --block-shape 128,128",
+            "tune this package's grouped GEMM, which then loads its table by itself",
+        ),
         (
             'sglang-moe-ext tune --from-log "Config file not found at E=65,N=1536,device_name=NVIDIA_H200.json"',
             "tune the layer that a warning in the server's log is about",

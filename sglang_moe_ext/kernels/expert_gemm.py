@@ -176,7 +176,7 @@ def kernel_arguments(
     """Every argument of the kernel but group_m, by name; no value of a tensor is read, so meta tensors do."""
     experts, columns, k = b.shape
     quantization = Quantization() if scales is None else scales.quantization
-    scaling = _scaling(quantization)
+    scaling = scaling_of(quantization)
     group_n, group_k = quantization.block_shape or (0, 0)
     a_scale, b_scale = (None, None) if scales is None else (scales.activations, scales.weights)
     _check_key(key, group_k)
@@ -209,7 +209,8 @@ def kernel_arguments(
 
 
 @lru_cache
-def _scaling(quantization: Quantization) -> str:
+def scaling_of(quantization: Quantization) -> str:
+    """How the kernel scales. Raises MoEExtError where it cannot multiply such weights."""
     if quantization.scheme is None:
         return "none"
     if quantization.scheme in STORED_DTYPE and quantization.scales in ("tensor", "channel", "block"):

@@ -55,6 +55,19 @@ def kernel_source(engine: InstallationLike | None, adapter: EngineAdapter) -> Ke
     )
 
 
+def grouped_gemm_source() -> KernelSource:
+    """Our `kernels.grouped_gemm`.
+
+    Raises:
+        EngineError: there is no Triton to compile with.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise EngineError("no Triton is installed: grouped_gemm is compiled with it; `pip install triton` brings it")
+    triton = importlib.metadata.version("triton")
+    module = "sglang_moe_ext.kernels.expert_gemm_compile"
+    return KernelSource(f"grouped_gemm, Triton {triton}", module, f"{_digest('expert_gemm*.py')} {triton}", False)
+
+
 def _digest_of_ours() -> str:
     return _digest("fused_moe*.py")
 
