@@ -189,3 +189,22 @@ def test_the_package_has_the_function_and_loads_nothing_for_its_name() -> None:
     assert kernels.grouped_gemm is expert_gemm.grouped_gemm
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         kernels.nothing  # noqa: B018
+
+
+def test_a_run_compiles_its_tiles_measures_and_keeps_a_journal(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Process(Times):
+        def __init__(self, setup: object) -> None:
+            super().__init__(None)
+
+        def measure(self, request: BenchRequest) -> BenchResult:
+            return self(request)
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(grouped_gemm, "BenchProcess", Process)
+    monkeypatch.setattr(grouped_gemm, "list_tiles", lambda *_: [BEST.with_group(1)])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(store))
+    found = grouped_gemm.run(request_for(rows=(64,)), lambda *_: None)
+    assert found[64].tried == 1 and not found[64].failures
+    [journal] = (store / "runs").glob("*/journal.jsonl")
+    assert journal.read_text().endswith('{"end":true}\n')

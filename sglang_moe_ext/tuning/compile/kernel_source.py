@@ -65,7 +65,7 @@ def grouped_gemm_source() -> KernelSource:
         raise EngineError("no Triton is installed: grouped_gemm is compiled with it; `pip install triton` brings it")
     triton = importlib.metadata.version("triton")
     module = "sglang_moe_ext.kernels.expert_gemm_compile"
-    return KernelSource(f"grouped_gemm, Triton {triton}", module, f"{_digest('expert_gemm*.py')} {triton}", False)
+    return KernelSource(f"grouped_gemm, Triton {triton}", module, f"{digest_of_sorted_kernels()} {triton}", False)
 
 
 def _digest_of_ours() -> str:
@@ -74,7 +74,7 @@ def _digest_of_ours() -> str:
 
 @functools.cache
 def digest_of_sorted_kernels() -> str:
-    """Changes with the kernels that a SortedKernelJob compiles."""
+    """Changes with any file of our kernels, which share functions."""
     return _digest("*.py")
 
 
