@@ -12,6 +12,7 @@ from sglang_moe_ext.core import GpuError, ModelError, MoEShape, Quantization
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.models import parse_dtype_flag
 from sglang_moe_ext.tuning import grouped_gemm, grouped_gemm_results
+from sglang_moe_ext.tuning.bench import routing
 from sglang_moe_ext.tuning.grouped_gemm import GroupedGemmRequest
 
 KERNELS = ("fused_moe", "grouped_gemm")
@@ -71,12 +72,20 @@ def request_of(arguments: argparse.Namespace) -> GroupedGemmRequest:
     )
 
 
-_UNHEEDED = ("predict", "dry_run", "gpu", "gpus", "ray", "budget", "topk_ids_dir", "configs", "cmp_configs", "engine")
+_UNHEEDED = {
+    **dict.fromkeys(("predict", "dry_run", "force"), False),
+    **dict.fromkeys(("gpu", "gpus", "ray", "budget", "topk_ids_dir", "configs", "engine")),
+    "cmp_configs": (),
+    "routing": routing.MIXED.name,
+    "kernels": "all",
+    "install": "engine",
+}
+"""Flags that say nothing of this kernel, with what they are where they are not given."""
 
 
 def _refuse_unheeded(arguments: argparse.Namespace) -> None:
-    """Raises ModelError for a flag that says nothing of this kernel."""
-    word = next((word for word in _UNHEEDED if getattr(arguments, word) not in (None, False, ())), None)
+    """Raises ModelError where such a flag is given."""
+    word = next((word for word, absent in _UNHEEDED.items() if getattr(arguments, word) != absent), None)
     if word is not None:
         raise ModelError(f"--{word.replace('_', '-')} does not go with --kernel grouped_gemm: leave it out")
 

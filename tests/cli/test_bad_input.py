@@ -43,6 +43,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (("--kernel", "grouped_gemm", "--hidden-size", "64", "--dtype", "int4_w4a16"), "int4_w4a16", "fp8_w8a8"),
         (("--kernel", "grouped_gemm", "--hidden-size", "64", "--block-shape", "9"), "--block-shape 9", "128,128"),
         (("--kernel", "grouped_gemm", *GLM, "--gpu", "H200"), "--gpu", "leave it out"),
+        (("--kernel", "grouped_gemm", *GLM, "--routing", "zipf"), "--routing", "leave it out"),
         ((*GLM, *RTX_4090, "--no-tune"), "--no-tune", "--kernel grouped_gemm"),
         ((*GLM, "--gpu", "RTX_4091"), "RTX_4091", "RTX_4090"),
         ((*GLM, *RTX_4090, "--tp", "7"), "--tp-size 7", "divides"),
