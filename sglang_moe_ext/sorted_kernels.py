@@ -51,6 +51,11 @@ def why_unsupported(shape: MoEShape) -> str | None:
     return next((limit.why for limit in LIMITS if not limit.allows(shape)), None)
 
 
+def padded_rows(pairs: int, experts: int, block_m: int) -> int:
+    """Rows that hold any routing of so many pairs of token and expert, sorted by expert, padded to blocks each."""
+    return pairs + min(pairs, experts + 1) * (block_m - 1)
+
+
 @dataclass(frozen=True, slots=True)
 class TileSchedule:
     """The tiles of a GEMM, and how its programs take them.

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sglang_moe_ext.core import MoEShape
-
 if TYPE_CHECKING:
     import torch
 
@@ -16,7 +14,7 @@ class GemmTensors:
     """The tensors of one GEMM, all on one device.
 
     Up: a [tokens, K], out [tokens, topk, columns]. Down: a [tokens * topk, N], out [tokens, topk, columns]. In the
-    order of the experts, as TMA reads them, the rows of the up GEMM's out and of the down GEMM's a are `sorted_rows`.
+    order of the experts, as TMA reads them, the up GEMM's out and the down GEMM's a have `padded_rows` rows.
     weights [experts, columns, reduction]; scales are None where the weights are not quantized. sorted_token_ids is None
     where an engine does not sort: so few tokens that each pair of token and expert is a block of its own.
     """
@@ -35,12 +33,6 @@ class GemmTensors:
         """By the id() of each tensor of ours that says where tokens go, that of the other."""
         names = ("topk_weights", "topk_ids", "sorted_token_ids", "expert_ids", "num_tokens_post_padded")
         return {id(getattr(self, name)): getattr(other, name) for name in names}
-
-
-def sorted_rows(shape: MoEShape, tokens: int, block_m: int) -> int:
-    """Rows of the buffers between the GEMMs where they lie in the order of the experts, padded to whole blocks."""
-    slots = tokens * shape.top_k
-    return slots + min(slots, shape.experts + 1) * (block_m - 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 from sglang_moe_ext.core import MoEExtError
 from sglang_moe_ext.kernels.launcher import launch
 from sglang_moe_ext.kernels.swiglu import GROUP, LARGEST_FP8, LEAST_SCALE, LONGEST_ROW
-from sglang_moe_ext.sorted_kernels import MOST_SORTED_EXPERTS
+from sglang_moe_ext.sorted_kernels import MOST_SORTED_EXPERTS, padded_rows
 
 CHUNK = 128
 """Pairs that one program ranks, each against each."""
@@ -203,8 +203,7 @@ def launch_sort(
 
 def empty_sorted(topk_ids: Tensor, experts: int, block_m: int) -> SortedTokens:
     """Buffers for any routing of so many pairs, as large as those of the engine's sort."""
-    pairs = topk_ids.numel()
-    rows = pairs + min(pairs, experts + 1) * (block_m - 1)
+    rows = padded_rows(topk_ids.numel(), experts, block_m)
 
     def empty(*size: int) -> Tensor:
         return topk_ids.new_empty(size, dtype=torch.int32)

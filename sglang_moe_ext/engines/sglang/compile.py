@@ -25,7 +25,7 @@ from sglang_moe_ext.engines.meta_compile import meta
 from sglang_moe_ext.engines.sglang import sorted_layer
 from sglang_moe_ext.engines.sglang.runner import LoadedSglang, launch, load
 from sglang_moe_ext.engines.sglang.sorted_layer import RowValues, SortedLayer
-from sglang_moe_ext.engines.tensors import GemmTensors, sorted_rows
+from sglang_moe_ext.engines.tensors import GemmTensors
 from sglang_moe_ext.few_tokens_config import FewTokensConfig
 from sglang_moe_ext.sorted_kernels import (
     SCALE_GROUP,
@@ -34,6 +34,7 @@ from sglang_moe_ext.sorted_kernels import (
     SortedKernelJob,
     UpConfig,
     WarpSpecializedUp,
+    padded_rows,
 )
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def _tensors(
     if projection == "up":
         rows_in = tokens
     elif key.use_tma:
-        rows_in = sorted_rows(shape, tokens, key.block_m)
+        rows_in = padded_rows(tokens * shape.top_k, shape.experts, key.block_m)
     activations = getattr(torch, shape.dtype)
     weights, weight_scale = meta_compile.weights(shape, projection)
     topk_ids = meta((tokens, shape.top_k), torch.int32)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from sglang_moe_ext.core import MoEShape, TileConfig
 from sglang_moe_ext.engines.sglang import runner
 from sglang_moe_ext.engines.sglang.runner import LoadedSglang
-from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors, sorted_rows
+from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
 from sglang_moe_ext.sorted_kernels import (
     MOST_SORTED_EXPERTS,
     SCALE_GROUP,
@@ -24,6 +24,7 @@ from sglang_moe_ext.sorted_kernels import (
     UpConfig,
     WarpSpecializedDown,
     WarpSpecializedUp,
+    padded_rows,
 )
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class SortedLayer:
     @property
     def rows(self) -> int:
         """Of what lies between the GEMMs; those of padding are never read into a result."""
-        return sorted_rows(self.shape, self.tensors.hidden.shape[0], self.plan.block_m)
+        return padded_rows(self.tensors.topk_ids.numel(), self.shape.experts, self.plan.block_m)
 
     @property
     def has_experts_elsewhere(self) -> bool:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_moe_ext.core import PROJECTIONS, MoEShape, Projection, TileConfig
 from sglang_moe_ext.engines.adapter import EngineAdapter, Sorted
-from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors, sorted_rows
+from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
 from sglang_moe_ext.kernels import reference
 from sglang_moe_ext.kernels.quantize import quantize_weights
+from sglang_moe_ext.sorted_kernels import padded_rows
 from sglang_moe_ext.tuning.bench import routing
 from sglang_moe_ext.tuning.bench.routing import Routing
 
@@ -117,7 +118,7 @@ class BenchedLayer:
 
     def _inner(self, batch: LayerBatch) -> torch.Tensor:
         if batch.inner is None:
-            rows = sorted_rows(self.shape, batch.tokens, _LARGEST_BLOCK_M)
+            rows = padded_rows(batch.tokens * self.shape.top_k, self.shape.experts, _LARGEST_BLOCK_M)
             batch.inner = self._random(self._generator(batch.seed, "inner"), rows, self.shape.intermediate_size)
         return batch.inner
 
@@ -137,7 +138,7 @@ class BenchedLayer:
             batch.aligned[index, config.block_m] = aligned
         rows = batch.tokens * self.shape.top_k
         if config.use_tma:
-            rows = sorted_rows(self.shape, batch.tokens, config.block_m)
+            rows = padded_rows(batch.tokens * self.shape.top_k, self.shape.experts, config.block_m)
         return GemmTensors(
             a=batch.hidden if projection == "up" else self._inner(batch)[:rows],
             weights=self.weights[projection].stored,
