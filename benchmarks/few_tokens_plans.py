@@ -35,7 +35,7 @@ from sglang_moe_ext.tuning.compile.cache import CompileCache
 from sglang_moe_ext.tuning.compile.kernel_source import kernel_source
 from sglang_moe_ext.tuning.compile.pool import CompilePool
 from sglang_moe_ext.tuning.problem import Problem
-from sglang_moe_ext.tuning.search import candidates, few_tokens, statistics
+from sglang_moe_ext.tuning.search import candidates, few_tokens_space, statistics
 from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
 
 TOKENS = (1, 2, 4, 8, 16)
@@ -94,8 +94,8 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
 def _ask(pool: CompilePool, problem: Problem, tokens: Sequence[int]) -> KnownPairs:
     pairs = known_pairs(problem.shape, tokens, ())
     pool.want(jobs_of_pairs(problem, pairs, tokens))
-    pool.want(job for m in tokens for job in few_tokens.jobs(problem, m))
-    narrow = [_narrow(plan) for m in tokens for plan in few_tokens.contenders(problem, m)]
+    pool.want(job for m in tokens for job in few_tokens_space.jobs(problem, m))
+    narrow = [_narrow(plan) for m in tokens for plan in few_tokens_space.contenders(problem, m)]
     pool.want(job for m in tokens for plan in narrow for job in list_jobs(plan, problem.shape, m, problem.gpu.sm))
     return pairs
 
@@ -126,7 +126,7 @@ def raced(
     try:
         us = times(pairs.distinct, _SCREENED_ROUNDS)
         pair = pairs.distinct[us.index(min(us))]
-        found = few_tokens.compare_plans(problem, m, pair, measure, clean, rounds=rounds)
+        found = few_tokens_space.compare_plans(problem, m, pair, measure, clean, rounds=rounds)
         if found is None:
             raise EngineError(f"{name}, M={m}: nothing ran right")
         return [_row(name, m, found, _narrow_us(found, times, rounds))]

@@ -56,8 +56,8 @@ from sglang_moe_ext.tuning.compile.kernel_source import kernel_source
 from sglang_moe_ext.tuning.compile.pool import CompilePool
 from sglang_moe_ext.tuning.incumbents import pairs_of
 from sglang_moe_ext.tuning.problem import Problem
-from sglang_moe_ext.tuning.search import candidates, sorted_kernels, statistics
-from sglang_moe_ext.tuning.search.sorted_kernels import CleanPlan
+from sglang_moe_ext.tuning.search import candidates, sorted_kernel_space, statistics
+from sglang_moe_ext.tuning.search.sorted_kernel_space import CleanPlan
 
 _BLOCK = Quantization("fp8_w8a8", (128, 128))
 LAYERS = {
@@ -135,7 +135,7 @@ class LayerRace:
 
     def _fastest_plans(self, tokens: int, tuned: Pair) -> dict[PlanKind, KernelPlan]:
         """Of each kind that runs. Raises EngineError where none does."""
-        times, failures = sorted_kernels.screen_plans(self.problem, tokens, [tuned["up"]], self.ask, self.clean)
+        times, failures = sorted_kernel_space.screen_plans(self.problem, tokens, [tuned["up"]], self.ask, self.clean)
         if failures:
             print(f"  M={tokens}: plans left out: {failures}", file=sys.stderr)
         self._complete_triton(tokens, times)
@@ -154,7 +154,7 @@ class LayerRace:
         if not of_blocks:
             return
         up = min(of_blocks, key=times.__getitem__).up
-        for down in sorted_kernels.down_configs(self.problem, tokens, 128):
+        for down in sorted_kernel_space.down_configs(self.problem, tokens, 128):
             plan = KernelPlan(up, down)
             if isinstance(down, WarpSpecializedDown) or plan in times or self.clean(plan) is not None:
                 continue
@@ -238,7 +238,7 @@ def _ask_and_compile(pool: CompilePool, problem: Problem, tokens: Sequence[int],
     """Have the layer's binaries compiled as soon as the engine has answered: its own first, then those of our plans."""
     pairs = known_pairs(problem.shape, tokens, as_on)
     pool.want(jobs_of_pairs(problem, pairs, tokens))
-    pool.want(sorted_kernels.screening_jobs(problem, COMPILED_AT, [pair["up"] for pair in pairs.distinct]))
+    pool.want(sorted_kernel_space.screening_jobs(problem, COMPILED_AT, [pair["up"] for pair in pairs.distinct]))
     return pairs
 
 

@@ -22,12 +22,12 @@ HEAVY = {"torch", "triton", "transformers", "rich", "numpy"}
 ATTACHED = {
     "": "core engines env few_tokens_config gpu import_hook package_data schemes serving sorted_kernels startup tables "
     "untrusted",
-    "engines.": "backend_answer config_dict few_tokens_layer installed launch_rules launch_shape lookup_args running "
-    "sglang table_names tensors weight_only",
+    "engines.": "backend_answer config_dict few_tokens_layer installed_engines launch_rules launch_shape lookup_args "
+    "running_engine sglang table_names tensors weight_only",
     "engines.sglang.": "deferred_sort hook_points installation kernel_sequence support table_names",
     "gpu.": "shared_memory specs",
-    "serving.": "attach guard kernel_selection launch_guard plugin selection sglang_hooks sglang_lookup_hook "
-    "table_search",
+    "serving.": "attach guard kernel_selection launch_guard plugin sglang_hooks sglang_lookup_hook table_search "
+    "table_selection",
     "tables.": "config_table files kernel_table provenance user_store",
 }
 """By package, the modules of ours that a server has once its engine's layer is hooked."""

@@ -10,7 +10,7 @@ from typing import Any
 from sglang_moe_ext.core import ModelError, MoEModel
 from sglang_moe_ext.models.builtin import builtin_records
 from sglang_moe_ext.models.checkpoint_names import find_builtin
-from sglang_moe_ext.models.families import EXPERTS, HIDDEN, SHARED, TOP_K, WIDTH, Names
+from sglang_moe_ext.models.field_spellings import EXPERTS, HIDDEN, SHARED, TOP_K, WIDTH, Names
 from sglang_moe_ext.models.resolve import CONFIG, resolve
 
 _FP8 = "-FP8"

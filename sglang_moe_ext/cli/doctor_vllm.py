@@ -8,7 +8,7 @@ from pathlib import Path
 from sglang_moe_ext.cli.doctor_examination import Examination, Finding
 from sglang_moe_ext.cli.doctor_layers import LayerUnderTest
 from sglang_moe_ext.core import TableError
-from sglang_moe_ext.engines.installed import parse_version
+from sglang_moe_ext.engines.installed_engines import parse_version
 from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.engines.vllm import lookup_probe, support, table_names
 from sglang_moe_ext.tables import config_table, provenance

@@ -10,7 +10,7 @@ from sglang_moe_ext.cli import table_files
 from sglang_moe_ext.cli.command import Command
 from sglang_moe_ext.cli.table_files import CheckedFile
 from sglang_moe_ext.core import TableError
-from sglang_moe_ext.engines import installed
+from sglang_moe_ext.engines import installed_engines
 from sglang_moe_ext.stock import importing
 from sglang_moe_ext.stock.importing import ImportedTable
 
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> Mapping[str, Any]:
 def _import(one: CheckedFile, arguments: argparse.Namespace) -> ImportedTable:
     triton = arguments.triton or one.given.triton
     if triton is None:
-        triton = installed.running_triton()
+        triton = installed_engines.running_triton()
         if triton is None:
             raise TableError(f"{one.given.path} does not tell which Triton it was made with: name it with --triton")
         print(f"{one.given.path} does not tell its Triton: stored for the one of this environment, {triton}")

@@ -12,8 +12,8 @@ from typing import Any
 from sglang_moe_ext import env, package_data
 from sglang_moe_ext.cli.command import Command
 from sglang_moe_ext.core import EngineError, MoEExtError
-from sglang_moe_ext.engines.sglang import config_dir, config_dir_tables, installation
-from sglang_moe_ext.engines.sglang.config_dir_tables import Outcome, Sources
+from sglang_moe_ext.engines.sglang import installation, overlay, overlay_tables
+from sglang_moe_ext.engines.sglang.overlay_tables import Outcome, Sources
 from sglang_moe_ext.engines.vllm import installation as vllm
 from sglang_moe_ext.tuning import install_target
 
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> Mapping[str, Any]:
         )
     if engine is None or triton is None:
         raise EngineError("SGLang and Triton are not both installed here: run overlay where the server runs")
-    root = config_dir.overlay_folder(engine).absolute()
+    root = overlay.overlay_folder(engine).absolute()
     set_by_user = os.environ.get(env.SGLANG_CONFIG_DIR)
     if set_by_user and Path(set_by_user).absolute() != root:
         raise EngineError(
@@ -51,17 +51,17 @@ def run(arguments: argparse.Namespace) -> Mapping[str, Any]:
         )
     destination = install_target.choose_for_sglang("overlay", root, engine, triton)
     assert destination is not None  # its place is given
-    config_dir.build(root, engine.configs_root)
+    overlay.build(root, engine.configs_root)
     sources = _sources(engine.configs_root, triton)
     outcome: Outcome = {}
-    for name in config_dir_tables.layers(sources):
+    for name in overlay_tables.layers(sources):
         outcome |= _put(name, sources, destination.folder, engine.version)
     return _report(outcome, root)
 
 
 def _put(name: str, sources: Sources, folder: Path, version: tuple[int, int, int]) -> Outcome:
     try:
-        return config_dir_tables.put(name, sources, folder, version)
+        return overlay_tables.put(name, sources, folder, version)
     except MoEExtError as error:
         return {folder / name: str(error)}
 

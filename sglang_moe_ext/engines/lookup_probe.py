@@ -119,7 +119,7 @@ def engine_alone(engine: str, module: str) -> ProbeModule:
 
 def engine_as_served(engine: str, name: str) -> ProbeModule:
     """The probe of an engine with our hooks."""
-    return ProbeModule(engine, "sglang_moe_ext.serving.lookup_probe", (name,), is_alone=False)
+    return ProbeModule(engine, "sglang_moe_ext.serving.hooked_lookup", (name,), is_alone=False)
 
 
 FROM_FILES = "from-files"
@@ -130,7 +130,7 @@ def engine_from_files(engine: str, name: str) -> ProbeModule:
 
     It answers within a second. The GPU has to be pretended, and the server must not be deterministic.
     """
-    return ProbeModule(engine, "sglang_moe_ext.serving.lookup_probe", (name, FROM_FILES), is_alone=False)
+    return ProbeModule(engine, "sglang_moe_ext.serving.hooked_lookup", (name, FROM_FILES), is_alone=False)
 
 
 def request_of(question: LookupRequest) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from sglang_moe_ext.core import ModelError, MoEModel, MoEShape
 from sglang_moe_ext.models.config_fields import Section, lineages, read_field, refusal, show
-from sglang_moe_ext.models.families import EXPERTS, HIDDEN, TOP_K, WIDTH
+from sglang_moe_ext.models.field_spellings import EXPERTS, HIDDEN, TOP_K, WIDTH
 
 _FIELD = "block_configs"
 _MOST_LAYERS = 512

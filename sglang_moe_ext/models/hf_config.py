@@ -9,7 +9,7 @@ from sglang_moe_ext import untrusted
 from sglang_moe_ext.core import CheckpointDtype, ModelError, MoEModel
 from sglang_moe_ext.models.block_configs import has_block_configs, merge_block_configs
 from sglang_moe_ext.models.config_fields import Section, lineages, read_field, refusal, show, whole_number
-from sglang_moe_ext.models.families import (
+from sglang_moe_ext.models.field_spellings import (
     COMMON,
     EXPERTS,
     FAMILIES,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, cast
 from sglang_moe_ext import __version__, env
 from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.serving.guard import warn_once
-from sglang_moe_ext.serving.selection import Choice
+from sglang_moe_ext.serving.table_selection import Choice
 from sglang_moe_ext.untrusted import show
 
 if TYPE_CHECKING:

@@ -10,13 +10,13 @@ from typing import Protocol
 
 from sglang_moe_ext import env
 from sglang_moe_ext.core import MoEShape, TableError
-from sglang_moe_ext.engines import running
+from sglang_moe_ext.engines import running_engine
 from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.engines.sglang import table_names
 from sglang_moe_ext.few_tokens_config import FIRST_SM as FIRST_SM_OF_FEW
 from sglang_moe_ext.few_tokens_config import FewTokensConfig, refusals
-from sglang_moe_ext.serving.selection import SATURATED_TOKENS
 from sglang_moe_ext.serving.table_search import FoundTables, TableDir, is_made_for
+from sglang_moe_ext.serving.table_selection import SATURATED_TOKENS
 from sglang_moe_ext.sorted_kernels import (
     FIRST_SM,
     KernelPlan,
@@ -118,7 +118,7 @@ class KernelPlans:
         shape, device_name, triton = layer.shape, self._engine.device_name(), self._engine.triton
         if not is_on() or not self._is_hooked or shape is None or device_name is None or triton is None:
             return {}
-        gpu, tables = running.running_gpu(device_name), self._tables_of(layer)
+        gpu, tables = running_engine.running_gpu(device_name), self._tables_of(layer)
         is_asked_for = tables is not None and any(candidate.table_dir.is_asked_for for candidate in tables.candidates)
         if gpu is None or gpu.sm < FIRST_SM_OF_FEW or is_asked_for:
             return {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_moe_ext.core import TableError, TileConfig
-from sglang_moe_ext.engines import config_dict, launch_rules, launch_shape, running
+from sglang_moe_ext.engines import config_dict, launch_rules, launch_shape, running_engine
 from sglang_moe_ext.engines.config_dict import ConfigDict
 from sglang_moe_ext.serving.guard import degrade, warn_once
 from sglang_moe_ext.tables import config_table
@@ -40,7 +40,7 @@ def launch_hook(launcher: GuardedLauncher) -> Callable[..., Any]:
     Triton refuses before it launches anything, so a second try finds all tensors as they were. What torch.compile
     traces, as it does the attention of vLLM's K2 Horizon, is the engine's own launch: a graph cannot hold ours.
     """
-    original, position, is_traced = launcher.function, launcher.config_position, running.is_traced()
+    original, position, is_traced = launcher.function, launcher.config_position, running_engine.is_traced()
     known: dict[Any, ConfigDict | None] = {}
 
     @functools.wraps(original)
@@ -107,8 +107,8 @@ def _alternatives(
     launcher: GuardedLauncher, args: tuple[Any, ...], kwargs: Mapping[str, Any], refused: Exception
 ) -> Iterator[ConfigDict] | None:
     """The entries to try instead, best first; None if Triton did not refuse the configuration."""
-    is_too_large = running.is_out_of_resources(refused)
-    if not is_too_large and not running.is_compile_failure(refused):
+    is_too_large = running_engine.is_out_of_resources(refused)
+    if not is_too_large and not running_engine.is_compile_failure(refused):
         return None
     entry = _config(launcher.config_position, args, kwargs)
     try:
@@ -152,11 +152,11 @@ def _launch_first(
         try:
             result = launcher.function(*args, **kwargs)
         except Exception as error:
-            if not running.is_out_of_resources(error) and not running.is_compile_failure(error):
+            if not running_engine.is_out_of_resources(error) and not running_engine.is_compile_failure(error):
                 raise
             continue
         config = config_dict.tile_of(entry)
-        what = "does not fit this GPU" if running.is_out_of_resources(refused) else "cannot be compiled"
+        what = "does not fit this GPU" if running_engine.is_out_of_resources(refused) else "cannot be compiled"
         warn_once(f"{asked} {what} ({show(refused)}): runs {config} instead; tune this model on this GPU")
         return entry, result
     raise refused

@@ -15,7 +15,7 @@ from typing import Any
 
 from sglang_moe_ext import __version__, env, package_data
 from sglang_moe_ext.core import EngineError, MoEShape
-from sglang_moe_ext.engines import running
+from sglang_moe_ext.engines import running_engine
 from sglang_moe_ext.engines.sglang import hook_points, kernel_sequence, table_names
 from sglang_moe_ext.engines.sglang import kernel_sequence as known_sequence
 from sglang_moe_ext.engines.sglang.deferred_sort import DeferredSort, NextSort, is_put_off, sort_now
@@ -52,8 +52,8 @@ def sequence_hook(
     Raises:
         EngineError: the original takes other arguments than those that are known.
     """
-    parameters, is_traced = kernel_sequence.parameters(original), running.is_traced()
-    is_capturing = running.is_capturing()
+    parameters, is_traced = kernel_sequence.parameters(original), running_engine.is_traced()
+    is_capturing = running_engine.is_capturing()
 
     def engines(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = sort_now(args, kwargs)
@@ -92,7 +92,7 @@ def sequence_hook(
 
 def sort_hook(original: Callable[..., Any], next_sort: NextSort) -> Callable[..., Any]:
     """A function to stand where the layer's sort stood: it puts off what the lookup before it said it would."""
-    is_traced = running.is_traced()
+    is_traced = running_engine.is_traced()
 
     @functools.wraps(original)
     def moe_align_block_size(*args: Any, **kwargs: Any) -> Any:
@@ -194,7 +194,7 @@ def install_hooks(layer: ModuleType, way: str) -> sglang_lookup_hook.ConfigResol
             (engine.sequence, sequence_hook(engine, engine.sequence, resolver.decline_plan, resolver.plans.cold))
         )
     for original, ours in replaced:
-        running.replace("sglang", original, ours)
+        running_engine.replace("sglang", original, ours)
     if engine.sequence is not None and (sort := getattr(engine.layer, hook_points.SORT, None)) is not None:
         # In the layer alone: others sort as well, and hand the result to kernels that we do not stand for.
         setattr(engine.layer, hook_points.SORT, sort_hook(sort, resolver.next_sort))

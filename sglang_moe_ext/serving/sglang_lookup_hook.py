@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sglang_moe_ext.core import Projection, TileConfig
-from sglang_moe_ext.engines import config_dict, lookup_args, running
+from sglang_moe_ext.engines import config_dict, lookup_args, running_engine
 from sglang_moe_ext.engines.config_dict import ConfigDict, ConfigWithPlan
 from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.engines.sglang.deferred_sort import NextSort
@@ -16,8 +16,8 @@ from sglang_moe_ext.engines.sglang.hook_points import SglangHookPoints
 from sglang_moe_ext.few_tokens_config import FewTokensConfig
 from sglang_moe_ext.serving.guard import ConfigGuard, EntryChange, RefusedEntry, SafeEntry, warn_once
 from sglang_moe_ext.serving.kernel_selection import KernelPlans
-from sglang_moe_ext.serving.selection import Choice, EngineDefault, EngineEntry, OurEntry, TableSelector
 from sglang_moe_ext.serving.table_search import TableDir
+from sglang_moe_ext.serving.table_selection import Choice, EngineDefault, EngineEntry, OurEntry, TableSelector
 from sglang_moe_ext.sorted_kernels import Plan
 from sglang_moe_ext.untrusted import show
 
@@ -158,7 +158,9 @@ class ConfigResolver:
         if shape is None or device_name is None:
             return answer
         if device_name not in self._guards:
-            self._guards[device_name] = ConfigGuard(self._engine.engine.version, running.running_gpu(device_name))
+            self._guards[device_name] = ConfigGuard(
+                self._engine.engine.version, running_engine.running_gpu(device_name)
+            )
         guard = self._guards[device_name]
         up = guard.check(answer.up, shape, "up")
         changes = _changes("up", answer.up, up)
@@ -219,7 +221,7 @@ def from_engine(returned: Any, wants_down: bool) -> ServedConfigs:
 def lookup_hook(engine: SglangHookPoints, resolve: ConfigResolver) -> Callable[..., Any]:
     """A function to stand where `engine.lookup` stood. It never raises where that would not have."""
     original, answers, next_sort = engine.lookup, resolve.answers, resolve.next_sort
-    is_capturing, is_traced = running.is_capturing(), running.is_traced()
+    is_capturing, is_traced = running_engine.is_capturing(), running_engine.is_traced()
 
     def resolved(call: SglangCall, own: Callable[[], Any]) -> ServedConfigs:
         try:

@@ -12,7 +12,7 @@ from typing import Any
 
 from sglang_moe_ext import import_hook
 from sglang_moe_ext.core import EngineError
-from sglang_moe_ext.engines import lookup_args, running
+from sglang_moe_ext.engines import lookup_args, running_engine
 from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.engines.vllm import experts
 from sglang_moe_ext.engines.vllm.hook_points import VllmHookPoints
@@ -51,7 +51,7 @@ def apply_hook(engine: VllmHookPoints, original: Callable[..., Any], plans: Kern
     """As `sglang_hooks.sequence_hook` does it: all kernels of a layer loaded at its first uncaptured call, no compiler
     within a request, and the engine's own kernels wherever ours may not run or fail.
     """
-    is_traced, is_capturing = running.is_traced(), running.is_capturing()
+    is_traced, is_capturing = running_engine.is_traced(), running_engine.is_capturing()
     layers: dict[tuple[Any, ...], LookupLayer] = {}
 
     def plan_of(given: dict[str, Any]) -> tuple[LookupLayer, FewTokensConfig | None]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from sglang_moe_ext import __version__, env, package_data
 from sglang_moe_ext.core import MoEShape
-from sglang_moe_ext.engines import config_dict, launch_rules, launch_shape, running
+from sglang_moe_ext.engines import config_dict, launch_rules, launch_shape, running_engine
 from sglang_moe_ext.engines.config_dict import ConfigDict
 from sglang_moe_ext.engines.vllm import hook_points, launch_args, support
 from sglang_moe_ext.engines.vllm.hook_points import VllmHookPoints
@@ -74,7 +74,7 @@ def install_hooks(layer: ModuleType, way: str) -> VllmTableResolver:
     replaced += [(function, launch_guard.launch_hook(_launcher(engine, function))) for function in launchers]
     built = _building(engine.building, line)
     for original, ours in replaced:
-        running.replace(_THEIRS, original, ours)
+        running_engine.replace(_THEIRS, original, ours)
     type.__setattr__(engine.kernel, "__init__", built)
     vllm_experts_hook.install(engine, KernelPlans(engine, lambda: table_dirs(engine.engine), resolver.tables))
     _speak_through_the_engine()
@@ -90,7 +90,7 @@ def _launcher(engine: VllmHookPoints, function: Callable[..., Any]) -> GuardedLa
         entry, device_name = arguments["config"], engine.device_name()
         if device_name is None or "BLOCK_SIZE_N" not in entry:
             return None
-        guard = ConfigGuard(engine.engine.version, running.running_gpu(device_name), "vllm")
+        guard = ConfigGuard(engine.engine.version, running_engine.running_gpu(device_name), "vllm")
         runs = fit_launch(guard, entry, launch_shape.shape_of(arguments))
         return None if runs.why is None else runs.entry
 

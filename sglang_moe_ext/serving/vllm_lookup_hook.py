@@ -20,10 +20,10 @@ from sglang_moe_ext.engines.config_dict import ConfigDict
 from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.engines.vllm.hook_points import VllmHookPoints
 from sglang_moe_ext.engines.vllm.launch_args import clamp_to_block, config_dict_of
-from sglang_moe_ext.serving import selection
+from sglang_moe_ext.serving import table_selection
 from sglang_moe_ext.serving.guard import ConfigGuard, EntryChange, RefusedEntry, SafeEntry, warn_once
-from sglang_moe_ext.serving.selection import Choice, EngineDefault, EngineEntry, OurEntry, TableSelector
 from sglang_moe_ext.serving.table_search import FoundTables, TableDir
+from sglang_moe_ext.serving.table_selection import Choice, EngineDefault, EngineEntry, OurEntry, TableSelector
 from sglang_moe_ext.untrusted import show
 
 Rows = dict[int, ConfigDict] | None
@@ -153,7 +153,7 @@ class VllmTableResolver:
         if self._engine.is_deterministic():
             return own()
         tables = self._choices.search(named, any_layer=True)
-        table = None if tables is None else selection.best_table(tables)
+        table = None if tables is None else table_selection.best_table(tables)
         if table is None:
             return _ask_engine(own, lambda: None)
         return {m: config_dict_of(config) for m, config in table.up.items()}

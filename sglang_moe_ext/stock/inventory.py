@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sglang_moe_ext import package_data
 from sglang_moe_ext.core import Gpu, GpuError, ModelError, MoEShape, Table, TableError, TableKey
-from sglang_moe_ext.engines import installed, table_names
+from sglang_moe_ext.engines import installed_engines, table_names
 from sglang_moe_ext.engines.adapter import EngineName
 from sglang_moe_ext.engines.registry import ENGINES
 from sglang_moe_ext.engines.sglang import installation as sglang
@@ -18,9 +18,9 @@ from sglang_moe_ext.engines.vllm import installation as vllm
 from sglang_moe_ext.engines.vllm import table_names as vllm_table_names
 from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.models import parse_shape
-from sglang_moe_ext.serving import selection, sglang_hooks, table_search, vllm_hooks
-from sglang_moe_ext.serving.selection import OurEntry
+from sglang_moe_ext.serving import sglang_hooks, table_search, table_selection, vllm_hooks
 from sglang_moe_ext.serving.table_search import TableDir
+from sglang_moe_ext.serving.table_selection import OurEntry
 from sglang_moe_ext.stock.importing import IMPORTED
 from sglang_moe_ext.tables import config_table, provenance, user_store
 from sglang_moe_ext.tables.provenance import Provenance, ProvenanceEntry
@@ -89,7 +89,7 @@ def list_tables(engine: EngineName, *, with_engines_own: bool = False) -> Iterat
     Raises:
         EngineError: the installed engine is older than any that is known.
     """
-    dirs, triton = table_dirs(engine), installed.running_triton()
+    dirs, triton = table_dirs(engine), installed_engines.running_triton()
     for table_dir in dirs:
         for path in _up_tables(table_dir):
             known = provenance.read(path)
@@ -179,7 +179,7 @@ def _taken(
     if gpu is None:
         return None
     found = table_search.search(shape, gpu.device_name, gpu, triton, dirs)
-    chosen = {m: selection.select(found, m) for m in table}
+    chosen = {m: table_selection.select(found, m) for m in table}
     return {m: str(one.path) if isinstance(one, OurEntry) else _LEFT_TO_THE_ENGINE for m, one in chosen.items()}
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from sglang_moe_ext import env
 from sglang_moe_ext.core import EngineError, MoEShape, StoreError
 from sglang_moe_ext.engines.adapter import EngineAdapter, EngineName
-from sglang_moe_ext.engines.sglang import config_dir
+from sglang_moe_ext.engines.sglang import overlay
 from sglang_moe_ext.engines.sglang import table_names as sglang_names
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.engines.vllm import installation as vllm
@@ -113,8 +113,8 @@ def choose_for_sglang(
 
 
 def _overlay(engine: SglangInstallation, triton: str, why: str) -> InstallTarget:
-    root = config_dir.overlay_folder(engine)
-    config_dir.build(root, engine.configs_root)
+    root = overlay.overlay_folder(engine)
+    overlay.build(root, engine.configs_root)
     note = _note(why, store_folder("sglang", triton), env.SGLANG_CONFIG_DIR, root, "")
     return InstallTarget(_configs(root, triton), {env.SGLANG_CONFIG_DIR: str(root)}, note, is_of_this_engine=True)
 

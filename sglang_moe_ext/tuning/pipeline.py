@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sglang_moe_ext.core import EngineError, Table, TileConfig
-from sglang_moe_ext.engines import installed, lookup_memory
+from sglang_moe_ext.engines import installed_engines, lookup_memory
 from sglang_moe_ext.engines.adapter import InstallationLike, ProbeLike
 from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.gpu import specs
@@ -61,7 +61,7 @@ def target_of(request: TuneRequest, engine: InstallationLike | None) -> InstallT
         EngineError: there is no Triton, or one that no engine reads tables of.
         StoreError: an overlay is needed and cannot be made.
     """
-    triton = installed.running_triton()
+    triton = installed_engines.running_triton()
     if triton is None:
         raise EngineError("no Triton is installed: `pip install triton` brings the compiler that tuning needs")
     return install_target.CHOOSERS[request.engine](request.install, request.output_dir, engine, triton)
@@ -123,7 +123,7 @@ def run(request: TuneRequest, progress: Progress) -> TuneOutcome:
     engine = request.adapter.find()
     destination = target_of(request, engine)
     source = kernel_source(engine, request.adapter)
-    triton = installed.running_triton() or ""
+    triton = installed_engines.running_triton() or ""
     kept = plan.prune_space(request.problem).kept
     install_target.check_store(request.engine, triton)
     for place in itertools.chain.from_iterable(of.values() for of in _table_files(request, destination, triton)):

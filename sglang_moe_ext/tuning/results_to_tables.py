@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from sglang_moe_ext import __version__
 from sglang_moe_ext.core import MoEShape, Origin, Table
-from sglang_moe_ext.engines import installed
+from sglang_moe_ext.engines import installed_engines
 from sglang_moe_ext.engines.adapter import InstallationLike
 from sglang_moe_ext.gpu.roofline import pair_floor_us
 from sglang_moe_ext.sorted_kernels import Plan
@@ -38,7 +38,7 @@ def circumstances(request: TuneRequest, engine: InstallationLike | None, kernel:
         gpu=request.gpu.device_name,
         kernel=kernel,
         engine=None if engine is None else f"{request.engine} {engine.version_text}",
-        triton=installed.running_triton(),
+        triton=installed_engines.running_triton(),
         torch=version_of("torch"),
         driver=None if request.measuring is None else driver_version(),
         seed=request.seed,

@@ -33,17 +33,17 @@ from sglang_moe_ext.engines.sglang import source_patch, table_names
 from sglang_moe_ext.engines.sglang.hook_points import LAYER_MODULES
 from sglang_moe_ext.engines.vllm import hook_points as vllm_hook_points
 from sglang_moe_ext.gpu.names import find_gpu
-from sglang_moe_ext.serving import attach, guard, kernel_selection, launch_guard, selection, table_search
+from sglang_moe_ext.serving import attach, guard, kernel_selection, launch_guard, table_search, table_selection
 from sglang_moe_ext.serving.guard import ConfigGuard
 from sglang_moe_ext.serving.launch_guard import GuardedLauncher
-from sglang_moe_ext.serving.selection import EngineEntry, OurEntry
 from sglang_moe_ext.serving.table_search import TableDir
+from sglang_moe_ext.serving.table_selection import EngineEntry, OurEntry
 from sglang_moe_ext.serving.vllm_hooks import fit_launch
 from sglang_moe_ext.tables import config_table, files, locks, merge, provenance, user_store
 from sglang_moe_ext.tables.merge import StoredTable
 from tests.engines.children.dot import multiply
 from tests.serving import test_sglang_lookup_hook as stand_in
-from tests.serving.test_selection import at, write
+from tests.serving.test_table_selection import at, write
 
 CASES = Path(__file__).parents[1] / "data" / "cases"
 REPO_ROOT = Path(__file__).parents[2]
@@ -196,9 +196,9 @@ def test_what_cannot_be_compiled_in_any_form_raises_the_first_error() -> None:
 QWEN = MoEShape(128, 768, 2048, 8)
 
 
-def choice(yours: Path, engines: Path) -> selection.Choice:
+def choice(yours: Path, engines: Path) -> table_selection.Choice:
     found = table_search.search(QWEN, H100.device_name, H100, "3.7.1", [at(YOURS, yours), at(ENGINES, engines)])
-    return selection.select(found, 64)
+    return table_selection.select(found, 64)
 
 
 def damaged(tmp_path: Path) -> tuple[Path, Path]:

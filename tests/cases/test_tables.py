@@ -15,9 +15,9 @@ from sglang_moe_ext.core import MoEShape, Quantization, TileConfig
 from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.engines.sglang import lookup_probe, table_names
 from sglang_moe_ext.gpu.names import find_gpu
-from sglang_moe_ext.serving import selection, table_search
-from sglang_moe_ext.serving.selection import OurEntry
+from sglang_moe_ext.serving import table_search, table_selection
 from sglang_moe_ext.serving.table_search import TableDir
+from sglang_moe_ext.serving.table_selection import OurEntry
 from tests.engines.installed import engine_environment
 
 pytestmark = pytest.mark.usefixtures("forked_engines")
@@ -90,10 +90,10 @@ def test_21_an_entry_that_the_guard_changes_is_told_with_what_is_written(root: P
     assert 1 not in answer.fitted
 
 
-def taken(root: Path, tokens: int = 64, running: str = "3.7.1") -> selection.Choice:
+def taken(root: Path, tokens: int = 64, running: str = "3.7.1") -> table_selection.Choice:
     """What the user's store gives a layer under that Triton."""
     found = table_search.search(SHAPE, GB10.device_name, GB10, running, [TableDir("your", root)])
-    return selection.select(found, tokens)
+    return table_selection.select(found, tokens)
 
 
 OWN_BUILDS = ["3.7.1+git9f3a2b1c", "3.8.0-dev20260101", "3.7.1.post1", "3.7.1+cu130.nv26.01"]

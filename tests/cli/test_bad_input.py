@@ -97,7 +97,7 @@ def test_a_triton_that_no_engine_reads_tables_of_is_kept_out_of_its_folders(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     triton = "3.5.0+git4da5d0a7"
-    monkeypatch.setattr("sglang_moe_ext.engines.installed.running_triton", lambda: triton)
+    monkeypatch.setattr("sglang_moe_ext.engines.installed_engines.running_triton", lambda: triton)
     assert command_line.main(("tune", *GLM, *RTX_4090, "--output-dir", str(tmp_path / "out"))) == 1
     assert triton in one_line(capsys)
     assert not (tmp_path / "out").exists()

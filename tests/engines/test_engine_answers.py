@@ -15,7 +15,7 @@ import pytest
 from sglang_moe_ext.core import CheckpointFormat, EngineError, Gpu, MoEShape, Quantization, Scheme
 from sglang_moe_ext.engines import lookup_probe, partial_import
 from sglang_moe_ext.engines.backend_answer import AskedBackend
-from sglang_moe_ext.engines.installed import parse_version
+from sglang_moe_ext.engines.installed_engines import parse_version
 from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.engines.sglang import lookup_probe as sglang
 from sglang_moe_ext.engines.sglang import support as sglang_support

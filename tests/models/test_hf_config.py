@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sglang_moe_ext.core import ModelError, MoEModel
 from sglang_moe_ext.models import from_config
 from sglang_moe_ext.models.config_fields import WRAPPERS
-from sglang_moe_ext.models.families import EXPERTS, SHARED, TOP_K, WIDTH
+from sglang_moe_ext.models.field_spellings import EXPERTS, SHARED, TOP_K, WIDTH
 from tests.examples import examples
 
 GLM_FLASH: dict[str, Any] = {

@@ -20,7 +20,7 @@ from sglang_moe_ext.engines.sglang import table_names
 from sglang_moe_ext.tables import merge
 from sglang_moe_ext.tables.merge import StoredTable
 from tests.engines.installed import REPO_ROOT
-from tests.serving.test_selection import H200, SHAPE, TRITON, config, known
+from tests.serving.test_table_selection import H200, SHAPE, TRITON, config, known
 
 READERS, WRITES = 8, 60
 TOKENS = (1, 64, 4096)
@@ -30,7 +30,7 @@ import json, logging, sys
 from pathlib import Path
 from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.serving import selection, table_search
-from sglang_moe_ext.serving.selection import OurEntry
+from sglang_moe_ext.serving.table_selection import OurEntry
 from sglang_moe_ext.serving.table_search import TableDir
 from sglang_moe_ext.models.shape_string import parse_shape
 

@@ -16,8 +16,8 @@ from sglang_moe_ext.engines.sglang import table_names
 from sglang_moe_ext.few_tokens_config import DownTile, FewTokensConfig, UpTile
 from sglang_moe_ext.kernels import warp_specialized_support
 from sglang_moe_ext.serving import kernel_selection
-from sglang_moe_ext.serving.selection import SATURATED_TOKENS
 from sglang_moe_ext.serving.table_search import TableDir
+from sglang_moe_ext.serving.table_selection import SATURATED_TOKENS
 from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, UpConfig, WarpSpecializedDown, WarpSpecializedUp
 from sglang_moe_ext.tables import kernel_table
 from sglang_moe_ext.tables.kernel_table import KernelEntry, KernelTable

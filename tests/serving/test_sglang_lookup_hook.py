@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from sglang_moe_ext.core import EngineError, MoEShape, Quantization
-from sglang_moe_ext.engines import config_dict, running
+from sglang_moe_ext.engines import config_dict, running_engine
 from sglang_moe_ext.engines.lookup_args import lookup_layer
 from sglang_moe_ext.engines.sglang.hook_points import SglangHookPoints
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
-from sglang_moe_ext.serving import guard, selection, sglang_lookup_hook
+from sglang_moe_ext.serving import guard, sglang_lookup_hook, table_selection
 from sglang_moe_ext.serving.table_search import TableDir
-from tests.serving.test_selection import ENGINES, H200, SHAPE, YOURS, at, config, known, write
+from tests.serving.test_table_selection import ENGINES, H200, SHAPE, YOURS, at, config, known, write
 
 DEFAULT = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32, "GROUP_SIZE_M": 8}
 THEIRS = DEFAULT | {"GROUP_SIZE_M": 5}
@@ -153,7 +153,7 @@ def test_whatever_fails_in_ours_the_engines_lookup_runs(
     def breaks(*_: object) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(selection, "select", breaks)
+    monkeypatch.setattr(table_selection, "select", breaks)
     assert [tuned.up(tokens) for tokens in (64, 65, 66)] == [THEIRS] * 3
     assert [message for message in caplog.messages if "RuntimeError: broken" in message] == caplog.messages[-1:]
 
@@ -288,4 +288,4 @@ def test_an_engine_that_says_nowhere_whether_it_is_deterministic_is_named() -> N
 
 def test_a_gpu_of_another_vendor_is_taken_for_none_of_nvidia(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert running.running_gpu(H200.device_name) is None
+    assert running_engine.running_gpu(H200.device_name) is None

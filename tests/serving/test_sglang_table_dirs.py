@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sglang_moe_ext import env, package_data
-from sglang_moe_ext.engines.sglang import config_dir as directory
+from sglang_moe_ext.engines.sglang import overlay as directory
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.serving.sglang_hooks import table_dirs
 

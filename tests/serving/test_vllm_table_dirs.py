@@ -13,9 +13,9 @@ from sglang_moe_ext.engines.sglang import table_names as sglangs
 from sglang_moe_ext.engines.vllm import table_names
 from sglang_moe_ext.engines.vllm.installation import VllmInstallation
 from sglang_moe_ext.gpu.names import find_gpu
-from sglang_moe_ext.serving import selection, table_search
-from sglang_moe_ext.serving.selection import Choice, EngineDefault, EngineEntry, OurEntry
+from sglang_moe_ext.serving import table_search, table_selection
 from sglang_moe_ext.serving.table_search import TableDir
+from sglang_moe_ext.serving.table_selection import Choice, EngineDefault, EngineEntry, OurEntry
 from sglang_moe_ext.serving.vllm_hooks import table_dirs
 from sglang_moe_ext.tables import config_table, files, provenance
 from sglang_moe_ext.tables.provenance import Provenance, ProvenanceEntry
@@ -56,7 +56,7 @@ def put(
 
 
 def choice(found: list[TableDir], tokens: int = 64, gpu: Gpu = H200) -> Choice:
-    return selection.select(table_search.search(SHAPE, gpu.device_name, gpu, TRITON, found), tokens)
+    return table_selection.select(table_search.search(SHAPE, gpu.device_name, gpu, TRITON, found), tokens)
 
 
 @pytest.fixture
@@ -143,13 +143,13 @@ def test_the_first_table_of_all_is_the_engines_own_where_nothing_is_measured(fur
     put(furnished["own"], 1, "predicted")
     put(furnished["engine"], 2, None)
     found = table_search.search(SHAPE, H200.device_name, H200, TRITON, list(furnished.values()), any_layer=True)
-    assert selection.best_table(found) is None
+    assert table_selection.best_table(found) is None
 
 
 def test_the_first_table_of_all_is_whole_whatever_layer_it_was_made_for(furnished: dict[str, TableDir]) -> None:
     put(furnished["own"], 1, "measured", keys=(1, 64, 4096))
     other = dataclasses.replace(SHAPE, hidden_size=1, top_k=1)
     found = table_search.search(other, H200.device_name, H200, TRITON, list(furnished.values()), any_layer=True)
-    first = selection.best_table(found)
+    first = table_selection.best_table(found)
     assert first is not None
     assert list(first.up) == [1, 64, 4096]

@@ -12,7 +12,7 @@ import pytest
 
 from sglang_moe_ext.cli import main
 from sglang_moe_ext.core import MoEShape, Quantization, Table, TileConfig
-from sglang_moe_ext.engines import installed
+from sglang_moe_ext.engines import installed_engines
 from sglang_moe_ext.engines.sglang import installation as sglang
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.engines.vllm import installation as vllm
@@ -40,7 +40,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(specs, "detect", lambda: None)
     monkeypatch.setattr(sglang, "find", lambda: None)
     monkeypatch.setattr(vllm, "find", lambda: None)
-    monkeypatch.setattr(installed, "running_triton", lambda: TRITON)
+    monkeypatch.setattr(installed_engines, "running_triton", lambda: TRITON)
     monkeypatch.setattr("sglang_moe_ext.package_data.folder", lambda name: None)
     return tmp_path / "store"
 

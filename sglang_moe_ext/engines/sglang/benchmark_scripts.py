@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_moe_ext.core import ModelError, Parallelism
-from sglang_moe_ext.engines.function_strings import in_one_line, names_architectures, strings_of
+from sglang_moe_ext.engines.copied_functions import in_one_line, names_architectures, strings_of
 from sglang_moe_ext.engines.sglang import installation
 from sglang_moe_ext.engines.sglang.sharding import NEWEST, launched_shape
 from sglang_moe_ext.models.config_fields import read_field

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from sglang_moe_ext.core import EngineError
-from sglang_moe_ext.engines.running import AnyFunction
+from sglang_moe_ext.engines.running_engine import AnyFunction
 from sglang_moe_ext.engines.sglang import installation
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_moe_ext.core import EngineError
-from sglang_moe_ext.engines import installed
-from sglang_moe_ext.engines.installed import parse_version, running_triton
+from sglang_moe_ext.engines import installed_engines
+from sglang_moe_ext.engines.installed_engines import parse_version, running_triton
 
 __all__ = ["OLDEST", "SglangInstallation", "find", "parse_version", "running_triton"]
 
@@ -86,7 +86,7 @@ def find() -> SglangInstallation | None:
     Raises:
         EngineError: it is older than anything we know.
     """
-    found = installed.find_distribution("sglang")
+    found = installed_engines.find_distribution("sglang")
     if found is None:
         return None
     version_text, root = found

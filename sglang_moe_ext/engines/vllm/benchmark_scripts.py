@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_moe_ext.core import ModelError
-from sglang_moe_ext.engines.function_strings import in_one_line, names_architectures, strings_of
+from sglang_moe_ext.engines.copied_functions import in_one_line, names_architectures, strings_of
 from sglang_moe_ext.models.config_fields import CONFIG_CLASS_ERRORS
 from sglang_moe_ext.models.hf_config import from_config
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from sglang_moe_ext.core import EngineError
 from sglang_moe_ext.engines.lookup_args import LookupLayer
-from sglang_moe_ext.engines.running import AnyFunction
+from sglang_moe_ext.engines.running_engine import AnyFunction
 from sglang_moe_ext.engines.vllm import installation
 from sglang_moe_ext.engines.vllm.installation import VllmInstallation
 

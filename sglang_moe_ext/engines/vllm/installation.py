@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_moe_ext.core import EngineError
-from sglang_moe_ext.engines import installed
+from sglang_moe_ext.engines import installed_engines
 
 OLDEST = (0, 20, 0)
 """The oldest release whose layout is known."""
@@ -27,7 +27,7 @@ class VllmInstallation:
 
     @property
     def version(self) -> tuple[int, int, int]:
-        return installed.parse_version(self.version_text)
+        return installed_engines.parse_version(self.version_text)
 
     @property
     def configs_folder(self) -> Path:
@@ -41,11 +41,11 @@ def find() -> VllmInstallation | None:
     Raises:
         EngineError: it is older than anything we know.
     """
-    found = installed.find_distribution("vllm")
+    found = installed_engines.find_distribution("vllm")
     if found is None:
         return None
     version_text, root = found
-    if installed.parse_version(version_text) < OLDEST:
+    if installed_engines.parse_version(version_text) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise EngineError(f"vLLM {version_text} at {root} is too old: expected {oldest} or newer")
-    return VllmInstallation(version_text, root, installed.running_triton())
+    return VllmInstallation(version_text, root, installed_engines.running_triton())

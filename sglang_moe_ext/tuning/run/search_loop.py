@@ -18,7 +18,7 @@ from sglang_moe_ext.tuning.compile.processes import UNABLE
 from sglang_moe_ext.tuning.request import MeasureOptions, Progress, TuneRequest
 from sglang_moe_ext.tuning.run.executor import Executor, run_tasks
 from sglang_moe_ext.tuning.run.journal import Journal
-from sglang_moe_ext.tuning.search import candidates, few_tokens, final_comparison, sorted_kernels
+from sglang_moe_ext.tuning.search import candidates, few_tokens_space, final_comparison, sorted_kernel_space
 from sglang_moe_ext.tuning.search import screening as search
 from sglang_moe_ext.tuning.search.candidates import Candidates
 from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
@@ -166,9 +166,9 @@ def _screen(of: _Search, task: SearchTask, executor: Executor) -> Screening:
     for pair in of.finalists(screening, of.effort.finalists):
         executor.want(candidates.pair_jobs(pair, problem, task.tokens))
     if of.with_own_kernels:
-        executor.want(few_tokens.jobs(problem, task.tokens))
+        executor.want(few_tokens_space.jobs(problem, task.tokens))
         if of.request.adapter.RUNS_SORTED_KERNELS:
-            executor.want(sorted_kernels.screening_jobs(problem, task.tokens))
+            executor.want(sorted_kernel_space.screening_jobs(problem, task.tokens))
     return screening
 
 
@@ -197,10 +197,10 @@ def _decide(
     )
     if chosen is None or not of.with_own_kernels or of.budget.is_spent():
         return chosen, None
-    executor.want(few_tokens.jobs(problem, tokens))
+    executor.want(few_tokens_space.jobs(problem, tokens))
     ups, runs_sorted = [pair["up"] for pair in runnable], of.request.adapter.RUNS_SORTED_KERNELS
     if runs_sorted:
-        executor.want(sorted_kernels.screening_jobs(problem, tokens, [chosen.pair["up"], *ups]))
+        executor.want(sorted_kernel_space.screening_jobs(problem, tokens, [chosen.pair["up"], *ups]))
 
     def clean(plan: Plan) -> Failure | None:
         troubles = (
@@ -209,8 +209,8 @@ def _decide(
         )
         return next((trouble for trouble in troubles if trouble is not None), None)
 
-    if few_tokens.contenders(problem, tokens):
-        return chosen, few_tokens.compare_plans(problem, tokens, chosen.pair, measure, clean, rounds=rounds)
+    if few_tokens_space.contenders(problem, tokens):
+        return chosen, few_tokens_space.compare_plans(problem, tokens, chosen.pair, measure, clean, rounds=rounds)
     if not runs_sorted:
         return chosen, None
-    return chosen, sorted_kernels.compare_plans(problem, tokens, chosen.pair, ups, measure, clean, rounds=rounds)
+    return chosen, sorted_kernel_space.compare_plans(problem, tokens, chosen.pair, ups, measure, clean, rounds=rounds)

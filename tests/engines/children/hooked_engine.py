@@ -21,7 +21,7 @@ from typing import Any
 
 from sglang_moe_ext import env
 from sglang_moe_ext.core import MoEShape, Quantization
-from sglang_moe_ext.engines import running
+from sglang_moe_ext.engines import running_engine
 from sglang_moe_ext.engines.sglang import bootstrap, hook_points, installation, runner
 from sglang_moe_ext.serving import attach, guard, plugin
 
@@ -58,7 +58,7 @@ class Engine:
     def put_back(self) -> None:
         """Take our functions out, as if this process had never been hooked."""
         for name in NAMES:
-            running.replace("sglang", getattr(self.layer, name), self.own[name])
+            running_engine.replace("sglang", getattr(self.layer, name), self.own[name])
         attach._states.clear()
         guard.warn_once.cache_clear()
         LINES.clear()

@@ -99,13 +99,13 @@ def holders() -> dict[str, dict[str, bool]]:
 
 def broken(layer: ModuleType) -> list[Any]:
     """What a layer runs, and what is said, while something of ours raises; then what of shapes that are none."""
-    from sglang_moe_ext.serving import selection
+    from sglang_moe_ext.serving import table_selection
 
-    chosen, selection.select = selection.select, MagicMock(side_effect=RuntimeError("broken"))
-    first, selection.best_table = selection.best_table, MagicMock(side_effect=RuntimeError("broken"))
+    chosen, table_selection.select = table_selection.select, MagicMock(side_effect=RuntimeError("broken"))
+    first, table_selection.best_table = table_selection.best_table, MagicMock(side_effect=RuntimeError("broken"))
     LINES.taken()
     answers = [ask(layer, "bf16"), ask(layer, "fp8-block"), named(layer, "bf16")]
-    selection.select, selection.best_table = chosen, first
+    table_selection.select, table_selection.best_table = chosen, first
     lines = LINES.taken()
     layer.get_moe_configs.cache_clear()
     lists = [layer.try_get_optimal_moe_config([12, 640, HIDDEN], [12, HIDDEN, 320], TOP_K, None, 64)]
@@ -144,11 +144,11 @@ class Process:
         self.building = self.kernel.__init__.__wrapped__
 
     def put_back(self) -> None:
-        from sglang_moe_ext.engines import running
+        from sglang_moe_ext.engines import running_engine
         from sglang_moe_ext.serving import attach, guard
 
         for name, own in self.own.items():
-            running.replace("vllm", getattr(self.layer, name), own)
+            running_engine.replace("vllm", getattr(self.layer, name), own)
         self.kernel.__init__ = self.building
         attach._states.clear()
         guard.warn_once.cache_clear()

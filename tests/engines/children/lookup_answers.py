@@ -12,7 +12,7 @@ import sys
 import tempfile
 from typing import Any
 
-from sglang_moe_ext.serving import lookup_probe
+from sglang_moe_ext.serving import hooked_lookup
 
 
 def in_a_fork(look_up: Any, loaded: Any, request: Any) -> Any:
@@ -28,13 +28,13 @@ def in_a_fork(look_up: Any, loaded: Any, request: Any) -> Any:
 
 
 def ask_all(engine: Any, requests: list[Any]) -> list[Any]:
-    return [lookup_probe.ask_backend(engine, request) for request in requests]
+    return [hooked_lookup.ask_backend(engine, request) for request in requests]
 
 
 if __name__ == "__main__":
     asked = json.load(sys.stdin)
-    loaded = lookup_probe._load(asked["engine"], False)()
-    look_up = {"sglang": lookup_probe.look_up_sglang, "vllm": lookup_probe.look_up_vllm}[asked["engine"]]
+    loaded = hooked_lookup._load(asked["engine"], False)()
+    look_up = {"sglang": hooked_lookup.look_up_sglang, "vllm": hooked_lookup.look_up_vllm}[asked["engine"]]
     answers = [in_a_fork(look_up, loaded, request) for request in asked["requests"]]
     backends = {}
     for sm in {request["sm"] for request in asked["backends"]}:

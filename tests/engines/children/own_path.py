@@ -20,7 +20,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from sglang_moe_ext.core import MoEShape, Quantization
-from sglang_moe_ext.engines import running
+from sglang_moe_ext.engines import running_engine
 from sglang_moe_ext.engines.sglang import bootstrap, hook_points, installation, kernel_sequence
 from sglang_moe_ext.engines.sglang.kernel_sequence import _TAKEN, GATES
 from sglang_moe_ext.kernels import reference
@@ -291,7 +291,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     captured: list[bool] = []
     with (
         replaced(torch.compiler, "is_compiling", lambda: bool(traced)),
-        replaced(running, "is_capturing", lambda: lambda: bool(captured)),
+        replaced(running_engine, "is_capturing", lambda: lambda: bool(captured)),
     ):
         plugin.attach_patched()
     counted, counted_few = Counted(), CountedFew()

@@ -162,7 +162,7 @@ def test_it_is_the_installed_wheel_that_runs(version: str) -> None:
 @every_version
 def test_the_entry_point_imports_no_layer_of_the_engine_and_nothing_heavy_of_ours(version: str) -> None:
     loaded = {"core", "schemes", "env", "import_hook", "serving", "serving.plugin"}
-    loaded |= {"engines", "engines.installed", "engines.vllm", "engines.vllm.installation"}
+    loaded |= {"engines", "engines.installed_engines", "engines.vllm", "engines.vllm.installation"}
     assert set(said(version)["early"]) == {f"sglang_moe_ext.{name}" for name in loaded}
 
 

@@ -21,7 +21,7 @@ from sglang_moe_ext.tuning.bench.messages import (
     Runner,
 )
 from sglang_moe_ext.tuning.problem import Problem
-from sglang_moe_ext.tuning.search import few_tokens
+from sglang_moe_ext.tuning.search import few_tokens_space
 from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
 
 BF16 = MoEShape(65, 1536, 2048, 5)
@@ -53,7 +53,7 @@ def raced(
     def clean(plan: FewTokensConfig) -> Failure | None:
         return None if does_compile else Failure("CompilationError", "no such instruction")
 
-    return few_tokens.compare_plans(problem(shape), 1, PAIR, measure, clean, rounds=8), asked
+    return few_tokens_space.compare_plans(problem(shape), 1, PAIR, measure, clean, rounds=8), asked
 
 
 def test_two_launches_that_are_faster_win_and_are_timed_in_graphs_alone() -> None:
@@ -88,17 +88,17 @@ def test_two_launches_that_do_not_compile_are_not_timed() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 2, 4, 8, 16, 32])
 def test_what_is_raced_is_allowed_by_the_rules_and_compiled_by_the_pool(tokens: int) -> None:
-    plans = few_tokens.contenders(problem(), tokens)
+    plans = few_tokens_space.contenders(problem(), tokens)
     assert plans and not any(refusals(plan, few_tokens_problem(BF16, tokens)) for plan in plans)
-    wanted = few_tokens.jobs(problem(), tokens)
+    wanted = few_tokens_space.jobs(problem(), tokens)
     assert wanted == [job for plan in plans for job in list_jobs(plan, BF16, tokens, 90)]
 
 
 def test_float8_weights_are_multiplied_in_the_range_of_the_activations() -> None:
     """So that an activation beyond 65504, which the engine's kernels carry, is not inf."""
-    assert all(plan.wide_range for plan in few_tokens.contenders(problem(BLOCK), 1))
-    assert not any(plan.wide_range for plan in few_tokens.contenders(problem(replace(BLOCK, dtype="float16")), 1))
-    assert not any(plan.wide_range for plan in few_tokens.contenders(problem(), 1))
+    assert all(plan.wide_range for plan in few_tokens_space.contenders(problem(BLOCK), 1))
+    assert not any(plan.wide_range for plan in few_tokens_space.contenders(problem(replace(BLOCK, dtype="float16")), 1))
+    assert not any(plan.wide_range for plan in few_tokens_space.contenders(problem(), 1))
 
 
 @pytest.mark.parametrize(
@@ -112,4 +112,4 @@ def test_float8_weights_are_multiplied_in_the_range_of_the_activations() -> None
     ids=str,
 )
 def test_where_two_launches_never_won_or_cannot_run_none_is_raced(shape: MoEShape, tokens: int) -> None:
-    assert few_tokens.contenders(problem(shape), tokens) == ()
+    assert few_tokens_space.contenders(problem(shape), tokens) == ()

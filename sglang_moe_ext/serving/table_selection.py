@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sglang_moe_ext.core import Table, TileConfig
-from sglang_moe_ext.engines import running
+from sglang_moe_ext.engines import running_engine
 from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.serving import table_search
 from sglang_moe_ext.serving.table_search import FoundTables, TableCandidate, TableDir
@@ -203,7 +203,7 @@ class TableSelector:
         shape, device_name, triton = layer.shape, self._engine.device_name(), self._engine.triton
         if shape is None or device_name is None or triton is None:
             return None
-        gpu = running.running_gpu(device_name)
+        gpu = running_engine.running_gpu(device_name)
         return table_search.search(shape, device_name, gpu, triton, self._table_dirs(), any_layer=any_layer)
 
     def say(self, layer: LookupLayer, choice: Choice) -> None:

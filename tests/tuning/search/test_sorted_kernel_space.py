@@ -30,9 +30,9 @@ from sglang_moe_ext.tuning.bench.messages import (
     Runner,
 )
 from sglang_moe_ext.tuning.problem import Problem
-from sglang_moe_ext.tuning.search import sorted_kernels
+from sglang_moe_ext.tuning.search import sorted_kernel_space
 from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
-from sglang_moe_ext.tuning.search.sorted_kernels import CleanPlan
+from sglang_moe_ext.tuning.search.sorted_kernel_space import CleanPlan
 
 SHAPE = MoEShape(128, 768, 2048, 8)
 BLOCK = Quantization("fp8_w8a8", (128, 128))
@@ -79,7 +79,7 @@ def compared(
     clean: CleanPlan = lambda plan: None,
     device: str = "H200",
 ) -> MeasuredChoice[Runner] | None:
-    return sorted_kernels.compare_plans(problem(shape, device), tokens, PAIR, [], gpu, clean, rounds=8)
+    return sorted_kernel_space.compare_plans(problem(shape, device), tokens, PAIR, [], gpu, clean, rounds=8)
 
 
 def problem(shape: MoEShape = SHAPE, device: str = "H200") -> Problem:
@@ -165,12 +165,12 @@ def test_every_path_sorts_into_blocks_that_its_down_tiles_divide(quantization: Q
 
 def test_an_up_gemm_of_the_engine_is_tried_without_tma() -> None:
     with_tma = replace(PAIR["up"], use_tma=True)
-    assert replace(with_tma, use_tma=False) in sorted_kernels.up_configs(problem(), 4096, [with_tma])
+    assert replace(with_tma, use_tma=False) in sorted_kernel_space.up_configs(problem(), 4096, [with_tma])
 
 
 @pytest.mark.parametrize(("columns", "is_tried"), [(512, True), (768, False)])
 def test_rows_of_a_are_kept_only_where_they_are_short(columns: int, is_tried: bool) -> None:
-    found = sorted_kernels.down_configs(problem(MoEShape(256, columns, 7168, 8, BLOCK)), 4096, 64)
+    found = sorted_kernel_space.down_configs(problem(MoEShape(256, columns, 7168, 8, BLOCK)), 4096, 64)
     assert any(isinstance(config, ShortKDownConfig) for config in found) == is_tried
 
 
@@ -184,13 +184,13 @@ def test_a_plan_whose_binary_does_not_fit_is_never_launched() -> None:
 @pytest.mark.parametrize("quantization", [Quantization(), BLOCK, CHANNEL], ids=str)
 def test_every_binary_that_a_screening_needs_is_known_before_it(quantization: Quantization) -> None:
     shape, gpu = replace(SHAPE, quantization=quantization), FakeGpu()
-    wanted = sorted_kernels.screening_jobs(problem(shape), 4096, [PAIR["up"]])
+    wanted = sorted_kernel_space.screening_jobs(problem(shape), 4096, [PAIR["up"]])
     compared(gpu, shape=shape)
     assert {job for plan in gpu.screened() for job in list_jobs(plan, shape, 4096, 90)} <= set(wanted)
 
 
 def test_where_no_plan_is_tried_nothing_is_compiled() -> None:
-    assert sorted_kernels.screening_jobs(problem(), 1) == []
+    assert sorted_kernel_space.screening_jobs(problem(), 1) == []
 
 
 def in_gluon(gpu: FakeGpu) -> list[KernelPlan]:
@@ -261,5 +261,5 @@ def test_a_gpu_on_which_gluon_fails_still_times_every_other_plan() -> None:
 
 def test_experts_of_other_ranks_leave_fewer_rows_to_each_expert_here() -> None:
     shape = replace(SHAPE, experts=32, ep=4)
-    assert sorted_kernels.why_not(shape, 511) is not None
-    assert sorted_kernels.why_not(shape, 512) is None
+    assert sorted_kernel_space.why_not(shape, 511) is not None
+    assert sorted_kernel_space.why_not(shape, 512) is None

@@ -1,6 +1,6 @@
 """The child of `doctor`: what an engine takes with our hooks in, why, and what its own lookup takes without them.
 
-`python -m sglang_moe_ext.serving.lookup_probe ENGINE` reads a request from stdin, as the probes of engines/ do.
+`python -m sglang_moe_ext.serving.hooked_lookup ENGINE` reads a request from stdin, as the probes of engines/ do.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from sglang_moe_ext.core import EngineError, MoEShape, Projection, Quantization
-from sglang_moe_ext.engines import lookup_probe, probe_child, running
+from sglang_moe_ext.engines import lookup_probe, probe_child, running_engine
 from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.serving import attach
 from sglang_moe_ext.serving.attach import Engine
 from sglang_moe_ext.serving.guard import ConfigGuard, EntryChange
-from sglang_moe_ext.serving.selection import Choice, EngineDefault, EngineEntry, OurEntry
 from sglang_moe_ext.serving.table_search import TableDir
+from sglang_moe_ext.serving.table_selection import Choice, EngineDefault, EngineEntry, OurEntry
 from sglang_moe_ext.tables import config_table
 from sglang_moe_ext.untrusted import show
 
@@ -117,7 +117,7 @@ def look_up_vllm(loaded: tuple[Any, Any], request: dict[str, Any]) -> Answer:
     resolver = attach.vllm_resolver()
     if resolver is not None:
         changes = {m: dict(resolver.changes(layer, m)) for m in tokens}
-        guard = ConfigGuard(engine.version, running.running_gpu(said["device_name"]), "vllm")
+        guard = ConfigGuard(engine.version, running_engine.running_gpu(said["device_name"]), "vllm")
         shape = _stated_shape(request, layer)
         for m in tokens:
             taken = said["taken"][m]

@@ -23,11 +23,11 @@ from sglang_moe_ext.cli import main, overlay
 from sglang_moe_ext.core import EngineError, Origin, StoreError, Table, TableError, TableKey, TileConfig
 from sglang_moe_ext.engines import table_names
 from sglang_moe_ext.engines.lookup_probe import LookupRequest
-from sglang_moe_ext.engines.sglang import config_dir as overlays
-from sglang_moe_ext.engines.sglang import config_dir_tables, installation, lookup_probe, support
+from sglang_moe_ext.engines.sglang import installation, lookup_probe, overlay_tables, support
+from sglang_moe_ext.engines.sglang import overlay as overlays
 from sglang_moe_ext.engines.sglang import table_names as sglang_table_names
-from sglang_moe_ext.engines.sglang.config_dir_tables import Sources
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
+from sglang_moe_ext.engines.sglang.overlay_tables import Sources
 from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.models import parse_shape
 from sglang_moe_ext.tables import config_table, provenance
@@ -70,28 +70,28 @@ def write(root: Path, triton: str, name: str, table: Table, origin: Origin | Non
 
 def test_ours_lies_under_the_running_triton_whatever_triton_it_is_for(sources: Sources, folder: Path) -> None:
     write(sources.ours[0], "triton_3_6_0", UP, {64: SMALL})
-    assert config_dir_tables.put(UP, sources, folder, NEW)[folder / UP] is None
+    assert overlay_tables.put(UP, sources, folder, NEW)[folder / UP] is None
     assert config_table.read(folder / UP) == {64: SMALL}
 
 
 def test_the_users_comes_before_the_shipped_one(sources: Sources, folder: Path) -> None:
     write(sources.ours[0], RUNNING, UP, {64: LARGE})
     write(sources.ours[1], RUNNING, UP, {64: SMALL})
-    config_dir_tables.put(UP, sources, folder, NEW)
+    overlay_tables.put(UP, sources, folder, NEW)
     assert config_table.read(folder / UP) == {64: LARGE}
 
 
 def test_the_running_tritons_comes_before_the_users_of_another(sources: Sources, folder: Path) -> None:
     write(sources.ours[0], "triton_3_6_0", UP, {64: LARGE})
     write(sources.ours[1], RUNNING, UP, {64: SMALL})
-    config_dir_tables.put(UP, sources, folder, NEW)
+    overlay_tables.put(UP, sources, folder, NEW)
     assert config_table.read(folder / UP) == {64: SMALL}
 
 
 def test_a_measured_one_of_another_triton_comes_before_a_prediction(sources: Sources, folder: Path) -> None:
     write(sources.ours[0], RUNNING, UP, {64: LARGE}, "predicted")
     write(sources.ours[1], "triton_3_5_1", UP, {64: SMALL})
-    config_dir_tables.put(UP, sources, folder, NEW)
+    overlay_tables.put(UP, sources, folder, NEW)
     assert config_table.read(folder / UP) == {64: SMALL}
 
 
@@ -105,14 +105,14 @@ def test_ours_does_not_hide_a_better_one_of_the_engine(
 ) -> None:
     write(sources.ours[0], ours, UP, {64: LARGE}, origin)
     best = write(sources.engines, theirs, UP, {64: SMALL}, origin=None)
-    assert config_dir_tables.put(UP, sources, folder, NEW) == {folder / UP: f"{best} comes first"}
+    assert overlay_tables.put(UP, sources, folder, NEW) == {folder / UP: f"{best} comes first"}
     assert not (folder / UP).exists()
 
 
 def test_of_two_other_tritons_the_newer_comes_first(sources: Sources, folder: Path) -> None:
     write(sources.ours[0], "triton_3_10_0", UP, {64: LARGE})
     write(sources.ours[0], "triton_3_9_0", UP, {64: SMALL})
-    config_dir_tables.put(UP, sources, folder, NEW)
+    overlay_tables.put(UP, sources, folder, NEW)
     assert config_table.read(folder / UP) == {64: LARGE}
 
 
@@ -121,7 +121,7 @@ def test_what_the_engine_has_for_other_batch_sizes_stays(sources: Sources, folde
     theirs = write(sources.engines, RUNNING, UP, {64: SMALL, 4096: SMALL}, origin=None)
     folder.mkdir(parents=True)
     (folder / UP).symlink_to(theirs)
-    config_dir_tables.put(UP, sources, folder, NEW)
+    overlay_tables.put(UP, sources, folder, NEW)
     assert config_table.read(folder / UP) == {64: LARGE, 4096: SMALL}
     assert config_table.read(theirs) == {64: SMALL, 4096: SMALL}
 
@@ -129,26 +129,26 @@ def test_what_the_engine_has_for_other_batch_sizes_stays(sources: Sources, folde
 def test_a_down_table_of_the_engine_does_not_meet_our_up_table(sources: Sources, folder: Path) -> None:
     write(sources.ours[0], RUNNING, UP, {64: LARGE})
     write(sources.engines, "triton_3_6_0", DOWN, {64: SMALL}, origin=None)
-    config_dir_tables.put(UP, sources, folder, OLD)
+    overlay_tables.put(UP, sources, folder, OLD)
     assert config_table.read(folder / DOWN) == {64: LARGE}
 
 
 def test_a_broken_table_of_ours_is_passed_over_for_the_next(sources: Sources, folder: Path) -> None:
     write(sources.ours[0], RUNNING, UP, {64: LARGE}).write_text("{")
     write(sources.ours[1], RUNNING, UP, {64: SMALL})
-    config_dir_tables.put(UP, sources, folder, NEW)
+    overlay_tables.put(UP, sources, folder, NEW)
     assert config_table.read(folder / UP) == {64: SMALL}
 
 
 def test_a_broken_table_alone_says_what_is_wrong(sources: Sources, folder: Path) -> None:
     write(sources.ours[0], RUNNING, UP, {64: LARGE}).write_text("{")
     with pytest.raises(TableError, match="is not valid JSON"):
-        config_dir_tables.put(UP, sources, folder, NEW)
+        overlay_tables.put(UP, sources, folder, NEW)
 
 
 def test_folders_that_no_release_of_triton_names_are_not_looked_at(sources: Sources) -> None:
     write(sources.ours[0], "triton_3_7_1+git", UP, {64: LARGE})
-    assert config_dir_tables.layers(sources) == []
+    assert overlay_tables.layers(sources) == []
 
 
 tiles = st.builds(
@@ -184,7 +184,7 @@ def test_whatever_is_ours_the_engine_finds_safe_pairs(
         write(sources.ours[0], RUNNING, down_name, down)
     if engines is not None:
         write(sources.engines, "triton_3_6_0", down_name, engines, origin=None)
-    assert set(config_dir_tables.put(up_name, sources, folder, version).values()) == {None}
+    assert set(overlay_tables.put(up_name, sources, folder, version).values()) == {None}
     found_up, found_down = config_table.read(folder / up_name), config_table.read(folder / down_name)
     for m in (1, 17, 64, 300, 5000, 100_000, *up, *(down or ())):
         up_block, down_block = (table[config_table.nearest(table, m)].block_m for table in (found_up, found_down))
@@ -198,13 +198,13 @@ def test_whatever_is_ours_the_engine_finds_safe_pairs(
 @pytest.mark.parametrize("down", [False, True], ids=["up", "down"])
 def test_tma_stays_where_it_is_right(down: bool) -> None:
     stored = StoredTable({64: replace(LARGE, use_tma=True)}, None)
-    assert config_dir_tables.safe(stored, TableKey(8, 512, GPU, down=down), NEW) == stored
+    assert overlay_tables.safe(stored, TableKey(8, 512, GPU, down=down), NEW) == stored
 
 
 def test_up_tma_is_taken_out_up_to_the_last_release_that_crashes_on_it() -> None:
     stored, key = StoredTable({64: replace(LARGE, use_tma=True)}, None), TableKey(8, 512, GPU)
-    assert config_dir_tables.safe(stored, key, (0, 5, 17)).table == {64: LARGE}
-    assert config_dir_tables.safe(stored, key, support.FIRST_WITH_UP_TMA).table == stored.table
+    assert overlay_tables.safe(stored, key, (0, 5, 17)).table == {64: LARGE}
+    assert overlay_tables.safe(stored, key, support.FIRST_WITH_UP_TMA).table == stored.table
 
 
 @functools.cache
@@ -223,7 +223,7 @@ def test_the_engines_own_tables_are_safe_as_they_are(version: str) -> None:
     own = own_tables(version)
     for name, (path, table) in own.items():
         key = table_names.parse(path.name)
-        assert config_dir_tables.safe(StoredTable(table, None), key, release).table == table, name
+        assert overlay_tables.safe(StoredTable(table, None), key, release).table == table, name
         if key.down:
             _, up = own[name.replace("_down.json", ".json")]
             for m in sorted({*up, *table}):
@@ -367,7 +367,7 @@ def test_the_real_engine_takes_a_shipped_table_of_another_triton(version: str, t
     assert tuned is not None
     name = "E=65,N=1536,device_name=NVIDIA_H200.json"
     stored = StoredTable(config_table.read(tuned / "configs" / "triton_3_6_0" / name), None)
-    expected = config_dir_tables.safe(stored, table_names.parse(name), installation.parse_version(version)).table
+    expected = overlay_tables.safe(stored, table_names.parse(name), installation.parse_version(version)).table
     question = LookupRequest(parse_shape("E=65,N=1536,K=2048,topk=5,dtype=bfloat16"), [64], find_gpu("NVIDIA H200"))
     answer = lookup_probe.ALONE.ask(question, environment | variables)
     folder = Path(variables[env.SGLANG_CONFIG_DIR], "configs", sglang_table_names.version_folder(answer.triton))

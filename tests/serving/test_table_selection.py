@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from sglang_moe_ext.core import Gpu, MoEShape, Origin, Quantization, Table, TileConfig
 from sglang_moe_ext.engines.sglang import table_names
 from sglang_moe_ext.gpu.names import find_gpu
-from sglang_moe_ext.serving import selection, table_search
-from sglang_moe_ext.serving.selection import Choice, EngineDefault, EngineEntry, OurEntry
+from sglang_moe_ext.serving import table_search, table_selection
 from sglang_moe_ext.serving.table_search import FoundTables, TableCandidate, TableDir
+from sglang_moe_ext.serving.table_selection import Choice, EngineDefault, EngineEntry, OurEntry
 from sglang_moe_ext.tables import config_table, files, provenance
 from sglang_moe_ext.tables.provenance import Provenance, ProvenanceEntry
 from tests.tables.generated import A_RUN
@@ -63,7 +63,7 @@ def at(table_dir: TableDir, root: Path) -> TableDir:
 
 
 def choice(table_dirs: list[TableDir], tokens: int = 64, gpu: Gpu = H200, shape: MoEShape = SHAPE) -> Choice:
-    return selection.select(table_search.search(shape, gpu.device_name, gpu, TRITON, table_dirs), tokens)
+    return table_selection.select(table_search.search(shape, gpu.device_name, gpu, TRITON, table_dirs), tokens)
 
 
 def mark_of(chosen: Choice) -> int:
@@ -113,7 +113,7 @@ def test_the_better_of_two_tables_is_taken(first: TableCandidate, second: TableC
     order = [
         it for table_dir in (YOURS, SHIPPED, ASKED_FOR, ENGINES) for it in (worse, better) if it.table_dir == table_dir
     ]
-    assert mark_of(selection.select(FoundTables(tuple(order)), 64)) == 1
+    assert mark_of(table_selection.select(FoundTables(tuple(order)), 64)) == 1
 
 
 any_candidate = st.builds(
@@ -129,29 +129,29 @@ any_candidate = st.builds(
 def test_no_table_that_is_left_stands_higher_than_the_one_that_is_taken(found: list[TableCandidate]) -> None:
     found.sort(key=lambda it: [YOURS, SHIPPED, ENGINES].index(it.table_dir))
     marked = [dataclasses.replace(it, up={64: config(mark)}) for mark, it in enumerate(found, start=1)]
-    taken = mark_of(selection.select(FoundTables(tuple(marked)), 64)) - 1
+    taken = mark_of(table_selection.select(FoundTables(tuple(marked)), 64)) - 1
     assert standing(found[taken]) == max(map(standing, found))
     assert all(standing(it) < standing(found[taken]) for it in found[:taken])
 
 
 def test_a_table_of_the_engines_own_that_stands_first_is_left_to_the_engine() -> None:
     found = FoundTables((candidate(YOURS, exact=False), candidate(ENGINES, None)))
-    assert isinstance(selection.select(found, 64), EngineEntry)
+    assert isinstance(table_selection.select(found, 64), EngineEntry)
 
 
 @pytest.mark.parametrize("tokens", [1, 16384])
 def test_a_table_of_the_engines_own_is_left_to_the_engine_for_any_number_of_tokens(tokens: int) -> None:
-    assert isinstance(selection.select(FoundTables((candidate(ENGINES, None),)), tokens), EngineEntry)
+    assert isinstance(table_selection.select(FoundTables((candidate(ENGINES, None),)), tokens), EngineEntry)
 
 
 def test_a_measured_table_of_yours_goes_before_the_engines_own() -> None:
-    assert mark_of(selection.select(FoundTables((candidate(YOURS, mark=2), candidate(ENGINES, None))), 64)) == 2
+    assert mark_of(table_selection.select(FoundTables((candidate(YOURS, mark=2), candidate(ENGINES, None))), 64)) == 2
 
 
 def test_a_table_of_the_engines_that_it_would_not_read_itself_is_read_for_it() -> None:
     ours_far = candidate(ENGINES, keys=(4096,))
     theirs = candidate(ENGINES, None, exact=False, mark=3)
-    assert mark_of(selection.select(FoundTables((ours_far, theirs)), 64)) == 3
+    assert mark_of(table_selection.select(FoundTables((ours_far, theirs)), 64)) == 3
 
 
 KEYS_MIDDLE, KEYS_TO_SATURATION = (256, 512, 1024), (256, 1024, 4096)
@@ -176,7 +176,7 @@ KEYS_MIDDLE, KEYS_TO_SATURATION = (256, 512, 1024), (256, 1024, 4096)
 def test_a_table_covers_what_lies_within_twice_its_keys_and_all_beyond_saturation(
     keys: tuple[int, ...], tokens: int, covered: bool
 ) -> None:
-    assert selection.covers(dict.fromkeys(keys, config()), tokens) == covered
+    assert table_selection.covers(dict.fromkeys(keys, config()), tokens) == covered
 
 
 @pytest.mark.parametrize(
@@ -184,12 +184,12 @@ def test_a_table_covers_what_lies_within_twice_its_keys_and_all_beyond_saturatio
 )
 @pytest.mark.parametrize("tokens", [1, 8192])
 def test_an_uncovered_number_of_tokens_runs_no_far_neighbour(table_dir: TableDir, expected: type, tokens: int) -> None:
-    assert isinstance(selection.select(FoundTables((candidate(table_dir, keys=KEYS_MIDDLE),)), tokens), expected)
+    assert isinstance(table_selection.select(FoundTables((candidate(table_dir, keys=KEYS_MIDDLE),)), tokens), expected)
 
 
 def test_few_lines_say_what_is_chosen_for_all_numbers_of_tokens() -> None:
     found = FoundTables((candidate(ENGINES, keys=KEYS_MIDDLE), candidate(SHIPPED, "predicted", keys=(16, 32))))
-    assert len({selection.select(found, tokens).why for tokens in range(1, 9000)}) == 3
+    assert len({table_selection.select(found, tokens).why for tokens in range(1, 9000)}) == 3
 
 
 OTHER_LAYERS = {
