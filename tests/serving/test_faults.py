@@ -29,7 +29,7 @@ LOOKUP = """
 import json, logging, sys
 from pathlib import Path
 from sglang_moe_ext.gpu.names import find_gpu
-from sglang_moe_ext.serving import selection, table_search
+from sglang_moe_ext.serving import table_search, table_selection
 from sglang_moe_ext.serving.table_selection import OurEntry
 from sglang_moe_ext.serving.table_search import TableDir
 from sglang_moe_ext.models.shape_string import parse_shape
@@ -40,7 +40,7 @@ logging.getLogger("sglang_moe_ext.serving.table_search").addFilter(lambda record
 
 def looked_up():
     found = table_search.search(shape, gpu.device_name, gpu, triton, [TableDir("your", root)])
-    chosen = [selection.select(found, tokens) for tokens in (1, 64, 4096)]
+    chosen = [table_selection.select(found, tokens) for tokens in (1, 64, 4096)]
     ours = [it for it in chosen if isinstance(it, OurEntry)]
     return [sorted({it.up.group_m for it in ours}), sorted({it.down.group_m for it in ours if it.down}), len(ours)]
 """
