@@ -59,7 +59,10 @@ UNSUPPORTED = (
     UnsupportedGpu(re.compile(r"\bv100s?\b|\btitan v\b|\bgv100\b"), "a GPU of compute capability 7.0"),
     UnsupportedGpu(re.compile(r"\bp(4|6|40|100)\b|\bgtx ?10\d\d|\bm(40|60)\b|\bk(40|80)\b"), "a GPU older than 7.0"),
     UnsupportedGpu(re.compile(r"\borin\b"), "a GPU of compute capability 8.7, which was not studied"),
-    UnsupportedGpu(re.compile(r"\bthor\b"), "a GPU of compute capability 11.0, which was not studied"),
+    UnsupportedGpu(
+        re.compile(r"\bthor\b|\bjetson t[45]000\b|\bsm ?1(01|10)\b"),
+        "a GPU of compute capability 11.0, which was not studied",
+    ),
 )
 
 

@@ -95,6 +95,11 @@ def test_a_name_of_several_gpus_is_asked_back_with_their_names(said: str, parts:
         ("Radeon RX 7900 XTX", "AMD"),
         ("Gaudi 3", "Intel"),
         ("Jetson AGX Thor", "11.0"),
+        ("NVIDIA Thor", "11.0"),
+        ("IGX_Thor", "11.0"),
+        ("Jetson T5000", "11.0"),
+        ("sm_110", "11.0"),
+        ("sm_101", "11.0"),
         ("Jetson AGX Orin", "8.7"),
     ],
 )
