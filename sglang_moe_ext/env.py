@@ -13,6 +13,7 @@ SGLANG_CONFIG_DIR = "SGLANG_MOE_CONFIG_DIR"
 VLLM_CONFIG_FOLDER = "VLLM_TUNED_CONFIG_FOLDER"
 SGLANG_PLUGINS = "SGLANG_PLUGINS"
 VLLM_PLUGINS = "VLLM_PLUGINS"
+COMPLETION = "_ARGCOMPLETE"
 
 MEANINGS = {
     DISABLE: "`1`: nothing of this package runs in a server, nor in the engines' tuning scripts",
@@ -24,6 +25,7 @@ MEANINGS = {
     VLLM_CONFIG_FOLDER: "vLLM's own: it reads tables from this folder first, and `tune` writes there where it is set",
     SGLANG_PLUGINS: "SGLang's own list of plugins to load; one without `sglang_moe_ext` keeps this package out",
     VLLM_PLUGINS: "vLLM's own list of plugins to load; one without `sglang_moe_ext` keeps this package out",
+    COMPLETION: "set by the shell alone, while it asks for completions",
 }
 """What each variable does, as the README's table states it."""
 

@@ -52,11 +52,24 @@ class Command:
     succeeded: Callable[[Mapping[str, Any]], bool] = _succeeded
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows each flag by its first name; upstream's other spellings are taken as well, and stand in docs/tuning.md."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if len(action.option_strings) < 2:
+            return super()._format_action_invocation(action)
+        names = [name for name in action.option_strings if len(name) == 2]
+        names += [name for name in action.option_strings if name.startswith("--")][:1]
+        if action.nargs != 0:
+            names[-1] += f" {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+        return ", ".join(names)
+
+
 def configure(parser: argparse.ArgumentParser, command: Command) -> None:
     """Give the parser the command's flags and help, and the flags that all commands share."""
     parser.description = command.description
     parser.epilog = "examples:\n" + "\n".join(f"  {line}\n      {what}" for line, what in command.examples)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.formatter_class = HelpFormatter
     command.add_to(parser)
     output = parser.add_argument_group("output")
     output.add_argument(

@@ -95,12 +95,7 @@ class Grid:
 def show(grid: Grid) -> None:
     """Print a table to standard output."""
     if _rich and sys.stdout.isatty():
-        table = rich.table.Table(title=grid.title, title_justify="left")
-        for column in grid.columns:
-            table.add_column(column, justify="left" if column in grid.text else "right", overflow="fold")
-        for row in grid.rows:
-            table.add_row(*map(rich.markup.escape, row))
-        rich.console.Console().print(table)
+        _show_on_terminal(grid, rich.console.Console())
         return
     widths = [max(map(len, column)) for column in zip(grid.columns, *grid.rows, strict=True)]
     print(grid.title)
@@ -110,6 +105,43 @@ def show(grid: Grid) -> None:
             for cell, width, column in zip(row, widths, grid.columns, strict=True)
         ]
         print("  " + "  ".join(cells).rstrip())
+
+
+_NARROWEST_TEXT = 12
+"""Characters to which a column of text may be folded; numbers are never folded."""
+
+
+def _show_on_terminal(grid: Grid, terminal: Any) -> None:
+    """Print a table to a terminal, or each row below the other where its columns have no room beside each other."""
+    if _least_width(grid) > terminal.width:
+        _show_rows_apart(grid)
+        return
+    table = rich.table.Table(title=grid.title, title_justify="left")
+    for column in grid.columns:
+        is_text = column in grid.text
+        table.add_column(column, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+    for row in grid.rows:
+        table.add_row(*map(rich.markup.escape, row))
+    terminal.print(table)
+
+
+def _least_width(grid: Grid) -> int:
+    """Characters that the table needs in a terminal, with three of its lines and spaces for each column."""
+    widths = (
+        min(needed, _NARROWEST_TEXT) if name in grid.text else needed
+        for name, *cells in zip(grid.columns, *grid.rows, strict=True)
+        for needed in (max(map(len, (name, *cells))),)
+    )
+    return sum(width + 3 for width in widths) + 1
+
+
+def _show_rows_apart(grid: Grid) -> None:
+    print(grid.title)
+    for row in grid.rows:
+        print(f"  {grid.columns[0]} {row[0]}".rstrip())
+        for column, cell in zip(grid.columns[1:], row[1:], strict=True):
+            if cell:
+                print(f"    {column}: {cell}")
 
 
 class Bar:

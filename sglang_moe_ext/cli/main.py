@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 
-from sglang_moe_ext import __version__
+from sglang_moe_ext import __version__, env
 from sglang_moe_ext.cli import (
     capture,
     check_tables,
@@ -55,12 +56,24 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def _complete(made: argparse.ArgumentParser) -> None:
+    """Answer the shell that asks for completions, and end; returns where the extra is not installed."""
+    try:
+        import argcomplete
+    except ImportError:
+        return
+    argcomplete.autocomplete(made)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the result is its exit status, as in `command.EXIT_STATUS`."""
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["help"]:
         given = [*given[1:2], "--help"]
-    arguments = parser().parse_args(given)
+    made = parser()
+    if env.COMPLETION in os.environ:
+        _complete(made)
+    arguments = made.parse_args(given)
     arguments.command_line = shlex.join([PROGRAM, *given])
     (chosen,) = (one for one in COMMANDS if one.name == arguments.command)
     return command.execute(chosen, arguments)

@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -223,3 +224,24 @@ def test_a_store_that_cannot_be_written_is_named_before_any_work(
 def test_the_help_states_every_exit_status() -> None:
     text = main.parser().format_help()
     assert all(f"{status:<4} {meaning}" in text for status, meaning in command.EXIT_STATUS.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_help_shows_one_spelling_of_each_flag(name: str) -> None:
+    text = subparsers()[name].format_help().partition("examples:")[0].partition("options:")[2]
+    others = {long for _, action in flags() for long in [it for it in action.option_strings if len(it) > 2][1:]}
+    assert others >= {"--tp", "-tp", "--tensor-parallel-size", "--save-dir"}
+    assert not others & set(text.replace(",", " ").split())
+
+
+@pytest.mark.parametrize("asking", [True, False])
+def test_a_shell_is_answered_only_where_it_asks_for_completions(asking: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered: list[argparse.ArgumentParser] = []
+    stand_in = types.ModuleType("argcomplete")
+    stand_in.autocomplete = answered.append  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "argcomplete", stand_in)
+    if asking:
+        monkeypatch.setenv("_ARGCOMPLETE", "1")
+    with pytest.raises(SystemExit):
+        main.main(["--version"])
+    assert [it.prog for it in answered] == (["sglang-moe-ext"] if asking else [])
