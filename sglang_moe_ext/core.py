@@ -29,6 +29,14 @@ class ModelError(MoEExtError):
     """The model is unknown, unreadable, dense, or cannot be split as asked."""
 
 
+class DifferingLayersError(ModelError):
+    """The MoE layers of the model differ, where one was expected. `models`: the model with each kind of layer alone."""
+
+    def __init__(self, message: str, models: tuple[MoEModel, ...]) -> None:
+        super().__init__(message)
+        self.models = models
+
+
 class GpuError(MoEExtError):
     """The GPU is unknown, or not on this machine."""
 

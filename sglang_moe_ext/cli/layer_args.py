@@ -8,7 +8,7 @@ from typing import Any
 
 from sglang_moe_ext.cli import pasted_log
 from sglang_moe_ext.cli.pasted_log import StatedLaunch
-from sglang_moe_ext.core import Gpu, GpuError, ModelError, MoEModel, MoEShape, Parallelism
+from sglang_moe_ext.core import DifferingLayersError, Gpu, GpuError, ModelError, MoEModel, MoEShape, Parallelism
 from sglang_moe_ext.engines.adapter import EngineName
 from sglang_moe_ext.engines.missing_config_log import device_of
 from sglang_moe_ext.engines.quantization_flag import quantize_as_served
@@ -103,12 +103,33 @@ def _refuse_flags(arguments: argparse.Namespace, flags: tuple[str, ...], beside:
             )
 
 
+def shape_of_kind(arguments: argparse.Namespace, kind: int) -> MoEShape:
+    """The layer of that kind on one rank, where the layers of --model differ.
+
+    Raises:
+        ModelError: it cannot be split as the flags say.
+    """
+    one = argparse.Namespace(**{**vars(arguments), "layer_kind": kind})
+    return (_parse_model_for_vllm if _fill_engine(one, None) == VLLM.NAME else _parse_model)(one).shape
+
+
+def _find_model(arguments: argparse.Namespace) -> MoEModel:
+    """The model, or the kind of its layers that `layer_kind` counts where they differ."""
+    try:
+        return resolve(
+            arguments.model,
+            trust_remote_code=arguments.trust_remote_code,
+            section=getattr(arguments, "model_prefix", None),
+        )
+    except DifferingLayersError as differing:
+        kind: int | None = getattr(arguments, "layer_kind", None)
+        if kind is None:
+            raise
+        return differing.models[kind]
+
+
 def _resolve(arguments: argparse.Namespace) -> MoEModel:
-    found = resolve(
-        arguments.model,
-        trust_remote_code=arguments.trust_remote_code,
-        section=getattr(arguments, "model_prefix", None),
-    )
+    found = _find_model(arguments)
     quantization = parse_dtype_flag(
         arguments.dtype, checkpoint=found.quantization, per_channel=arguments.per_channel_quant
     )

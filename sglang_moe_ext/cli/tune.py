@@ -9,6 +9,7 @@ from typing import Any
 from sglang_moe_ext import env
 from sglang_moe_ext.cli import (
     console,
+    differing_layers,
     engine_choice,
     incumbent_source,
     layer_args,
@@ -17,7 +18,7 @@ from sglang_moe_ext.cli import (
     tune_grouped_gemm,
 )
 from sglang_moe_ext.cli.command import Command, configure
-from sglang_moe_ext.core import Gpu, MoEExtError, StoreError
+from sglang_moe_ext.core import DifferingLayersError, Gpu, MoEExtError, StoreError
 from sglang_moe_ext.engines.lookup_probe import LookupResult
 from sglang_moe_ext.engines.registry import ENGINES
 from sglang_moe_ext.gpu import specs
@@ -192,6 +193,16 @@ def run(arguments: argparse.Namespace) -> Mapping[str, Any]:
     tune_grouped_gemm.refuse_elsewhere(arguments)
     if not arguments.from_log and (said := engine_choice.describe_choice(arguments.engine)):
         print(said)
+    try:
+        return _run_layer(arguments)
+    except DifferingLayersError as differing:
+        if arguments.from_log:
+            raise  # the line is about one of them
+        arguments.engine = _with_engine(arguments).engine
+        return differing_layers.run_each(arguments, differing, _run_layer)
+
+
+def _run_layer(arguments: argparse.Namespace) -> Mapping[str, Any]:
     request = request_of(arguments, arguments.command_line)
     arguments.is_measuring = request.measuring is not None  # for what an interrupt says
     adapter = request.adapter
@@ -260,4 +271,5 @@ COMMAND = Command(
     add_to=add_to,
     run=run,
     stopped=_stopped,
+    succeeded=differing_layers.succeeded,
 )

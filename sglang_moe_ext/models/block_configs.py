@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from sglang_moe_ext.core import ModelError, MoEModel, MoEShape
+from sglang_moe_ext.core import DifferingLayersError, MoEModel, MoEShape
 from sglang_moe_ext.models.config_fields import Section, lineages, read_field, refusal, show
 from sglang_moe_ext.models.field_spellings import EXPERTS, HIDDEN, TOP_K, WIDTH
 
@@ -23,7 +23,7 @@ def merge_block_configs(config: Section, read: Callable[[Section], MoEModel], so
     Each layer copies its entry over the config (SGLang 0.5.23, configs/nemotron_h.py). `read` makes a model of one
     layer's config.
 
-    Raises: ModelError when the layers differ: each kind reads a table of its own.
+    Raises: DifferingLayersError when the layers differ: each kind reads a table of its own.
     """
     for lineage in lineages(config):
         root, part = lineage[0], lineage[-1]
@@ -34,7 +34,7 @@ def merge_block_configs(config: Section, read: Callable[[Section], MoEModel], so
         whole = {key: value for key, value in (own | dict(part)).items() if key != _FIELD}
         kinds = {_numbers(merged): merged for merged in ({**whole, **block} for block in blocks)}
         if len(kinds) > 1:
-            raise _refuse_differing(kinds.values(), read, source)
+            raise _refuse_differing([read(kind) for kind in kinds.values()], source)
         return next(iter(kinds.values()))
     return config
 
@@ -56,13 +56,12 @@ def _numbers(config: Mapping[str, object]) -> tuple[str, ...]:
     return tuple(show(config.get(key)) for key in (*EXPERTS, *TOP_K, *WIDTH, *HIDDEN))
 
 
-def _refuse_differing(
-    kinds: Iterable[Mapping[str, object]], read: Callable[[Section], MoEModel], source: str
-) -> ModelError:
-    shapes = dict.fromkeys(_shape_flag(read(kind)) for kind in kinds)
-    return ModelError(
-        f"{refusal(source, 'its MoE layers differ (block_configs)')}, and each kind reads a table of its own: tune "
-        f"each, N divided by the ranks that share an expert: {'; '.join(shapes)}"
+def _refuse_differing(models: Sequence[MoEModel], source: str) -> DifferingLayersError:
+    shapes = dict.fromkeys(map(_shape_flag, models))
+    return DifferingLayersError(
+        f"{refusal(source, 'its MoE layers differ (block_configs)')}, and each kind reads a table of its own: `tune "
+        f"--model` does them all, or name one, N divided by the ranks that share an expert: {'; '.join(shapes)}",
+        tuple(models),
     )
 
 
