@@ -8,14 +8,18 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sglang_moe_ext.engines.installed_engines import parse_version
 from tests.engines.fork_server import ForkServer
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 ENGINES_DIR = Path(os.environ.get("SGLANG_MOE_EXT_ENGINES", REPO_ROOT / ".engines"))
-ENGINE_VERSIONS = ("0.5.8", "0.5.10", "0.5.12", "0.5.15", "0.5.18", "0.5.20", "0.5.23")
-HOOKED_VERSIONS = ("0.5.5", *ENGINE_VERSIONS)
+_SGLANG, _VLLM = (os.environ.get(f"SGLANG_MOE_EXT_TEST_{engine}", "").split() for engine in ("SGLANG", "VLLM"))
+"""Other releases than those of `./check`, by `tools/all_releases.py`."""
+HOOKED_VERSIONS = tuple(_SGLANG) or ("0.5.5", "0.5.8", "0.5.10", "0.5.12", "0.5.15", "0.5.18", "0.5.20", "0.5.23")
 """Those that our hooks and patches are held against: 0.5.5 brought what they replace."""
-VLLM_VERSIONS = ("0.20.2", "0.25.1", "0.33.0")
+ENGINE_VERSIONS = tuple(version for version in HOOKED_VERSIONS if parse_version(version) >= (0, 5, 8))
+"""Those that are tuned for."""
+VLLM_VERSIONS = tuple(_VLLM) or ("0.20.2", "0.25.1", "0.33.0")
 _RUN = (
     "import runpy, sys; from sglang_moe_ext.engines.sglang import bootstrap; bootstrap.allow_absent_operators(); "
     "runpy.run_path(sys.argv[1], run_name='__main__')"

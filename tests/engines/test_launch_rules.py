@@ -20,6 +20,7 @@ from triton.compiler.errors import CompilationError
 
 from sglang_moe_ext.core import MoEShape, Projection, Quantization, TileConfig
 from sglang_moe_ext.engines import launch_rules
+from sglang_moe_ext.engines.installed_engines import parse_version
 from sglang_moe_ext.engines.launch_rules import RULES, KernelLaunch, RuledConfig
 from tests.engines.children.dot import multiply
 from tests.engines.installed import run_in_engine, run_in_vllm, vllm_environment
@@ -54,7 +55,7 @@ def shape_of(scheme: str) -> MoEShape:
 
 
 def launch(engine: Any, version: str, scheme: str, projection: Projection, tile: TileConfig) -> KernelLaunch:
-    return KernelLaunch(engine, tuple(map(int, version.split("."))), tile, shape_of(scheme), projection)  # type: ignore[arg-type]
+    return KernelLaunch(engine, parse_version(version), tile, shape_of(scheme), projection)
 
 
 GEMMS = [(scheme, projection, tile) for scheme in SCHEMES for projection in PROJECTIONS for tile in TILES]

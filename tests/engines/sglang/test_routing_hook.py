@@ -12,10 +12,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from sglang_moe_ext.engines.sglang import routing_hook
-from tests.engines.installed import ENGINE_VERSIONS, run_in_engine
+from tests.engines.installed import HOOKED_VERSIONS, run_in_engine
 
 CHILD = Path(__file__).parents[1] / "children" / "runner_hook.py"
-VERSIONS = ("0.5.5", *ENGINE_VERSIONS)
+VERSIONS = HOOKED_VERSIONS
 IDS = [[3, 15], [-1, -1], [0, 7], [-1, 15]]
 """A batch of two tokens, padded to four; the shared expert of a padded row may be there."""
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from sglang_moe_ext.core import EngineError, MoEModel
-from sglang_moe_ext.engines.sglang.sharding import RULES, Version, fused_shared_experts
+from sglang_moe_ext.engines.installed_engines import parse_version
+from sglang_moe_ext.engines.sglang.sharding import RULES, fused_shared_experts
 from tests.engines.installed import ENGINE_VERSIONS, run_in_engine
 
 CHILD = Path(__file__).parents[1] / "children" / "fusion_gate.py"
@@ -198,18 +199,13 @@ CASES: tuple[Case, ...] = (
 EXPERT_PARALLEL = (1, 2)
 
 
-def parsed(version: str) -> Version:
-    major, minor, patch = map(int, version.split("."))
-    return major, minor, patch
-
-
 def asked(version: str) -> dict[str, tuple[Case, int]]:
     """Name of the question -> case and expert parallelism, of the models this version serves."""
     return {
         f"{case.name} as {case.architecture}, ep {ep}": (case, ep)
         for case in CASES
         for ep in EXPERT_PARALLEL
-        if parsed(case.asked_from) <= parsed(version)
+        if parse_version(case.asked_from) <= parse_version(version)
     }
 
 
@@ -234,19 +230,22 @@ def test_every_model_module_of_the_engine_could_be_asked(version: str) -> None:
 
 @pytest.mark.parametrize("version", ENGINE_VERSIONS)
 def test_our_count_of_fused_shared_experts_is_the_engines_own(version: str) -> None:
-    ours = {name: fused_shared_experts(case.model, ep, parsed(version)) for name, (case, ep) in asked(version).items()}
+    ours = {
+        name: fused_shared_experts(case.model, ep, parse_version(version))
+        for name, (case, ep) in asked(version).items()
+    }
     assert ours == engine_says(version)["fused"]
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.asked_from != "0.5.8"], ids=lambda case: case.name)
 def test_a_model_that_an_engine_does_not_serve_yet_is_not_fused(case: Case) -> None:
-    earlier = [version for version in ENGINE_VERSIONS if parsed(version) < parsed(case.asked_from)]
-    assert [fused_shared_experts(case.model, 1, parsed(version)) for version in earlier] == [0] * len(earlier)
+    earlier = [version for version in ENGINE_VERSIONS if parse_version(version) < parse_version(case.asked_from)]
+    assert [fused_shared_experts(case.model, 1, parse_version(version)) for version in earlier] == [0] * len(earlier)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.architecture)
 def test_every_rule_fuses_a_model_that_an_engine_was_asked_about(rule: Any) -> None:
-    assert any(rule.covers(case.model, 1) and parsed(case.asked_from) <= rule.since for case in CASES)
+    assert any(rule.covers(case.model, 1) and parse_version(case.asked_from) <= rule.since for case in CASES)
 
 
 def test_a_version_between_two_studied_ones_follows_the_older() -> None:
