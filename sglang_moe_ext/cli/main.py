@@ -21,12 +21,14 @@ from sglang_moe_ext.cli import (
     list_tables,
     overlay,
     patch,
+    plan,
     tune,
 )
 from sglang_moe_ext.cli.command import EXIT_STATUS, PROGRAM
 
 COMMANDS = (
     tune.COMMAND,
+    plan.COMMAND,
     doctor.COMMAND,
     list_tables.COMMAND,
     check_tables.COMMAND,
