@@ -1,6 +1,6 @@
 """The Python interface: resolve a model to its MoE layer, weigh, predict or measure its tables, look up, install.
 
-These six functions, and the types that they take and give, are the public Python interface of this package; the
+These seven functions, and the types that they take and give, are the public Python interface of this package; the
 command line calls them. Everything else may change between releases.
 """
 
@@ -24,7 +24,7 @@ from sglang_moe_ext.models import parse_dtype_flag
 from sglang_moe_ext.models import resolve as resolve_model
 from sglang_moe_ext.stock import reinstall
 from sglang_moe_ext.stock.reinstall import Reinstalled
-from sglang_moe_ext.tuning import pipeline
+from sglang_moe_ext.tuning import pipeline, worth_verdict
 from sglang_moe_ext.tuning import weigh as weighing
 from sglang_moe_ext.tuning.bench import routing
 from sglang_moe_ext.tuning.install_target import Install
@@ -36,7 +36,7 @@ from sglang_moe_ext.tuning.run import executor
 from sglang_moe_ext.tuning.search.screening import EffortName
 from sglang_moe_ext.tuning.worth import DECODE_CONTEXT, Worth
 
-__all__ = ["Layer", "install", "lookup", "measure", "predict", "resolve", "weigh"]
+__all__ = ["Layer", "install", "lookup", "measure", "predict", "resolve", "verdict", "weigh"]
 
 _AS_SERVED = {"sglang": sglang_lookup_probe.AS_SERVED, "vllm": vllm_lookup_probe.AS_SERVED}
 _ALONE = {"sglang": sglang_lookup_probe.ALONE, "vllm": vllm_lookup_probe.ALONE}
@@ -147,7 +147,7 @@ def weigh(
 ) -> Worth:
     """Estimate what tuning and our own kernels could win, of the layer and of a forward pass. Measures nothing.
 
-    `worth_verdict.sentences` puts the result into words, as `sglang-moe-ext plan --worth-it` prints them.
+    `verdict` puts the result into words.
 
     Args:
         layer: the layer, from `resolve`.
@@ -164,6 +164,18 @@ def weigh(
     """
     request = _request(layer, _gpu(gpu), tokens, "none", None, "sglang_moe_ext.api.weigh")
     return weighing.weigh(request, progress, context=context).worth
+
+
+def verdict(worth: Worth) -> tuple[str, ...]:
+    """Say in plain sentences whether tuning is worth its time, as `sglang-moe-ext plan --worth-it` ends.
+
+    Args:
+        worth: the estimate, from `weigh`.
+
+    >>> verdict(weigh(resolve("GLM-4.5"), "H200", tokens=[4096]))  # where no engine is installed
+    ('What tuning can win of prefill at 4,096 tokens is not known: SGLang is not installed here to be asked.',)
+    """
+    return worth_verdict.sentences(worth)
 
 
 def predict(

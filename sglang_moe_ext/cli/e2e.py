@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from sglang_moe_ext.cli.console import Grid
 from sglang_moe_ext.core import EngineError, MoEExtError
 from sglang_moe_ext.e2e import report
 from sglang_moe_ext.e2e.client import VOCABULARY, Client
-from sglang_moe_ext.e2e.measure import Cases, Kind, Turn
+from sglang_moe_ext.e2e.engine_measurer import EngineMeasurer
+from sglang_moe_ext.e2e.measure import Cases, Kind, Measurer, OwnMeasurer, Turn
 from sglang_moe_ext.e2e.turns import Addresses, Launched, take_turns
 from sglang_moe_ext.engines.adapter import EngineName
 from sglang_moe_ext.engines.generation import APIS
@@ -34,6 +35,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ORDER: tuple[Kind, ...] = ("stock", "plugin", "stock")
 DOCUMENT, TABLES = "e2e.json", "e2e.md"
 _MOST = 1_000_000
+_MEASURERS: dict[str, Callable[[Client], Measurer]] = {"own": OwnMeasurer, "engine": EngineMeasurer}
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +81,13 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--decode-output", type=int, default=128, metavar="TOKENS", help="that each request generates (default 128)"
+    )
+    what.add_argument(
+        "--client",
+        choices=tuple(_MEASURERS),
+        default="own",
+        help="own, or the engine's benchmark client, which has to be installed here and starts anew for each case: "
+        "sglang.bench_serving, vllm bench serve (default own)",
     )
     what.add_argument(
         "--vocabulary",
@@ -138,8 +147,9 @@ def run(arguments: argparse.Namespace) -> Mapping[str, Any]:
         timeout_s=arguments.timeout,
     )
     with contextlib.ExitStack() as held, console.Bar() as bar:
-        turns = take_turns(_servers(arguments, engine, held), arguments.order, cases, client, bar)
-    document = {"engine": engine, "order": arguments.order, **report.document(turns, cases)}
+        servers = _servers(arguments, engine, held)
+        turns = take_turns(servers, arguments.order, cases, client, _MEASURERS[arguments.client], bar)
+    document = {"engine": engine, "client": arguments.client, "order": arguments.order, **report.document(turns, cases)}
     _print(turns, cases)
     if arguments.output_dir is not None:
         _write(arguments.output_dir, document, turns, cases)
@@ -151,6 +161,8 @@ def _servers(arguments: argparse.Namespace, engine: EngineName, held: contextlib
     folder: Path | None = arguments.output_dir
     if folder is not None and not files.is_writable(folder):
         raise MoEExtError(f"cannot write {show(str(folder))}: choose another --output-dir")
+    if arguments.client == "engine" and ENGINES[engine].find() is None:
+        raise EngineError(f"--client engine: {ENGINES[engine].TITLE} is not installed here, leave the flag out")
     if arguments.urls is not None:
         stock, plugin = map(address, arguments.urls)
         return Addresses({"stock": stock, "plugin": plugin})

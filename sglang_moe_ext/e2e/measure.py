@@ -17,7 +17,7 @@ Kind = Literal["stock", "plugin"]
 Progress = Callable[[str, int, int], None]
 WARM_UPS = 2
 """Before the prompts that count: the first may compile."""
-_SEEDS_A_VISIT = 1_000_000
+SEEDS_A_VISIT = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class OwnMeasurer:
     client: Client
 
     def first_tokens(self, tokens: int, cases: Cases, visit: int) -> FirstTokens:
-        seed = cases.seed + visit * _SEEDS_A_VISIT
+        seed = cases.seed + visit * SEEDS_A_VISIT
         for number in range(WARM_UPS):
             self.client.first_token_ms(tokens, seed + number)
         begun = time.perf_counter()
@@ -96,7 +96,7 @@ class OwnMeasurer:
         return FirstTokens(sample(taken), cases.prompts / (time.perf_counter() - begun))
 
     def decode(self, batch: int, cases: Cases, visit: int) -> Sample:
-        seed = cases.seed + visit * _SEEDS_A_VISIT
+        seed = cases.seed + visit * SEEDS_A_VISIT
         rates = [
             self.client.batch(batch, cases.decode_input, cases.decode_output, seed + run).tokens_per_s
             for run in range(cases.runs + 1)

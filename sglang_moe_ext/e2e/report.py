@@ -21,12 +21,15 @@ PREFILL_COLUMNS = (
 DECODE_COLUMNS = ("batch", "stock, tokens/s", "plugin, tokens/s", "gain", "stock against itself")
 KINDS: tuple[Kind, ...] = ("stock", "plugin")
 _NOTHING = "-"
+_T95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""For 1 to 10 degrees of freedom."""
 _Of = Callable[[Turn], Sample | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """Plugin over stock in one case. `change`: of the mean; `error`: half of its 95 % interval, by the spread alone.
+    """Plugin over stock in one case. `change`: of the mean; `error`: half of its 95 % interval, by the spread alone,
+    None where one of them was measured once.
 
     `drift`: by how much the means of the stock servers differ, where there are two.
     """
@@ -34,7 +37,7 @@ class Compared:
     stock: Sample
     plugin: Sample
     change: float
-    error: float
+    error: float | None
     drift: float | None
 
 
@@ -45,10 +48,27 @@ def compare(turns: Sequence[Turn], of: _Of) -> Compared | None:
     if stock is None or plugin is None:
         return None
     ratio = plugin.mean / stock.mean
-    relative = math.sqrt(sum(it.deviation**2 / it.count / it.mean**2 for it in (stock, plugin)))
     means = [one.mean for one in of_stock]
     drift = (max(means) - min(means)) / stock.mean if len(means) > 1 else None
-    return Compared(stock, plugin, ratio - 1, 1.96 * ratio * relative, drift)
+    return Compared(stock, plugin, ratio - 1, _error(ratio, stock, plugin), drift)
+
+
+def _error(ratio: float, *samples: Sample) -> float | None:
+    """Half of the 95 % interval of a ratio of two means, by Student's t with Welch's degrees of freedom."""
+    if any(one.count < 2 for one in samples):
+        return None
+    variances = [one.deviation**2 / one.count / one.mean**2 for one in samples]
+    total = sum(variances)
+    if total == 0:
+        return 0.0
+    freedom = total**2 / sum(it**2 / (one.count - 1) for it, one in zip(variances, samples, strict=True))
+    return _t95(freedom) * ratio * math.sqrt(total)
+
+
+def _t95(freedom: float) -> float:
+    """Student's t of a two-sided 95 % interval; beyond the table to within half a percent."""
+    whole = max(1, int(freedom))
+    return _T95[whole - 1] if whole <= len(_T95) else 1.96 + 2.6 / whole
 
 
 def _samples(turns: Sequence[Turn], kind: Kind, of: _Of) -> list[Sample]:
@@ -101,13 +121,17 @@ def _rate(rate: float | None) -> str:
 
 
 def _spread(found: Sample | None, places: int) -> str:
-    return _NOTHING if found is None else f"{found.mean:.{places}f} ± {found.deviation:.{places}f}"
+    if found is None:
+        return _NOTHING
+    spread = f" ± {found.deviation:.{places}f}" if found.count > 1 else ""
+    return f"{found.mean:.{places}f}{spread}"
 
 
 def _change(found: Compared | None, *, sign: int) -> str:
     if found is None:
         return _NOTHING
-    return f"{100 * sign * found.change:+.1f} ± {100 * found.error:.1f} %"
+    error = "" if found.error is None else f" ± {100 * found.error:.1f}"
+    return f"{100 * sign * found.change:+.1f}{error} %"
 
 
 def _drift(found: Compared | None) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from sglang_moe_ext import env
 from sglang_moe_ext.core import EngineError
 from sglang_moe_ext.e2e import server_process
 from sglang_moe_ext.e2e.client import Client
-from sglang_moe_ext.e2e.measure import Cases, Kind, OwnMeasurer, Progress, Turn, measure
+from sglang_moe_ext.e2e.measure import Cases, Kind, Measurer, Progress, Turn, measure
 from sglang_moe_ext.engines.sglang.server_client import Server
 from sglang_moe_ext.untrusted import show
 
@@ -37,9 +38,17 @@ class Addresses:
 
 
 def take_turns(
-    servers: Launched | Addresses, order: Sequence[Kind], cases: Cases, client: Client, progress: Progress
+    servers: Launched | Addresses,
+    order: Sequence[Kind],
+    cases: Cases,
+    client: Client,
+    measurer: Callable[[Client], Measurer],
+    progress: Progress,
 ) -> list[Turn]:
-    """What each server gave, in that order; what fails is told by its turn. `client`: as each shall be asked."""
+    """What each server gave, in that order; what fails is told by its turn.
+
+    `client`: as each shall be asked; `measurer`: what measures by such a client.
+    """
     turns = [Turn(kind) for kind in order]
     for number, turn in enumerate(turns):
         stage = f"server {number + 1} of {len(turns)}, {turn.kind}"
@@ -47,13 +56,14 @@ def take_turns(
             match servers:
                 case Launched():
                     log = servers.logs / f"server_{number + 1}_{turn.kind}.log"
-                    _serve(servers, turn, cases, client, log, progress, stage)
+                    with _started(servers, turn, client, log, progress, stage) as asked:
+                        measure(measurer(with_model(asked)), turn, cases, 0, progress, stage)
                 case Addresses():
                     visit = sum(earlier.kind == turn.kind for earlier in turns[:number])
                     asked = client.at(servers.urls[turn.kind])
                     if not asked.is_healthy():
                         raise EngineError(f"{show(asked.url)} is not healthy: start it, and wait until it serves")
-                    measure(OwnMeasurer(with_model(asked)), turn, cases, visit, progress, stage)
+                    measure(measurer(with_model(asked)), turn, cases, visit, progress, stage)
         except EngineError as error:
             turn.failure = str(error)
     return turns
@@ -77,10 +87,11 @@ def environment(kind: Kind) -> dict[str, str]:
     return {**kept, "PYTHONUNBUFFERED": "1", **({env.DISABLE: "1"} if kind == "stock" else {})}
 
 
-def _serve(
-    servers: Launched, turn: Turn, cases: Cases, client: Client, log: Path, progress: Progress, stage: str
-) -> None:
-    """Start a server, measure it, end it, read its log.
+@contextlib.contextmanager
+def _started(
+    servers: Launched, turn: Turn, client: Client, log: Path, progress: Progress, stage: str
+) -> Iterator[Client]:
+    """A client of a server that is started for this turn; afterwards it is gone, and its log is read.
 
     Raises:
         EngineError: it does not become healthy.
@@ -94,7 +105,7 @@ def _serve(
         ) as server:
             turn.start_s = round(server.start_s, 1)
             progress(starting, 1, 1)
-            measure(OwnMeasurer(with_model(server.client)), turn, cases, 0, progress, stage)
+            yield server.client
     finally:
         if log.exists():
             turn.said = server_process.said_by(log)

@@ -23,13 +23,21 @@ def turns() -> list[Turn]:
 
 def test_a_row_has_both_kinds_the_reduction_and_the_drift_of_stock() -> None:
     known, unknown = report.prefill_rows(turns(), CASES)
-    assert known == ["512", "8.50", "105.0 ± 6.2", "12.00", "80.0 ± 1.4", "+23.8 ± 4.8 %", "9.5 %"]
+    assert known == ["512", "8.50", "105.0 ± 6.2", "12.00", "80.0 ± 1.4", "+23.8 ± 7.8 %", "9.5 %"]
     assert unknown == ["1024", "-", "-", "-", "-", "-", "-"]
 
 
 def test_decode_gains_where_more_tokens_come_a_second() -> None:
     (row,) = report.decode_rows(turns(), CASES)
-    assert row == ["8", "1050 ± 71", "2100 ± 0", "+100.0 ± 18.7 %", "-"]
+    assert row == ["8", "1050 ± 71", "2100", "+100.0 %", "-"], "what was measured once has no spread"
+
+
+def test_the_error_of_a_gain_is_that_of_a_ratio_of_means_of_few_values() -> None:
+    first, second = Turn("stock", decode={8: sample([9.0, 10.0, 11.0])}), Turn("plugin", decode={8: sample([20.0] * 3)})
+    found = report.compare([first, second], report.decode_of(8))
+    assert found is not None
+    assert found.change == 1.0
+    assert found.error == pytest.approx(4.303 * 2.0 * 1.0 / 3**0.5 / 10.0), "Student's t of two degrees of freedom"
 
 
 def test_samples_that_are_pooled_are_one_sample() -> None:
