@@ -8,9 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sglang_moe_ext.cli import console, engine_choice, layer_args, measure_args, output, plan_report, tune
+from sglang_moe_ext.cli import (
+    console,
+    differing_layers,
+    engine_choice,
+    layer_args,
+    measure_args,
+    output,
+    plan_report,
+    tune,
+)
 from sglang_moe_ext.cli.command import Command
-from sglang_moe_ext.core import ModelError
+from sglang_moe_ext.core import DifferingLayersError, ModelError
 from sglang_moe_ext.tables import files
 from sglang_moe_ext.tuning import pipeline, weigh
 from sglang_moe_ext.tuning.request import TuneRequest
@@ -70,13 +79,25 @@ def run(arguments: argparse.Namespace) -> Mapping[str, Any]:
         raise ModelError(f"--context {arguments.context}: expected a number from 1 to {layer_args.MOST_TOKENS}")
     if not arguments.from_log and (said := engine_choice.describe_choice(arguments.engine)):
         print(said)
-    request = tune.request_of(arguments, arguments.command_line)
-    document = _weigh(request, arguments) if arguments.worth_it else _plan(request, arguments)
+    try:
+        document = _run_layer(arguments)
+    except DifferingLayersError as differing:
+        if arguments.from_log:
+            raise  # the line is about one of them
+        arguments.engine = engine_choice.choose(arguments.engine)
+        document = differing_layers.run_each(arguments, differing, _run_layer)
     if arguments.output_dir is not None:
         path = arguments.output_dir / FILE
         files.write_together({path: json.dumps(document, indent=1) + "\n"})
         print(f"wrote {path}")
     return document
+
+
+def _run_layer(arguments: argparse.Namespace) -> Mapping[str, Any]:
+    request = tune.request_of(arguments, arguments.command_line)
+    if note := request.adapter.why_no_table(request.shape, request.gpu, request.architecture):
+        print(f"note: {note}")
+    return _weigh(request, arguments) if arguments.worth_it else _plan(request, arguments)
 
 
 def _plan(request: TuneRequest, arguments: argparse.Namespace) -> Mapping[str, Any]:
@@ -110,4 +131,5 @@ COMMAND = Command(
     ),
     add_to=add_to,
     run=run,
+    succeeded=differing_layers.succeeded,
 )

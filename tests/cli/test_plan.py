@@ -9,6 +9,7 @@ import pytest
 
 from sglang_moe_ext.cli import main
 from sglang_moe_ext.gpu import specs
+from tests.cases.test_checkpoints import CASES
 
 LAYER = ("--model", "Qwen3-30B-A3B", "--gpu", "H200", "--batch-size", "64", "4096")
 
@@ -44,3 +45,11 @@ def test_the_document_lies_in_the_folder_that_is_named(capsys: pytest.CaptureFix
 def test_a_context_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["plan", *LAYER, "--worth-it", "--context", "0"]) == 1
     assert "error: --context 0: expected a number from 1 to 1000000" in capsys.readouterr().err
+
+
+def test_a_model_whose_layers_differ_is_planned_layer_by_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    model = CASES / "07-layers-of-different-widths"
+    words = ("--engine", "sglang", "--model", str(model), "--gpu", "H200", "--batch-size", "64")
+    layers = document(capsys, "plan", *words, "--worth-it")["layers"]
+    assert len(layers) == 4  # type: ignore[arg-type]
+    assert all("worth" in layer for layer in layers)  # type: ignore[attr-defined]
