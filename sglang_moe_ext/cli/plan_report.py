@@ -157,7 +157,7 @@ def _row_document(row: WorthRow) -> Mapping[str, Any]:
         "phase": "prefill" if row.is_prefill else "decode",
         "floor_us": _rounded(row.floor_us, 2),
         "today_us": _rounded(row.today_us, 2),
-        "today": None if source is None else {"source": source.text, "origin": source.origin},
+        "today": None if source is None else {"source": source.text, "origin": source.origin, "gain": source.gain},
         "tuning": {
             "basis": gain.basis,
             "low": _rounded(gain.low, 4),

@@ -82,14 +82,16 @@ def read(result: Path) -> Figures:
             _figure(found, "request_throughput"),
             _figure(found, "output_throughput"),
             _figure(found, "mean_ttft_ms"),
-            _figure(found, "std_ttft_ms"),
+            _figure(found, "std_ttft_ms", is_positive=False),
         )
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise EngineError(f"the engine's benchmark left no result that can be read: {show(str(error))}") from error
 
 
-def _figure(found: dict[str, object], name: str) -> float:
+def _figure(found: dict[str, object], name: str, *, is_positive: bool = True) -> float:
     value = found[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name} is {show(value)}")
+    if value < 0 or (is_positive and value == 0):
+        raise ValueError(f"{name} is {value:g}")
     return float(value)

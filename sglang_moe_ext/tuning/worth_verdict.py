@@ -50,8 +50,9 @@ def _because(worth: Worth, row: WorthRow) -> str:
         if source.text == f"{worth.engine}'s default":
             return f"{worth.engine} has no table for this layer on this GPU and runs its default"
         return f"{worth.engine} takes {source.text}"
+    won = "" if source.gain is None else f", measured as {source.gain:.2f}x as fast as what ran before"
     made = "" if source.origin is None else f" ({source.origin}{', ' if source.elsewhere else ''}{source.elsewhere})"
-    return f"{source.text}{made} is in use there{'' if worth.is_asked else ', by a guess'}"
+    return f"{source.text}{made} is in use there{'' if worth.is_asked else ', by a guess'}{won}"
 
 
 def _at_most(row: WorthRow, low: float, high: float) -> str:

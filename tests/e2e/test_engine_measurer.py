@@ -78,9 +78,10 @@ def test_a_batch_runs_as_often_as_asked_with_other_prompts(measurer: Measurers) 
         ("", "left no result"),
         ("[]", "left no result"),
         (json.dumps(RESULT | {"mean_ttft_ms": float("nan")}), "mean_ttft_ms is nan"),
+        (json.dumps(RESULT | {"request_throughput": 0}), "request_throughput is 0"),
         (json.dumps(RESULT | {"completed": 3}), "3 of 4 requests"),
     ],
-    ids=["fails", "empty", "a list", "nan", "one lost"],
+    ids=["fails", "empty", "a list", "nan", "nothing a second", "one lost"],
 )
 def test_a_benchmark_without_a_whole_result_is_told(measurer: Measurers, text: str | None, why: str) -> None:
     with pytest.raises(EngineError, match=why):

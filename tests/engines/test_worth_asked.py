@@ -33,3 +33,4 @@ def test_the_engine_says_whose_configuration_runs_today(gpu: str, basis: str, or
     assert found.is_asked
     assert row.source is not None
     assert (row.tuning.basis, row.source.origin) == (basis, origin)
+    assert (row.source.gain is not None) == (origin == "measured"), "the figure beside the shipped table"

@@ -137,7 +137,9 @@ def test_without_an_engine_a_known_table_is_a_guess() -> None:
     found = weigh.weigh(request(FP8), lambda *_: None).worth
     assert not found.is_asked
     assert {row.tuning.basis for row in found.rows} == {"tuned already"}
-    assert "(measured) is in use there, by a guess." in worth_verdict.sentences(found)[0]
+    said = worth_verdict.sentences(found)[0]
+    assert "(measured) is in use there, by a guess, measured as 1." in said
+    assert said.endswith("x as fast as what ran before.")
 
 
 def test_without_an_engine_and_a_table_what_tuning_wins_is_unknown() -> None:
