@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import queue
 import random
 import socket
 import threading
 import time
 import urllib.parse
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from sglang_moe_ext.core import EngineError
@@ -111,13 +111,32 @@ class Client:
             self._body(tokens, seed * 1000 + number, most_new=new_tokens, is_streamed=False)
             for number in range(requests)
         ]
-        with ThreadPoolExecutor(requests) as pool:
-            begun = time.perf_counter()
-            generated = list(pool.map(self._whole_answer, bodies))
-            seconds = time.perf_counter() - begun
+        outcomes: queue.SimpleQueue[int | EngineError] = queue.SimpleQueue()
+        # Daemons, so that an interrupt waits for none of them.
+        threads = [threading.Thread(target=self._put_answer, args=(body, outcomes), daemon=True) for body in bodies]
+        begun = time.perf_counter()
+        try:
+            for thread in threads:
+                thread.start()
+        except RuntimeError as error:
+            raise EngineError(f"cannot send {requests} requests at once from here: {error}") from error
+        found = [outcomes.get() for _ in threads]
+        seconds = time.perf_counter() - begun
+        generated = [outcome for outcome in found if isinstance(outcome, int)]
+        for outcome in found:
+            if isinstance(outcome, EngineError):
+                raise outcome
         if sum(generated) != requests * new_tokens:
             raise EngineError(f"{requests} requests got {sum(generated)} tokens, expected {new_tokens} each")
         return Batch(requests, sum(generated), seconds)
+
+    def _put_answer(self, body: bytes, outcomes: queue.SimpleQueue[int | EngineError]) -> None:
+        try:
+            outcomes.put(self._whole_answer(body))
+        except EngineError as error:
+            outcomes.put(error)
+        except Exception as error:  # noqa: BLE001 - whoever waits for it must not wait for ever
+            outcomes.put(EngineError(f"the server did not answer one of many requests: {_why(error)}"))
 
     def _whole_answer(self, body: bytes) -> int:
         """The number of generated tokens."""

@@ -44,10 +44,11 @@ def take_turns(
     client: Client,
     measurer: Callable[[Client], Measurer],
     progress: Progress,
+    keep: Callable[[list[Turn]], None],
 ) -> list[Turn]:
     """What each server gave, in that order; what fails is told by its turn.
 
-    `client`: as each shall be asked; `measurer`: what measures by such a client.
+    `client`: as each shall be asked; `measurer`: what measures by such a client; `keep` gets all turns after each.
     """
     turns = [Turn(kind) for kind in order]
     for number, turn in enumerate(turns):
@@ -66,6 +67,7 @@ def take_turns(
                     measure(measurer(with_model(asked)), turn, cases, visit, progress, stage)
         except EngineError as error:
             turn.failure = str(error)
+        keep(turns[: number + 1])
     return turns
 
 

@@ -71,6 +71,27 @@ def test_each_server_is_started_measured_and_held_against_the_others(
     assert (out / "server_2_plugin.log").exists()
 
 
+def test_what_was_measured_is_kept_after_each_server(
+    fake: Callable[[str], None], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake("serves")
+    starts = []
+    start = server_process.running
+
+    def stopped_at_the_second(*args: Any, **kwargs: Any) -> Any:
+        starts.append(args)
+        if len(starts) == 2:
+            raise KeyboardInterrupt
+        return start(*args, **kwargs)
+
+    monkeypatch.setattr(server_process, "running", stopped_at_the_second)
+    words = ("--input-lengths", "10", "--batch-size", "1", "--output-dir", str(tmp_path / "out"), "--", "x")
+    assert main.main([*QUICK, *words]) == 130
+    kept = json.loads((tmp_path / "out" / "e2e.json").read_text())
+    assert [server["server"] for server in kept["servers"]] == ["stock"]
+    assert "--output-dir has the turns that were whole" in capsys.readouterr().err
+
+
 def test_tables_that_tune_wrote_into_the_engine_are_told_as_stock_reads_them(
     fake: Callable[[str], None], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -135,8 +156,8 @@ from sglang_moe_ext.engines.generation import APIS
 from sglang_moe_ext.engines.sglang import adapter, installation
 found = installation.SglangInstallation("0.5.15", Path("sglang"), "3.6.0")
 adapter.find, installation.find = lambda: found, lambda: None
-APIS["sglang"] = replace(APIS["sglang"], module="fake_server", words=("trickles",))
-sys.exit(main.main(sys.argv[1:]))
+APIS["sglang"] = replace(APIS["sglang"], module="fake_server", words=(sys.argv[1],))
+sys.exit(main.main(sys.argv[2:]))
 """
 
 
@@ -154,12 +175,22 @@ def wait_for(condition: Callable[[], Any]) -> Any:
     return found
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)], ids=["Ctrl-C", "kill"])
-def test_no_server_outlives_the_command(fake: None, tmp_path: Path, sent: signal.Signals, status: int) -> None:
+@pytest.mark.parametrize(
+    ("way", "busy", "sent", "status"),
+    [
+        ("trickles", "child ", signal.SIGINT, 130),
+        ("stalls", "together 2", signal.SIGINT, 130),
+        ("trickles", "child ", signal.SIGKILL, -9),
+    ],
+    ids=["Ctrl-C in a stream", "Ctrl-C in a batch", "kill"],
+)
+def test_no_server_outlives_the_command(
+    fake: None, tmp_path: Path, way: str, busy: str, sent: signal.Signals, status: int
+) -> None:
     words = [*QUICK, "--timeout", "60", "--output-dir", str(tmp_path / "out"), "--", "x"]
-    command = subprocess.Popen([sys.executable, "-c", STARTER, *words], stderr=subprocess.PIPE, text=True)
+    command = subprocess.Popen([sys.executable, "-c", STARTER, way, *words], stderr=subprocess.PIPE, text=True)
     log = tmp_path / "out" / "server_1_stock.log"
-    assert wait_for(lambda: log.exists() and "child " in log.read_text())
+    assert wait_for(lambda: log.exists() and busy in log.read_text())
     child = int(log.read_text().split()[1])
     command.send_signal(sent)
     _, said = command.communicate(timeout=20)

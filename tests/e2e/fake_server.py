@@ -1,7 +1,7 @@
 """A server without a model that answers as SGLang does: `python fake_server.py WAY ... PORT`.
 
 `dies` and `hangs` before it serves; `fails` refuses to generate; `refuses` streams an error; `short` answers with a
-token too few; `trickles` never ends a line; `serves` does what is asked.
+token too few; `trickles` never ends a line; `stalls` answers only streams; `serves` does what is asked.
 """
 
 import json
@@ -42,7 +42,7 @@ class Handler(BaseHTTPRequestHandler):
             counts["together"] += 1
             counts["most"] = max(counts["most"], counts["together"])
             print("together", counts["most"], flush=True)
-        time.sleep(0.2)
+        time.sleep(60 if WAY == "stalls" else 0.2)
         with lock:
             counts["together"] -= 1
         self.answer(200, event)
