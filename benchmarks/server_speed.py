@@ -31,10 +31,12 @@ from typing import Any
 
 from benchmarks.serving import http_report, http_server, plugin_site
 from benchmarks.serving.http_report import Kind, Measured
-from benchmarks.serving.http_server import CHECKOUT, Launch, Server
+from benchmarks.serving.http_server import CHECKOUT, Launch
 from benchmarks.vs_upstream.report import Place, here
 from sglang_moe_ext import env
 from sglang_moe_ext.core import EngineError, MoEExtError, MoEShape, Quantization
+from sglang_moe_ext.e2e import server_process
+from sglang_moe_ext.e2e.server_process import Server
 from sglang_moe_ext.few_tokens_config import FewTokensConfig
 from sglang_moe_ext.serving import kernel_selection, sglang_hooks
 from sglang_moe_ext.sorted_kernels import Plan
@@ -109,7 +111,7 @@ def serve(
     except EngineError as error:
         into.failure = str(error)
     if log.exists():
-        into.said = http_server.read_log(log.read_text(encoding="utf-8", errors="replace"))
+        into.said = server_process.said_by(log)
     save()
 
 

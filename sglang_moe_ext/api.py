@@ -1,6 +1,6 @@
-"""The Python interface: resolve a model to its MoE layer, predict or measure its tables, look them up, install them.
+"""The Python interface: resolve a model to its MoE layer, weigh, predict or measure its tables, look up, install.
 
-These five functions, and the types that they take and give, are the public Python interface of this package; the
+These seven functions, and the types that they take and give, are the public Python interface of this package; the
 command line calls them. Everything else may change between releases.
 """
 
@@ -18,12 +18,14 @@ from sglang_moe_ext.engines.sglang import lookup_probe as sglang_lookup_probe
 from sglang_moe_ext.engines.vllm import lookup_probe as vllm_lookup_probe
 from sglang_moe_ext.engines.vllm import sharding as vllm_sharding
 from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.gpu.decoder_roofline import Surroundings, surroundings_of
 from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.models import parse_dtype_flag
 from sglang_moe_ext.models import resolve as resolve_model
 from sglang_moe_ext.stock import reinstall
 from sglang_moe_ext.stock.reinstall import Reinstalled
-from sglang_moe_ext.tuning import pipeline
+from sglang_moe_ext.tuning import pipeline, worth_verdict
+from sglang_moe_ext.tuning import weigh as weighing
 from sglang_moe_ext.tuning.bench import routing
 from sglang_moe_ext.tuning.install_target import Install
 from sglang_moe_ext.tuning.pipeline import TuneOutcome
@@ -32,8 +34,9 @@ from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.request import MeasureOptions, Progress, TuneRequest
 from sglang_moe_ext.tuning.run import executor
 from sglang_moe_ext.tuning.search.screening import EffortName
+from sglang_moe_ext.tuning.worth import DECODE_CONTEXT, Worth
 
-__all__ = ["Layer", "install", "lookup", "measure", "predict", "resolve"]
+__all__ = ["Layer", "install", "lookup", "measure", "predict", "resolve", "verdict", "weigh"]
 
 _AS_SERVED = {"sglang": sglang_lookup_probe.AS_SERVED, "vllm": vllm_lookup_probe.AS_SERVED}
 _ALONE = {"sglang": sglang_lookup_probe.ALONE, "vllm": vllm_lookup_probe.ALONE}
@@ -41,12 +44,16 @@ _ALONE = {"sglang": sglang_lookup_probe.ALONE, "vllm": vllm_lookup_probe.ALONE}
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """The MoE layer of a model as one rank of one engine launches it."""
+    """The MoE layer of a model as one rank of one engine launches it.
+
+    `surroundings`: what stands around the experts in the model, None where that is not known.
+    """
 
     model: str
     architecture: str
     engine: EngineName
     shape: MoEShape
+    surroundings: Surroundings | None = None
 
 
 def _no_progress(stage: str, done: int, of: int) -> None:
@@ -85,7 +92,8 @@ def resolve(
     stated = replace(found, quantization=parse_dtype_flag(dtype, checkpoint=found.quantization))
     if dtype in ("fp16", "float16"):
         stated = replace(stated, dtype="float16")
-    return Layer(found.name, found.architecture, engine, _launched(stated, engine, Parallelism(tp, ep)))
+    launched = _launched(stated, engine, Parallelism(tp, ep))
+    return Layer(found.name, found.architecture, engine, launched, surroundings_of(stated, tp))
 
 
 def _launched(model: MoEModel, engine: EngineName, parallelism: Parallelism) -> MoEShape:
@@ -125,7 +133,49 @@ def _request(
         output_dir=output_dir,
         seed=0,
         command=command,
+        surroundings=layer.surroundings,
     )
+
+
+def weigh(
+    layer: Layer,
+    gpu: str | None = None,
+    *,
+    tokens: Sequence[int] = DEFAULT_TOKENS,
+    context: int = DECODE_CONTEXT,
+    progress: Progress = _no_progress,
+) -> Worth:
+    """Estimate what tuning and our own kernels could win, of the layer and of a forward pass. Measures nothing.
+
+    `verdict` puts the result into words.
+
+    Args:
+        layer: the layer, from `resolve`.
+        gpu: the GPU that is meant; by default this machine's.
+        tokens: numbers of tokens in a batch: from 512 on the prefill of one prompt, below a step of decode.
+        context: tokens of each sequence in a step of decode.
+
+    Raises:
+        MoEExtError: the GPU is unknown, or the engine that is installed here could not be asked.
+
+    >>> worth = weigh(resolve("GLM-4.5"), "H200", tokens=[4096])  # where no engine is installed
+    >>> worth.is_asked, worth.rows[0].tuning.basis
+    (False, 'unknown')
+    """
+    request = _request(layer, _gpu(gpu), tokens, "none", None, "sglang_moe_ext.api.weigh")
+    return weighing.weigh(request, progress, context=context).worth
+
+
+def verdict(worth: Worth) -> tuple[str, ...]:
+    """Say in plain sentences whether tuning is worth its time, as `sglang-moe-ext plan --worth-it` ends.
+
+    Args:
+        worth: the estimate, from `weigh`.
+
+    >>> verdict(weigh(resolve("GLM-4.5"), "H200", tokens=[4096]))  # where no engine is installed
+    ('What tuning can win of prefill at 4,096 tokens is not known: SGLang is not installed here to be asked.',)
+    """
+    return worth_verdict.sentences(worth)
 
 
 def predict(

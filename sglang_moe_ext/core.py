@@ -127,10 +127,36 @@ class OlderReading:
 
 
 @dataclass(frozen=True, slots=True)
+class DecoderShape:
+    """The layers around the experts of a whole model, for an estimate of their time; widths in elements.
+
+    `layers` counts those without experts too, which have a dense MLP of `dense_width`; `shared_width` is that of all
+    shared experts of a layer. `query_dim` and `value_dim` are of one head. `latent_dim`, and `query_rank` where the
+    queries have one as well: keys and values are kept as one vector of so many elements and `rope_dim` more (MLA).
+    `windowed_layers` see no more than `window` tokens back.
+    """
+
+    layers: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    query_dim: int
+    value_dim: int
+    latent_dim: int = 0
+    query_rank: int = 0
+    rope_dim: int = 0
+    dense_width: int = 0
+    shared_width: int = 0
+    windowed_layers: int = 0
+    window: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class MoEModel:
     """The experts of a checkpoint, as its config.json states them: before an engine fuses, shards or pads.
 
     `zero_experts` are choices of the router that have no weights. `older_readings` are in the order of releases.
+    `decoder` is None where its attention is of a kind that is not estimated, or not stated.
     """
 
     name: str
@@ -147,6 +173,7 @@ class MoEModel:
     zero_experts: int = 0
     older_readings: tuple[OlderReading, ...] = ()
     moe_layers: int | None = None
+    decoder: DecoderShape | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

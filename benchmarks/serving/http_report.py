@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from benchmarks.serving.http_server import Said
 from benchmarks.vs_upstream.report import Place
+from sglang_moe_ext.engines.server_log import Said
 
 Kind = Literal["stock", "plugin"]
 _NOTHING = "-"

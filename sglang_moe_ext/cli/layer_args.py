@@ -17,6 +17,7 @@ from sglang_moe_ext.engines.sglang import installation, sharding
 from sglang_moe_ext.engines.vllm import installation as vllm_installation
 from sglang_moe_ext.engines.vllm import sharding as vllm_sharding
 from sglang_moe_ext.gpu import memory, specs
+from sglang_moe_ext.gpu.decoder_roofline import Surroundings, surroundings_of
 from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.models import parse_dtype_flag, parse_shape, resolve
 from sglang_moe_ext.models.checkpoint_names import NameMatch, match_name
@@ -30,6 +31,7 @@ class LayerArgs:
 
     `vllm_shape` is the layer in vLLM, where it has one; `device_name` comes from a log line. `moe_layers` is None where
     the number of layers is not known. `notes` are lines for the user. `line_engine`: the engine whose line was pasted.
+    `surroundings`: the rest of the model, None where it is not known.
     """
 
     name: str
@@ -40,6 +42,7 @@ class LayerArgs:
     moe_layers: int | None = None
     notes: tuple[str, ...] = ()
     line_engine: EngineName | None = None
+    surroundings: Surroundings | None = None
 
 
 def names_a_layer(arguments: argparse.Namespace) -> bool:
@@ -187,7 +190,10 @@ def _parse_model_for_vllm(arguments: argparse.Namespace) -> LayerArgs:
     split = _with_redundant(model, arguments, parallelism)
     shape = vllm_sharding.launched_shape(split, parallelism, engine_version=_vllm_version())
     notes = _notes_on(model, arguments.model)
-    return LayerArgs(model.name, shape, model.architecture, shape, moe_layers=model.moe_layers, notes=notes)
+    around = surroundings_of(model, parallelism.tp)
+    return LayerArgs(
+        model.name, shape, model.architecture, shape, moe_layers=model.moe_layers, notes=notes, surroundings=around
+    )
 
 
 def _parse_model(arguments: argparse.Namespace) -> LayerArgs:
@@ -208,6 +214,7 @@ def _parse_model(arguments: argparse.Namespace) -> LayerArgs:
         _vllm_shape_beside(found, arguments, parallelism),
         moe_layers=model.moe_layers,
         notes=_notes_on(found, arguments.model),
+        surroundings=surroundings_of(model, parallelism.tp),
     )
 
 
@@ -262,6 +269,7 @@ def _parse_log(arguments: argparse.Namespace) -> LayerArgs:
         guess.model.moe_layers,
         chosen.notes,
         guess.engine,
+        surroundings_of(guess.model, guess.parallelism.tp),
     )
 
 

@@ -15,19 +15,23 @@ from sglang_moe_ext.cli import (
     clean,
     command,
     doctor,
+    e2e,
     export,
     import_tables,
     install,
     list_tables,
     overlay,
     patch,
+    plan,
     tune,
 )
 from sglang_moe_ext.cli.command import EXIT_STATUS, PROGRAM
 
 COMMANDS = (
     tune.COMMAND,
+    plan.COMMAND,
     doctor.COMMAND,
+    e2e.COMMAND,
     list_tables.COMMAND,
     check_tables.COMMAND,
     import_tables.COMMAND,

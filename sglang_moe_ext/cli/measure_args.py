@@ -22,14 +22,7 @@ _LARGEST_SEED = 2**32 - 1
 
 def add_to(parser: argparse.ArgumentParser) -> None:
     """Add the flags; those that upstream's tuning scripts have keep their names and meaning."""
-    how = parser.add_argument_group("how to measure")
-    how.add_argument(
-        "--effort",
-        choices=get_args(EffortName),
-        default=_EFFORT,
-        help="binaries of each GEMM at each M: quick 24; full 96, about a minute on 16 cores; exhaustive all that the "
-        "rules keep (default full)",
-    )
+    how = add_how_to(parser)
     how.add_argument("--budget", type=float, metavar="SECONDS", help="search no longer than that, start-up apart")
     how.add_argument(
         "--resume",
@@ -40,25 +33,6 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="go on with a run that was interrupted: the newest of this layer, or the one in FOLDER",
     )
-    how.add_argument("--gpus", metavar="WHICH", help=executor.GPUS_HELP)
-    how.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help=ray_executor.RAY_HELP)
-    how.add_argument(
-        "--routing",
-        choices=routing.NAMES,
-        default=routing.MIXED.name,
-        help="how tokens choose experts: alike, by Zipf's law, or both in turn (default mixed)",
-    )
-    how.add_argument(
-        "--topk-ids-dir", type=Path, metavar="FOLDER", help="measure with the topk_ids that a server dumped there"
-    )
-    how.add_argument(
-        "--kernels",
-        choices=("all", "engine"),
-        default="all",
-        help="race our own kernels as well, where they can serve (SGLang 0.5.11 and newer, sm_90 and newer), or the "
-        "engine's alone (default all)",
-    )
-    how.add_argument("--seed", type=int, default=0, help="of the random weights, inputs and routings (default 0)")
     how.add_argument(
         "--tune", action="store_true", help=argparse.SUPPRESS
     )  # upstream's scripts want it; we tune anyway
@@ -81,6 +55,38 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="tables as the engine reads them; of SGLang, a FILE_down.json beside one goes with it",
     )
+
+
+def add_how_to(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the flags that say how a run measures, and no others; the group that they are in."""
+    how = parser.add_argument_group("how to measure")
+    how.add_argument(
+        "--effort",
+        choices=get_args(EffortName),
+        default=_EFFORT,
+        help="binaries of each GEMM at each M: quick 24; full 96, about a minute on 16 cores; exhaustive all that the "
+        "rules keep (default full)",
+    )
+    how.add_argument("--gpus", metavar="WHICH", help=executor.GPUS_HELP)
+    how.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help=ray_executor.RAY_HELP)
+    how.add_argument(
+        "--routing",
+        choices=routing.NAMES,
+        default=routing.MIXED.name,
+        help="how tokens choose experts: alike, by Zipf's law, or both in turn (default mixed)",
+    )
+    how.add_argument(
+        "--topk-ids-dir", type=Path, metavar="FOLDER", help="measure with the topk_ids that a server dumped there"
+    )
+    how.add_argument(
+        "--kernels",
+        choices=("all", "engine"),
+        default="all",
+        help="race our own kernels as well, where they can serve (SGLang 0.5.11 and newer, sm_90 and newer), or the "
+        "engine's alone (default all)",
+    )
+    how.add_argument("--seed", type=int, default=0, help="of the random weights, inputs and routings (default 0)")
+    return how
 
 
 def is_comparison(arguments: argparse.Namespace) -> bool:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_moe_ext.cli import incumbent_source
 from sglang_moe_ext.cli.console import Grid
 from sglang_moe_ext.core import CompileKey, Failure, MoEShape, Origin, TileConfig
 from sglang_moe_ext.engines.lookup_probe import LookupResult
@@ -16,6 +15,7 @@ from sglang_moe_ext.engines.vllm import table_names as vllm_naming
 from sglang_moe_ext.gpu.roofline import pair_floor_us
 from sglang_moe_ext.sorted_kernels import Plan
 from sglang_moe_ext.tables import config_table, kernel_table
+from sglang_moe_ext.tuning import incumbent_source
 from sglang_moe_ext.tuning.bench.messages import Pair, Runner
 from sglang_moe_ext.tuning.compare_configs import TODAY, ConfigComparison, TimedConfig
 from sglang_moe_ext.tuning.incumbents import pairs_of

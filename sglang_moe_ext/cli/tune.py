@@ -11,20 +11,19 @@ from sglang_moe_ext.cli import (
     console,
     differing_layers,
     engine_choice,
-    incumbent_source,
     layer_args,
     measure_args,
     output,
+    plan_report,
     tune_grouped_gemm,
 )
 from sglang_moe_ext.cli.command import Command, configure
 from sglang_moe_ext.core import DifferingLayersError, Gpu, MoEExtError, StoreError
-from sglang_moe_ext.engines.lookup_probe import LookupResult
 from sglang_moe_ext.engines.registry import ENGINES
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tables import files, user_store
 from sglang_moe_ext.tuning import compare_configs, config_args, install_target, pipeline
-from sglang_moe_ext.tuning.plan import DEFAULT_TOKENS, TunePlan
+from sglang_moe_ext.tuning.plan import DEFAULT_TOKENS
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.request import MeasureOptions, TuneRequest
 
@@ -95,6 +94,7 @@ def request_of(arguments: argparse.Namespace, command: str) -> TuneRequest:
         seed=arguments.seed,
         command=command,
         force=arguments.force,
+        surroundings=layer.surroundings,
     )
 
 
@@ -106,43 +106,10 @@ def _why_not_measured(engine: str, gpu: Gpu, is_here: bool) -> str:
     )
 
 
-def _say_plan(request: TuneRequest, plan: TunePlan) -> None:
-    gpu = request.gpu
-    where = "here" if request.gpu_is_here else "not here"
-    print(f"{request.model}: {request.shape}")
-    print(f"{gpu.device_name} ({where}): sm_{gpu.sm}, {gpu.smem_per_block} B of shared memory a block, {gpu.source}")
-    for engine, name in output.names_of(request).items():
-        print(f"  {engine}: {name}")
-    console.show(output.candidates(plan))
-    console.show(output.forecast(plan))
-    _say_today(request, plan.today)
-    doing = "measure" if plan.measures else "predict"
-    sizes = f"{len(plan.rows)} batch size{'s' if len(plan.rows) > 1 else ''}"
-    print(f"will {doing} {sizes} with {plan.binaries} binaries, in about {plan.estimated_s:.0f} s")
-
-
-def _say_today(request: TuneRequest, answer: LookupResult | None) -> None:
-    """Whose configurations `today` means."""
-    if answer is None:
-        print(f"today: unknown, since {request.adapter.TITLE} is not installed here to be asked")
-        return
-    for line in incumbent_source.describe(incumbent_source.sources(request, answer)):
-        print(line)
-    if answer.backend is not None:
-        why = request.adapter.why_no_table(request.shape, request.gpu, request.architecture, answer.backend)
-        found = f"it runs {answer.backend.name} ({answer.backend.method}), which reads tables"
-        print(f"note: {why}" if why else f"{request.adapter.TITLE} {answer.engine_version} was asked: {found}")
-    if answer.is_from_files:
-        print(
-            f"today is what {request.adapter.TITLE} {answer.engine_version}'s own lookup answers, run from its files "
-            "without the rest of the engine, which was not asked; --ask asks it"
-        )
-
-
 def _say_outcome(request: TuneRequest, outcome: pipeline.TuneOutcome) -> None:
     engine = request.adapter.TITLE
     console.show(output.results(request, outcome))
-    _say_today(request, outcome.today)
+    plan_report.say_today(request, outcome.today)
     if gain := output.gain_line(output.gains(request, outcome), output.origin(outcome)):
         print(gain)
     if not outcome.kernel.is_engines_own:
@@ -216,7 +183,7 @@ def _run_layer(arguments: argparse.Namespace) -> Mapping[str, Any]:
     if arguments.dry_run:
         with console.Bar() as bar:
             plan = pipeline.make_plan(request, bar, ask=arguments.ask)
-        _say_plan(request, plan)
+        plan_report.say_plan(request, plan)
         return output.plan_document(request, plan)
     _check_store()
     with console.Bar() as bar:

@@ -1,14 +1,14 @@
-"""The models that are known without their config.json: the records of models.json."""
+"""The models that are known without their config.json: the records of models.json, and decoders.json."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib.resources import files
-from typing import cast
+from typing import Any, cast
 
-from sglang_moe_ext.core import MoEModel, Quantization
+from sglang_moe_ext.core import DecoderShape, MoEModel, Quantization
 
 QUANTIZATIONS: dict[str, Quantization] = {
     "bf16": Quantization(),
@@ -55,6 +55,17 @@ def builtin_models() -> dict[str, MoEModel]:
     return {record.model.name: record.model for record in builtin_records()}
 
 
+@cache
+def _decoders() -> dict[str, DecoderShape]:
+    """What stands around the experts, of the models of which that is known, by name."""
+    text = files(__package__).joinpath("decoders.json").read_text(encoding="utf-8")
+    return {stated["name"]: _decoder(stated) for stated in json.loads(text)}
+
+
+def _decoder(stated: dict[str, Any]) -> DecoderShape:
+    return DecoderShape(**{item.name: stated[item.name] for item in fields(DecoderShape) if item.name in stated})
+
+
 def _record(stated: dict[str, object]) -> BuiltinModel:
     codes = cast("list[str]", stated["quantizations"])
     quantizations = tuple(QUANTIZATIONS[code] for code in codes)
@@ -71,6 +82,7 @@ def _record(stated: dict[str, object]) -> BuiltinModel:
         zero_experts=cast(int, stated.get("zero_experts", 0)),
         source=f"built in, checked {stated['checked']}: {stated['source']}",
         moe_layers=cast(int, stated["moe_layers"]),
+        decoder=_decoders().get(cast(str, stated["name"])),
     )
     fp8 = cast("str | None", stated.get("fp8", "fp8_block" if "fp8_block" in codes else None))
     return BuiltinModel(

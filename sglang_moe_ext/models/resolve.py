@@ -14,6 +14,7 @@ from sglang_moe_ext.core import ModelError, MoEModel
 from sglang_moe_ext.models import mistral_native
 from sglang_moe_ext.models.checkpoint_names import FormatWithoutTables, NameMatch, close_names, match_name
 from sglang_moe_ext.models.config_fields import CONFIG_CLASS_ERRORS, Section, describe_error, refusal, show
+from sglang_moe_ext.models.decoder import read_decoder
 from sglang_moe_ext.models.depth import count_moe_layers
 from sglang_moe_ext.models.hf_config import from_config, leaves_to_its_class
 from sglang_moe_ext.models.quantization import read_quantization
@@ -166,18 +167,24 @@ def _resolve_hub(hub_id: str, *, trust_remote_code: bool) -> MoEModel:
 def _resolve_raw(raw: dict[str, object], *, name: str, source: str, of_class: Callable[[], Section]) -> MoEModel:
     """Read the file alone where it states everything; else ask transformers for the defaults of its class."""
     if not leaves_to_its_class(raw):
-        return replace(from_config(raw, name=name, source=source), moe_layers=count_moe_layers(raw))
+        return _with_depth(from_config(raw, name=name, source=source), raw)
     try:
         config = of_class()
     except ModelError as of_transformers:
         return _without_its_class(raw, of_transformers, name=name, source=source)
     model = from_config(config, name=name, source=source)
-    return replace(read_quantization(model, raw, source=source), moe_layers=count_moe_layers(config))
+    return _with_depth(read_quantization(model, raw, source=source), config)
+
+
+def _with_depth(model: MoEModel, config: Section) -> MoEModel:
+    """The model with what its config tells of the layers around the experts."""
+    counted = replace(model, moe_layers=count_moe_layers(config))
+    return replace(counted, decoder=read_decoder(config, counted))
 
 
 def _without_its_class(raw: dict[str, object], of_transformers: ModelError, *, name: str, source: str) -> MoEModel:
     try:
-        return replace(from_config(raw, name=name, source=source), moe_layers=count_moe_layers(raw))
+        return _with_depth(from_config(raw, name=name, source=source), raw)
     except ModelError as of_file:
         raise ModelError(f"{of_file}; {of_transformers}") from of_transformers
 

@@ -23,14 +23,14 @@ def find_measured(problem: Problem) -> tuple[str, Path] | None:
         TableError: a file of that name is no table.
     """
     name = install_target.table_names(problem.adapter, problem.shape, problem.gpu.device_name)[False]
-    for whose, folder in _folders(problem.engine):
+    for whose, folder in folders(problem.engine):
         stored = merge.read(folder / name)
         if stored is not None and stored.has_measured() and _is_for(stored, problem):
             return whose, folder / name
     return None
 
 
-def _folders(engine: EngineName) -> Iterator[tuple[str, Path]]:
+def folders(engine: EngineName) -> Iterator[tuple[str, Path]]:
     """Those of every Triton, the newest first: a server reads any of them."""
     shipped, own = package_data.folder("tuned_configs"), user_store.root_if_any()
     roots = {

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sglang_moe_ext.core import Gpu, MoEShape, Projection
 from sglang_moe_ext.engines.adapter import EngineAdapter, EngineName
+from sglang_moe_ext.gpu.decoder_roofline import Surroundings
 from sglang_moe_ext.tuning.bench.routing import RoutingSource
 from sglang_moe_ext.tuning.install_target import Install
 from sglang_moe_ext.tuning.problem import Problem
@@ -42,7 +43,7 @@ class TuneRequest:
     """One layer of one engine on one GPU. `gpu_is_here`: this machine has that GPU; `measuring` None: predict.
 
     `vllm_shape` is the layer as vLLM would launch it, None where that is unknown or impossible. `force`: predict
-    although a measured table for the layer is known.
+    although a measured table for the layer is known. `surroundings`: the rest of the model, None where unknown.
     """
 
     model: str
@@ -57,6 +58,7 @@ class TuneRequest:
     seed: int
     command: str
     force: bool = False
+    surroundings: Surroundings | None = None
 
     @property
     def shape(self) -> MoEShape:

@@ -15,77 +15,18 @@ import pytest
 from benchmarks import server_speed
 from benchmarks.server_speed import Clock
 from benchmarks.serving import dummy_weights, http_report, http_server, plugin_site
-from benchmarks.serving.http_client import Batch, Client, prompt
 from benchmarks.serving.http_report import Measured
-from benchmarks.serving.http_server import Launch, Said
+from benchmarks.serving.http_server import Launch
 from benchmarks.vs_upstream.report import Place
 from sglang_moe_ext import env
 from sglang_moe_ext.core import EngineError
+from sglang_moe_ext.e2e.client import Batch, Client, prompt
+from sglang_moe_ext.engines.server_log import Said, read_log
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.gpu.names import find_gpu
 from tests.engines.installed import ENGINES_DIR
 
-FAKE = '''
-"""Answers as SGLang does: `fails` refuses to generate, `short` answers with a token too few."""
-import json, os, subprocess, sys, threading, time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-WAY = sys.argv[1]
-if WAY == "dies":
-    sys.exit("no GPU")
-if WAY == "hangs":
-    time.sleep(60)
-together, most = 0, 0
-lock = threading.Lock()
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    def log_message(self, *_): pass
-    def do_GET(self): self.answer(200, b"")
-    def answer(self, status, body):
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-    def chunk(self, text):
-        self.wfile.write(b"%x\\r\\n%s\\r\\n" % (len(text), text))
-        self.wfile.flush()
-    def do_POST(self):
-        global together, most
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        new = request["sampling_params"]["max_new_tokens"] - (WAY == "short")
-        event = json.dumps({"text": "", "meta_info": {"completion_tokens": new}}).encode()
-        if WAY == "fails":
-            return self.answer(500, b"no memory")
-        if not request["stream"]:
-            with lock:
-                together += 1
-                most = max(most, together)
-                print("together", most, flush=True)
-            time.sleep(0.2)
-            with lock:
-                together -= 1
-            return self.answer(200, event)
-        self.send_response(200)
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        time.sleep(len(request["input_ids"]) / 10_000)
-        self.chunk(b": a comment\\n\\n")
-        event = b'{"error": {"message": "too long"}}' if WAY == "refuses" else event
-        self.chunk(b"data: " + event + b"\\n\\n")
-        time.sleep(len(request["input_ids"]) / 6_000)
-        self.chunk(b"data: [DONE]\\n\\n")
-        self.chunk(b"")
-
-child = subprocess.Popen(["sleep", "60"])
-print("child", child.pid, flush=True)
-if os.environ.get("SGLANG_MOE_EXT_DISABLE") != "1":
-    for second in range(2):
-        line = "sglang-moe-ext 1.0 is active in SGLang 0.5.15, by the entry point"
-        print(f"[2026-11-26 02:00:0{second}] {line}", flush=True)
-ThreadingHTTPServer.request_queue_size = 128
-ThreadingHTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve_forever()
-'''
+FAKE = (Path(__file__).parents[1] / "e2e" / "fake_server.py").read_text()
 PLACE = Place(
     find_gpu("H200"), SglangInstallation("0.5.15", Path("sglang"), "3.6.0"), "2026-11-26", "python -m benchmarks.it"
 )
@@ -228,7 +169,7 @@ def test_a_log_gives_lines_on_tables_once_and_errors() -> None:
         "[2026-11-26 02:00:11] RuntimeError: CUDA error: an illegal memory access",
     ]
     error = "RuntimeError: CUDA error: an illegal memory access"
-    assert http_server.read_log("\n".join(lines)) == Said(False, (told,), (error,))
+    assert read_log("\n".join(lines)) == Said(False, (told,), (error,))
 
 
 def three() -> list[Measured]:
@@ -381,4 +322,4 @@ def test_a_server_finds_the_plugin_before_any_other_path(tmp_path: Path, monkeyp
 
 def test_a_client_of_no_server_is_told_in_one_line() -> None:
     with pytest.raises(EngineError, match="did not answer a prompt of 10 tokens"):
-        Client(1).first_token_ms(10, 0)
+        Client("http://127.0.0.1:1").first_token_ms(10, 0)

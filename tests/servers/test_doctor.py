@@ -1,4 +1,4 @@
-"""`sglang-moe-ext doctor --url` asks a real server, in the environment that it was installed into."""
+"""`sglang-moe-ext doctor --url` asks a real server, in the environment that it was installed into; e2e measures it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sglang_moe_ext.cli import main
 from tests.servers import server as servers
 from tests.servers import tables
 from tests.servers.server import Server, Site, starting
@@ -47,3 +48,12 @@ def test_the_layer_of_a_server_is_examined(server: Server, site: Site) -> None:
     (examined,) = document["examined"]
     assert [finding["gemm"] for finding in examined["findings"]] == ["up", "down"]
     assert examined["reads_tables"] is False  # it runs on a CPU
+
+
+def test_a_server_is_measured_end_to_end(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = ["--input-lengths", "8", "--prompts", "2", "--batch-size", "2", "--runs", "1", "--decode-input", "4"]
+    words = [*cases, "--decode-output", "2", "--vocabulary", "256", "--order", "stock", "plugin", "--engine", "sglang"]
+    assert main.main(["e2e", "--urls", server.url, server.url, *words, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["compared"]["ttft"]["8"]["plugin_over_stock"] > 0
+    assert document["servers"][1]["tokens_per_s"]["2"]["mean"] > 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_moe_ext.cli import incumbent_source, main, output
+from sglang_moe_ext.cli import main, output
 from sglang_moe_ext.core import MoEShape, Resources, TileConfig
 from sglang_moe_ext.engines import lookup_memory
 from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
@@ -16,6 +16,7 @@ from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.tables import config_table, provenance
 from sglang_moe_ext.tables.provenance import Provenance, ProvenanceEntry, TuningRun
+from sglang_moe_ext.tuning import incumbent_source
 from sglang_moe_ext.tuning.compile.kernel_source import KernelSource
 from sglang_moe_ext.tuning.pipeline import TuneOutcome
 from sglang_moe_ext.tuning.problem import Problem

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
-from sglang_moe_ext.core import TableError
+from sglang_moe_ext.core import Origin, TableError
 from sglang_moe_ext.engines.lookup_probe import LookupResult
 from sglang_moe_ext.tables import config_table, provenance
 from sglang_moe_ext.tuning import install_target
@@ -15,10 +16,17 @@ from sglang_moe_ext.tuning.request import TuneRequest
 
 @dataclass(frozen=True, slots=True)
 class TodaysSource:
-    """Where the configuration at one number of tokens comes from, for people; `is_ours`: from this package."""
+    """Where the configuration at one number of tokens comes from, for people; `is_ours`: from this package.
+
+    `origin`: how it came to be, None where that is not known; `elsewhere`: the other GPU or Triton that it is of.
+    `gain`: how many times as fast as what ran before the layer was measured with it, None where that is not known.
+    """
 
     text: str
     is_ours: bool
+    origin: Origin | None = None
+    elsewhere: str = ""
+    gain: float | None = None
 
 
 def sources(request: TuneRequest, answer: LookupResult) -> Mapping[int, TodaysSource]:
@@ -31,7 +39,11 @@ def sources(request: TuneRequest, answer: LookupResult) -> Mapping[int, TodaysSo
 
 def _source(title: str, file: Path | None, tokens: int, by_plugin: str | None) -> TodaysSource:
     if by_plugin is not None:
-        return TodaysSource(by_plugin.partition(", entry")[0], not by_plugin.startswith("the engine's"))
+        gain = None if file is None else _measured_gain(file, tokens)
+        text, _, rest = by_plugin.partition(", entry")
+        stated, _, elsewhere = rest.partition("; ")[2].partition(", ")
+        of_plugin = next((one for one in get_args(Origin) if one == stated), None)
+        return TodaysSource(text, not by_plugin.startswith("the engine's"), of_plugin, elsewhere, gain)
     if file is None:
         return TodaysSource(f"{title}'s default", False)
     triton = file.parent.name.removeprefix("triton_").replace("_", ".") if "triton_" in file.parent.name else None
@@ -44,7 +56,15 @@ def _source(title: str, file: Path | None, tokens: int, by_plugin: str | None) -
     origin = None if known is None else known.origin(nearest)
     if origin is None:
         return TodaysSource(f"a table{made_with} that {title} ships, or that was put there by hand", False)
-    return TodaysSource(f"your {origin} table{made_with}", True)
+    return TodaysSource(f"your {origin} table{made_with}", True, origin, gain=_measured_gain(file, tokens))
+
+
+def _measured_gain(file: Path, tokens: int) -> float | None:
+    """The figure of the entry that is taken for so many tokens."""
+    known = provenance.read(file)
+    entries = {} if known is None else {m: it for m, it in known.entries.items() if it.origin == "measured"}
+    nearest = min(entries, key=lambda m: abs(m - tokens), default=None)
+    return None if nearest is None else entries[nearest].figures.get("gain")
 
 
 def describe(found: Mapping[int, TodaysSource]) -> list[str]:

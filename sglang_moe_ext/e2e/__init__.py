@@ -1,0 +1,1 @@
+"""A server end to end, stock against plugin: start it, send it requests, compare."""
