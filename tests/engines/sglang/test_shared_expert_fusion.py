@@ -16,12 +16,14 @@ from tests.engines.installed import ENGINE_VERSIONS, run_in_engine
 
 CHILD = Path(__file__).parents[1] / "children" / "fusion_gate.py"
 
-UNKNOWN_MODEL_TYPES = {"0.5.8": ["deepseek_v32"], "0.5.10": ["deepseek_v32"]}
-"""Known to the transformers of the test environment, unknown to the 4.57.1 and 5.3.0 that these versions pin."""
+UNKNOWN_MODEL_TYPES = ["deepseek_v32"]
+"""Known to the transformers of the test environment, unknown to the 4.57.1 and 5.3.0 that SGLang pins until 0.5.11."""
 
 ABSENT_PACKAGES = {
-    "0.5.15": ["cutlass", "cuda"],  # dsa kernels import CuTe DSL unconditionally; it needs a CUDA wheel
-    "0.5.20": ["vllm"],  # bailing_moe_v3 imports a kernel of it wherever is_cuda() is false
+    # dsa kernels import CuTe DSL unconditionally; it needs a CUDA wheel
+    **{it: ["cutlass", "cuda"] for it in ("0.5.13", "0.5.14", "0.5.15", "0.5.16", "0.5.17")},
+    # bailing_moe_v3 imports a kernel of it wherever is_cuda() is false
+    **{it: ["vllm"] for it in ("0.5.19", "0.5.20", "0.5.21", "0.5.22")},
 }
 
 SIZES: dict[str, Any] = {
@@ -216,8 +218,8 @@ def engine_says(version: str) -> dict[str, Any]:
             name: {"module": case.module, "ep": ep, "config": case.config}
             for name, (case, ep) in asked(version).items()
         },
-        "unknown_model_types": UNKNOWN_MODEL_TYPES.get(version, []),
-        "absent_packages": ABSENT_PACKAGES.get(version, []),
+        "unknown_model_types": UNKNOWN_MODEL_TYPES if parse_version(version) < (0, 5, 12) else [],
+        "absent_packages": ABSENT_PACKAGES.get(version.partition(".post")[0], []),
     }
     answer: dict[str, Any] = run_in_engine(version, CHILD, request)
     return answer
