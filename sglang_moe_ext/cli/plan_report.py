@@ -75,8 +75,8 @@ def _worth_grid(request: TuneRequest, worth: Worth) -> Grid:
             tuning_cell(row.tuning),
             _kernels_cell(row),
             _NOTHING if row.moe_share is None else f"{row.moe_share:.0%}",
-            _of_pass(row, row.tuning.low, row.tuning.high),
-            _NOTHING if row.kernels is None or row.kernels_run else _of_pass(row, row.kernels.value, row.kernels.value),
+            _range(row.saved_by_tuning()),
+            _NOTHING if (saved := row.saved_by_kernels()) is None else f"{saved:.0%}",
         ]
         for row in worth.rows
     ]
@@ -111,11 +111,11 @@ def _kernels_cell(row: WorthRow) -> str:
     return f"{row.kernels.value:.2f}x at {row.kernels.tokens}{runs}" if row.kernels.value > 1 else "slower"
 
 
-def _of_pass(row: WorthRow, low: float, high: float) -> str:
-    least, most = row.saved(low), row.saved(high)
-    if least is None or most is None:
+def _range(saved: tuple[float, float] | None) -> str:
+    if saved is None:
         return _NOTHING
-    return f"{least:.0%}" if round(least, 2) == round(most, 2) else f"{least:.0%} to {most:.0%}"
+    least, most = (f"{share:.0%}" for share in saved)
+    return least if least == most else f"{least} to {most}"
 
 
 def _bases(request: TuneRequest, worth: Worth) -> list[str]:
@@ -152,6 +152,7 @@ def worth_document(worth: Worth) -> Mapping[str, Any]:
 
 def _row_document(row: WorthRow) -> Mapping[str, Any]:
     gain, kernels, source = row.tuning, row.kernels, row.source
+    by_tuning = row.saved_by_tuning()
     return {
         "m": row.tokens,
         "phase": "prefill" if row.is_prefill else "decode",
@@ -176,8 +177,8 @@ def _row_document(row: WorthRow) -> Mapping[str, Any]:
             "source": kernels.source,
         },
         "moe_share": _rounded(row.moe_share, 4),
-        "saved_by_tuning": [_rounded(row.saved(bound), 4) for bound in (gain.low, gain.high)],
-        "saved_by_kernels": None if kernels is None else _rounded(row.saved(kernels.value), 4),
+        "saved_by_tuning": None if by_tuning is None else [round(share, 4) for share in by_tuning],
+        "saved_by_kernels": _rounded(row.saved_by_kernels(), 4),
     }
 
 

@@ -58,6 +58,15 @@ class WorthRow:
         """The share of a forward pass that is saved, at most, where the layer becomes so many times as fast."""
         return None if self.moe_share is None else self.moe_share * (1 - 1 / gain)
 
+    def saved_by_tuning(self) -> tuple[float, float] | None:
+        """From what share to what share; None where that is not known."""
+        least, most = self.saved(self.tuning.low), self.saved(self.tuning.high)
+        return None if self.tuning.basis == "unknown" or least is None or most is None else (least, most)
+
+    def saved_by_kernels(self) -> float | None:
+        """None where nobody measured it, or where they run already."""
+        return None if self.kernels is None or self.kernels_run else self.saved(self.kernels.value)
+
 
 @dataclass(frozen=True, slots=True)
 class Worth:

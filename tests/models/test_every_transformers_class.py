@@ -104,7 +104,7 @@ def weights(config):
 
 def numbers(model):
     kept = asdict(model)
-    kept.pop("moe_layers")  # counted from a folder's config alone
+    del kept["moe_layers"], kept["decoder"]  # read from a folder's config alone
     del kept["name"], kept["source"]
     return kept
 

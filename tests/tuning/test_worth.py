@@ -146,6 +146,7 @@ def test_without_an_engine_and_a_table_what_tuning_wins_is_unknown() -> None:
     assert guess_today(request(UNKNOWN)) is None
     found, said = weighed(request(UNKNOWN), None)
     assert {row.tuning.basis for row in found.rows} == {"unknown"}
+    assert {row.saved_by_tuning() for row in found.rows} == {None}
     assert "What tuning can win of prefill at 4,096 tokens is not known: SGLang is not installed here" in said
 
 
