@@ -35,6 +35,14 @@ _FAILURES = (OSError, http.client.HTTPException, ValueError, AttributeError)
 
 
 @dataclass(frozen=True, slots=True)
+class FirstToken:
+    """Milliseconds from sending a prompt to the first token of its answer, and to the end of the answer."""
+
+    ms: float
+    whole_ms: float
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Requests that were sent at once, answered in full. `tokens`: generated, of all requests."""
 
@@ -48,9 +56,9 @@ class Batch:
         return self.tokens / self.seconds
 
 
-def prompt(tokens: int, seed: int, vocabulary: int = VOCABULARY) -> list[int]:
-    """Token ids that another seed does not begin with: no cache of prefixes can answer."""
-    return random.Random(seed).choices(range(vocabulary), k=tokens)
+def prompt(tokens: int, seed: int | str, vocabulary: int = VOCABULARY) -> list[int]:
+    """Token ids that neither another seed nor another length begins with: no cache of prefixes can answer."""
+    return random.Random(f"{tokens} {seed}").choices(range(vocabulary), k=tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +89,12 @@ class Client:
         except _FAILURES:
             return False
 
-    def first_token_ms(self, tokens: int, seed: int) -> float:
-        """From sending a prompt of so many tokens to the first event of its stream, which has a token.
+    def first_token_ms(self, tokens: int, seed: int | str) -> float:
+        """The milliseconds to the first token alone, as `first_token`."""
+        return self.first_token(tokens, seed).ms
+
+    def first_token(self, tokens: int, seed: int | str) -> FirstToken:
+        """Send a prompt of so many tokens, for one new token, and time the first event of its stream, which has it.
 
         Raises:
             EngineError: the server refuses the request, does not answer in time, or streams something else.
@@ -97,18 +109,18 @@ class Client:
                 if not self.api.has_token(_parsed(first)):
                     raise EngineError(f"the server answered {first[:200]!r}, expected generated tokens")
                 _read(response)
-                return ms
+                return FirstToken(ms, (time.perf_counter() - begun) * 1e3)
         except _FAILURES as error:
             raise EngineError(f"the server did not answer a prompt of {tokens} tokens: {_why(error)}") from error
 
-    def batch(self, requests: int, tokens: int, new_tokens: int, seed: int) -> Batch:
+    def batch(self, requests: int, tokens: int, new_tokens: int, seed: int | str) -> Batch:
         """So many requests at once, each with a prompt of `tokens` and an answer of `new_tokens`.
 
         Raises:
             EngineError: a request fails, or is answered by fewer tokens.
         """
         bodies = [
-            self._body(tokens, seed * 1000 + number, most_new=new_tokens, is_streamed=False)
+            self._body(tokens, f"{seed} {requests} {number}", most_new=new_tokens, is_streamed=False)
             for number in range(requests)
         ]
         outcomes: queue.SimpleQueue[int | EngineError] = queue.SimpleQueue()
@@ -150,7 +162,7 @@ class Client:
         except EngineError as error:
             raise EngineError(f"the server answered {text[:200]!r}, {error}") from None
 
-    def _body(self, tokens: int, seed: int, *, most_new: int, is_streamed: bool) -> bytes:
+    def _body(self, tokens: int, seed: int | str, *, most_new: int, is_streamed: bool) -> bytes:
         ids = prompt(tokens, seed, self.vocabulary)
         return json.dumps(self.api.body(ids, self.model, most_new=most_new, is_streamed=is_streamed)).encode()
 

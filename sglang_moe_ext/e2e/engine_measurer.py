@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -12,13 +13,14 @@ from pathlib import Path
 
 from sglang_moe_ext.core import EngineError
 from sglang_moe_ext.e2e.client import Client
-from sglang_moe_ext.e2e.measure import SEEDS_A_VISIT, WARM_UPS, Cases, FirstTokens, Sample, sample
+from sglang_moe_ext.e2e.measure import WARM_UPS, Cases, FirstTokens, Sample, sample
 from sglang_moe_ext.engines import serving_benchmark
 from sglang_moe_ext.engines.serving_benchmark import Figures, Load
 from sglang_moe_ext.untrusted import show
 
 _START_S = 300.0
 _SHOWN = 400
+_LARGEST_SEED = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +30,14 @@ class EngineMeasurer:
     client: Client
 
     def first_tokens(self, tokens: int, cases: Cases, visit: int) -> FirstTokens:
-        seed = cases.seed + visit * SEEDS_A_VISIT
-        found = self._run(Load(cases.prompts, 1, tokens, 1, WARM_UPS, seed))
+        found = self._run(Load(cases.prompts, 1, tokens, 1, WARM_UPS, _seed(cases, visit, tokens)))
         # It divides by the number of values, a sample by one less.
         unbiased = math.sqrt(found.completed / (found.completed - 1)) if found.completed > 1 else 0.0
         ttft = Sample(found.mean_ttft_ms, found.deviation_ttft_ms * unbiased, found.completed)
         return FirstTokens(ttft, found.requests_per_s)
 
     def decode(self, batch: int, cases: Cases, visit: int) -> Sample:
-        seed = cases.seed + visit * SEEDS_A_VISIT
+        seed = _seed(cases, visit, batch)
         loads = [
             Load(batch, batch, cases.decode_input, cases.decode_output, 1, seed + run) for run in range(cases.runs)
         ]
@@ -69,3 +70,8 @@ class EngineMeasurer:
         if found.completed != load.requests:
             raise EngineError(f"{found.completed} of {load.requests} requests of the engine's benchmark were answered")
         return found
+
+
+def _seed(cases: Cases, visit: int, case: int) -> int:
+    """Another one for each case of each visit: prompts that begin alike would be answered from a cache of prefixes."""
+    return random.Random(f"{cases.seed} {visit} {case}").randrange(_LARGEST_SEED)

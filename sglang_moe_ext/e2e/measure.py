@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -17,7 +16,6 @@ Kind = Literal["stock", "plugin"]
 Progress = Callable[[str, int, int], None]
 WARM_UPS = 2
 """Before the prompts that count: the first may compile."""
-SEEDS_A_VISIT = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +86,16 @@ class OwnMeasurer:
     client: Client
 
     def first_tokens(self, tokens: int, cases: Cases, visit: int) -> FirstTokens:
-        seed = cases.seed + visit * SEEDS_A_VISIT
         for number in range(WARM_UPS):
-            self.client.first_token_ms(tokens, seed + number)
-        begun = time.perf_counter()
-        taken = [self.client.first_token_ms(tokens, seed + WARM_UPS + number) for number in range(cases.prompts)]
-        return FirstTokens(sample(taken), cases.prompts / (time.perf_counter() - begun))
+            self.client.first_token(tokens, f"{cases.seed} {visit} warm {number}")
+        taken = [self.client.first_token(tokens, f"{cases.seed} {visit} {number}") for number in range(cases.prompts)]
+        return FirstTokens(sample([it.ms for it in taken]), cases.prompts / sum(it.whole_ms for it in taken) * 1e3)
 
     def decode(self, batch: int, cases: Cases, visit: int) -> Sample:
-        seed = cases.seed + visit * SEEDS_A_VISIT
         rates = [
-            self.client.batch(batch, cases.decode_input, cases.decode_output, seed + run).tokens_per_s
+            self.client.batch(
+                batch, cases.decode_input, cases.decode_output, f"{cases.seed} {visit} {run}"
+            ).tokens_per_s
             for run in range(cases.runs + 1)
         ]
         return sample(rates[1:])

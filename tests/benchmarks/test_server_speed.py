@@ -79,6 +79,11 @@ def test_prompts_of_two_seeds_differ_from_the_first_token_on() -> None:
     assert prompt(1000, 1)[0] != prompt(1000, 2)[0]
 
 
+def test_no_prompt_is_the_beginning_of_a_longer_one() -> None:
+    assert prompt(1024, 1)[:512] != prompt(512, 1)
+    assert prompt(1024, 1)[0] != prompt(512, 1)[0]
+
+
 @pytest.mark.parametrize(
     ("way", "complaint"),
     [

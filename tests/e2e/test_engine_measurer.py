@@ -61,7 +61,9 @@ def test_a_length_is_one_run_one_request_at_a_time(measurer: Measurers) -> None:
     found = by.first_tokens(512, CASES, visit=0)
     assert (found.ttft_ms.mean, found.ttft_ms.count, found.requests_per_s) == (120.0, 4, 8.0)
     assert found.ttft_ms.deviation == pytest.approx(3.0 * (4 / 3) ** 0.5), "of a sample, not of all there are"
-    assert asked == [Load(4, 1, 512, 1, WARM_UPS, 7)]
+    assert asked == [Load(4, 1, 512, 1, WARM_UPS, asked[0].seed)]
+    by.first_tokens(1024, CASES, visit=0)
+    assert asked[0].seed != asked[1].seed, "prompts that begin alike are answered from a cache"
 
 
 def test_a_batch_runs_as_often_as_asked_with_other_prompts(measurer: Measurers) -> None:
