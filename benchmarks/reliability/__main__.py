@@ -118,7 +118,8 @@ def main() -> int:
         for fault in result.faults[:_SHOWN_FAULTS]:
             print(f"  {fault!a}", flush=True)
     if arguments.out is not None:
-        arguments.out.write_text("\n".join([head, "", *lines]) + "\n", encoding="utf-8")
+        said = "What was damaged or killed, and how often it went wrong, by `python -m benchmarks.reliability`:"
+        arguments.out.write_text("\n".join(["# Reliability", "", head, said, "", *lines]) + "\n", encoding="utf-8")
     return 1 if faults else 0
 
 
