@@ -1,0 +1,1 @@
+"""Random damage to all that this package reads from strangers, in large numbers."""
