@@ -14,14 +14,29 @@ from tests.engines.installed import VLLM_VERSIONS, run_in_engine, run_in_vllm, v
 CHILDREN = Path(__file__).parent / "children"
 GRAPHS = [1, 2, 4, 8, 12, 16, 24, 32]
 TOKENS = [1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
-SGLANG_VERSIONS = ("0.5.12", "0.5.18", "0.5.23")
-"""Before settings had namespaces, when they got them, and the newest."""
+SGLANG_VERSIONS = ("0.5.12", "0.5.23")
+"""Before settings had namespaces, and with them."""
 ARGUMENTS = {
-    "model_path": "m", "quantization": None, "trust_remote_code": False, "disable_shared_experts_fusion": True,
-    "tp_size": 4, "ep_size": 2, "pp_size": 1, "dp_size": 1, "nnodes": 1, "moe_dp_size": 1, "gpu_id_step": 1,
-    "base_gpu_id": 2, "chunked_prefill_size": 8192, "max_prefill_tokens": 16384, "enable_dp_attention": False,
-    "moe_runner_backend": "triton", "moe_a2a_backend": "none", "ep_num_redundant_experts": 0,
-    "enable_deterministic_inference": False, "speculative_num_draft_tokens": None,
+    "model_path": "m",
+    "quantization": None,
+    "trust_remote_code": False,
+    "disable_shared_experts_fusion": True,
+    "tp_size": 4,
+    "ep_size": 2,
+    "pp_size": 1,
+    "dp_size": 1,
+    "nnodes": 1,
+    "moe_dp_size": 1,
+    "gpu_id_step": 1,
+    "base_gpu_id": 2,
+    "chunked_prefill_size": 8192,
+    "max_prefill_tokens": 16384,
+    "enable_dp_attention": False,
+    "moe_runner_backend": "triton",
+    "moe_a2a_backend": "none",
+    "ep_num_redundant_experts": 0,
+    "enable_deterministic_inference": False,
+    "speculative_num_draft_tokens": None,
 }
 
 
