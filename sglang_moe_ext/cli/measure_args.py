@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -27,7 +28,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--budget", type=float, metavar="SECONDS", help="search no longer than that, start-up apart")
     how.add_argument(
         "--deadline",
-        type=float,
+        type=_parse_deadline,
         metavar="SECONDS",
         help="end by then, start-up included: batch sizes that were not compared by then are left out",
     )
@@ -96,6 +97,22 @@ def add_how_to(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return how
 
 
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """Of the whole command, however many layers it tunes: `ends` by time.monotonic()."""
+
+    seconds: float
+    ends: float
+
+
+def _parse_deadline(text: str) -> Deadline:
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of seconds") from None
+    return Deadline(seconds, time.monotonic() + seconds)
+
+
 def is_comparison(arguments: argparse.Namespace) -> bool:
     """True where the flags ask to race what is given, instead of tuning."""
     return arguments.configs is not None or bool(arguments.cmp_configs)
@@ -110,7 +127,8 @@ def check(arguments: argparse.Namespace) -> None:
     seed = arguments.seed
     if arguments.use_deep_gemm:
         raise MoEExtError("--use-deep-gemm: DeepGEMM reads no table, so there is nothing to tune: leave it out")
-    for flag, seconds in (("--budget", arguments.budget), ("--deadline", arguments.deadline)):
+    deadline = None if arguments.deadline is None else arguments.deadline.seconds
+    for flag, seconds in (("--budget", arguments.budget), ("--deadline", deadline)):
         if seconds is not None and not 0 < seconds < math.inf:
             raise MoEExtError(f"{flag} {seconds:g}: expected a positive number of seconds")
     if not 0 <= seed <= _LARGEST_SEED:
@@ -173,7 +191,7 @@ def measure_options(
         effort=arguments.effort,
         with_tma=adapter.gemms_with_tma(shape.quantization, engine.version, gpu.sm),
         budget_s=arguments.budget,
-        deadline=None if arguments.deadline is None else time.monotonic() + arguments.deadline,
+        deadline=None if arguments.deadline is None else arguments.deadline.ends,
         routing=_routing(arguments, shape),
         gpus=() if arguments.ray is not None else _gpus(arguments.gpus, gpu),
         ray=arguments.ray,

@@ -116,15 +116,20 @@ class Tuner:
         if status is None:
             why = f"the tuner did not end within {self.seconds:.0f} s and {GRACE_S:.0f} s more"
             return TuneOutcome(f"not tuned, {why}; the server starts as before; see {where}", now)
-        said = self._document()
-        if status != 0 or said is None:
-            why = show((said or {}).get("error", f"the tuner ended with status {status}"))
-            return TuneOutcome(f"not tuned: {why}; the server starts as before; see {where}", now)
-        if needless := said.get("needless"):
-            return TuneOutcome(f"not tuned: {show(needless)}", now, is_settled=True)
-        written = tuple(map(str, said.get("written", ())))
-        sizes = f"{said.get('entries')} batch sizes"
-        return TuneOutcome(f"tuned {sizes}, once: {show(', '.join(written))}", now, is_settled=True, tables=written)
+        said = self._document() or {}
+        # Of a model whose MoE layers differ, each has a document of its own.
+        layers = [layer for layer in said.get("layers", [said]) if isinstance(layer, dict)]
+        written = tuple(str(path) for layer in layers for path in layer.get("written", ()))
+        error = next((layer["error"] for layer in layers if "error" in layer), None)
+        if status != 0 or error is not None or not said:
+            why = show(f"the tuner ended with status {status}" if error is None else error)
+            return TuneOutcome(f"not tuned: {why}; the server starts as before; see {where}", now, tables=written)
+        if not written:
+            why = show(", ".join(str(layer.get("needless", "nothing was written")) for layer in layers))
+            return TuneOutcome(f"not tuned: {why}", now, is_settled=True)
+        sizes = sum(int(layer.get("entries", 0)) for layer in layers)
+        text = f"tuned {sizes} batch sizes, once: {show(', '.join(written))}"
+        return TuneOutcome(text, now, is_settled=True, tables=written)
 
     def _document(self) -> Mapping[str, Any] | None:
         try:

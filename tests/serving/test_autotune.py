@@ -114,6 +114,12 @@ def test_a_start_tunes_again_where_the_table_is_gone_or_the_outcome_is_broken(st
     assert len(runs(stand_in)) == 2
 
 
+def test_a_model_of_which_one_layer_failed_is_tried_again(stand_in: Path) -> None:
+    (stand_in / "does").write_text("one of two fails")
+    outcome = tune_once(tuner(stand_in), time.time())
+    assert "no time was left" in outcome.text and tuner(stand_in).read_settled() is None
+
+
 def test_what_is_needless_is_asked_once(stand_in: Path) -> None:
     (stand_in / "does").write_text("needless")
     assert tune_once(tuner(stand_in), time.time()).text == "not tuned: it is known"

@@ -24,6 +24,9 @@ if does == "hang":
 if does == "fail":
     print(json.dumps({"error": "no GPU answers"}))
     sys.exit(1)
+if does == "one of two fails":
+    print(json.dumps({"layers": [{"written": [__file__], "entries": 2}, {"error": "no time was left"}]}))
+    sys.exit(1)
 if does == "crash":
     os.abort()
 if does == "needless":
