@@ -17,8 +17,10 @@ def test_a_file_that_was_cut_off_is_found(tmp_path: Path) -> None:
 
 
 def test_a_tuner_that_was_left_is_found() -> None:
-    left = subprocess.Popen([sys.executable, "-c", "input()", "--for-server", "1"], stdin=subprocess.PIPE)
+    command = [sys.executable, "-c", "print(flush=True); input()", "--for-server", "1"]
+    left = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
+        assert left.stdout is not None and left.stdout.readline()
         assert left.pid in autotune_start.tuners()
     finally:
         left.kill()

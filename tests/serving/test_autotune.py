@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import signal
 import subprocess
@@ -195,6 +196,12 @@ def test_a_second_start_starts_no_process_and_says_nothing(store: Path, caplog: 
     caplog.clear()
     autotune.before_load("sglang", lambda: LAYER)
     assert len(runs(store)) == 1 and caplog.messages == []
+
+
+def test_a_server_on_another_gpu_of_that_name_uses_the_same_result(store: Path) -> None:
+    autotune.before_load("sglang", lambda: LAYER)
+    autotune.before_load("sglang", lambda: dataclasses.replace(LAYER, gpus=(2, 3)))
+    assert len(runs(store)) == 1
 
 
 @pytest.mark.parametrize("text", ["yes", "nan", "-1", "0.5", "1e9"])
