@@ -9,6 +9,7 @@ DISABLE = "SGLANG_MOE_EXT_DISABLE"
 KERNELS = "SGLANG_MOE_EXT_KERNELS"
 STORE = "SGLANG_MOE_EXT_STORE"
 CAPTURE = "SGLANG_MOE_EXT_CAPTURE"
+AUTOTUNE = "SGLANG_MOE_EXT_AUTOTUNE"
 SGLANG_CONFIG_DIR = "SGLANG_MOE_CONFIG_DIR"
 VLLM_CONFIG_FOLDER = "VLLM_TUNED_CONFIG_FOLDER"
 SGLANG_PLUGINS = "SGLANG_PLUGINS"
@@ -21,6 +22,8 @@ MEANINGS = {
     STORE: "your own store of tables, instead of `~/.local/share/sglang_moe_ext`",
     CAPTURE: "`DIR[:max_files][:min_tokens]`: an SGLang server writes its topk_ids (which experts each token chose) "
     "there, for `tune --topk-ids-dir`",
+    AUTOTUNE: "seconds, or `1` for 60: a server that starts with a layer without a measured table tunes it for about "
+    "so long, before it loads the weights",
     SGLANG_CONFIG_DIR: "SGLang's own: it reads tables from this folder alone, and `tune` writes there where it is set",
     VLLM_CONFIG_FOLDER: "vLLM's own: it reads tables from this folder first, and `tune` writes there where it is set",
     SGLANG_PLUGINS: "SGLang's own list of plugins to load; one without `sglang_moe_ext` keeps this package out",

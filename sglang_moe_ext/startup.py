@@ -19,6 +19,9 @@ LAYER_MODULES = (
 )
 """As in engines/, which is too much to load here. vLLM loads plugins in all its processes, but no script does."""
 
+LOADING_MODULES = ("sglang.srt.model_executor.model_runner", "vllm.v1.worker.gpu_worker")
+"""Each has the function that loads a model, as in engines/*/model_loading.py."""
+
 SCRIPT_MODULES = ("common_utils", "benchmark_moe")
 """Names under which upstream's scripts import their helper, or are imported themselves; in any folder."""
 SCRIPT_FUNCTIONS = ("get_model_config", "get_model_params")
@@ -34,6 +37,15 @@ def _attach(layer: "ModuleType") -> None:
     except Exception as error:  # the engine runs as if we were not installed
         _say(f"cannot hook {layer.__name__}: {error!r}")
     _await_arguments()
+
+
+def _tune_first(module: "ModuleType") -> None:
+    try:
+        from sglang_moe_ext.serving.plugin import tune_before_loading
+
+        tune_before_loading(module)
+    except Exception as error:  # the engine runs as if we were not installed
+        _say(f"cannot hook {module.__name__}: {error!r}")
 
 
 def _patch(module: "ModuleType") -> None:
@@ -81,3 +93,6 @@ def install() -> None:
         import_hook.on_import(name, _patch)
     for name in LAYER_MODULES:
         import_hook.on_import(name, _attach)
+    if env.is_on(env.AUTOTUNE):
+        for name in LOADING_MODULES:
+            import_hook.on_import(name, _tune_first)

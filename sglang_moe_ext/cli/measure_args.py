@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -24,6 +26,12 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     """Add the flags; those that upstream's tuning scripts have keep their names and meaning."""
     how = add_how_to(parser)
     how.add_argument("--budget", type=float, metavar="SECONDS", help="search no longer than that, start-up apart")
+    how.add_argument(
+        "--deadline",
+        type=_parse_deadline,
+        metavar="SECONDS",
+        help="end by then, start-up included: batch sizes that were not compared by then are left out",
+    )
     how.add_argument(
         "--resume",
         nargs="?",
@@ -89,6 +97,22 @@ def add_how_to(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return how
 
 
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """Of the whole command, however many layers it tunes: `ends` by time.monotonic()."""
+
+    seconds: float
+    ends: float
+
+
+def _parse_deadline(text: str) -> Deadline:
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of seconds") from None
+    return Deadline(seconds, time.monotonic() + seconds)
+
+
 def is_comparison(arguments: argparse.Namespace) -> bool:
     """True where the flags ask to race what is given, instead of tuning."""
     return arguments.configs is not None or bool(arguments.cmp_configs)
@@ -100,11 +124,13 @@ def check(arguments: argparse.Namespace) -> None:
     Raises:
         MoEExtError: the message names the flag.
     """
-    budget, seed = arguments.budget, arguments.seed
+    seed = arguments.seed
     if arguments.use_deep_gemm:
         raise MoEExtError("--use-deep-gemm: DeepGEMM reads no table, so there is nothing to tune: leave it out")
-    if budget is not None and not 0 < budget < math.inf:
-        raise MoEExtError(f"--budget {budget:g}: expected a positive number of seconds")
+    deadline = None if arguments.deadline is None else arguments.deadline.seconds
+    for flag, seconds in (("--budget", arguments.budget), ("--deadline", deadline)):
+        if seconds is not None and not 0 < seconds < math.inf:
+            raise MoEExtError(f"{flag} {seconds:g}: expected a positive number of seconds")
     if not 0 <= seed <= _LARGEST_SEED:
         raise MoEExtError(f"--seed {seed}: expected a number from 0 to {_LARGEST_SEED}")
     if arguments.ray is not None and arguments.gpus is not None:
@@ -119,7 +145,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 def _check_comparison(arguments: argparse.Namespace) -> None:
     flag = _comparing_flag(arguments)
-    for word in ("dry_run", "resume", "budget", "output_dir"):
+    for word in ("dry_run", "resume", "budget", "deadline", "output_dir"):
         if getattr(arguments, word) not in (None, False):
             other = f"--{word.replace('_', '-')}"
             raise MoEExtError(f"{other} is about tuning, and {flag} only measures what is given: leave one of them out")
@@ -137,6 +163,7 @@ def refuse_without_measuring(arguments: argparse.Namespace, why: str) -> None:
         "--gpus": arguments.gpus is not None,
         "--ray": arguments.ray is not None,
         "--budget": arguments.budget is not None,
+        "--deadline": arguments.deadline is not None,
         "--effort": arguments.effort != _EFFORT,
         "--topk-ids-dir": arguments.topk_ids_dir is not None,
         "--routing": arguments.routing != routing.MIXED.name,
@@ -164,6 +191,7 @@ def measure_options(
         effort=arguments.effort,
         with_tma=adapter.gemms_with_tma(shape.quantization, engine.version, gpu.sm),
         budget_s=arguments.budget,
+        deadline=None if arguments.deadline is None else arguments.deadline.ends,
         routing=_routing(arguments, shape),
         gpus=() if arguments.ray is not None else _gpus(arguments.gpus, gpu),
         ray=arguments.ray,

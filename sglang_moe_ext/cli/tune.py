@@ -15,6 +15,7 @@ from sglang_moe_ext.cli import (
     measure_args,
     output,
     plan_report,
+    tune_for_server,
     tune_grouped_gemm,
 )
 from sglang_moe_ext.cli.command import Command, configure
@@ -45,6 +46,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("-v", "--verbose", action="store_true", help="print why each candidate was left out")
     measure_args.add_to(parser)
+    tune_for_server.add_to(parser)
     tune_grouped_gemm.add_to(parser)
     install_target.add_to(parser)
 
@@ -153,6 +155,7 @@ def run(arguments: argparse.Namespace) -> Mapping[str, Any]:
     Raises:
         MoEExtError: any of this package's errors.
     """
+    tune_for_server.begin(arguments)
     if arguments.kernel == "grouped_gemm":
         measure_args.check(arguments)
         arguments.is_measuring = True
@@ -172,6 +175,9 @@ def run(arguments: argparse.Namespace) -> Mapping[str, Any]:
 def _run_layer(arguments: argparse.Namespace) -> Mapping[str, Any]:
     request = request_of(arguments, arguments.command_line)
     arguments.is_measuring = request.measuring is not None  # for what an interrupt says
+    if needless := tune_for_server.why_needless(arguments, request):
+        print(f"nothing to do: {needless}")
+        return {"needless": needless}
     adapter = request.adapter
     if request.gpu_is_here and not arguments.predict and adapter.find() is None:
         print(f"{adapter.TITLE} is not installed here, and only its own kernel is worth measuring: predicting instead")

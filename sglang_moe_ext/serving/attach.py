@@ -34,11 +34,15 @@ class ConfigChooser(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineHooks:
-    """How one engine is hooked. `keeps_out`: whether its own `plugins` variable leaves out a plugin."""
+    """How one engine is hooked. `keeps_out`: whether its own `plugins` variable leaves out a plugin.
+
+    `open_log`: let our lines reach the engine's log, before the layer is hooked.
+    """
 
     plugins: str
     keeps_out: Callable[[str | None, str], bool]
     put_in: Callable[[ModuleType, str], ConfigChooser]
+    open_log: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +113,8 @@ def hooks_of(engine: Engine) -> EngineHooks:
     if engine == "vllm":
         from sglang_moe_ext.serving import vllm_hooks
 
-        return EngineHooks(env.VLLM_PLUGINS, vllm_hooks.excludes_plugin, vllm_hooks.install_hooks)
+        hooks = (vllm_hooks.excludes_plugin, vllm_hooks.install_hooks, vllm_hooks.log_through_engine)
+        return EngineHooks(env.VLLM_PLUGINS, *hooks)
     from sglang_moe_ext.serving import sglang_hooks
 
     return EngineHooks(env.SGLANG_PLUGINS, sglang_hooks.excludes_plugin, sglang_hooks.install_hooks)

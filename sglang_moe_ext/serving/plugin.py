@@ -7,7 +7,7 @@ import sys
 import time
 from types import ModuleType
 
-from sglang_moe_ext import __version__, import_hook
+from sglang_moe_ext import __version__, env, import_hook
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,19 @@ def attach_patched() -> None:
     _attach_or_expect("a patch", "sglang")
 
 
+def tune_before_loading(module: ModuleType) -> None:
+    """Have the engine tune a layer before it loads a model, where that module has the function that loads one."""
+    try:
+        from sglang_moe_ext.serving import autotune
+    except Exception as error:
+        _say_off(error)
+    else:
+        autotune.hook_loading(module)
+
+
 def _attach_or_expect(way: str, engine: str) -> None:
+    if env.is_on(env.AUTOTUNE):
+        _expect_loading(engine)
     try:
         modules = _layer_modules(engine)
     except Exception as error:  # an installation of ours that is broken is no reason for a server to end
@@ -39,6 +51,21 @@ def _attach_or_expect(way: str, engine: str) -> None:
         return
     for name in modules:
         import_hook.on_import(name, lambda module: attach_engine(module, way))
+
+
+def _expect_loading(engine: str) -> None:
+    try:
+        if engine == "vllm":
+            from sglang_moe_ext.engines.vllm.model_loading import MODULE
+        else:
+            from sglang_moe_ext.engines.sglang.model_loading import MODULE
+    except Exception as error:
+        _say_off(error)
+        return
+    if MODULE in sys.modules:  # a scheduler imports it before it loads plugins
+        tune_before_loading(sys.modules[MODULE])
+    else:
+        import_hook.on_import(MODULE, tune_before_loading)
 
 
 def _layer_modules(engine: str) -> tuple[str, ...]:

@@ -6,8 +6,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+from sglang_moe_ext import env
 from sglang_moe_ext.core import Table, TileConfig
 from sglang_moe_ext.engines import running_engine
 from sglang_moe_ext.engines.lookup_args import LookupLayer
@@ -131,6 +132,13 @@ def _standing(candidate: TableCandidate, tokens: int) -> int:
     return _STANDING[origin]
 
 
+def _is_measured(candidate: TableCandidate) -> bool:
+    """Whether it has an entry for the running Triton that was measured, or that the engine ships."""
+    is_for_any_triton = candidate.table_dir.is_flat and candidate.known is None
+    is_here = candidate.is_exact_triton or is_for_any_triton
+    return is_here and any(_standing(candidate, tokens) == 0 for tokens in candidate.up)
+
+
 def _rank(candidate: TableCandidate, tokens: int) -> tuple[int, ...]:
     standing = _standing(candidate, tokens)
     return not candidate.table_dir.is_asked_for, standing, candidate.is_alias, not candidate.is_exact_triton
@@ -178,10 +186,16 @@ class RunningEngine(Protocol):
 class TableSelector:
     """Reads the tables of a layer when it first asks."""
 
-    def __init__(self, engine: RunningEngine, table_dirs: Callable[[], Sequence[TableDir]]) -> None:
-        self._engine, self._table_dirs = engine, table_dirs
+    def __init__(
+        self,
+        engine: RunningEngine,
+        table_dirs: Callable[[], Sequence[TableDir]],
+        name: Literal["sglang", "vllm"] = "sglang",
+    ) -> None:
+        self._engine, self._table_dirs, self._name = engine, table_dirs, name
         self._tables: dict[LookupLayer, FoundTables | None] = {}
         self._said: set[tuple[LookupLayer, str]] = set()
+        self._advised: set[LookupLayer] = set()
 
     def select(self, layer: LookupLayer, tokens: int) -> Choice:
         """Which configuration runs, before any guard looks at it."""
@@ -211,6 +225,23 @@ class TableSelector:
         if (layer, choice.why) not in self._said:
             self._said.add((layer, choice.why))
             log.info("sglang-moe-ext: %s: %s", layer.shape or layer, describe(choice))
+        if layer not in self._advised:
+            self._advised.add(layer)
+            if (advice := self._advise(layer)) is not None:
+                log.info("sglang-moe-ext: %s", advice)
+
+    def _advise(self, layer: LookupLayer) -> str | None:
+        """How to get a measured table where there is none for this GPU and Triton, and the user asks for none."""
+        found = self._tables.get(layer)
+        if layer.shape is None or found is None or env.is_on(env.AUTOTUNE) or self._engine.is_deterministic():
+            return None
+        if any(_is_measured(one) for one in found.candidates):
+            return None
+        engine = "" if self._name == "sglang" else f"--engine {self._name} "
+        return (
+            f"no table was measured for this layer here: `sglang-moe-ext tune {engine}--shape '{layer.shape}'` makes "
+            f"one on an idle GPU, as does the next start with {env.AUTOTUNE}=1"
+        )
 
     def forget(self) -> None:
         """Read all tables anew."""

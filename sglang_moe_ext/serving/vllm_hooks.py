@@ -77,7 +77,7 @@ def install_hooks(layer: ModuleType, way: str) -> VllmTableResolver:
         running_engine.replace(_THEIRS, original, ours)
     type.__setattr__(engine.kernel, "__init__", built)
     vllm_experts_hook.install(engine, KernelPlans(engine, lambda: table_dirs(engine.engine), resolver.tables))
-    _speak_through_the_engine()
+    log_through_engine()
     return resolver
 
 
@@ -153,7 +153,7 @@ def _building(original: Callable[..., None], line: ActivityLine) -> Callable[...
     return building
 
 
-def _speak_through_the_engine() -> None:
+def log_through_engine() -> None:
     """Log through vLLM's logger: it alone has a handler, in some releases only later."""
     ours = logging.getLogger(_OURS)
     if not ours.handlers:

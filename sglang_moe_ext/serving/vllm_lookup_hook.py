@@ -53,7 +53,11 @@ class VllmTableResolver:
     def __init__(
         self, engine: VllmHookPoints, table_dirs: Callable[[], Sequence[TableDir]], at_first_call: Callable[[], None]
     ) -> None:
-        self._engine, self._choices, self._at_first_call = engine, TableSelector(engine, table_dirs), at_first_call
+        self._engine, self._choices, self._at_first_call = (
+            engine,
+            TableSelector(engine, table_dirs, "vllm"),
+            at_first_call,
+        )
         self._asking = threading.local()
         self.answers: dict[Key, ConfigDict] = {}
         self.refused: dict[tuple[LookupLayer, int], EntryChange] = {}

@@ -25,7 +25,8 @@ class MeasureOptions:
     `with_tma`: the GEMMs that are timed with TMA too. `gpus`: what CUDA_VISIBLE_DEVICES is to say in each measuring
     process, one for each GPU; `ray`: the address of a cluster to measure on instead, "" for the one that Ray finds by
     itself. `resume`: go on with the newest unfinished run of this layer, or with the one in that folder.
-    `with_own_kernels`: compare our own kernels with the pair chosen for the engine's.
+    `with_own_kernels`: compare our own kernels with the pair chosen for the engine's. `deadline`: of the whole run, by
+    time.monotonic().
     """
 
     effort: EffortName
@@ -36,6 +37,7 @@ class MeasureOptions:
     ray: str | None = None
     resume: bool | Path = False
     with_own_kernels: bool = False
+    deadline: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,12 @@ import pytest
 
 from sglang_moe_ext.cli import main as command_line
 from sglang_moe_ext.cli import tune
-from sglang_moe_ext.core import Failure, TileConfig
+from sglang_moe_ext.core import Failure, MoEExtError, TileConfig
+from sglang_moe_ext.engines import installed_engines
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.tables import config_table
-from sglang_moe_ext.tuning import compare_configs
+from sglang_moe_ext.tuning import compare_configs, install_target, pipeline
 from sglang_moe_ext.tuning.compare_configs import TODAY, ConfigComparison, TimedConfig
 from sglang_moe_ext.tuning.compile.kernel_source import KernelSource
 from sglang_moe_ext.tuning.config_args import Choices
@@ -226,3 +227,36 @@ def test_a_first_run_says_nothing_of_interrupted_ones(h200: None, caplog: pytest
     source = KernelSource("kernel", "module", "fingerprint", is_engines_own=True)
     with session.open_run(request, request.measuring, source):
         assert "--resume" not in caplog.text
+
+
+WAITING = ("tune", *GLM, "--for-server", "1", "--deadline", "60", "--json")
+
+
+def test_for_a_server_a_layer_with_a_measured_table_needs_no_run(
+    store: Path, h200: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = install_target.store_folder("sglang", str(installed_engines.running_triton()))
+    folder.mkdir(parents=True)
+    table = folder / "E=65,N=1536,device_name=NVIDIA_H200.json"
+    table.write_text(config_table.to_json({64: NOW}))
+    assert command_line.main(WAITING) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "needless": f"a measured table for this layer is in your own store, {table}"
+    }
+
+
+def test_for_a_server_a_table_of_another_triton_is_not_enough(
+    store: Path, h200: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = install_target.store_folder("sglang", "3.0.0")
+    folder.mkdir(parents=True)
+    (folder / "E=65,N=1536,device_name=NVIDIA_H200.json").write_text(config_table.to_json({64: NOW}))
+    asked: list[TuneRequest] = []
+
+    def run(request: TuneRequest, progress: Progress) -> Any:
+        asked.append(request)
+        raise MoEExtError("measured")
+
+    monkeypatch.setattr(pipeline, "run", run)
+    assert command_line.main(WAITING) == 1
+    assert [request.measuring is not None and request.measuring.deadline is not None for request in asked] == [True]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sglang_moe_ext.engines import config_dict
-from tests.servers import runs, tables
+from tests.servers import runs, stand_in_tuner, tables
 from tests.servers.runs import Run
 from tests.servers.server import Site
 
@@ -43,20 +43,27 @@ def two(forked_site: Site, tmp_path_factory: pytest.TempPathFactory) -> Two:
 
 @pytest.fixture(scope="module")
 def bare(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Of a server in whose environment no startup file is run, as where a wheel was unpacked and not installed."""
+    """Of a server in whose environment no startup file is run, as where a wheel was unpacked and not installed.
+
+    Its store is empty: what tunes before it loads is stood for, since there is no GPU, and writes the table.
+    """
     folder = tmp_path_factory.mktemp("bare")
     shutil.copytree(site.folder / "venv", folder / "venv", symlinks=True)
     (startup_file,) = folder.glob("venv/lib/python*/site-packages/sglang_moe_ext_startup.pth")
     startup_file.unlink()
-    tables.put(folder)
     there = dataclasses.replace(site, python=folder / "venv" / "bin" / "python", folder=folder)
-    (run,) = runs.of_each(VERSION, (there, {"SGLANG_MOE_EXT_STORE": str(folder)}))
+    (run,) = runs.of_each(VERSION, (there, stand_in_tuner.settings(folder)))
     return run
 
 
 def test_the_entry_point_is_enough(bare: Run) -> None:
     assert bare.launches
     assert [launch for launch in bare.launches if launch.config != config_dict.config_dict_of(tables.OURS)] == []
+
+
+def test_the_first_start_tunes_and_the_log_says_so_once(bare: Run) -> None:
+    (line,) = bare.lines("sglang-moe-ext: tuned 2 batch sizes")
+    assert "NVIDIA_H200.json" in line
 
 
 def test_the_log_says_that_the_entry_point_brought_us_in(bare: Run) -> None:

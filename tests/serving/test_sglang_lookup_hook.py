@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import timeit
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +14,14 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_moe_ext import env
+from sglang_moe_ext.cli import tune
 from sglang_moe_ext.core import EngineError, MoEShape, Quantization
 from sglang_moe_ext.engines import config_dict, running_engine
 from sglang_moe_ext.engines.lookup_args import lookup_layer
 from sglang_moe_ext.engines.sglang.hook_points import SglangHookPoints
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
+from sglang_moe_ext.models import parse_shape
 from sglang_moe_ext.serving import guard, sglang_lookup_hook, table_selection
 from sglang_moe_ext.serving.table_search import TableDir
 from tests.serving.test_table_selection import ENGINES, H200, SHAPE, YOURS, at, config, known, write
@@ -215,6 +219,28 @@ def test_one_line_says_once_which_table_a_layer_runs(tuned: Engine, caplog: pyte
             tuned.pair(tokens)
     (line,) = caplog.messages
     assert line.startswith(f"sglang-moe-ext: {SHAPE}: your table ")
+
+
+def test_one_line_names_the_command_where_no_table_was_measured(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine([at(YOURS, tmp_path)])
+    with caplog.at_level(logging.INFO):
+        for tokens in (64, 65):
+            engine.pair(tokens)
+    (line,) = [line for line in caplog.messages if "no table was measured" in line]
+    words = shlex.split(line.split("`")[1])
+    asked = tune.parser().parse_args(words[2:])
+    assert words[:2] == ["sglang-moe-ext", "tune"] and parse_shape(asked.shape) == SHAPE
+
+
+def test_no_line_names_the_command_where_the_start_was_to_tune(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(env.AUTOTUNE, "1")
+    with caplog.at_level(logging.INFO):
+        Engine([at(YOURS, tmp_path)]).pair()
+    assert "no table was measured" not in caplog.text
 
 
 def test_all_batch_sizes_of_sixty_layers_say_few_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -64,8 +66,10 @@ def measure_all(
     """
     counted = _Counted(progress, sum(len({c.compile_key for c in of}) for task in tasks for of in task.listed.values()))
     _get_ready(executors, request, tasks, measuring)
-    budget = Budget(measuring.budget_s, len(tasks), len(executors))
-    search_of = _Search(request, EFFORTS[measuring.effort], journal, budget, counted, measuring.with_own_kernels)
+    budget = Budget(_search_s(measuring), len(tasks), len(executors))
+    search_of = _Search(
+        request, EFFORTS[measuring.effort], journal, budget, counted, measuring.with_own_kernels, _last_start(measuring)
+    )
     screenings = run_tasks(
         executors,
         [partial(_screen, search_of, task) for task in tasks],
@@ -82,6 +86,8 @@ def measure_all(
     )
     results = {task.tokens: result for task, (result, _) in zip(tasks, decided, strict=True) if result is not None}
     plans = {task.tokens: plan for task, (_, plan) in zip(tasks, decided, strict=True) if plan is not None}
+    if not results and time.monotonic() >= search_of.last_start:
+        raise MoEExtError("the deadline came before any batch size was compared: give more seconds")
     if not results:
         failures = sum((Counter(screening.failures) for screening in screenings), Counter[str]())
         why = ", ".join(f"{kind} {count} times" for kind, count in failures.most_common(3)) or "no candidate was timed"
@@ -93,13 +99,30 @@ def _get_ready(
     executors: Sequence[Executor], request: TuneRequest, tasks: Sequence[SearchTask], measuring: MeasureOptions
 ) -> None:
     """Where a budget runs, wait until there is something to spend it on: engines take long to import."""
-    if measuring.budget_s is None:
+    if measuring.budget_s is None and measuring.deadline is None:
         return
     first = candidates.screening_jobs(tasks[0].listed, request.problem, tasks[0].tokens)[0]
     for executor in executors:
         with suppress(MoEExtError):  # the tasks will meet it, and have others to turn to
             executor.binary(first)
             executor.get_ready()
+
+
+_FOR_THE_END_S = 4.0
+"""Before a deadline: the comparison that has begun, the writing of tables, the end of the processes."""
+
+
+def _last_start(measuring: MeasureOptions) -> float:
+    """Until when a final comparison may begin, by time.monotonic()."""
+    return math.inf if measuring.deadline is None else measuring.deadline - _FOR_THE_END_S
+
+
+def _search_s(measuring: MeasureOptions) -> float | None:
+    """Seconds for screening and final comparisons from now on, None for no limit."""
+    if measuring.deadline is None:
+        return measuring.budget_s
+    left = max(_last_start(measuring) - time.monotonic(), 0.0)
+    return left if measuring.budget_s is None else min(left, measuring.budget_s)
 
 
 class _Counted:
@@ -131,6 +154,7 @@ class _Search:
     budget: Budget
     counted: _Counted
     with_own_kernels: bool
+    last_start: float
 
     def fastest_keys(self, times: Times, count: int) -> dict[Projection, list[CompileKey]]:
         of_both = search.fastest_shared_keys
@@ -176,6 +200,9 @@ def _decide(
     of: _Search, tokens: int, screening: Screening, incumbent: Pair, executor: Executor
 ) -> tuple[MeasuredChoice[Pair] | None, MeasuredChoice[Runner] | None]:
     """The pair chosen for the engine's kernels, and the winner of its comparison with our kernels."""
+    if time.monotonic() >= of.last_start:
+        log.warning("M=%d: left out: its comparison could not begin before the deadline", tokens)
+        return None, None
     pairs = of.finalists(screening, 1 if of.budget.is_spent() else of.effort.finalists)
     if not pairs:
         log.warning("M=%d: left out: no candidate ran (%s)", tokens, ", ".join(screening.failures) or "none was timed")

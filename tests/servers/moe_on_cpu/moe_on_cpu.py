@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 
 LAUNCHES = "MOE_ON_CPU_LAUNCHES"
 """The file that gets one JSON object for each launch of the kernel, in every process."""
+TUNER = "MOE_ON_CPU_TUNER"
+"""A script that runs in the place of `sglang-moe-ext tune`, which cannot measure without a GPU."""
 DEVICE_NAME = "NVIDIA H200"
 OF_A_CONFIG = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_warps", "num_stages")
 _PACKAGE = "sglang.srt.layers.moe.moe_runner.triton_utils"
@@ -100,3 +103,15 @@ def register() -> None:
     importlib.import_module(f"{_PACKAGE}.fused_moe_triton_config").get_device_name = lambda *_: DEVICE_NAME
     kernels = importlib.import_module(layer.moe_sum_reduce_triton.__module__)
     kernels.fused_moe_kernel = Recorded(kernels.fused_moe_kernel, os.environ[LAUNCHES])
+    if TUNER in os.environ:
+        _stand_for_the_tuner(os.environ[TUNER])
+
+
+def _stand_for_the_tuner(script: str) -> None:
+    """What a start tunes is worked out from the real settings; the GPU and what measures on it are stood for."""
+    from sglang_moe_ext.engines.sglang import model_loading
+    from sglang_moe_ext.serving import tuner_process
+
+    model_loading.DEVICE = "cpu"
+    model_loading._gpus = lambda *_: ((0,), DEVICE_NAME)
+    tuner_process.COMMAND = (sys.executable, "-W", "ignore", script)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -159,6 +161,25 @@ def test_a_tiny_budget_asks_far_fewer_questions(tmp_path: Path) -> None:
     found(new_journal(tmp_path), short, budget_s=1e-9)
     found(new_journal(tmp_path, "long.jsonl"), long)
     assert len(short.asked) * 10 < len(long.asked)
+
+
+def test_after_a_deadline_the_batch_sizes_that_were_not_compared_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+
+    def slow(request: BenchRequest) -> BenchResult:
+        now[0] += isinstance(request, BenchLayers)
+        return formula(request)
+
+    monkeypatch.setattr(search_loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    ends = search_loop._FOR_THE_END_S + 0.5
+    assert tuple(found(new_journal(tmp_path), ReplayingStation(slow), deadline=ends)) == FEW[-1:]
+
+
+def test_a_deadline_that_leaves_no_comparison_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(MoEExtError, match="the deadline came before"):
+        found(new_journal(tmp_path), ReplayingStation(formula), deadline=time.monotonic())
 
 
 def test_incumbents_are_asked_for_when_all_is_screened(tmp_path: Path) -> None:
