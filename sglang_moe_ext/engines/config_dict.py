@@ -7,7 +7,7 @@ from typing import Any
 
 from sglang_moe_ext.core import TileConfig
 from sglang_moe_ext.sorted_kernels import Plan
-from sglang_moe_ext.tables.config_table import FIELDS
+from sglang_moe_ext.tables.config_table import FIELDS, ROCM_OPTIONS, rocm_options
 
 ConfigDict = dict[str, Any]
 
@@ -26,12 +26,13 @@ def tile_of(entry: Mapping[str, Any]) -> TileConfig:
         num_warps=entry.get("num_warps", _TRITON_WARPS),
         num_stages=entry.get("num_stages", _TRITON_STAGES),
         use_tma=bool(entry.get(USE_TMA, False)),
+        **{name: entry.get(name, default) for name, default in ROCM_OPTIONS.items()},
     )
 
 
 def launch_args(config: TileConfig) -> ConfigDict:
     """What the kernel takes of a configuration: all but USE_TMA."""
-    return {name: getattr(config, ours) for name, ours in FIELDS.items()}
+    return {name: getattr(config, ours) for name, ours in FIELDS.items()} | rocm_options(config)
 
 
 def config_dict_of(config: TileConfig) -> ConfigDict:
@@ -42,6 +43,11 @@ def config_dict_of(config: TileConfig) -> ConfigDict:
 def resize(entry: Mapping[str, Any], config: TileConfig) -> ConfigDict:
     """The entry with the tile and stages of that configuration; all else that it says stays."""
     return {**entry, **launch_args(config)}
+
+
+def drop_rocm_options(entry: Mapping[str, Any]) -> ConfigDict:
+    """A copy without the options that Triton has for AMD GPUs alone."""
+    return {name: value for name, value in entry.items() if name not in ROCM_OPTIONS}
 
 
 def drop_tma(entry: Mapping[str, Any]) -> ConfigDict:

@@ -17,10 +17,16 @@ AS_SERVED = lookup_probe.engine_as_served("SGLang", "sglang")
 FROM_FILES = lookup_probe.engine_from_files("SGLang", "sglang")
 
 
-def _pretend(config: Any, device_name: str, smem_bytes: int) -> None:
-    """Let the lookup believe in that GPU: its name, and since 0.5.14 the shared memory that one default depends on."""
+def _pretend(config: Any, request: dict[str, Any]) -> None:
+    """Let the lookup believe in that GPU: its name, whose it is, and since 0.5.14 its shared memory.
+
+    One default depends on that memory; AMD's GPUs have none by that name, and default configurations of their own.
+    """
+    device_name, is_amd = request["pretend_device"], request["pretend_amd"]
+    smem_bytes = None if is_amd else request["pretend_smem"]
     config.get_device_name = lambda *_: device_name
     config._get_cuda_shared_memory_per_block_optin = lambda: smem_bytes
+    config._is_hip = is_amd
 
 
 def import_engine() -> tuple[SglangInstallation, Any]:
@@ -42,7 +48,7 @@ def look_up(engine: SglangInstallation, config: Any, request: dict[str, Any]) ->
 def take(engine: SglangInstallation, config: Any, request: dict[str, Any]) -> dict[str, Any]:
     """The same, where the lookup knows the server's arguments already."""
     if request["pretend_device"] is not None:
-        _pretend(config, request["pretend_device"], request["pretend_smem"])
+        _pretend(config, request)
     heard = LogCapture(config.logger)
     layer = lookup_probe.layer_of(request)
     # 0.5.5 looks up every table as if scales were not per channel.

@@ -54,9 +54,9 @@ class PredictedConfig:
 
 def list_jobs(config: TileConfig, problem: Problem, tokens: int) -> dict[Projection, CompileJob]:
     """The binaries that a configuration needs at that many tokens."""
-    representative, sm = problem.representative_tokens(tokens), problem.gpu.sm
+    representative, target = problem.representative_tokens(tokens), problem.gpu.target
     return {
-        projection: CompileJob(problem.shape, projection, representative, config.compile_key, sm)
+        projection: CompileJob(problem.shape, projection, representative, config.compile_key, target)
         for projection in PROJECTIONS
     }
 
