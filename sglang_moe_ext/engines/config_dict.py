@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_moe_ext.core import TileConfig
+from sglang_moe_ext.core import Target, TileConfig
 from sglang_moe_ext.sorted_kernels import Plan
 from sglang_moe_ext.tables.config_table import FIELDS, ROCM_OPTIONS, rocm_options
 
@@ -14,6 +14,7 @@ ConfigDict = dict[str, Any]
 USE_TMA = "USE_TMA"
 # What Triton takes where an entry names no warps or stages, as the engine's bf16 default does not.
 _TRITON_WARPS, _TRITON_STAGES = 4, 3
+TRITON_STAGES_ON_AMD = 2
 
 
 def tile_of(entry: Mapping[str, Any]) -> TileConfig:
@@ -45,8 +46,10 @@ def resize(entry: Mapping[str, Any], config: TileConfig) -> ConfigDict:
     return {**entry, **launch_args(config)}
 
 
-def drop_rocm_options(entry: Mapping[str, Any]) -> ConfigDict:
-    """A copy without the options that Triton has for AMD GPUs alone."""
+def for_target(entry: Mapping[str, Any], target: Target) -> ConfigDict:
+    """A copy as Triton takes it there: without options that it has for AMD GPUs alone, or with its stages on these."""
+    if target.is_amd:
+        return {"num_stages": TRITON_STAGES_ON_AMD, **entry}
     return {name: value for name, value in entry.items() if name not in ROCM_OPTIONS}
 
 

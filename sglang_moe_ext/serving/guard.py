@@ -78,8 +78,8 @@ class ConfigGuard:
         Each reason is logged once.
         """
         try:
-            if self.gpu is not None and not self.gpu.target.is_amd and isinstance(entry, Mapping):
-                entry = config_dict.drop_rocm_options(entry)
+            if self.gpu is not None and isinstance(entry, Mapping):
+                entry = config_dict.for_target(entry, self.gpu.target)
             config = config_table.parse_tile(entry)
         except TableError as error:
             return self._refuse(f"{error}; the engine alone would end", shape, projection)

@@ -201,3 +201,25 @@ def test_wrong_tma_is_said_once_for_each_layer_and_projection(caplog: pytest.Log
         entry = config_dict.config_dict_of(dataclasses.replace(SEED, use_tma=True, group_m=group_m))
         safe(OLD, H200, entry, shape, projection)  # type: ignore[arg-type]
     assert len(caplog.messages) == 2
+
+
+MI300X, MI355X = find_gpu("MI300X"), find_gpu("MI355X")
+ON_AMD = {"waves_per_eu": 2, "matrix_instr_nonkdim": 16, "kpack": 2}
+
+
+def test_options_for_amd_gpus_stay_there_and_go_where_triton_would_refuse_them() -> None:
+    plain = config_dict.config_dict_of(TileConfig(64, 64, 64, 1, 4, 2))
+    assert safe(NEW, MI300X, plain | ON_AMD, GLM, "up") == plain | ON_AMD
+    assert safe(NEW, H200, plain | ON_AMD, GLM, "up") == plain
+
+
+def test_an_entry_is_fitted_to_the_lds_of_an_amd_gpu() -> None:
+    entry = config_dict.config_dict_of(TileConfig(128, 256, 128, 1, 8, 2)) | ON_AMD
+    assert safe(NEW, MI355X, entry, GLM, "up") == entry
+    assert safe(NEW, MI300X, entry, GLM, "up") == entry | {"BLOCK_SIZE_N": 128}
+
+
+def test_an_entry_without_stages_is_held_against_what_triton_takes_on_amd_gpus() -> None:
+    """One stage less than on NVIDIA GPUs."""
+    entry = {"BLOCK_SIZE_M": 128, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 8, "num_warps": 8}
+    assert safe(NEW, MI300X, entry, GLM, "up") == entry | {"num_stages": 2}

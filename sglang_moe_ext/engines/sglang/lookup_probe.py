@@ -8,6 +8,7 @@ from typing import Any
 
 from sglang_moe_ext.core import MoEExtError
 from sglang_moe_ext.engines import lookup_probe, probe_child
+from sglang_moe_ext.engines.config_dict import TRITON_STAGES_ON_AMD
 from sglang_moe_ext.engines.probe_child import LogCapture
 from sglang_moe_ext.engines.sglang import bootstrap, installation
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
@@ -54,6 +55,8 @@ def take(engine: SglangInstallation, config: Any, request: dict[str, Any]) -> di
     # 0.5.5 looks up every table as if scales were not per channel.
     asks_for_channels = "per_channel_quant" in inspect.signature(config.try_get_optimal_moe_config).parameters
     per_channel = {"per_channel_quant": layer.per_channel} if asks_for_channels else {}
+    # What Triton takes where the engine's default names no stages.
+    stages = {"num_stages": TRITON_STAGES_ON_AMD} if config._is_hip else {}
     taken: dict[int, Any] = {}
     for tokens in request["tokens"]:
         up, (down, _) = config.try_get_optimal_moe_config(
@@ -66,7 +69,7 @@ def take(engine: SglangInstallation, config: Any, request: dict[str, Any]) -> di
             return_down_config=True,
             **per_channel,
         )
-        taken[tokens] = {"up": dict(up), "down": None if down is None else dict(down)}
+        taken[tokens] = {"up": stages | dict(up), "down": None if down is None else stages | dict(down)}
     return {
         "engine_version": engine.version_text,
         "triton": engine.triton,

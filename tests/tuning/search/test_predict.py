@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from sglang_moe_ext.core import CompileJob, EngineError, Failure, MoEShape, Quantization, Resources, TileConfig
+from sglang_moe_ext.core import CompileJob, EngineError, Failure, MoEShape, Quantization, Resources, Target, TileConfig
 from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.tuning.bench.messages import Pair
 from sglang_moe_ext.tuning.compile.kernel_source import Compiled
@@ -124,8 +124,8 @@ def test_the_ranking_keeps_one_candidate_of_each_binary(tokens: int) -> None:
 def test_the_binaries_of_a_config_are_those_of_both_gemms_for_any_group() -> None:
     config = TileConfig(16, 64, 128, 16, 4, 3)
     jobs = predict.list_jobs(config, replace(PROBLEM, shape=BLOCK_WISE), 64)
-    assert {(name, job.projection, job.key, job.group_m, job.sm) for name, job in jobs.items()} == {
-        (projection, projection, config.compile_key, None, 90) for projection in ("up", "down")
+    assert {(name, job.projection, job.key, job.group_m, job.target) for name, job in jobs.items()} == {
+        (projection, projection, config.compile_key, None, Target(90)) for projection in ("up", "down")
     }
 
 
