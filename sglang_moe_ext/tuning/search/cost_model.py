@@ -24,10 +24,6 @@ _BASE_REGISTERS = 36  # a thread, beside the accumulator
 _MOST_REGISTERS = {False: 255, True: 512}  # of a thread, by whether it runs on an AMD GPU
 _POINTER_REGISTERS = 2  # for each 16 bytes that a thread loads a step
 
-# Fitted to the trials in tests/data/trials (H200, SGLang 0.5.15, Triton 3.6.0, 2026-11-21), as `gpu_family.NVIDIA` was.
-_SHORT_ROW_SHARE = 0.44  # of the rest of a 128-byte line that moves along when a step wants less than the line
-_MMA_SYNC_SHARE = 0.59  # of the wgmma rate, on GPUs that have wgmma
-
 # Chosen, not fitted: the regret hardly moves with them.
 _L2_SHARE = 0.5  # of the L2 that keeps what is read again: each half holds copies of the other's lines
 _OVERLAP = 6.0  # power of the norm that adds clocks inside a multiprocessor: infinity is perfect overlap, 1 is none
@@ -96,16 +92,17 @@ def _multiply_us(config: TileConfig, shape: MoEShape, gpu: Gpu, *, whole: bool) 
         width = rows if rows < _MMA_ROWS else columns / groups
         read = rows * columns * (1 / width + 1 / _MMA_ROWS)
     else:
-        rate *= _MMA_SYNC_SHARE if gpu.sm in _WARPGROUP_SMS else 1.0
+        rate *= family_of(gpu).mma_sync_share if gpu.sm in _WARPGROUP_SMS else 1.0
         down = min(config.num_warps, max(1.0, rows / 32))
         read = config.num_warps / down * rows + down * columns
     flop_us = 2.0 * rows * columns * config.block_k / rate * 1e-6
     return _norm(_OVERLAP, flop_us, read * config.block_k * bits / 8 / family_of(gpu).lanes_per_ns * 1e-3)
 
 
-def _short_row_factor(config: TileConfig, shape: MoEShape) -> float:
+def _short_row_factor(config: TileConfig, shape: MoEShape, gpu: Gpu) -> float:
     """By how much more moves than a step asks for, where it wants less than a line of each row."""
-    return 1 + _SHORT_ROW_SHARE * max(0.0, 128 / (config.block_k * shape.quantization.weight_bits / 8) - 1)
+    asked = config.block_k * shape.quantization.weight_bits / 8
+    return 1 + family_of(gpu).short_row_share * max(0.0, 128 / asked - 1)
 
 
 def _step(config: TileConfig, shape: MoEShape, gpu: Gpu, filled: float) -> _Step:
@@ -115,7 +112,7 @@ def _step(config: TileConfig, shape: MoEShape, gpu: Gpu, filled: float) -> _Step
     whole = swapped or (gpu.sm in _WARPGROUP_SMS and config.block_m >= _MMA_ROWS)
     rows_bytes = config.block_m * filled * quantization.activation_bits / 8
     asked = config.block_k * (rows_bytes + config.block_n * quantization.weight_bits / 8)
-    load_us = asked * _short_row_factor(config, shape) / family.l2_gbs * 1e-3
+    load_us = asked * _short_row_factor(config, shape, gpu) / family.l2_gbs * 1e-3
     multiply_us = _multiply_us(config, shape, gpu, whole=whole)
     alone_us = multiply_us * max(1.0, family.matrix_units / config.num_warps)  # of a block that is alone
     if quantization.is_block_wise:  # each partial product is waited for, scaled and added in registers
@@ -147,7 +144,7 @@ def _memory_bytes(
     row_passes = max(1.0, group * grid.columns / grid.slots)
     again = max(0.0, expected.rows - tokens) if projection == "up" else 0.0  # rows that another expert reads too
     rows = expected.rows - again * (1 - missed(tokens * row_bytes))
-    weights = expected.active_experts * columns * column_bytes * _short_row_factor(config, shape)
+    weights = expected.active_experts * columns * column_bytes * _short_row_factor(config, shape, gpu)
     weights *= 1 + (weight_passes - 1) * missed(columns * column_bytes + group_bytes)
     activations = rows * row_bytes * (1 + (row_passes - 1) * missed(group_bytes + sweep_bytes))
     return weights + activations + expected.rows * columns * 2

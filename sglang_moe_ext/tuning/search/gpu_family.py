@@ -16,6 +16,8 @@ class GpuFamily:
     `matrix_units`: of a multiprocessor, of which a block keeps as many busy as it has warps; 1 where that was not told
     apart. `lanes_per_ns`: bytes read from shared memory, or float32 operations. `loads_beside_work`: a load may wait in
     registers, so that a stage of shared memory need not be free before it starts.
+    `short_row_share`: of the rest of a 128-byte line that moves along when a step wants less than the line.
+    `mma_sync_share`: of the rate of instructions that four warps share, for the others.
     """
 
     launch_us: float
@@ -28,6 +30,8 @@ class GpuFamily:
     store_gbs: float
     matrix_units: int
     lanes_per_ns: float
+    short_row_share: float
+    mma_sync_share: float
     reserved_smem: int
     loads_beside_work: bool
 
@@ -45,6 +49,8 @@ NVIDIA = GpuFamily(
     store_gbs=54.0,
     matrix_units=1,
     lanes_per_ns=218.0,
+    short_row_share=0.44,
+    mma_sync_share=0.59,
     reserved_smem=1024,
     loads_beside_work=False,
 )
@@ -63,6 +69,8 @@ CDNA = GpuFamily(
     store_gbs=67.0,
     matrix_units=4,
     lanes_per_ns=269.0,
+    short_row_share=0.44,
+    mma_sync_share=1.0,
     reserved_smem=0,
     loads_beside_work=True,
 )
