@@ -95,8 +95,7 @@ def answer(document: dict[str, Any]) -> dict[str, Any]:
     jobs = candidates.pair_jobs(pair, problem, tokens)  # type: ignore[arg-type]
     own = [compiled(each) for each in jobs]
     screened = [
-        candidates.screening_job(problem, tokens, projection, config.compile_key, job.target)
-        for projection in ("up", "down")
+        candidates.screening_job(problem, tokens, projection, config.compile_key) for projection in ("up", "down")
     ]
     return {
         "launched": launched(job, config, tokens),
