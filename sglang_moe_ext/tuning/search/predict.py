@@ -97,9 +97,8 @@ def predict_table(
         fronts = {m: ranked[m][:FRONT] for m in ranked if m not in chosen}
         if not all(fronts.values()):
             empty = next(m for m, front in fronts.items() if not front)
-            raise EngineError(
-                f"no candidate is clean for M={empty} on {gpu.device_name}: {_why_not_clean(list(compiled.values()), gpu)}"
-            )
+            why = _why_not_clean(list(compiled.values()), gpu)
+            raise EngineError(f"no candidate is clean for M={empty} on {gpu.device_name}: {why}")
         compiled |= compile_all(
             [job for m, front in fronts.items() for config in front for job in list_jobs(config, problem, m).values()]
         )
