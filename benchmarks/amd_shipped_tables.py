@@ -27,6 +27,8 @@ from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.search import predict
 
 FIRST = 10
+CHOSEN_ON = frozenset({1, 8, 32, 128, 512, 2048, 4096})
+"""Numbers of tokens at which every second table of an MI300X decided on two constants of `gpu_family.CDNA`."""
 FEW_TOKENS = 64
 """Up to here memory decides, and most tiles are near the best."""
 Sides = tuple[int, int, int, int]
@@ -124,10 +126,14 @@ def main() -> None:
     parser.add_argument("--worst", type=int, default=0, metavar="N", help="print the N entries that it ranks worst")
     arguments = parser.parse_args()
     judged: dict[str, list[JudgedEntry]] = {}
+    of_an_mi300x = 0
     for path, problem in shipped_tables():
+        decided = problem.gpu.device_name == "AMD Instinct MI300X" and of_an_mi300x % 2 == 0
+        of_an_mi300x += problem.gpu.device_name == "AMD Instinct MI300X"
         for entry in judge(path, problem):
+            use = "decided on constants" if decided and entry.tokens in CHOSEN_ON else "did not"
             size = f"M <= {FEW_TOKENS}" if entry.tokens <= FEW_TOKENS else f"M > {FEW_TOKENS}"
-            for name in ("all", problem.engine, problem.gpu.device_name, _kind(problem.shape), size):
+            for name in ("all", use, problem.engine, problem.gpu.device_name, _kind(problem.shape), size):
                 judged.setdefault(name, []).append(entry)
     print(
         f"| tables | entries | shipped tile in the first {FIRST} | by chance | same blocks in the first {FIRST} "

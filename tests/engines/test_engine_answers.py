@@ -49,6 +49,9 @@ QUESTIONS = {
         MoEShape(97, 96, 256, 3, Quantization("int4_w4a16", (0, 32))), TOKENS, H200
     ),
     "a table for an AMD GPU": LookupRequest(MoEShape(8, 14336, 4096, 2), TOKENS, MI300X),
+    "an entry that cannot be launched": LookupRequest(
+        MoEShape(8, 8192, 6144, 2, Quantization("fp8_w8a8")), (256,), MI300X
+    ),
     "a default on an AMD GPU": LookupRequest(
         MoEShape(97, 256, 2048, 8, Quantization("fp8_w8a8", (128, 128))), TOKENS, MI355X
     ),
@@ -160,6 +163,15 @@ def test_an_engine_that_is_told_of_an_amd_gpu_takes_its_tables_and_its_defaults(
     assert {config.matrix_instr_nonkdim for config in shipped.up.values()} == {16}, "the table's own options"
     assert {config.num_stages for config in default.up.values()} == {2}, "on NVIDIA GPUs the same default has three"
     assert not default.files
+
+
+@pytest.mark.parametrize("version", HOOKED_VERSIONS)
+def test_a_shipped_entry_for_an_mi300x_that_cannot_be_launched_is_fitted_to_its_lds(version: str) -> None:
+    """Four stages of 128x256x128: 147,456 B by Triton 3.7.1 for gfx942, which has 65,536. vLLM's table has two."""
+    answer = asked("sglang", version)["an entry that cannot be launched"]
+    assert answer.written[256]["up"]["num_stages"] == 4
+    assert "64 KiB of shared memory: num_stages 4 -> 2" in answer.fitted[256]["up"]
+    assert not asked("vllm", VLLM_VERSIONS[-1])["an entry that cannot be launched"].fitted
 
 
 @pytest.mark.parametrize("version", ENGINE_VERSIONS)

@@ -114,7 +114,7 @@ def _step(config: TileConfig, shape: MoEShape, gpu: Gpu, filled: float) -> _Step
     asked = config.block_k * (rows_bytes + config.block_n * quantization.weight_bits / 8)
     load_us = asked * _short_row_factor(config, shape, gpu) / family.l2_gbs * 1e-3
     multiply_us = _multiply_us(config, shape, gpu, whole=whole)
-    alone_us = multiply_us * max(1.0, family.matrix_units / config.num_warps)  # of a block that is alone
+    alone_us = multiply_us * max(1.0, family.busy_warps / config.num_warps)  # of a block that is alone
     if quantization.is_block_wise:  # each partial product is waited for, scaled and added in registers
         work_us = alone_us + config.block_m * config.block_n / family.lanes_per_ns * 1e-3 + family.scale_us
         work_us += family.step_us

@@ -13,9 +13,9 @@ class GpuFamily:
 
     `block_start_us` and `warp_start_us`: for a block to start, and more for each of its warps. `step_us`: barrier,
     addresses and issue of one step along K; `scale_us`: what the scales of block-wise quantization add to a step.
-    `matrix_units`: of a multiprocessor, of which a block keeps as many busy as it has warps; 1 where that was not told
-    apart. `lanes_per_ns`: bytes read from shared memory, or float32 operations. `loads_beside_work`: a load may wait in
-    registers, so that a stage of shared memory need not be free before it starts.
+    `busy_warps`: so many keep the matrix units of a multiprocessor busy; a block with fewer multiplies slower while it
+    is alone. `lanes_per_ns`: bytes read from shared memory, or float32 operations. `loads_beside_work`: a load may
+    wait in registers, so that a stage of shared memory need not be free before it starts.
     `short_row_share`: of the rest of a 128-byte line that moves along when a step wants less than the line.
     `mma_sync_share`: of the rate of instructions that four warps share, for the others.
     """
@@ -28,7 +28,7 @@ class GpuFamily:
     scale_us: float
     l2_gbs: float
     store_gbs: float
-    matrix_units: int
+    busy_warps: int
     lanes_per_ns: float
     short_row_share: float
     mma_sync_share: float
@@ -47,7 +47,7 @@ NVIDIA = GpuFamily(
     scale_us=0.105,
     l2_gbs=75.0,  # 44 bytes a clock
     store_gbs=54.0,
-    matrix_units=1,
+    busy_warps=1,
     lanes_per_ns=218.0,
     short_row_share=0.44,
     mma_sync_share=0.59,
@@ -55,19 +55,21 @@ NVIDIA = GpuFamily(
     loads_beside_work=False,
 )
 
-# Not fitted: nobody has run this on an AMD GPU. Times are those of the H200. Rates are NVIDIA's bytes a clock at the
+# Not fitted: nobody has run this on an AMD GPU. Times are those of the H200, but for the start of a warp, which with
+# `busy_warps`, four for each of four matrix units, was chosen of a few values by shipped tables: docs/benchmarks/amd.md
+# has how good the ranking is, there and on the other tables. Rates are NVIDIA's bytes a clock at the
 # 2.1 GHz of an MI300X, whose compute unit reads at most 64 bytes a clock from its L2 and 128 from its LDS, as an SM
 # does (AMD CDNA 3 white paper).
 CDNA = GpuFamily(
     launch_us=5.8,
     block_start_us=0.8,
-    warp_start_us=0.2,
+    warp_start_us=0.0,
     load_latency_us=0.71,
     step_us=0.078,
     scale_us=0.105,
     l2_gbs=92.0,
     store_gbs=67.0,
-    matrix_units=4,
+    busy_warps=16,
     lanes_per_ns=269.0,
     short_row_share=0.44,
     mma_sync_share=1.0,

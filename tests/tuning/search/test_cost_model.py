@@ -16,7 +16,7 @@ GLM_BF16 = MoEShape(65, 1536, 2048, 5, fused_shared=1)
 QWEN_FP8 = MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", (128, 128)))
 MIXTRAL_BF16 = MoEShape(8, 14336, 4096, 2)
 SHAPES = {"glm_bf16": GLM_BF16, "qwen_fp8": QWEN_FP8, "mixtral_bf16": MIXTRAL_BF16}
-GPUS = ("H200", "H20", "B200", "A100", "RTX_4090", "L4", "RTX 5090")
+GPUS = ("H200", "H20", "B200", "A100", "RTX_4090", "L4", "RTX 5090", "MI300X")
 DECODE = (1, 2, 8, 16, 32, 64)
 PREFILL = (4096, 8192, 16384, 65536)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 65536)
