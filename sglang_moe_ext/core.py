@@ -252,7 +252,7 @@ class Target:
 
     @property
     def fp8_dtype(self) -> str:
-        """torch's name of the 8-bit float that the engines store for it: gfx942 multiplies one without infinities."""
+        """torch's name of the 8-bit float that the engines store for it: gfx942 multiplies one of another bias."""
         return "float8_e4m3fnuz" if self.gfx == "gfx942" else "float8_e4m3fn"
 
     def __str__(self) -> str:

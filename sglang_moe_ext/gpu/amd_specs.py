@@ -108,19 +108,19 @@ def names_of(device_name: str) -> tuple[str, ...]:
 
 
 def describe(device_name: str, gfx: str, properties: object) -> Gpu:
-    """The GPU of that name, or one that is not in the table: rates scaled from one of the same architecture.
+    """The GPU of that name; a partition of it, or one that is not in the table, with rates scaled by its units.
 
     Raises:
         GpuError: the architecture is not in the table.
     """
     known = known_gpus()
-    if device_name in known:
-        return known[device_name]
     relatives = [gpu for gpu in known.values() if gpu.target.gfx == gfx]
-    if not relatives:
+    relative = known.get(device_name) or (relatives[0] if relatives else None)
+    if relative is None:
         raise GpuError(f"{device_name!r} is a {gfx}: expected one of {', '.join(CDNA)}")
-    relative = relatives[0]
     units = int(getattr(properties, "multi_processor_count", relative.multiprocessors))
+    if device_name in known and units == relative.multiprocessors:
+        return relative
     scale = units / relative.multiprocessors
     memory = getattr(properties, "total_memory", None)
     return replace(

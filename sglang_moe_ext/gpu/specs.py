@@ -166,8 +166,8 @@ def detect() -> Gpu | None:
     if not torch.cuda.is_available():
         return None
     device_name = torch.cuda.get_device_name(0)
-    if known := known_gpus().get(device_name):
-        return known
+    if device_name in _FACTS:
+        return _gpu(device_name)
     return describe(device_name, torch.cuda.get_device_properties(0))
 
 

@@ -108,6 +108,12 @@ def test_an_unlisted_amd_gpu_is_told_by_its_architecture_and_not_by_a_number() -
     assert gpu.bf16_tflops == find_gpu("MI250X").bf16_tflops / 2
 
 
+def test_a_partition_of_an_amd_gpu_has_its_name_and_its_own_units() -> None:
+    whole = find_gpu("MI300X")
+    part = specs.describe(whole.device_name, described(gcnArchName="gfx942:sramecc+:xnack-", multi_processor_count=38))
+    assert (part.device_name, part.multiprocessors, part.bf16_tflops) == (whole.device_name, 38, whole.bf16_tflops / 8)
+
+
 def test_an_amd_gpu_of_another_family_is_refused() -> None:
     with pytest.raises(GpuError, match="gfx1201: expected one of gfx90a, gfx942, gfx950"):
         specs.describe("AMD Radeon RX 9070 XT", described(gcnArchName="gfx1201", major=12))
