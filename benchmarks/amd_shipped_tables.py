@@ -28,7 +28,7 @@ from sglang_moe_ext.tuning.search import predict
 
 FIRST = 10
 CHOSEN_ON = frozenset({1, 8, 32, 128, 512, 2048, 4096})
-"""Numbers of tokens at which every second table of an MI300X decided on two constants of `gpu_family.CDNA`."""
+"""Numbers of tokens at which every second table of an MI300X decided on three constants of `gpu_family.CDNA`."""
 FEW_TOKENS = 64
 """Up to here memory decides, and most tiles are near the best."""
 Sides = tuple[int, int, int, int]

@@ -55,21 +55,21 @@ NVIDIA = GpuFamily(
     loads_beside_work=False,
 )
 
-# Not fitted: nobody has run this on an AMD GPU. Times are those of the H200, but for the start of a warp, which with
-# `busy_warps`, four for each of four matrix units, was chosen of a few values by shipped tables: docs/benchmarks/amd.md
-# has how good the ranking is, there and on the other tables. Rates are NVIDIA's bytes a clock at the
-# 2.1 GHz of an MI300X, whose compute unit reads at most 64 bytes a clock from its L2 and 128 from its LDS, as an SM
-# does (AMD CDNA 3 white paper).
+# Not fitted: nobody has run this on an AMD GPU. Times are those of the H200, but for the start of a warp and the
+# latency of a load, which with `busy_warps`, two for each of four matrix units, were chosen of a few values by shipped
+# tables: docs/benchmarks/amd.md has how good the ranking is, there and on the other tables. Rates are NVIDIA's bytes a
+# clock at the 2.1 GHz of an MI300X, whose compute unit reads at most 64 bytes a clock from its L2 and 128 from its LDS,
+# as an SM does (AMD CDNA 3 white paper).
 CDNA = GpuFamily(
     launch_us=5.8,
     block_start_us=0.8,
     warp_start_us=0.0,
-    load_latency_us=0.71,
+    load_latency_us=0.5,
     step_us=0.078,
     scale_us=0.105,
     l2_gbs=92.0,
     store_gbs=67.0,
-    busy_warps=16,
+    busy_warps=8,
     lanes_per_ns=269.0,
     short_row_share=0.44,
     mma_sync_share=1.0,
