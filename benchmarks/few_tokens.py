@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from sglang_moe_ext.core import MoEExtError, MoEShape, Quantization, TileConfig
+from sglang_moe_ext.core import MoEExtError, MoEShape, Quantization, Target, TileConfig
 from sglang_moe_ext.few_tokens_config import DownTile, FewTokensConfig, FewTokensProblem, UpTile, refusals
 
 _BLOCK = Quantization("fp8_w8a8", (128, 128))
@@ -199,7 +199,7 @@ def _compile(shape: MoEShape, sm: int, job: tuple[int, FewTokensConfig, str]) ->
 
     m, config, which = job
     try:
-        triton.runtime.driver.set_active(TargetOnlyDriver(sm))
+        triton.runtime.driver.set_active(TargetOnlyDriver(Target(sm)))
         with torch.device("meta"):
             hidden = torch.empty(m, shape.hidden_size, dtype=getattr(torch, shape.dtype))
             w1, w2 = (_empty_weights(shape, projection) for projection in ("up", "down"))

@@ -13,28 +13,28 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.collect_trials import LAYERS
 from sglang_moe_ext.core import PROJECTIONS, Gpu, Projection, Resources, TileConfig
 from sglang_moe_ext.gpu.names import find_gpu
-from sglang_moe_ext.tuning.search import cost_model
+from sglang_moe_ext.tuning.search import cost_model, gpu_family
 
 TRIALS = Path(__file__).parent.parent / "tests/data/trials/h200_sglang_0_5_15_triton_3_6_0"
 GPU = find_gpu("H200")
 SHORTLIST = 8
 FITTED = (
-    "_LAUNCH_US",
-    "_BLOCK_START_US",
-    "_WARP_START_US",
-    "_LOAD_LATENCY_US",
-    "_STEP_US",
-    "_SCALE_US",
-    "_L2_GBS",
-    "_SHORT_ROW_SHARE",
-    "_MMA_SYNC_SHARE",
+    "launch_us",
+    "block_start_us",
+    "warp_start_us",
+    "load_latency_us",
+    "step_us",
+    "scale_us",
+    "l2_gbs",
+    "short_row_share",
+    "mma_sync_share",
 )
 _ROUNDS = 600
 """Random steps of a fit."""
@@ -142,22 +142,29 @@ def _loss(trials: Sequence[Cell]) -> float:
     return total / len(trials)
 
 
+def _vary(spreads: Mapping[str, float], chance: random.Random) -> None:
+    """Multiply each of those constants by a random factor near 1."""
+    constants = {
+        name: getattr(gpu_family.NVIDIA, name) * math.exp(chance.gauss(0, spread)) for name, spread in spreads.items()
+    }
+    gpu_family.NVIDIA = replace(gpu_family.NVIDIA, **constants)
+
+
 def _fit(trials: Sequence[Cell], chance: random.Random) -> None:
     """Set the model's constants to what a random descent finds best for these trials."""
     best = _loss(trials)
     steps = dict.fromkeys(FITTED, 0.2)
     for _ in range(_ROUNDS):
-        kept = {name: getattr(cost_model, name) for name in chance.sample(FITTED, chance.randint(1, 3))}
-        for name, value in kept.items():
-            setattr(cost_model, name, value * math.exp(chance.gauss(0, steps[name])))
+        before = gpu_family.NVIDIA
+        names = chance.sample(FITTED, chance.randint(1, 3))
+        _vary({name: steps[name] for name in names}, chance)
         loss = _loss(trials)
         grow = 1.3 if loss < best else 0.95
-        steps |= {name: min(0.5, max(0.02, steps[name] * grow)) for name in kept}
+        steps |= {name: min(0.5, max(0.02, steps[name] * grow)) for name in names}
         if loss < best:
             best = loss
         else:
-            for name, value in kept.items():
-                setattr(cost_model, name, value)
+            gpu_family.NVIDIA = before
 
 
 def leave_one_out(trials: Sequence[Cell]) -> str:
@@ -165,19 +172,18 @@ def leave_one_out(trials: Sequence[Cell]) -> str:
         f"| fitted without | regret there, mean | worst | best of first 8, mean | worst | {' | '.join(FITTED)} |",
         "|---" * (5 + len(FITTED)) + "|",
     ]
-    shipped = {name: getattr(cost_model, name) for name in FITTED}
+    shipped = gpu_family.NVIDIA
     for layer in LAYERS:
         chance = random.Random(0)
-        for name, value in shipped.items():
-            setattr(cost_model, name, value * math.exp(chance.gauss(0, 0.5)))
+        gpu_family.NVIDIA = shipped
+        _vary(dict.fromkeys(FITTED, 0.5), chance)
         _fit([cell for cell in trials if cell.layer != layer], chance)
         ranked = [(cell, cell.ranked()) for cell in trials if cell.layer == layer]
         regrets = [[cell.regret(configs[:size]) for cell, configs in ranked] for size in (1, SHORTLIST)]
         found = [f"{of(regret):.1%}" for regret in regrets for of in (geomean, max)]
-        found += [f"{getattr(cost_model, name):.3g}" for name in FITTED]
+        found += [f"{getattr(gpu_family.NVIDIA, name):.3g}" for name in FITTED]
         rows.append(f"| {layer} | {' | '.join(found)} |")
-    for name, value in shipped.items():
-        setattr(cost_model, name, value)
+    gpu_family.NVIDIA = shipped
     return "\n".join(rows)
 
 

@@ -231,6 +231,35 @@ class MoEShape:
 
 
 @dataclass(frozen=True, slots=True, order=True)
+class Target:
+    """An architecture that kernels are compiled for: NVIDIA's compute capability, or AMD's name such as gfx942.
+
+    One of the two is given. `sm` of an AMD GPU is 0, less than any compute capability: a question for a feature of
+    NVIDIA's GPUs from some `sm` on is answered no.
+    """
+
+    sm: int = 0
+    gfx: str = ""
+
+    @property
+    def is_amd(self) -> bool:
+        return bool(self.gfx)
+
+    @property
+    def lanes(self) -> int:
+        """Threads of a warp, which AMD calls a wave."""
+        return 64 if self.is_amd else 32
+
+    @property
+    def fp8_dtype(self) -> str:
+        """torch's name of the 8-bit float that the engines store for it: gfx942 multiplies one of another bias."""
+        return "float8_e4m3fnuz" if self.gfx == "gfx942" else "float8_e4m3fn"
+
+    def __str__(self) -> str:
+        return self.gfx or f"sm_{self.sm}"
+
+
+@dataclass(frozen=True, slots=True, order=True)
 class CompileKey:
     """What of a configuration decides what its binary needs: GROUP_SIZE_M changes neither registers nor memory."""
 
@@ -240,17 +269,34 @@ class CompileKey:
     num_warps: int
     num_stages: int
     use_tma: bool = False
+    waves_per_eu: int = 0
+    matrix_instr_nonkdim: int = 0
+    kpack: int = 1
 
     def with_group(self, group_m: int) -> TileConfig:
         """The configuration of this binary with that GROUP_SIZE_M."""
         return TileConfig(
-            self.block_m, self.block_n, self.block_k, group_m, self.num_warps, self.num_stages, self.use_tma
+            self.block_m,
+            self.block_n,
+            self.block_k,
+            group_m,
+            self.num_warps,
+            self.num_stages,
+            self.use_tma,
+            self.waves_per_eu,
+            self.matrix_instr_nonkdim,
+            self.kpack,
         )
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class TileConfig:
-    """One configuration of the fused-MoE kernel; field by field the engine's BLOCK_SIZE_M ... num_stages, USE_TMA."""
+    """One configuration of the fused-MoE kernel; field by field the engine's BLOCK_SIZE_M ... num_stages, USE_TMA.
+
+    The last three are options of Triton for AMD GPUs alone: how many waves of a SIMD the compiler aims at (0: as it
+    likes), rows and columns of one matrix instruction (0: as it likes), and how many operands one load from the LDS
+    brings. Their defaults are Triton's, and an entry that names none means them.
+    """
 
     block_m: int
     block_n: int
@@ -259,14 +305,33 @@ class TileConfig:
     num_warps: int
     num_stages: int
     use_tma: bool = False
+    waves_per_eu: int = 0
+    matrix_instr_nonkdim: int = 0
+    kpack: int = 1
 
     @property
     def compile_key(self) -> CompileKey:
-        return CompileKey(self.block_m, self.block_n, self.block_k, self.num_warps, self.num_stages, self.use_tma)
+        return CompileKey(
+            self.block_m,
+            self.block_n,
+            self.block_k,
+            self.num_warps,
+            self.num_stages,
+            self.use_tma,
+            self.waves_per_eu,
+            self.matrix_instr_nonkdim,
+            self.kpack,
+        )
 
     def __str__(self) -> str:
-        tma = " TMA" if self.use_tma else ""
-        return f"{self.block_m}x{self.block_n}x{self.block_k} G{self.group_m} w{self.num_warps} s{self.num_stages}{tma}"
+        tile = f"{self.block_m}x{self.block_n}x{self.block_k} G{self.group_m} w{self.num_warps} s{self.num_stages}"
+        options = (
+            " TMA" if self.use_tma else "",
+            f" e{self.waves_per_eu}" if self.waves_per_eu else "",
+            f" i{self.matrix_instr_nonkdim}" if self.matrix_instr_nonkdim else "",
+            f" k{self.kpack}" if self.kpack != 1 else "",
+        )
+        return f"{tile}{''.join(options)}"
 
 
 Table = dict[int, TileConfig]
@@ -277,11 +342,12 @@ Table = dict[int, TileConfig]
 class Gpu:
     """What a kernel can rely on. Bandwidth in GB/s, dense rates in TFLOP/s; `device_name` as torch.cuda reports it.
 
-    `memory_gib` is at least what a process can have; None where it is not known.
+    Of an AMD GPU a multiprocessor is a compute unit, and shared memory its LDS. `memory_gib` is at least what a process
+    can have; None where it is not known.
     """
 
     device_name: str
-    sm: int
+    target: Target
     multiprocessors: int
     smem_per_block: int
     smem_per_multiprocessor: int
@@ -292,6 +358,11 @@ class Gpu:
     source: str
     memory_gib: float | None = None
 
+    @property
+    def sm(self) -> int:
+        """Its compute capability without the dot; 0 of an AMD GPU."""
+        return self.target.sm
+
     def tflops(self, activation_bits: int) -> float:
         """Dense rate of the matrix units for operands of that width."""
         return self.fp8_tflops if activation_bits == 8 and self.fp8_tflops is not None else self.bf16_tflops
@@ -299,7 +370,10 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What a compiled kernel needs: dynamic shared memory a block, registers a thread, spilled bytes a thread."""
+    """What a compiled kernel needs: dynamic shared memory a block, registers a thread, spilled bytes a thread.
+
+    On AMD GPUs the registers are vector registers, accumulation registers among them.
+    """
 
     smem_bytes: int
     registers: int
@@ -344,6 +418,6 @@ class CompileJob:
     projection: Projection
     tokens: int
     key: CompileKey
-    sm: int
+    target: Target
     group_m: int | None = None
     sorted_rows: bool = False

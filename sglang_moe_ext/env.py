@@ -15,6 +15,8 @@ VLLM_CONFIG_FOLDER = "VLLM_TUNED_CONFIG_FOLDER"
 SGLANG_PLUGINS = "SGLANG_PLUGINS"
 VLLM_PLUGINS = "VLLM_PLUGINS"
 COMPLETION = "_ARGCOMPLETE"
+SGLANG_AITER = "SGLANG_USE_AITER"
+VLLM_AITER = "VLLM_ROCM_USE_AITER"
 
 MEANINGS = {
     DISABLE: "`1`: nothing of this package runs in a server, nor in the engines' tuning scripts",
@@ -29,10 +31,13 @@ MEANINGS = {
     SGLANG_PLUGINS: "SGLang's own list of plugins to load; one without `sglang_moe_ext` keeps this package out",
     VLLM_PLUGINS: "vLLM's own list of plugins to load; one without `sglang_moe_ext` keeps this package out",
     COMPLETION: "set by the shell alone, while it asks for completions",
+    SGLANG_AITER: "SGLang's own, for AMD GPUs: where it is on, AITER runs the experts and no table is read; `doctor` "
+    "and `tune` say so",
+    VLLM_AITER: "vLLM's own, for AMD GPUs: the same",
 }
 """What each variable does, as the README's table states it."""
 
 
 def is_on(name: str) -> bool:
     """Whether a switch is set to anything but 0."""
-    return os.environ.get(name, "0") not in ("", "0")
+    return os.environ.get(name, "0").lower() not in ("", "0", "false")

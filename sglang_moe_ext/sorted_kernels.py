@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from sglang_moe_ext.core import MoEShape, Projection, TileConfig
+from sglang_moe_ext.core import MoEShape, Projection, Target, TileConfig
 from sglang_moe_ext.few_tokens_config import FewTokensConfig, FewTokensProblem
 
 FIRST_SM = 90
@@ -257,6 +257,10 @@ class SortedKernelJob:
     block_m: int
     tokens: int
     sm: int
+
+    @property
+    def target(self) -> Target:
+        return Target(self.sm)
 
 
 def list_jobs(plan: Plan, shape: MoEShape, tokens: int, sm: int) -> tuple[SortedKernelJob, SortedKernelJob]:

@@ -17,7 +17,9 @@ def test_every_variable_has_a_meaning() -> None:
     assert set(env.MEANINGS) == NAMES
 
 
-@pytest.mark.parametrize(("value", "on"), [(None, False), ("", False), ("0", False), ("1", True), ("yes", True)])
+@pytest.mark.parametrize(
+    ("value", "on"), [(None, False), ("", False), ("0", False), ("False", False), ("1", True), ("yes", True)]
+)
 def test_a_switch_is_on_for_any_value_but_0(value: str | None, on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(env.DISABLE, raising=False)
     if value is not None:

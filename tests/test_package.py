@@ -25,7 +25,7 @@ ATTACHED = {
     "engines.": "backend_answer config_dict few_tokens_layer installed_engines launch_rules launch_shape lookup_args "
     "running_engine sglang table_names tensors weight_only",
     "engines.sglang.": "deferred_sort hook_points installation kernel_sequence support table_names",
-    "gpu.": "shared_memory specs",
+    "gpu.": "amd_specs shared_memory specs",
     "serving.": "attach guard kernel_selection launch_guard plugin sglang_hooks sglang_lookup_hook table_search "
     "table_selection",
     "tables.": "config_table files kernel_table provenance user_store",

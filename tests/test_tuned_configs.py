@@ -28,7 +28,7 @@ def test_a_shipped_table_is_measured_fits_its_gpu_and_has_its_own_name(path: Pat
     (run,) = {entry.run for entry in known.entries.values()}
     shape, gpu = parse_shape(run.shape), find_gpu(missing_config_log.device_of(key))
     assert sglang_table_names.file_name(sglang_table_names.table_key(shape, run.gpu, down=key.down)) == path.name
-    assert all(smem_bytes(config, shape, gpu.sm) <= gpu.smem_per_block for config in table.values())
+    assert all(smem_bytes(config, shape, gpu.target) <= gpu.smem_per_block for config in table.values())
     assert all(entry.figures["us"] <= entry.figures["incumbent_us"] for entry in known.entries.values())
 
 
@@ -71,7 +71,7 @@ def test_a_shipped_table_of_vllm_was_measured_with_vllm_and_has_the_name_that_it
     assert vllm_naming.file_name(vllm_naming.table_key(shape, run.gpu)) == path.name
     assert sglang_table_names.version_folder(str(run.triton)) == path.parent.name
     gpu = find_gpu(run.gpu.removeprefix("NVIDIA "))
-    assert all(smem_bytes(config, shape, gpu.sm) <= gpu.smem_per_block for config in table.values())
+    assert all(smem_bytes(config, shape, gpu.target) <= gpu.smem_per_block for config in table.values())
 
 
 PATHS = [kernel_table.path_beside(path) for path in TABLES if kernel_table.path_beside(path).exists()]

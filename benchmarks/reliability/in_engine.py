@@ -63,7 +63,7 @@ def vllm_lookup() -> Callable[[MoEShape, int], object]:
 
     plugin.register_vllm()
     layer = importlib.import_module("vllm.model_executor.layers.fused_moe.fused_moe")
-    bootstrap.pretend(DEVICE)
+    bootstrap.pretend(DEVICE, is_amd=False)
     assert attach.state("vllm").is_active, attach.state("vllm")
     return lambda shape, m: layer.try_get_optimal_moe_config(*_weights(shape), _TOP_K, None, m)
 

@@ -14,7 +14,9 @@ from sglang_moe_ext.models.field_spellings import EXPERTS, HIDDEN, SHARED, TOP_K
 from sglang_moe_ext.models.resolve import CONFIG, resolve
 
 _FP8 = "-FP8"
-_NUMBERS = tuple(field.name for field in fields(MoEModel) if field.name not in ("name", "source", "moe_layers"))
+_UNTOLD = ("name", "source", "moe_layers", "decoder")
+"""Of a model, what its experts' kernels do not see."""
+_NUMBERS = tuple(field.name for field in fields(MoEModel) if field.name not in _UNTOLD)
 
 
 def named(name: str) -> MoEModel | None:

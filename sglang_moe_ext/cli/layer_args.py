@@ -325,7 +325,7 @@ class _ListGpus(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         for gpu in specs.known_gpus().values():
             size = "" if gpu.memory_gib is None else f", {gpu.memory_gib:g} GiB"
-            print(f"{gpu.device_name.replace(' ', '_')}  (sm_{gpu.sm}{size})")
+            print(f"{gpu.device_name.replace(' ', '_')}  ({gpu.target}{size})")
         print("and MIG slices of them, such as NVIDIA_A100-SXM4-80GB_MIG_3g.40gb")
         parser.exit()
 

@@ -20,11 +20,10 @@ from sglang_moe_ext.tuning.bench.messages import Pair, Runner
 from sglang_moe_ext.tuning.compare_configs import TODAY, ConfigComparison, TimedConfig
 from sglang_moe_ext.tuning.incumbents import pairs_of
 from sglang_moe_ext.tuning.pipeline import TuneOutcome
-from sglang_moe_ext.tuning.plan import TunePlan
+from sglang_moe_ext.tuning.plan import TunePlan, rules_of
 from sglang_moe_ext.tuning.request import TuneRequest
 from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice, is_right
 from sglang_moe_ext.tuning.search.predict import PredictedConfig, estimate_us
-from sglang_moe_ext.tuning.search.space import RULES
 from sglang_moe_ext.tuning.search.statistics import Interval
 
 _LONGEST_REASON = 160
@@ -190,7 +189,7 @@ def names_of(request: TuneRequest) -> dict[str, str]:
 
 def candidates(plan: TunePlan) -> Grid:
     """What each rule dropped, and what is left."""
-    whys = {rule.name: rule.why for rule in RULES}
+    whys = {rule.name: rule.why for rule in rules_of(plan.gpu)}
     keys: set[CompileKey] = {config.compile_key for config in plan.pruned.kept}
     rows = [[f"dropped: {name}", str(count), whys[name]] for name, count in plan.pruned.dropped.items()]
     rows.append(["kept", str(len(plan.pruned.kept)), f"{len(keys)} binaries a GEMM, apart from GROUP_SIZE_M"])

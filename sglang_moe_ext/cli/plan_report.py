@@ -21,7 +21,7 @@ def say_plan(request: TuneRequest, plan: TunePlan) -> None:
     gpu = request.gpu
     where = "here" if request.gpu_is_here else "not here"
     print(f"{request.model}: {request.shape}")
-    print(f"{gpu.device_name} ({where}): sm_{gpu.sm}, {gpu.smem_per_block} B of shared memory a block, {gpu.source}")
+    print(f"{gpu.device_name} ({where}): {gpu.target}, {gpu.smem_per_block} B of shared memory a block, {gpu.source}")
     for engine, name in output.names_of(request).items():
         print(f"  {engine}: {name}")
     console.show(output.candidates(plan))

@@ -28,6 +28,11 @@ from sglang_moe_ext.tuning.plan import DEFAULT_TOKENS
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.request import MeasureOptions, TuneRequest
 
+UNTRIED_ON_AMD = (
+    "measuring on an AMD GPU is written and has never been run: nobody who made this package has one; please report "
+    "what it does, and --predict needs no GPU"
+)
+
 
 def add_to(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
@@ -181,6 +186,8 @@ def _run_layer(arguments: argparse.Namespace) -> Mapping[str, Any]:
     adapter = request.adapter
     if request.gpu_is_here and not arguments.predict and adapter.find() is None:
         print(f"{adapter.TITLE} is not installed here, and only its own kernel is worth measuring: predicting instead")
+    if request.measuring is not None and request.gpu.target.is_amd:
+        print(f"note: {UNTRIED_ON_AMD}")
     note = adapter.why_no_table(request.shape, request.gpu, request.architecture)
     if note:
         print(f"note: {note}")

@@ -58,6 +58,8 @@ def request_of(arguments: argparse.Namespace) -> GroupedGemmRequest:
     gpu = specs.detect()
     if gpu is None:
         raise GpuError("this machine has no GPU: grouped_gemm is measured, not predicted; run it where the GPU is")
+    if gpu.target.is_amd:
+        raise GpuError(f"{gpu.device_name} is an AMD GPU: grouped_gemm is our kernel for NVIDIA's; leave it out")
     return GroupedGemmRequest(
         name=name,
         shape=shape,

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_moe_ext.core import TileConfig
+from sglang_moe_ext.core import Target, TileConfig
 from sglang_moe_ext.sorted_kernels import Plan
-from sglang_moe_ext.tables.config_table import FIELDS
+from sglang_moe_ext.tables.config_table import FIELDS, ROCM_OPTIONS, rocm_options
 
 ConfigDict = dict[str, Any]
 
 USE_TMA = "USE_TMA"
 # What Triton takes where an entry names no warps or stages, as the engine's bf16 default does not.
 _TRITON_WARPS, _TRITON_STAGES = 4, 3
+TRITON_STAGES_ON_AMD = 2
 
 
 def tile_of(entry: Mapping[str, Any]) -> TileConfig:
@@ -26,12 +27,13 @@ def tile_of(entry: Mapping[str, Any]) -> TileConfig:
         num_warps=entry.get("num_warps", _TRITON_WARPS),
         num_stages=entry.get("num_stages", _TRITON_STAGES),
         use_tma=bool(entry.get(USE_TMA, False)),
+        **{name: entry.get(name, default) for name, default in ROCM_OPTIONS.items()},
     )
 
 
 def launch_args(config: TileConfig) -> ConfigDict:
     """What the kernel takes of a configuration: all but USE_TMA."""
-    return {name: getattr(config, ours) for name, ours in FIELDS.items()}
+    return {name: getattr(config, ours) for name, ours in FIELDS.items()} | rocm_options(config)
 
 
 def config_dict_of(config: TileConfig) -> ConfigDict:
@@ -42,6 +44,13 @@ def config_dict_of(config: TileConfig) -> ConfigDict:
 def resize(entry: Mapping[str, Any], config: TileConfig) -> ConfigDict:
     """The entry with the tile and stages of that configuration; all else that it says stays."""
     return {**entry, **launch_args(config)}
+
+
+def for_target(entry: Mapping[str, Any], target: Target) -> ConfigDict:
+    """A copy as Triton takes it there: without options that it has for AMD GPUs alone, or with its stages on these."""
+    if target.is_amd:
+        return {"num_stages": TRITON_STAGES_ON_AMD, **entry}
+    return {name: value for name, value in entry.items() if name not in ROCM_OPTIONS}
 
 
 def drop_tma(entry: Mapping[str, Any]) -> ConfigDict:

@@ -31,14 +31,16 @@ def compile_launch(job: SortedKernelJob, plan: FewTokensConfig) -> Resources | F
         weights = few_tokens.ExpertWeights(tensors.w2, tensors.w2_scale, quantization)
         few_tokens.few_tokens_down(between, weights, routed, tensors.hidden, plan)
 
-    return meta_compile.compile_every_launch(job.sm, launch_up if job.projection == "up" else launch_down)
+    return meta_compile.compile_every_launch(job.target, launch_up if job.projection == "up" else launch_down)
 
 
 def layer_tensors(job: SortedKernelJob) -> LayerTensors:
     """Those of the layer, without storage."""
     import torch
 
-    (w1, w1_scale), (w2, w2_scale) = (meta_compile.weights(job.shape, projection) for projection in PROJECTIONS)
+    (w1, w1_scale), (w2, w2_scale) = (
+        meta_compile.weights(job.shape, projection, job.target) for projection in PROJECTIONS
+    )
     routed = job.tokens, job.shape.top_k
     return LayerTensors(
         hidden=meta((job.tokens, job.shape.hidden_size), getattr(torch, job.shape.dtype)),

@@ -151,6 +151,7 @@ def request_of(question: LookupRequest) -> dict[str, Any]:
         "deterministic": question.deterministic,
         "pretend_device": None if pretend is None else pretend.device_name,
         "pretend_smem": None if pretend is None else pretend.smem_per_block,
+        "pretend_amd": pretend is not None and pretend.target.is_amd,
         "backend": _backend_request(question),
     }
 
@@ -161,6 +162,8 @@ def _backend_request(question: LookupRequest) -> dict[str, Any] | None:
     stated = checkpoint_section.describe(shape.quantization)
     if question.backend_flag is None or stated is None:
         return None
+    if question.pretend is not None and question.pretend.target.is_amd:
+        return None  # the engines choose there by compiled packages, which can be asked on the GPU itself alone
     section, flag = stated
     return {
         "flag": question.backend_flag,

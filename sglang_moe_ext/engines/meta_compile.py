@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from sglang_moe_ext.core import CompileJob, Failure, MoEShape, Projection, Resources, TileConfig
+from sglang_moe_ext.core import CompileJob, Failure, MoEShape, Projection, Resources, Target, TileConfig
 from sglang_moe_ext.kernels.compiled import TargetOnlyDriver, resources_of
 from sglang_moe_ext.kernels.quantize import quantize_weights
 
@@ -27,8 +27,8 @@ def meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 @functools.lru_cache
-def weights(shape: MoEShape, projection: Projection) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(weights as the engines store them, their scales)."""
+def weights(shape: MoEShape, projection: Projection, target: Target) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weights as the engines store them for that architecture, their scales)."""
     import torch
 
     columns, reduction = shape.gemm(projection)
@@ -36,18 +36,19 @@ def weights(shape: MoEShape, projection: Projection) -> tuple[torch.Tensor, torc
     if shape.quantization.scheme is None:
         return meta((shape.experts, columns, reduction), dtype), None
     stored, scale = quantize_weights(meta((1, columns, reduction), dtype), shape.quantization)
-    return meta((shape.experts, *stored.shape[1:]), stored.dtype), meta((shape.experts, *scale.shape[1:]), scale.dtype)
+    kept = getattr(torch, target.fp8_dtype) if stored.dtype == torch.float8_e4m3fn else stored.dtype
+    return meta((shape.experts, *stored.shape[1:]), kept), meta((shape.experts, *scale.shape[1:]), scale.dtype)
 
 
-def compile_last_launch(sm: int, launch: Callable[[], object]) -> Resources | Failure:
+def compile_last_launch(target: Target, launch: Callable[[], object]) -> Resources | Failure:
     """What the last binary that `launch` launches needs on that architecture, or why the compiler refuses it."""
-    compiled = _compile_launches(sm, launch)
+    compiled = _compile_launches(target, launch)
     return compiled if isinstance(compiled, Failure) else resources_of(compiled[-1])
 
 
-def compile_every_launch(sm: int, launch: Callable[[], object]) -> Resources | Failure:
+def compile_every_launch(target: Target, launch: Callable[[], object]) -> Resources | Failure:
     """The most that any binary needs which `launch` launches on that architecture, or why the compiler refuses one."""
-    compiled = _compile_launches(sm, launch)
+    compiled = _compile_launches(target, launch)
     if isinstance(compiled, Failure):
         return compiled
     needs = [resources_of(kernel) for kernel in compiled]
@@ -58,11 +59,11 @@ def compile_every_launch(sm: int, launch: Callable[[], object]) -> Resources | F
     )
 
 
-def _compile_launches(sm: int, launch: Callable[[], object]) -> list[Any] | Failure:
+def _compile_launches(target: Target, launch: Callable[[], object]) -> list[Any] | Failure:
     import triton
     from triton.runtime.jit import JITFunction
 
-    triton.runtime.driver.set_active(TargetOnlyDriver(sm))
+    triton.runtime.driver.set_active(TargetOnlyDriver(target))
     compiled: list[Any] = []
     run = JITFunction.run
 
@@ -126,4 +127,4 @@ def compile_gemm(job: CompileJob, kernels: Any, launch: Callable[[TileConfig], N
         with any_group(kernels) if job.group_m is None else nullcontext():
             launch(config)
 
-    return compile_last_launch(job.sm, launch_it)
+    return compile_last_launch(job.target, launch_it)

@@ -30,8 +30,6 @@ def running_gpu(device_name: str) -> Gpu | None:
     """
     import torch
 
-    if torch.version.hip is not None:
-        return None  # a gfx90a says 9.0 as an H100 does, and a gfx1201 12.0
     if not torch.cuda.is_available():
         return specs.known_gpus().get(device_name)
     from triton.runtime import driver

@@ -27,7 +27,7 @@ _ALIASES = {
 _OTHER_MEMORY = {"RTX 4090 48GB": ("NVIDIA GeForce RTX 4090", 48.0)}
 """Rebuilt cards, which the driver calls by the name of the original: (that name, GiB)."""
 
-_BRANDS = re.compile(r"\b(nvidia|geforce|tesla|graphics)\b ?")
+_BRANDS = re.compile(r"\b(nvidia|geforce|tesla|graphics|amd|instinct)\b ?")
 _FORM_FACTORS = re.compile(r"\b(sxm\d?|hgx|dgx|nvl72|hbm\de?|oam|pcie)\b ?")
 """Words that tell apart no two GPUs of the table once the device names themselves did not match."""
 _MEMORY = re.compile(r"(\d+) ?g(?:i?b)?")
@@ -45,10 +45,11 @@ class UnsupportedGpu:
     what: str
 
 
-_SUPPORTED = "expected one of the NVIDIA GPUs that --list-gpus prints"
+_SUPPORTED = "expected one of the GPUs that --list-gpus prints"
 UNSUPPORTED = (
     UnsupportedGpu(
-        re.compile(r"\bamd\b|\binstinct\b|\bradeon\b|\bmi ?\d{2,3}[ax]?\b|\bgfx\d|\brx ?\d{4}"), "an AMD GPU"
+        re.compile(r"\bamd\b|\binstinct\b|\bradeon\b|\bmi ?\d{2,3}[ax]?\b|\bgfx\d|\brx ?\d{4}"),
+        "an AMD GPU that was not studied",
     ),
     UnsupportedGpu(re.compile(r"\bintel\b|\bgaudi|\barc [ab]\d|\bdata center gpu max\b"), "an Intel GPU"),
     UnsupportedGpu(re.compile(r"\bascend\b|\bnpu\b|\btpu\b|\bapple\b|\bmps\b|\bmusa\b|\bmtt\b"), "no NVIDIA GPU"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_moe_ext.core import MoEShape, TileConfig
+from sglang_moe_ext.core import MoEShape, Target, TileConfig
 
 _WGMMA_ROWS = 64
 """Rows of one wgmma or tcgen05 tile: from this BLOCK_SIZE_M on, operands stay in shared memory a stage longer."""
@@ -13,12 +13,12 @@ def operand_bytes(shape: MoEShape) -> float:
     return shape.quantization.activation_bits / 8
 
 
-def smem_bytes(config: TileConfig, shape: MoEShape, sm: int) -> int:
+def smem_bytes(config: TileConfig, shape: MoEShape, target: Target) -> int:
     """Shared memory of the engine's kernel, in bytes per block; a lower bound where only the weights are quantized.
 
     Checked against the compiler on the grid in tests/data/compiled.
     """
-    quantization = shape.quantization
+    quantization, sm = shape.quantization, target.sm
     swapped = quantization.row.swaps_operands and sm == 90 and config.block_m < _WGMMA_ROWS <= config.block_n
     wgmma = sm in (90, 100, 103) and (config.block_m >= _WGMMA_ROWS or swapped)
     weight_bytes = quantization.weight_bits / 8

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
-from sglang_moe_ext.core import Gpu, GpuError
+from sglang_moe_ext.core import Gpu, GpuError, Target
+from sglang_moe_ext.gpu import amd_specs
 
 KIB = 1024
 
@@ -112,7 +114,7 @@ def _gpu(device_name: str) -> Gpu:
     architecture = ARCHITECTURES[sm]
     return Gpu(
         device_name=device_name,
-        sm=sm,
+        target=Target(sm),
         multiprocessors=multiprocessors,
         smem_per_block=architecture.smem_per_block,
         smem_per_multiprocessor=architecture.smem_per_multiprocessor,
@@ -126,8 +128,8 @@ def _gpu(device_name: str) -> Gpu:
 
 
 def known_gpus() -> dict[str, Gpu]:
-    """Every GPU in the table, by its device name."""
-    return {name: _gpu(name) for name in _FACTS}
+    """Every GPU in the tables, by its device name."""
+    return {name: _gpu(name) for name in _FACTS} | amd_specs.known_gpus()
 
 
 _VARIANT = re.compile(r"( NVL|-3e| D| MIG .*)$")
@@ -135,6 +137,8 @@ _VARIANT = re.compile(r"( NVL|-3e| D| MIG .*)$")
 
 def aliases(gpu: Gpu) -> list[str]:
     """Known GPUs on which the same configurations are fast: same base name, limits, multiprocessors, architecture."""
+    if gpu.target.is_amd:
+        return [name for name in amd_specs.names_of(gpu.device_name) if name != gpu.device_name]
     base = _VARIANT.sub("", gpu.device_name)
     return [
         other.device_name
@@ -143,6 +147,12 @@ def aliases(gpu: Gpu) -> list[str]:
         and _VARIANT.sub("", other.device_name) == base
         and (other.sm, other.multiprocessors, other.smem_per_block) == (gpu.sm, gpu.multiprocessors, gpu.smem_per_block)
     ]
+
+
+def is_called(gpu: Gpu, device_name: str) -> bool:
+    """Whether that is a name of this GPU: torch's, or an AMD GPU's own in an engine, also with underscores."""
+    names = {gpu.device_name, *amd_specs.names_of(gpu.device_name)}
+    return device_name in names or device_name in {name.replace(" ", "_") for name in names}
 
 
 def detect() -> Gpu | None:
@@ -161,10 +171,16 @@ def detect() -> Gpu | None:
     return describe(device_name, torch.cuda.get_device_properties(0))
 
 
+_AMD_DRIVER = "/dev/kfd"
+"""The device of AMD's driver; the library that torch loads lies in its own wheel."""
+
+
 def _has_driver() -> bool:
-    """Whether the driver's library can be loaded, without which torch sees no GPU; its import takes seconds."""
+    """Whether there is a driver, without which torch sees no GPU; the import of torch takes seconds."""
     import ctypes  # which no server needs
 
+    if Path(_AMD_DRIVER).exists():
+        return True
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -178,6 +194,9 @@ def describe(device_name: str, properties: object) -> Gpu:
     Raises:
         GpuError: the architecture is not in the table.
     """
+    gfx = str(getattr(properties, "gcnArchName", "")).partition(":")[0]
+    if gfx.startswith("gfx"):  # whose major and minor are no compute capability: a gfx90a says 9.0, as an H100 does
+        return amd_specs.describe(device_name, gfx, properties)
     major, minor = getattr(properties, "major", 0), getattr(properties, "minor", 0)
     sm = 10 * int(major) + int(minor)
     relatives = [gpu for gpu in known_gpus().values() if gpu.sm == sm]
@@ -188,7 +207,7 @@ def describe(device_name: str, properties: object) -> Gpu:
     scale = multiprocessors / relative.multiprocessors
     return Gpu(
         device_name=device_name,
-        sm=sm,
+        target=Target(sm),
         multiprocessors=multiprocessors,
         smem_per_block=int(getattr(properties, "shared_memory_per_block_optin", relative.smem_per_block)),
         smem_per_multiprocessor=int(

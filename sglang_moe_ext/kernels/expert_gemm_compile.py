@@ -40,4 +40,4 @@ def warm_up() -> None:
 
 def compile_job(job: CompileJob) -> Resources | Failure:
     """What the job's binary needs, or why the compiler refuses it."""
-    return compile_offline(lambda: compile_signature(job.shape, job.key), job.sm)
+    return compile_offline(lambda: compile_signature(job.shape, job.key), job.target)

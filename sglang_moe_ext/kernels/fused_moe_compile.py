@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEExtError, MoEShape, Projection, Resources
-from sglang_moe_ext.kernels.compiled import TargetOnlyDriver, resources_of
+from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEExtError, MoEShape, Projection, Resources, Target
+from sglang_moe_ext.kernels.compiled import TargetOnlyDriver, resources_of, triton_target
 from sglang_moe_ext.kernels.fused_moe import UNSPECIALIZED, fused_moe_kernel, kernel_arguments
 from sglang_moe_ext.kernels.quantize import STORED_DTYPE, Scales
 from sglang_moe_ext.kernels.reference import Alignment
@@ -36,7 +36,7 @@ class CompileSignature:
     options: dict[str, int]
 
 
-def compile_signature(shape: MoEShape, projection: Projection, key: CompileKey, sm: int) -> CompileSignature:
+def compile_signature(shape: MoEShape, projection: Projection, key: CompileKey, target: Target) -> CompileSignature:
     """The binary that a launch of `shape` asks for, with or without a GPU; down multiplies by the routed weights.
 
     Built from meta tensors by the launch's own `kernel_arguments`, so that the two cannot drift apart.
@@ -55,7 +55,7 @@ def compile_signature(shape: MoEShape, projection: Projection, key: CompileKey, 
             torch.empty(1, slots, columns, dtype=dtype),
             alignment,
             key,
-            sm,
+            target.sm,
             top_k=slots,
             scales=scales,
             routed_weights=torch.empty(1, slots) if projection == "down" else None,
@@ -103,17 +103,16 @@ def specialize(
     return CompileSignature(kernel, signature, constexprs, attrs, options)
 
 
-def compile_offline(sign: Callable[[], CompileSignature], sm: int) -> Resources | Failure:
+def compile_offline(sign: Callable[[], CompileSignature], target: Target) -> Resources | Failure:
     """What that binary needs, or why the compiler refuses it. One binary serves every batch size and group."""
     import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    triton.runtime.driver.set_active(TargetOnlyDriver(sm))
+    triton.runtime.driver.set_active(TargetOnlyDriver(target))
     try:
         asked = sign()
         source = ASTSource(asked.fn, asked.signature, asked.constexprs, asked.attrs)
-        return resources_of(triton.compile(source, target=GPUTarget("cuda", sm, 32), options=asked.options))
+        return resources_of(triton.compile(source, target=triton_target(target), options=asked.options))
     except Exception as error:  # noqa: BLE001 - the compiler fails in many ways; each costs this candidate alone
         return Failure(type(error).__name__, (str(error).strip().splitlines() or ["no message"])[-1][:300])
 
@@ -125,4 +124,4 @@ def warm_up() -> None:
 
 def compile_job(job: CompileJob) -> Resources | Failure:
     """What the job's binary needs, or why the compiler refuses it."""
-    return compile_offline(lambda: compile_signature(job.shape, job.projection, job.key, job.sm), job.sm)
+    return compile_offline(lambda: compile_signature(job.shape, job.projection, job.key, job.target), job.target)

@@ -70,6 +70,16 @@ def quantize_weights(weights: Tensor, quantization: Quantization) -> tuple[Tenso
     return torch.stack(stored), torch.cat(scales).flatten() if _is_per_tensor(quantization) else torch.stack(scales)
 
 
+def to_fnuz(stored: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(float8_e4m3fnuz, scales) of the same values as float8_e4m3fn with its scales, for AMD's gfx942.
+
+    The same bits mean half as much there, and those of -0 are its NaN, so they become 0.
+    """
+    bits = stored.view(torch.int8)
+    bits = torch.where(bits == -128, torch.zeros_like(bits), bits)
+    return bits.view(torch.float8_e4m3fnuz), scale * 2
+
+
 def quantize_activations(activations: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]:
     """(stored [rows, K], scales as in `Scales.activations`), as the engine does it when the scale is dynamic.
 

@@ -78,6 +78,8 @@ class ConfigGuard:
         Each reason is logged once.
         """
         try:
+            if self.gpu is not None and isinstance(entry, Mapping):
+                entry = config_dict.for_target(entry, self.gpu.target)
             config = config_table.parse_tile(entry)
         except TableError as error:
             return self._refuse(f"{error}; the engine alone would end", shape, projection)
@@ -122,6 +124,7 @@ def describe_changes(before: TileConfig, after: TileConfig) -> str:
 
 def _changes(before: TileConfig, after: TileConfig) -> list[str]:
     names = {ours: name for name, ours in config_table.FIELDS.items()} | {"use_tma": config_dict.USE_TMA}
+    names |= {name: name for name in config_table.ROCM_OPTIONS}
     pairs = [(names[it.name], getattr(before, it.name), getattr(after, it.name)) for it in fields(TileConfig)]
     return [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
 
@@ -129,9 +132,9 @@ def _changes(before: TileConfig, after: TileConfig) -> list[str]:
 def fit_to_shared_memory(entry: ConfigDict, shape: MoEShape, gpu: Gpu | None) -> ConfigDict:
     """The entry itself, or a smaller one if it asks for more shared memory than the GPU has a block."""
     config = config_dict.tile_of(entry)
-    if gpu is None or (asked := smem_bytes(config, shape, gpu.sm)) <= gpu.smem_per_block:
+    if gpu is None or (asked := smem_bytes(config, shape, gpu.target)) <= gpu.smem_per_block:
         return entry
-    smaller = next((it for it in degrade(config) if smem_bytes(it, shape, gpu.sm) <= gpu.smem_per_block), None)
+    smaller = next((it for it in degrade(config) if smem_bytes(it, shape, gpu.target) <= gpu.smem_per_block), None)
     if smaller is None:
         return entry
     warn_once(

@@ -101,7 +101,7 @@ def search(
     any_layer: bool = False,
 ) -> FoundTables:
     """Read the tables for that layer. A file that cannot be read as a table is skipped with one log line."""
-    others = [] if gpu is None or gpu.device_name != device_name else specs.aliases(gpu)
+    others = specs.aliases(gpu) if gpu is not None and specs.is_called(gpu, device_name) else []
     names = [device_name, *(name for name in others if name != device_name)]
     query = TableQuery(shape, table_names.version_folder(triton), any_layer)
     candidates: list[TableCandidate] = []

@@ -47,10 +47,10 @@ def _why_not(config: TileConfig, problem: Problem, projection: Projection) -> st
             return f"breaks the rule that {name}: {harm}"
         case RuledConfig(_, (broken, *_)):
             return f"breaks the rule that {broken.name}: {broken.harm}"
-    asked = smem_bytes(runs, shape, gpu.sm)
+    asked = smem_bytes(runs, shape, gpu.target)
     if asked <= gpu.smem_per_block:
         return None
-    fitted = next((it for it in degrade(runs) if smem_bytes(it, shape, gpu.sm) <= gpu.smem_per_block), None)
+    fitted = next((it for it in degrade(runs) if smem_bytes(it, shape, gpu.target) <= gpu.smem_per_block), None)
     advice = "no smaller tile fits" if fitted is None else f"the plugin would run {fitted}, the engine alone would end"
     return f"asks for {asked} B of shared memory, and a block has {gpu.smem_per_block} B: {advice}"
 

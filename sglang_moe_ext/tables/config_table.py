@@ -21,13 +21,18 @@ FIELDS = {
     "num_warps": "num_warps",
     "num_stages": "num_stages",
 }
+ROCM_OPTIONS = {"waves_per_eu": 0, "matrix_instr_nonkdim": 0, "kpack": 1}
+"""Options of Triton for AMD GPUs, fields of a `TileConfig` of the same names, and what Triton takes without them."""
 _POWERS_OF_TWO = frozenset({"BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "num_warps"})
 _LARGEST = {"BLOCK_SIZE_M": 1024, "BLOCK_SIZE_N": 1024, "BLOCK_SIZE_K": 1024, "num_warps": 32, "num_stages": 16}
+_LARGEST |= {"waves_per_eu": 16, "matrix_instr_nonkdim": 64, "kpack": 8}
+_LEAST = {"waves_per_eu": 0, "matrix_instr_nonkdim": 0}
 # Where a table names no warps or stages, Triton takes these.
-_TRITON_DEFAULTS = {"num_warps": 4, "num_stages": 3}
-# Options of other vendors' Triton and of vLLM's files: harmless to read, and no part of a configuration of ours.
-_PASSED_OVER = frozenset({"SPLIT_K", "waves_per_eu", "matrix_instr_nonkdim", "kpack", "num_ctas"})
-_KNOWN_NAMES = frozenset(FIELDS) | _PASSED_OVER | {"USE_TMA"}
+_TRITON_DEFAULTS = {"num_warps": 4, "num_stages": 3, **ROCM_OPTIONS}
+# Options of Triton and of vLLM's files: harmless to read, and no part of a configuration of ours.
+_PASSED_OVER = frozenset({"SPLIT_K", "num_ctas"})
+_OF_A_TILE = FIELDS | {name: name for name in ROCM_OPTIONS}
+_KNOWN_NAMES = frozenset(_OF_A_TILE) | _PASSED_OVER | {"USE_TMA"}
 _MOST_TOKENS = 10**18
 _LARGEST_NUMBER = 2**20
 _TOKENS = re.compile(r"[1-9][0-9]{0,18}")
@@ -82,10 +87,10 @@ def parse(document: object) -> Table:
 def _entry(text: str, entry: object) -> TileConfig:
     if not isinstance(entry, Mapping):
         raise TableError(f"entry {text}: expected an object, found {type(entry).__name__}")
-    unknown = sorted(set(entry) - set(FIELDS) - _PASSED_OVER - {"USE_TMA"})
+    unknown = sorted(set(entry) - _KNOWN_NAMES)
     if unknown:
         raise TableError(f"entry {text} has {show(unknown[0])!r}: expected only {', '.join(FIELDS)}, USE_TMA")
-    values = {ours: _number(text, name, entry) for name, ours in FIELDS.items()}
+    values = {ours: _number(text, name, entry) for name, ours in _OF_A_TILE.items()}
     use_tma = entry.get("USE_TMA", False)
     if not isinstance(use_tma, bool):
         raise TableError(f"entry {text} has USE_TMA={show(use_tma)}: expected true or false")
@@ -94,11 +99,10 @@ def _entry(text: str, entry: object) -> TileConfig:
 
 def _number(text: str, name: str, entry: Mapping[str, Any]) -> int:
     value = entry.get(name, _TRITON_DEFAULTS.get(name))
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST.get(name, 4096):
+    least, most = _LEAST.get(name, 1), _LARGEST.get(name, 4096)
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         found = "nothing" if value is None else show(value)
-        raise TableError(
-            f"entry {text} has {name}={found}: expected a whole number from 1 to {_LARGEST.get(name, 4096)}"
-        )
+        raise TableError(f"entry {text} has {name}={found}: expected a whole number from {least} to {most}")
     if name in _POWERS_OF_TWO and value & (value - 1):
         raise TableError(f"entry {text} has {name}={value}: expected a power of two")
     return value
@@ -175,12 +179,14 @@ def parse_tile(entry: object) -> TileConfig:
     """
     if not isinstance(entry, Mapping):
         raise TableError(f"expected an object, found {type(entry).__name__}")
-    values = {ours: _parse_number(name, entry.get(name, _TRITON_DEFAULTS.get(name))) for name, ours in FIELDS.items()}
+    values = {
+        ours: _parse_number(name, entry.get(name, _TRITON_DEFAULTS.get(name))) for name, ours in _OF_A_TILE.items()
+    }
     return TileConfig(**values, use_tma=bool(entry.get("USE_TMA", False)))
 
 
 def _parse_number(name: str, value: object) -> int:
-    least, most = 0 if name == "num_stages" else 1, _LARGEST.get(name, _LARGEST_NUMBER)
+    least, most = 0 if name == "num_stages" else _LEAST.get(name, 1), _LARGEST.get(name, _LARGEST_NUMBER)
     match value:
         case bool():
             pass
@@ -195,16 +201,23 @@ def _parse_number(name: str, value: object) -> int:
 def to_json(table: Table, *, triton_version: str | None = None, with_split_k: bool = False) -> str:
     """The file's text. USE_TMA stands only where it is on: an engine that does not know it must not meet it.
 
+    So do options for AMD GPUs where they are not Triton's defaults: Triton for NVIDIA GPUs refuses them.
     vLLM's dialect alone has a `triton_version` beside the entries, and a SPLIT_K of 1 in each.
     """
     document: dict[str, object] = {} if triton_version is None else {"triton_version": triton_version}
     document |= {
         str(m): {name: getattr(config, ours) for name, ours in FIELDS.items()}
+        | rocm_options(config)
         | ({"USE_TMA": True} if config.use_tma else {})
         | ({"SPLIT_K": 1} if with_split_k else {})
         for m, config in sorted(table.items())
     }
     return json.dumps(document, indent=4) + "\n"
+
+
+def rocm_options(config: TileConfig) -> dict[str, int]:
+    """The options for AMD GPUs in which it differs from Triton's defaults."""
+    return {name: value for name, default in ROCM_OPTIONS.items() if (value := getattr(config, name)) != default}
 
 
 def nearest(table: Table, tokens: int) -> int:

@@ -25,6 +25,7 @@ from sglang_moe_ext.sorted_kernels import (
     WarpSpecializedUp,
 )
 from sglang_moe_ext.tables import files, provenance, user_store
+from sglang_moe_ext.tables.config_table import ROCM_OPTIONS
 from sglang_moe_ext.tables.provenance import TuningRun
 from sglang_moe_ext.untrusted import show
 
@@ -85,7 +86,7 @@ def document_of(plan: Plan) -> dict[str, Any]:
 
 def _with_kernel(config: Up | Down, kernels: Mapping[str, type[Any]]) -> dict[str, Any]:
     name = next(name for name, kind in kernels.items() if isinstance(config, kind))
-    return {"kernel": name, **asdict(config)}
+    return {"kernel": name, **{field: value for field, value in asdict(config).items() if field not in ROCM_OPTIONS}}
 
 
 def parse_plan(document: Any) -> Plan:
@@ -137,11 +138,12 @@ def _config(document: Any, kernels: Mapping[str, type[Any]]) -> Any:
         error = UnknownKernelError if is_name else TableError
         raise error(f"expected a kernel of {', '.join(kernels)}, found {show(document, 80)}")
     values = _without_kernel(document)
-    names = {item.name for item in fields(kind)}
+    known = [item for item in fields(kind) if item.name not in ROCM_OPTIONS]  # our kernels run on NVIDIA GPUs alone
+    names = {item.name for item in known}
     if values.keys() != names:
         error = UnknownKernelError if names < values.keys() else TableError  # a later version may know more of it
         raise error(f"a configuration of {document['kernel']} with {show(', '.join(sorted(values)))}: not its fields")
-    for item in fields(kind):
+    for item in known:
         _check(item.name, values[item.name], is_flag=item.type == "bool")
     if values.get("use_tma"):
         raise TableError("an up GEMM of the engine with use_tma: our kernels take it without")

@@ -79,7 +79,7 @@ def run(request: GroupedGemmRequest, progress: Progress) -> dict[int, MeasuredCh
         ends.callback(worker.close)
 
         def clean(projection: Projection, key: CompileKey) -> Failure | None:
-            job = CompileJob(request.shape, projection, _ONE_BINARY, key, request.gpu.sm)
+            job = CompileJob(request.shape, projection, _ONE_BINARY, key, request.gpu.target)
             return candidates.misfit(job, pool.result(job), request.gpu)
 
         if request.searches:
@@ -88,7 +88,7 @@ def run(request: GroupedGemmRequest, progress: Progress) -> dict[int, MeasuredCh
                 for m in sorted(request.rows, reverse=True)
                 for key in screening.groups_by_key(list_tiles(request.shape, request.gpu, m, EFFORTS[request.effort]))
             )
-            pool.want(CompileJob(request.shape, "up", _ONE_BINARY, key, request.gpu.sm) for key in keys)
+            pool.want(CompileJob(request.shape, "up", _ONE_BINARY, key, request.gpu.target) for key in keys)
         found = choose_all(request, folder.journal.through(worker.measure), clean, progress)
         folder.finish()
     return found

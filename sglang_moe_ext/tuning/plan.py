@@ -12,14 +12,13 @@ from sglang_moe_ext.tuning.compile.pool import default_workers
 from sglang_moe_ext.tuning.incumbents import pairs_of
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.request import TuneRequest
-from sglang_moe_ext.tuning.search import candidates, predict, space
+from sglang_moe_ext.tuning.search import candidates, predict, rocm_space, space
 from sglang_moe_ext.tuning.search.predict import estimate_us
 from sglang_moe_ext.tuning.search.prediction_error import margin
 
 DEFAULT_TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 8192, 16384)
 """Upstream's 18 batch sizes, and the two that a chunked prefill asks for: the engine takes the nearest, however far."""
 
-_FIRST_FP8_SM = 89
 # Machine of 16 cores and one H200, SGLang 0.5.15, Triton 3.6.0, 2026-11-21: an import of the engine; one binary on one
 # core, one screened binary, one final comparison with its checks.
 _START_S, _COMPILE_S, _SCREEN_S, _COMPARISON_S = 14.0, 0.16, 0.004, 0.3
@@ -64,6 +63,11 @@ class TunePlan:
     today: LookupResult | None = None
 
 
+def rules_of(gpu: Gpu) -> tuple[space.Rule, ...]:
+    """The rules that candidates for that GPU are held against."""
+    return rocm_space.RULES if gpu.target.is_amd else space.RULES
+
+
 def prune_space(problem: Problem) -> space.PrunedSpace:
     """The candidates that no rule drops.
 
@@ -72,15 +76,15 @@ def prune_space(problem: Problem) -> space.PrunedSpace:
         ModelError: the layer is so small, or its scales so fine, that no candidate suits it.
     """
     shape, gpu = problem.shape, problem.gpu
-    if shape.quantization.scheme == "fp8_w8a8" and gpu.sm < _FIRST_FP8_SM:
-        raise GpuError(
-            f"{gpu.device_name} (sm_{gpu.sm}) has no fp8 matrix units: expected sm_{_FIRST_FP8_SM} or newer; "
-            "engines run such weights through Marlin there, which reads no table"
-        )
+    if shape.quantization.scheme == "fp8_w8a8" and gpu.fp8_tflops is None:
+        expected = "gfx942 or newer" if gpu.target.is_amd else "sm_89 or newer"
+        instead = "" if gpu.target.is_amd else "; engines run such weights through Marlin there, which reads no table"
+        raise GpuError(f"{gpu.device_name} ({gpu.target}) has no fp8 matrix units: expected {expected}{instead}")
+    everything = rocm_space.full_space(shape, gpu) if gpu.target.is_amd else space.full_space()
     space_of_engine = dict.fromkeys(
-        problem.adapter.effective_config(config, shape.quantization) for config in space.full_space()
+        problem.adapter.effective_config(config, shape.quantization) for config in everything
     )
-    found = space.prune(space_of_engine, shape, gpu)
+    found = space.prune(space_of_engine, shape, gpu, rules_of(gpu))
     if not found.kept:
         dropped = ", ".join(f"{name} {count}" for name, count in found.dropped.items() if count)
         raise ModelError(f"no candidate is left for {shape} on {gpu.device_name}: the rules dropped all ({dropped})")

@@ -126,7 +126,7 @@ def test_12_an_own_build_in_the_engines_own_folder_is_not_read_as_sglang_cannot_
 ODD_UPS = {
     "a byte order mark": lambda text: "\ufeff" + text,
     "a whole number with a point": lambda text: text.replace('"num_stages": 2', '"num_stages": 2.0'),
-    "an option of AMD's Triton": lambda text: text.replace('"maxnreg": 168', '"waves_per_eu": 2'),
+    "an option of AMD's Triton at its default": lambda text: text.replace('"maxnreg": 168', '"waves_per_eu": 0'),
     "a backend": lambda text: text.replace('"maxnreg": 168', '"backend": "flydsl"'),
     "buffers of warp specialisation": lambda text: text.replace('"maxnreg": 168', '"num_buffers_warp_spec": 0'),
     "a comment among the keys": lambda text: text.replace('{\n "1"', '{\n "_comment": "by hand",\n "1"', 1),

@@ -36,6 +36,7 @@ from tests.engines.installed import (
 CHILD = Path(__file__).parent / "children" / "lookup_answers.py"
 TOKENS = (1, 3, 40, 5000)
 H200, B200, RTX_4090 = find_gpu("H200"), find_gpu("B200"), find_gpu("RTX 4090")
+MI300X, MI355X = find_gpu("MI300X"), find_gpu("MI355X")
 QUESTIONS = {
     "a table of the engine": LookupRequest(MoEShape(128, 768, 2048, 8), TOKENS, H200),
     "a default, which the guard fits": LookupRequest(
@@ -46,6 +47,13 @@ QUESTIONS = {
     ),
     "groups of four bits": LookupRequest(
         MoEShape(97, 96, 256, 3, Quantization("int4_w4a16", (0, 32))), TOKENS, H200
+    ),
+    "a table for an AMD GPU": LookupRequest(MoEShape(8, 14336, 4096, 2), TOKENS, MI300X),
+    "an entry that cannot be launched": LookupRequest(
+        MoEShape(8, 8192, 6144, 2, Quantization("fp8_w8a8")), (256,), MI300X
+    ),
+    "a default on an AMD GPU": LookupRequest(
+        MoEShape(97, 256, 2048, 8, Quantization("fp8_w8a8", (128, 128))), TOKENS, MI355X
     ),
 }  # fmt: skip
 BOTH = [("sglang", version) for version in HOOKED_VERSIONS] + [("vllm", version) for version in VLLM_VERSIONS]
@@ -145,6 +153,25 @@ def test_what_is_read_from_the_files_is_what_the_engine_answers(engine: str, ver
     answers, found = asked(engine, version), read(engine, version)
     assert all(answer.is_from_files for answer in found.values())
     assert {name: replace(answer, is_from_files=False) for name, answer in found.items()} == answers
+
+
+@pytest.mark.parametrize(("engine", "version"), BOTH)
+def test_an_engine_that_is_told_of_an_amd_gpu_takes_its_tables_and_its_defaults(engine: str, version: str) -> None:
+    answers = asked(engine, version)
+    shipped, default = answers["a table for an AMD GPU"], answers["a default on an AMD GPU"]
+    assert [file.name for file in shipped.files] == ["E=8,N=14336,device_name=AMD_Instinct_MI300X.json"]
+    assert {config.matrix_instr_nonkdim for config in shipped.up.values()} == {16}, "the table's own options"
+    assert {config.num_stages for config in default.up.values()} == {2}, "on NVIDIA GPUs the same default has three"
+    assert not default.files
+
+
+@pytest.mark.parametrize("version", HOOKED_VERSIONS)
+def test_a_shipped_entry_for_an_mi300x_that_cannot_be_launched_is_fitted_to_its_lds(version: str) -> None:
+    """Four stages of 128x256x128: 147,456 B by Triton 3.7.1 for gfx942, which has 65,536. vLLM's table has two."""
+    answer = asked("sglang", version)["an entry that cannot be launched"]
+    assert answer.written[256]["up"]["num_stages"] == 4
+    assert "64 KiB of shared memory: num_stages 4 -> 2" in answer.fitted[256]["up"]
+    assert not asked("vllm", VLLM_VERSIONS[-1])["an entry that cannot be launched"].fitted
 
 
 @pytest.mark.parametrize("version", ENGINE_VERSIONS)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sglang_moe_ext.core import CompileJob, CompileKey, MoEShape, Projection, Quantization
+from sglang_moe_ext.core import CompileJob, CompileKey, MoEShape, Projection, Quantization, Target
 from tests.engines.installed import run_in_engine
 
 pytestmark = pytest.mark.usefixtures("forked_engines")
@@ -22,7 +22,7 @@ INT4 = MoEShape(128, 768, 2048, 8, Quantization("int4_w4a16", (0, 32)))
 
 
 def job(shape: MoEShape, projection: Projection, key: CompileKey, *, sorted_rows: bool = False) -> CompileJob:
-    return CompileJob(shape, projection, 1024, key, 90, sorted_rows=sorted_rows)
+    return CompileJob(shape, projection, 1024, key, Target(90), sorted_rows=sorted_rows)
 
 
 JOBS = {

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sglang_moe_ext.core import Quantization
+from sglang_moe_ext.core import Quantization, Target
 from sglang_moe_ext.kernels.compiled import TargetOnlyDriver, resources_of
 from sglang_moe_ext.kernels.quantize import Scales
 
@@ -44,7 +44,7 @@ def operands(
 
 def compiled(sm: int, kernel: Any, named: dict[str, Any]) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton.runtime.driver, "_active", TargetOnlyDriver(sm))
+        patch.setattr(triton.runtime.driver, "_active", TargetOnlyDriver(Target(sm)))
         patch.setattr(kernel, "device_caches", copy.copy(kernel.device_caches))
         return kernel.warmup(**named, grid=(1,))
 

@@ -8,7 +8,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs Triton's compiler, not its interpreter", allow_module_level=True)
 
-from sglang_moe_ext.core import CompileJob, MoEShape, Quantization, Resources
+from sglang_moe_ext.core import CompileJob, MoEShape, Quantization, Resources, Target
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.kernels import expert_gemm
 from sglang_moe_ext.kernels.expert_gemm_compile import compile_job, compile_signature
@@ -33,7 +33,7 @@ def test_the_default_tile_fits_a_small_gpu_and_spills_nothing(name: str, rows: i
     shape = SHAPES[name]
     key = GroupedGemmKey(4096, shape.quantization.scheme or shape.dtype, shape.quantization.block_shape)
     tile = expert_gemm.default_config(rows, shape.experts, key).compile_key
-    needs = compile_job(CompileJob(shape, "up", rows, tile, 89))
+    needs = compile_job(CompileJob(shape, "up", rows, tile, Target(89)))
     assert isinstance(needs, Resources), needs
     assert needs.smem_bytes <= BUDGET_SM89 and needs.spill_bytes == 0, needs
 

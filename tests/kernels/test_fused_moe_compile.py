@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sglang_moe_ext.core import CompileKey, MoEExtError, MoEShape, Projection, Quantization, TileConfig
+from sglang_moe_ext.core import CompileKey, MoEExtError, MoEShape, Projection, Quantization, Target, TileConfig
 from sglang_moe_ext.kernels import fused_moe
 from sglang_moe_ext.kernels.compiled import TargetOnlyDriver, resources_of
 from sglang_moe_ext.kernels.fused_moe import fused_moe_kernel
@@ -60,7 +60,7 @@ def glm_flash(quantization: str) -> MoEShape:
 
 
 def compiled(shape: MoEShape, projection: Projection, key: CompileKey, sm: int) -> Any:
-    ours = compile_signature(shape, projection, key, sm)
+    ours = compile_signature(shape, projection, key, Target(sm))
     source = ASTSource(ours.fn, ours.signature, ours.constexprs, ours.attrs)
     return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=ours.options)
 
@@ -86,7 +86,7 @@ def test_the_offline_binary_is_the_one_that_a_launch_compiles(
         fused_moe_kernel, "run", lambda *a, warmup, **k: launched.append(run(*a, warmup=True, **k)), raising=False
     )
     config = TileConfig(16, 64, 128, 8, 4, 3)
-    monkeypatch.setattr(triton.runtime.driver, "_active", TargetOnlyDriver(90))
+    monkeypatch.setattr(triton.runtime.driver, "_active", TargetOnlyDriver(Target(90)))
     monkeypatch.setattr(fused_moe_kernel, "device_caches", copy.copy(fused_moe_kernel.device_caches))
     launch_on_meta(glm_flash(quantization), projection, config)
     offline = compiled(glm_flash(quantization), projection, config.compile_key, 90)
@@ -118,13 +118,13 @@ def launch_on_meta(shape: MoEShape, projection: Projection, config: TileConfig) 
 
 def test_a_configuration_with_tma_is_refused() -> None:
     with pytest.raises(MoEExtError, match="USE_TMA"):
-        compile_signature(glm_flash("bf16"), "up", CompileKey(64, 64, 64, 4, 3, use_tma=True), 90)
+        compile_signature(glm_flash("bf16"), "up", CompileKey(64, 64, 64, 4, 3, use_tma=True), Target(90))
 
 
 def test_a_scheme_that_the_kernel_cannot_do_is_refused() -> None:
     shape = MoEShape(64, 1536, 2048, 4, Quantization("int4_w4a16", (0, 128)))
     with pytest.raises(MoEExtError, match="int4_w4a16"):
-        compile_signature(shape, "up", CompileKey(64, 64, 64, 4, 3), 90)
+        compile_signature(shape, "up", CompileKey(64, 64, 64, 4, 3), Target(90))
 
 
 @pytest.mark.parametrize("block_m", [32, 128])

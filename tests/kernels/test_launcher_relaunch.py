@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
+from sglang_moe_ext.core import Target
 from sglang_moe_ext.kernels.compiled import TargetOnlyDriver
 from sglang_moe_ext.kernels.launcher import RecordedLaunch, record_launch
 
@@ -79,7 +80,7 @@ def test_an_equal_tensor_that_is_another_one_is_not_replaced() -> None:
 def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Launches compile for an H100 and run nothing."""
     run = JITFunction.run
-    monkeypatch.setattr(triton.runtime.driver, "_active", TargetOnlyDriver(90))
+    monkeypatch.setattr(triton.runtime.driver, "_active", TargetOnlyDriver(Target(90)))
     monkeypatch.setattr(scale, "device_caches", copy.copy(scale.device_caches))
     monkeypatch.setattr(
         JITFunction, "run", lambda self, *a, grid, warmup, **k: run(self, *a, grid=grid, warmup=True, **k)

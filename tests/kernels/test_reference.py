@@ -5,7 +5,7 @@ import torch
 from moe_problems import QUANTIZATIONS, naive_gemm, problem, routing
 
 from sglang_moe_ext.core import MoEExtError, Quantization
-from sglang_moe_ext.kernels.quantize import Scales, quantize_activations, quantize_weights, real_weights
+from sglang_moe_ext.kernels.quantize import Scales, quantize_activations, quantize_weights, real_weights, to_fnuz
 from sglang_moe_ext.kernels.reference import Alignment, grouped_gemm, moe_align, moe_layer, relative_error
 
 ROUTES = ["spread", "one", "elsewhere", "nobody"]
@@ -259,3 +259,10 @@ def test_shapes_that_would_broadcast_are_refused() -> None:
 
 def test_alignment_unpacks_in_the_engines_order() -> None:
     assert Alignment._fields == ("sorted_token_ids", "expert_ids", "num_tokens_post_padded")
+
+
+def test_float8_of_amds_kind_has_the_same_values() -> None:
+    every_bit_pattern = torch.arange(-128, 128, dtype=torch.int16).to(torch.int8).view(torch.float8_e4m3fn)
+    stored = every_bit_pattern[every_bit_pattern.float().isfinite()]
+    turned, scale = to_fnuz(stored, torch.ones(1))
+    assert torch.equal(turned.float() * scale, stored.float())

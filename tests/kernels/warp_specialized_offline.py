@@ -15,6 +15,7 @@ import triton
 import triton.backends.nvidia
 from torch import Tensor
 
+from sglang_moe_ext.core import Target
 from sglang_moe_ext.kernels.compiled import TargetOnlyDriver
 from sglang_moe_ext.kernels.warp_specialized_down import down_arguments
 from sglang_moe_ext.kernels.warp_specialized_up import up_arguments
@@ -67,7 +68,7 @@ def down(kind: str, config: WarpSpecializedDown, *, elsewhere: bool = False) -> 
 
 def compiled(kernel: Any, named: dict[str, Any]) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton.runtime.driver, "_active", TargetOnlyDriver(90))
+        patch.setattr(triton.runtime.driver, "_active", TargetOnlyDriver(Target(90)))
         patch.setattr(kernel, "device_caches", copy.copy(kernel.device_caches))
         return kernel.warmup(**named, grid=(1,))
 

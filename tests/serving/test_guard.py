@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from sglang_moe_ext.core import Gpu, MoEShape, Projection, Quantization, TileConfig
+from sglang_moe_ext.core import Gpu, MoEShape, Projection, Quantization, Target, TileConfig
 from sglang_moe_ext.engines import config_dict, launch_rules
 from sglang_moe_ext.engines.launch_rules import KernelLaunch
 from sglang_moe_ext.gpu import specs
@@ -81,7 +81,7 @@ def test_nothing_but_stages_and_the_sides_n_and_k_is_made_smaller(config: TileCo
 
 @given(usual, shapes, st.sampled_from([80, 89, 90, 100, 120]))
 def test_no_step_asks_for_more_than_the_one_before(config: TileConfig, shape: MoEShape, sm: int) -> None:
-    asked = [smem_bytes(it, shape, sm) for it in (config, *degrade(config))]
+    asked = [smem_bytes(it, shape, Target(sm)) for it in (config, *degrade(config))]
     assert asked == sorted(asked, reverse=True)
 
 
@@ -107,13 +107,13 @@ def test_every_step_is_taken() -> None:
 
 def test_the_last_step_is_small_enough_for_any_gpu() -> None:
     last = list(degrade(TileConfig(256, 512, 512, 1, 8, 8)))[-1]
-    assert smem_bytes(last, GLM, 90) <= min(it.smem_per_block for it in specs.ARCHITECTURES.values())
+    assert smem_bytes(last, GLM, Target(90)) <= min(it.smem_per_block for it in specs.ARCHITECTURES.values())
 
 
 @given(usual, shapes, st.sampled_from(["up", "down"]))
 def test_an_entry_that_fits_and_is_right_is_a_plain_copy(config: TileConfig, shape: MoEShape, of: Projection) -> None:
     assume(is_sound(config, shape))
-    entry = config_dict.config_dict_of(dataclasses.replace(config, use_tma=False)) | {"waves_per_eu": 2}
+    entry = config_dict.config_dict_of(dataclasses.replace(config, use_tma=False)) | {"maxnreg": 168}
     left = safe(NEW, None, entry, shape, of)
     assert left == entry
     assert left is not entry
@@ -124,7 +124,7 @@ def test_what_leaves_the_guard_fits_wherever_a_smaller_one_does(config: TileConf
     assume(is_sound(config, shape))
 
     def fits(it: TileConfig) -> bool:
-        return smem_bytes(it, shape, RTX_4090.sm) <= RTX_4090.smem_per_block
+        return smem_bytes(it, shape, RTX_4090.target) <= RTX_4090.smem_per_block
 
     left = safe(NEW, RTX_4090, config_dict.config_dict_of(config), shape, "up")
     assert fits(config_dict.tile_of(left)) == any(map(fits, (config, *degrade(config))))
@@ -136,14 +136,14 @@ def test_what_leaves_the_guard_fits_wherever_a_smaller_one_does(config: TileConf
 def test_a_single_stage_asks_for_what_the_compiler_says(quantization: str, expected: int) -> None:
     """128x32x32 of 0.5.15's kernel for sm_89, by Triton 3.7.1."""
     shape = dataclasses.replace(GLM, quantization=QUANTIZATIONS[quantization])
-    assert smem_bytes(TileConfig(128, 32, 32, 1, 4, 1), shape, 89) == expected
+    assert smem_bytes(TileConfig(128, 32, 32, 1, 4, 1), shape, Target(89)) == expected
 
 
 def test_the_crash_of_glm_4_7_flash_on_an_rtx_4090_is_a_configuration_that_fits() -> None:
-    assert (smem_bytes(SEED, GLM, RTX_4090.sm), RTX_4090.smem_per_block) == (147_456, 101_376)
+    assert (smem_bytes(SEED, GLM, RTX_4090.target), RTX_4090.smem_per_block) == (147_456, 101_376)
     left = config_dict.tile_of(safe(NEW, RTX_4090, config_dict.config_dict_of(SEED), GLM, "up"))
     assert left == dataclasses.replace(SEED, num_stages=3)
-    assert smem_bytes(left, GLM, RTX_4090.sm) <= RTX_4090.smem_per_block
+    assert smem_bytes(left, GLM, RTX_4090.target) <= RTX_4090.smem_per_block
 
 
 def test_the_same_configuration_stays_as_it_is_on_an_h200() -> None:
@@ -151,7 +151,7 @@ def test_the_same_configuration_stays_as_it_is_on_an_h200() -> None:
 
 
 def test_what_else_an_entry_says_stays_when_it_is_made_smaller() -> None:
-    entry = config_dict.config_dict_of(SEED) | {"waves_per_eu": 2, "SPLIT_K": 1}
+    entry = config_dict.config_dict_of(SEED) | {"maxnreg": 168, "SPLIT_K": 1}
     left = safe(NEW, RTX_4090, entry, GLM, "up")
     assert left == entry | {"num_stages": 3}
 
@@ -201,3 +201,25 @@ def test_wrong_tma_is_said_once_for_each_layer_and_projection(caplog: pytest.Log
         entry = config_dict.config_dict_of(dataclasses.replace(SEED, use_tma=True, group_m=group_m))
         safe(OLD, H200, entry, shape, projection)  # type: ignore[arg-type]
     assert len(caplog.messages) == 2
+
+
+MI300X, MI355X = find_gpu("MI300X"), find_gpu("MI355X")
+ON_AMD = {"waves_per_eu": 2, "matrix_instr_nonkdim": 16, "kpack": 2}
+
+
+def test_options_for_amd_gpus_stay_there_and_go_where_triton_would_refuse_them() -> None:
+    plain = config_dict.config_dict_of(TileConfig(64, 64, 64, 1, 4, 2))
+    assert safe(NEW, MI300X, plain | ON_AMD, GLM, "up") == plain | ON_AMD
+    assert safe(NEW, H200, plain | ON_AMD, GLM, "up") == plain
+
+
+def test_an_entry_is_fitted_to_the_lds_of_an_amd_gpu() -> None:
+    entry = config_dict.config_dict_of(TileConfig(128, 256, 128, 1, 8, 2)) | ON_AMD
+    assert safe(NEW, MI355X, entry, GLM, "up") == entry
+    assert safe(NEW, MI300X, entry, GLM, "up") == entry | {"BLOCK_SIZE_N": 128}
+
+
+def test_an_entry_without_stages_is_held_against_what_triton_takes_on_amd_gpus() -> None:
+    """One stage less than on NVIDIA GPUs."""
+    entry = {"BLOCK_SIZE_M": 128, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 8, "num_warps": 8}
+    assert safe(NEW, MI300X, entry, GLM, "up") == entry | {"num_stages": 2}

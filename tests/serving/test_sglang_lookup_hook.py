@@ -17,10 +17,11 @@ import torch
 from sglang_moe_ext import env
 from sglang_moe_ext.cli import tune
 from sglang_moe_ext.core import EngineError, MoEShape, Quantization
-from sglang_moe_ext.engines import config_dict, running_engine
+from sglang_moe_ext.engines import config_dict
 from sglang_moe_ext.engines.lookup_args import lookup_layer
 from sglang_moe_ext.engines.sglang.hook_points import SglangHookPoints
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
+from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.models import parse_shape
 from sglang_moe_ext.serving import guard, sglang_lookup_hook, table_selection
 from sglang_moe_ext.serving.table_search import TableDir
@@ -312,6 +313,7 @@ def test_an_engine_that_says_nowhere_whether_it_is_deterministic_is_named() -> N
         SglangHookPoints(engine, module, module, module, module, print, print, None).is_deterministic()
 
 
-def test_a_gpu_of_another_vendor_is_taken_for_none_of_nvidia(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert running_engine.running_gpu(H200.device_name) is None
+def test_an_amd_gpu_is_known_by_its_own_architecture_and_not_by_the_number_it_shares_with_an_h100() -> None:
+    properties = SimpleNamespace(gcnArchName="gfx90a:sramecc+", major=9, minor=0, multi_processor_count=110)
+    described = specs.describe("AMD Instinct MI250X", properties)
+    assert (described.sm, str(described.target), described.smem_per_block) == (0, "gfx90a", 65_536)

@@ -17,6 +17,7 @@ from sglang_moe_ext.core import (
     MoEShape,
     Projection,
     Resources,
+    Target,
     TileConfig,
 )
 from sglang_moe_ext.engines import few_tokens_compile, meta_compile
@@ -54,7 +55,7 @@ def warm_up() -> None:
 
 
 def _tensors(
-    engine: LoadedSglang, shape: MoEShape, projection: Projection, tokens: int, key: CompileKey
+    engine: LoadedSglang, shape: MoEShape, projection: Projection, tokens: int, key: CompileKey, target: Target
 ) -> GemmTensors:
     import torch
 
@@ -65,7 +66,7 @@ def _tensors(
     elif key.use_tma:
         rows_in = padded_rows(tokens * shape.top_k, shape.experts, key.block_m)
     activations = getattr(torch, shape.dtype)
-    weights, weight_scale = meta_compile.weights(shape, projection)
+    weights, weight_scale = meta_compile.weights(shape, projection, target)
     topk_ids = meta((tokens, shape.top_k), torch.int32)
     sorted_token_ids, expert_ids, num_tokens_post_padded = engine.align(topk_ids, key.block_m, shape.experts)
     return GemmTensors(
@@ -97,29 +98,36 @@ def _groups(a: torch.Tensor, group: int) -> int:
     return -(-int(a.shape[1]) // group)
 
 
-def _per_tensor_or_token(a: torch.Tensor, scale: object, use_per_token_if_dynamic: bool = False) -> Any:
-    import torch
+def _per_tensor_or_token(dtype_name: str) -> Callable[..., Any]:
+    """The same, in place of the quantizer that knows no groups."""
 
-    rows = int(a.shape[0]) if use_per_token_if_dynamic else 1
-    scales = meta((rows, 1) if use_per_token_if_dynamic else (1,), torch.float32)
-    return meta(tuple(a.shape), torch.float8_e4m3fn), scales
+    def quantize(a: torch.Tensor, scale: object, use_per_token_if_dynamic: bool = False) -> Any:
+        import torch
+
+        rows = int(a.shape[0]) if use_per_token_if_dynamic else 1
+        scales = meta((rows, 1) if use_per_token_if_dynamic else (1,), torch.float32)
+        return meta(tuple(a.shape), getattr(torch, dtype_name)), scales
+
+    return quantize
 
 
-def _prepare(kernels: Any, sm: int) -> None:
+def _prepare(kernels: Any, target: Target) -> None:
     """Set, in the engine's kernel module, what it would find on the GPU, and replace its CUDA-only quantizers."""
+    sm, float8 = target.sm, target.fp8_dtype
+    kernels._is_hip, kernels._is_cuda = target.is_amd, not target.is_amd
     kernels.is_arch_support_pdl = lambda: sm >= 90
     kernels.should_enable_swap_ab = lambda block_m, block_n: sm == 90 and block_m < 64 and block_n >= 64
-    kernels.scaled_fp8_quant = _per_tensor_or_token
+    kernels.scaled_fp8_quant = _per_tensor_or_token(float8)
     kernels.per_token_quant_int8 = _quantized("int8", lambda a, _: 1)
     for prefix in ("", "sglang_"):
-        setattr(kernels, f"{prefix}per_token_group_quant_fp8", _quantized("float8_e4m3fn", _groups))
+        setattr(kernels, f"{prefix}per_token_group_quant_fp8", _quantized(float8, _groups))
         setattr(kernels, f"{prefix}per_token_group_quant_int8", _quantized("int8", _groups))
 
 
 def compile_job(job: CompileJob | SortedKernelJob) -> Resources | Failure:
     """What the binary of this job needs, or why the compiler refuses it."""
     engine = _engine()
-    _prepare(engine.kernels, job.sm)
+    _prepare(engine.kernels, job.target)
     match job:
         case CompileJob():
             return _compile_gemm(engine, job)
@@ -130,7 +138,7 @@ def compile_job(job: CompileJob | SortedKernelJob) -> Resources | Failure:
 
 
 def _compile_gemm(engine: LoadedSglang, job: CompileJob) -> Resources | Failure:
-    tensors = _tensors(engine, job.shape, job.projection, job.tokens, job.key)
+    tensors = _tensors(engine, job.shape, job.projection, job.tokens, job.key, job.target)
 
     def launch_with(config: TileConfig) -> None:
         launch(engine, job.shape, job.projection, tensors, config, writes_sorted=job.sorted_rows)
@@ -162,7 +170,7 @@ def _compile_sorted(engine: LoadedSglang, job: SortedKernelJob) -> Resources | F
         down = sorted_layer.run_down(layer, _activations(layer))
         sorted_layer.write_sum(layer, down, layer.tensors.hidden)
 
-    return meta_compile.compile_every_launch(job.sm, launch_up if job.projection == "up" else launch_down)
+    return meta_compile.compile_every_launch(job.target, launch_up if job.projection == "up" else launch_down)
 
 
 def _activations(layer: SortedLayer) -> RowValues:

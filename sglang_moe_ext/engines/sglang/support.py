@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from sglang_moe_ext import env
 from sglang_moe_ext.core import PROJECTIONS, CheckpointFormat, Gpu, MoEShape, Projection, Quantization
 from sglang_moe_ext.engines.backend_answer import AskedBackend
 from sglang_moe_ext.engines.weight_only import is_weight_only, marlin_takes
@@ -15,7 +16,6 @@ NEWEST: Version = (0, 5, 23)
 """The newest release whose choice of a backend was read."""
 AUTO = "auto"
 _READS_TABLES = "triton"
-_FIRST_FP8_SM = 89
 _SM100 = (100, 103)
 _FIRST_WITH_TRITON_FLAG: Version = (0, 5, 12)
 """From there on `--moe-runner-backend triton` runs weights of 4 bits of compressed-tensors by Triton."""
@@ -88,14 +88,25 @@ def _is_readable(layer: ServedLayer) -> bool:
 
 
 def _needs_fp8_units(layer: ServedLayer) -> bool:
-    return layer.shape.quantization.scheme == "fp8_w8a8" and layer.gpu.sm < _FIRST_FP8_SM
+    return layer.shape.quantization.scheme == "fp8_w8a8" and layer.gpu.fp8_tflops is None
 
 
 def _explain_fp8(layer: ServedLayer) -> str | None:
     return (
-        f"{layer.gpu.device_name} (sm_{layer.gpu.sm}) has no fp8 matrix units, which begin with sm_{_FIRST_FP8_SM}: "
-        "Triton refuses the kernel there"
+        f"{layer.gpu.device_name} ({layer.gpu.target}) has no fp8 matrix units, which begin with "
+        f"{'gfx942' if layer.gpu.target.is_amd else 'sm_89'}: Triton refuses or emulates the kernel there"
     )
+
+
+def _explain_amd(layer: ServedLayer) -> str | None:
+    """AMD's own images set the variable; without it `auto` takes Triton there."""
+    if layer.backend == _READS_TABLES:
+        return None
+    if layer.backend != AUTO:
+        return _explain_flag(layer)
+    if not env.is_on(env.SGLANG_AITER):
+        return None
+    return f"{env.SGLANG_AITER} is on here, with which AITER runs the experts and reads no table: {_TRITON_FLAG}"
 
 
 def _explain_weight_only(layer: ServedLayer) -> str | None:
@@ -140,6 +151,7 @@ def _explain_flag(layer: ServedLayer) -> str | None:
 
 _KINDS: tuple[tuple[Callable[[ServedLayer], bool], Callable[[ServedLayer], str | None]], ...] = (
     (_needs_fp8_units, _explain_fp8),
+    (lambda layer: layer.gpu.target.is_amd, _explain_amd),
     (lambda layer: is_weight_only(layer.shape.quantization), _explain_weight_only),
     (lambda layer: layer.backend == _READS_TABLES, lambda layer: None),
     (lambda layer: layer.backend != AUTO, _explain_flag),

@@ -31,11 +31,12 @@ def import_engine(module: str) -> Any:
         raise EngineError(f"cannot import {module}: {type(error).__name__}: {error}") from error
 
 
-def pretend(device_name: str) -> None:
-    """Let all of the engine believe in the GPU of that name, which has CUDA: some defaults depend on that."""
+def pretend(device_name: str, *, is_amd: bool) -> None:
+    """Let all of the engine believe in the GPU of that name, and in CUDA or ROCm: some defaults depend on that."""
     platform = type(sys.modules["vllm.platforms"].current_platform)
     platform.get_device_name = classmethod(lambda *_, **__: device_name)
-    platform.is_cuda = lambda _: True
+    platform.is_cuda = lambda _: not is_amd
+    platform.is_rocm = lambda _: is_amd
     names = sys.modules.get("vllm.utils.platform_utils")
     if forget := getattr(getattr(names, "get_device_name_as_file_name", None), "cache_clear", None):  # 0.33
         forget()

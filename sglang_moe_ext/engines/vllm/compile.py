@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEShape, Projection, Resources, TileConfig
+from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEShape, Projection, Resources, Target, TileConfig
 from sglang_moe_ext.engines import few_tokens_compile, meta_compile
 from sglang_moe_ext.engines.meta_compile import meta
 from sglang_moe_ext.engines.tensors import GemmTensors
@@ -27,7 +27,6 @@ def _engine() -> LoadedVllm:
     engine = runner.load()
     # The sizes of its buffers are all that is asked for.
     engine.kernels.ops.moe_align_block_size = lambda *_, **__: None
-    engine.kernels.moe_kernel_quantize_input = _quantized
     return engine
 
 
@@ -37,6 +36,7 @@ def warm_up() -> None:
 
 
 def _quantized(
+    target: Target,
     A: torch.Tensor,  # noqa: N803 - the engine's names
     A_scale: None,  # noqa: N803
     quant_dtype: torch.dtype | None,
@@ -53,15 +53,18 @@ def _quantized(
         scales: tuple[int, ...] = (rows, -(-k // block_shape[1]))
     else:
         scales = (rows, 1) if per_act_token_quant else (1,)
-    return meta((rows, k), quant_dtype), meta(scales, torch.float32)
+    stored = getattr(torch, target.fp8_dtype) if quant_dtype == torch.float8_e4m3fn else quant_dtype
+    return meta((rows, k), stored), meta(scales, torch.float32)
 
 
-def _tensors(engine: LoadedVllm, shape: MoEShape, projection: Projection, tokens: int, key: CompileKey) -> GemmTensors:
+def _tensors(
+    engine: LoadedVllm, shape: MoEShape, projection: Projection, tokens: int, key: CompileKey, target: Target
+) -> GemmTensors:
     import torch
 
     columns, reduction = shape.gemm(projection)
     activations = getattr(torch, shape.dtype)
-    weights, weight_scale = meta_compile.weights(shape, projection)
+    weights, weight_scale = meta_compile.weights(shape, projection, target)
     topk_ids = meta((tokens, shape.top_k), torch.int32)
     sorted_token_ids, expert_ids, num_tokens_post_padded = runner.sort(engine, shape, topk_ids, key.block_m)
     return GemmTensors(
@@ -77,8 +80,10 @@ def _tensors(engine: LoadedVllm, shape: MoEShape, projection: Projection, tokens
     )
 
 
-def _prepare(kernels: Any, sm: int) -> None:
-    """Set, in the engine's kernel module, what it would find on the GPU."""
+def _prepare(kernels: Any, target: Target) -> None:
+    """Set, in the engine's kernel module, what it would find on the GPU, and replace its quantizer of activations."""
+    sm = target.sm
+    kernels.moe_kernel_quantize_input = functools.partial(_quantized, target)
     # Since 0.25 at the latest; before, the operands are never swapped.
     kernels.enable_swap_ab = lambda block_m, block_n: sm == 90 and block_m < 64 and block_n >= 64
 
@@ -90,8 +95,8 @@ def compile_job(job: CompileJob | SortedKernelJob) -> Resources | Failure:
         if isinstance(job.config, FewTokensConfig):
             return few_tokens_compile.compile_launch(job, job.config)
         return Failure("EngineError", f"vLLM runs no kernels of ours behind its sort: {job.config}")
-    _prepare(engine.kernels, job.sm)
-    tensors = _tensors(engine, job.shape, job.projection, job.tokens, job.key)
+    _prepare(engine.kernels, job.target)
+    tensors = _tensors(engine, job.shape, job.projection, job.tokens, job.key, job.target)
 
     def launch_with(config: TileConfig) -> None:
         runner.launch(engine, job.shape, job.projection, tensors, config)

@@ -56,7 +56,7 @@ def look_up(engine: VllmInstallation, module: Any, request: dict[str, Any]) -> d
     if request["deterministic"]:
         os.environ[bootstrap.BATCH_INVARIANT] = "1"
     if request["pretend_device"] is not None:
-        bootstrap.pretend(request["pretend_device"])
+        bootstrap.pretend(request["pretend_device"], is_amd=request["pretend_amd"])
     heard = LogCapture(module.logger)
     layer = layer_of(request)
     taken: dict[int, Any] = {}

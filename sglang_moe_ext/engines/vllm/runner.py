@@ -124,10 +124,13 @@ def _quantized(engine: LoadedVllm, shape: MoEShape, a: torch.Tensor) -> tuple[to
     import torch
 
     row, block = shape.quantization.row, shape.quantization.block_shape
+    dtype = getattr(torch, row.stored_dtype) if row.stored_dtype and row.activation_bits == 8 else None
+    if dtype is torch.float8_e4m3fn:
+        dtype = engine.kernels.current_platform.fp8_dtype()  # AMD's kind of it on some of its GPUs
     quantized, scale = engine.kernels.moe_kernel_quantize_input(
         A=a,
         A_scale=None,
-        quant_dtype=getattr(torch, row.stored_dtype) if row.stored_dtype and row.activation_bits == 8 else None,
+        quant_dtype=dtype,
         per_act_token_quant=shape.quantization.per_channel,
         block_shape=None if block is None else list(block),
     )

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from sglang_moe_ext import env
 from sglang_moe_ext.core import Gpu, MoEShape, Quantization
 from sglang_moe_ext.engines.backend_answer import AskedBackend
 from sglang_moe_ext.engines.vllm.hook_points import GROUPS_RUN_TRITON, LOOKUP
@@ -81,6 +82,13 @@ def _advise(shape: MoEShape, version: Version) -> str:
 def _why(shape: MoEShape, gpu: Gpu, architecture: str, version: Version) -> str | None:
     if architecture == "GptOssForCausalLM":
         return "gpt-oss in mxfp4 runs on backends that read no table (the server's log names its choice)"
+    if gpu.target.is_amd:
+        if not env.is_on(env.VLLM_AITER):
+            return None
+        return (
+            f"{env.VLLM_AITER} is on here, with which AITER runs the experts and reads no table: --moe-backend triton "
+            "asks for Triton"
+        )
     if is_weight_only(shape.quantization):
         return _why_weight_only(shape, version)
     found = next((other for other in _OTHERS if other.applies(shape, gpu)), None)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from sglang_moe_ext.core import PROJECTIONS, MoEShape, Projection, TileConfig
 from sglang_moe_ext.engines.adapter import EngineAdapter, Sorted
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
+from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.kernels import reference
-from sglang_moe_ext.kernels.quantize import quantize_weights
+from sglang_moe_ext.kernels.quantize import quantize_weights, to_fnuz
 from sglang_moe_ext.sorted_kernels import padded_rows
 from sglang_moe_ext.tuning.bench import routing
 from sglang_moe_ext.tuning.bench.routing import Routing
@@ -54,6 +55,16 @@ class LayerBatch:
         """Make room for the whole layer, which allocates its own."""
         self.inner = None
         self.out.clear()
+
+
+def _stores_fnuz(device: str) -> bool:
+    """Whether the engines turn float8 weights into AMD's kind of them, on the GPU of this process."""
+    import torch
+
+    if torch.version.hip is None:
+        return False
+    here = specs.describe(torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device))
+    return here.target.fp8_dtype == "float8_e4m3fnuz"
 
 
 class BenchedLayer:
@@ -100,9 +111,16 @@ class BenchedLayer:
 
     def _expert(self, generator: torch.Generator, columns: int, reduction: int) -> tuple[torch.Tensor, ...]:
         """The weights of one expert, [1, columns, reduction], and its scales where they are quantized."""
+        import torch
+
         weights = self._random(generator, 1, columns, reduction).div_(reduction**0.5)
         quantization = self.shape.quantization
-        return (weights,) if quantization.scheme is None else quantize_weights(weights, quantization)
+        if quantization.scheme is None:
+            return (weights,)
+        stored, scale = quantize_weights(weights, quantization)
+        if stored.dtype is torch.float8_e4m3fn and _stores_fnuz(self.device):
+            return to_fnuz(stored, scale)
+        return stored, scale
 
     def batch(self, tokens: int, seed: int) -> LayerBatch:
         """Inputs for that many tokens; each seed has its own."""

@@ -10,6 +10,7 @@ from typing import Any
 from sglang_moe_ext.core import CompileKey, Failure, StoreError, TableError, TileConfig
 from sglang_moe_ext.sorted_kernels import KernelPlan, Plan
 from sglang_moe_ext.tables import kernel_table
+from sglang_moe_ext.tables.config_table import ROCM_OPTIONS
 from sglang_moe_ext.tuning.bench import messages
 from sglang_moe_ext.tuning.bench.messages import (
     Accuracy,
@@ -27,6 +28,7 @@ from sglang_moe_ext.tuning.bench.messages import (
 
 _LARGEST = 2**31 - 1
 _LONGEST_MESSAGE = 1000
+_OPTION_COUNTS = (0, len(ROCM_OPTIONS))
 # JSON has no such numbers.
 _NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
@@ -55,6 +57,7 @@ def _request_fields(request: BenchRequest) -> dict[str, object]:
     match request:
         case BenchGemm(tokens, projection, key, groups, samples):
             numbers = [key.block_m, key.block_n, key.block_k, key.num_warps, key.num_stages, key.use_tma]
+            numbers += _options(key)
             return {"s": [tokens, projection, numbers, groups, samples]}
         case BenchKernelPlan(tokens, plan, samples):
             return {"p": [tokens, kernel_table.document_of(plan), samples]}
@@ -73,7 +76,13 @@ def _of_runner(runner: Runner) -> object:
 
 def _of_config(config: TileConfig) -> list[int]:
     tile = [config.block_m, config.block_n, config.block_k]
-    return [*tile, config.group_m, config.num_warps, config.num_stages, config.use_tma]
+    return [*tile, config.group_m, config.num_warps, config.num_stages, config.use_tma, *_options(config)]
+
+
+def _options(config: TileConfig | CompileKey) -> list[int]:
+    """Those for AMD GPUs, nothing where they are Triton's defaults."""
+    options = [getattr(config, name) for name in ROCM_OPTIONS]
+    return [] if options == list(ROCM_OPTIONS.values()) else options
 
 
 def _result_fields(result: BenchResult) -> dict[str, object]:
@@ -136,12 +145,14 @@ def _bench_gemm(document: Any) -> BenchGemm:
         case [
             tokens,
             ("up" | "down") as projection,
-            [m, n, k, warps, stages, bool() as tma],
+            [m, n, k, warps, stages, bool() as tma, *options],
             [_, *_] as groups,
             samples,
-        ]:
+        ] if len(options) in _OPTION_COUNTS:
             _whole(tokens, m, n, k, warps, stages, samples, *groups)
-            return BenchGemm(tokens, projection, CompileKey(m, n, k, warps, stages, tma), tuple(groups), samples)
+            _whole(*options, least=0)
+            key = CompileKey(m, n, k, warps, stages, tma, *options)
+            return BenchGemm(tokens, projection, key, tuple(groups), samples)
     raise StoreError(f"expected tokens, projection, key, groups and samples, found {_shown(document)}")
 
 
@@ -193,9 +204,10 @@ def _pair(document: Any) -> Pair:
 
 def _config(document: Any) -> TileConfig:
     match document:
-        case [m, n, k, group, warps, stages, bool() as tma]:
+        case [m, n, k, group, warps, stages, bool() as tma, *options] if len(options) in _OPTION_COUNTS:
             _whole(m, n, k, group, warps, stages)
-            return TileConfig(m, n, k, group, warps, stages, tma)
+            _whole(*options, least=0)
+            return TileConfig(m, n, k, group, warps, stages, tma, *options)
     raise StoreError(f"expected six numbers and true or false of a configuration, found {_shown(document)}")
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from sglang_moe_ext.gpu import specs
+
 Launch = Callable[[int], object]
 """Queues one launch; its argument is the number of the turn, by which inputs take turns."""
 
@@ -42,14 +44,25 @@ def cuda_queue(device: str = "cuda") -> LaunchQueue:
     """The current stream of that GPU. Holds twice its L2 in memory."""
     import torch
 
-    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-    written = torch.empty(int(l2_bytes * _FLUSHES), dtype=torch.int8, device=device)
+    written = torch.empty(int(_cache_bytes(device) * _FLUSHES), dtype=torch.int8, device=device)
     return LaunchQueue(
         event=partial(torch.cuda.Event, enable_timing=True),
         sleep=torch.cuda._sleep,
         flush=written.zero_,
         synchronize=torch.cuda.synchronize,
     )
+
+
+def _cache_bytes(device: str) -> int:
+    """The L2; on an AMD GPU the larger cache of the memory behind it, where its record has one."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(device)
+    l2_bytes = int(properties.L2_cache_size)
+    if torch.version.hip is None:
+        return l2_bytes
+    known = specs.describe(torch.cuda.get_device_name(device), properties)
+    return max(l2_bytes, int(known.l2_mib * 2**20))
 
 
 class Stopwatch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from sglang_moe_ext.core import PROJECTIONS, CompileJob, CompileKey, Failure, Gpu, Projection, Resources, TileConfig
 from sglang_moe_ext.tuning.bench.messages import Pair
@@ -72,7 +73,7 @@ def list_candidates(
 
 def _with_and_without_tma(key: CompileKey) -> tuple[CompileKey, CompileKey]:
     """The same tile without TMA and with it."""
-    return key, CompileKey(key.block_m, key.block_n, key.block_k, key.num_warps, key.num_stages, use_tma=True)
+    return key, replace(key, use_tma=True)
 
 
 @functools.lru_cache(maxsize=256)
@@ -88,7 +89,7 @@ def _ranked(kept: tuple[TileConfig, ...], problem: Problem, tokens: int, project
 
 def screening_job(problem: Problem, tokens: int, projection: Projection, key: CompileKey) -> CompileJob:
     """The binary that a screening launches: for any GROUP_SIZE_M."""
-    return CompileJob(problem.shape, projection, problem.representative_tokens(tokens), key, problem.gpu.sm)
+    return CompileJob(problem.shape, projection, problem.representative_tokens(tokens), key, problem.gpu.target)
 
 
 def screening_jobs(candidates: Candidates, problem: Problem, tokens: int) -> list[CompileJob]:
@@ -121,7 +122,7 @@ def pair_jobs(pair: Pair, problem: Problem, tokens: int) -> list[CompileJob]:
             projection,
             representative,
             config.compile_key,
-            problem.gpu.sm,
+            problem.gpu.target,
             config.group_m,
             sorted_rows=projection == "up" and pair["down"].use_tma,
         )

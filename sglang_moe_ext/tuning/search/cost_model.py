@@ -12,31 +12,19 @@ from dataclasses import dataclass
 from sglang_moe_ext.core import PROJECTIONS, Gpu, MoEShape, Projection, Resources, TileConfig
 from sglang_moe_ext.gpu.roofline import Load, expected_blocks, load
 from sglang_moe_ext.gpu.shared_memory import smem_bytes
+from sglang_moe_ext.tuning.search import gpu_family
+from sglang_moe_ext.tuning.search.gpu_family import family_of
 from sglang_moe_ext.tuning.search.space import accumulator_registers
 
-_REGISTERS = 65536
-_RESERVED_SMEM = 1024
 _MMA_ROWS = 64  # of one wgmma or tcgen05 instruction; a smaller BLOCK_SIZE_M uses mma.sync
 _WARPGROUP_SMS = (90, 100, 103)  # architectures that have those instructions
-_LANES_PER_NS = 218.0  # 128 a clock at 1.7 GHz: bytes read from shared memory, or float32 operations, a multiprocessor
 
 # Fitted to the compiled grid, tests/data/compiled.
 _BASE_REGISTERS = 36  # a thread, beside the accumulator
+_MOST_REGISTERS = {False: 255, True: 512}  # of a thread, by whether it runs on an AMD GPU
 _POINTER_REGISTERS = 2  # for each 16 bytes that a thread loads a step
 
-# Fitted to the trials in tests/data/trials (H200, SGLang 0.5.15, Triton 3.6.0, 2026-11-21).
-_LAUNCH_US = 5.8
-_BLOCK_START_US = 0.8
-_WARP_START_US = 0.2  # more, for each warp of the block
-_LOAD_LATENCY_US = 0.71
-_STEP_US = 0.078  # barrier, addresses and issue of one step along K
-_SCALE_US = 0.105  # what the scales of block-wise quantization add to a step
-_L2_GBS = 75.0  # what one multiprocessor loads from the L2: 44 bytes a clock
-_SHORT_ROW_SHARE = 0.44  # of the rest of a 128-byte line that moves along when a step wants less than the line
-_MMA_SYNC_SHARE = 0.59  # of the wgmma rate, on GPUs that have wgmma
-
 # Chosen, not fitted: the regret hardly moves with them.
-_STORE_GBS = 54.0  # what one multiprocessor stores to scattered rows: 32 bytes a clock
 _L2_SHARE = 0.5  # of the L2 that keeps what is read again: each half holds copies of the other's lines
 _OVERLAP = 6.0  # power of the norm that adds clocks inside a multiprocessor: infinity is perfect overlap, 1 is none
 _MEMORY_OVERLAP = 2.0  # the same for the memory beside the multiprocessors
@@ -72,18 +60,12 @@ def estimate(config: TileConfig, shape: MoEShape, gpu: Gpu) -> Resources:
     """What the binary will probably need, before it is compiled."""
     quantization = shape.quantization
     loaded_bits = config.block_m * quantization.activation_bits + config.block_n * quantization.weight_bits
-    pointers = config.block_k * loaded_bits / 8 / 16 / (32 * config.num_warps)
-    accumulators = accumulator_registers(config) * (2 if quantization.is_block_wise else 1)
-    registers = min(255, int(accumulators + _POINTER_REGISTERS * pointers + _BASE_REGISTERS))
-    return Resources(smem_bytes=smem_bytes(config, shape, gpu.sm), registers=registers, spill_bytes=0)
-
-
-def resident_blocks(config: TileConfig, resources: Resources, gpu: Gpu) -> int:
-    """How many blocks of the kernel one multiprocessor holds at once."""
-    registers = -(-resources.registers // 8) * 8 * 32 * config.num_warps
-    by_smem = gpu.smem_per_multiprocessor // (resources.smem_bytes + _RESERVED_SMEM)
-    by_warps = (64 if gpu.smem_per_multiprocessor > 128 * 1024 else 48) // config.num_warps
-    return max(1, min(by_smem, _REGISTERS // registers, by_warps))
+    pointers = config.block_k * loaded_bits / 8 / 16 / (gpu.target.lanes * config.num_warps)
+    accumulators = accumulator_registers(config, gpu.target) * (2 if quantization.is_block_wise else 1)
+    registers = min(
+        _MOST_REGISTERS[gpu.target.is_amd], int(accumulators + _POINTER_REGISTERS * pointers + _BASE_REGISTERS)
+    )
+    return Resources(smem_bytes=smem_bytes(config, shape, gpu.target), registers=registers, spill_bytes=0)
 
 
 def _norm(power: float, *parts: float) -> float:
@@ -110,33 +92,36 @@ def _multiply_us(config: TileConfig, shape: MoEShape, gpu: Gpu, *, whole: bool) 
         width = rows if rows < _MMA_ROWS else columns / groups
         read = rows * columns * (1 / width + 1 / _MMA_ROWS)
     else:
-        rate *= _MMA_SYNC_SHARE if gpu.sm in _WARPGROUP_SMS else 1.0
+        rate *= family_of(gpu).mma_sync_share if gpu.sm in _WARPGROUP_SMS else 1.0
         down = min(config.num_warps, max(1.0, rows / 32))
         read = config.num_warps / down * rows + down * columns
     flop_us = 2.0 * rows * columns * config.block_k / rate * 1e-6
-    return _norm(_OVERLAP, flop_us, read * config.block_k * bits / 8 / _LANES_PER_NS * 1e-3)
+    return _norm(_OVERLAP, flop_us, read * config.block_k * bits / 8 / family_of(gpu).lanes_per_ns * 1e-3)
 
 
-def _short_row_factor(config: TileConfig, shape: MoEShape) -> float:
+def _short_row_factor(config: TileConfig, shape: MoEShape, gpu: Gpu) -> float:
     """By how much more moves than a step asks for, where it wants less than a line of each row."""
-    return 1 + _SHORT_ROW_SHARE * max(0.0, 128 / (config.block_k * shape.quantization.weight_bits / 8) - 1)
+    asked = config.block_k * shape.quantization.weight_bits / 8
+    return 1 + family_of(gpu).short_row_share * max(0.0, 128 / asked - 1)
 
 
 def _step(config: TileConfig, shape: MoEShape, gpu: Gpu, filled: float) -> _Step:
-    quantization = shape.quantization
+    quantization, family = shape.quantization, family_of(gpu)
     # With swapped operands the weights are the instruction's 64 rows, and the tokens its columns.
     swapped = quantization.row.swaps_operands and gpu.sm == 90 and config.block_m < _MMA_ROWS <= config.block_n
     whole = swapped or (gpu.sm in _WARPGROUP_SMS and config.block_m >= _MMA_ROWS)
     rows_bytes = config.block_m * filled * quantization.activation_bits / 8
     asked = config.block_k * (rows_bytes + config.block_n * quantization.weight_bits / 8)
-    load_us = asked * _short_row_factor(config, shape) / _L2_GBS * 1e-3
+    load_us = asked * _short_row_factor(config, shape, gpu) / family.l2_gbs * 1e-3
     multiply_us = _multiply_us(config, shape, gpu, whole=whole)
+    alone_us = multiply_us * max(1.0, family.busy_warps / config.num_warps)  # of a block that is alone
     if quantization.is_block_wise:  # each partial product is waited for, scaled and added in registers
-        work_us = multiply_us + config.block_m * config.block_n / _LANES_PER_NS * 1e-3 + _SCALE_US + _STEP_US
+        work_us = alone_us + config.block_m * config.block_n / family.lanes_per_ns * 1e-3 + family.scale_us
+        work_us += family.step_us
     else:
-        work_us = max(multiply_us, _STEP_US) if whole else multiply_us + _STEP_US
+        work_us = max(alone_us, family.step_us) if whole else alone_us + family.step_us
     # Without wgmma a stage is free again only after its step, so the load that refills it waits for that.
-    wait_us = _LOAD_LATENCY_US + load_us + (0.0 if whole else work_us)
+    wait_us = family.load_latency_us + load_us + (0.0 if whole or family.loads_beside_work else work_us)
     return _Step(multiply_us, load_us, _norm(_OVERLAP, work_us, wait_us / max(1, config.num_stages - 1)))
 
 
@@ -159,7 +144,7 @@ def _memory_bytes(
     row_passes = max(1.0, group * grid.columns / grid.slots)
     again = max(0.0, expected.rows - tokens) if projection == "up" else 0.0  # rows that another expert reads too
     rows = expected.rows - again * (1 - missed(tokens * row_bytes))
-    weights = expected.active_experts * columns * column_bytes * _short_row_factor(config, shape)
+    weights = expected.active_experts * columns * column_bytes * _short_row_factor(config, shape, gpu)
     weights *= 1 + (weight_passes - 1) * missed(columns * column_bytes + group_bytes)
     activations = rows * row_bytes * (1 + (row_passes - 1) * missed(group_bytes + sweep_bytes))
     return weights + activations + expected.rows * columns * 2
@@ -170,18 +155,18 @@ def gemm(
 ) -> Prediction:
     """Predict one GEMM of the layer under uniform routing."""
     columns, reduction = shape.gemm(projection)
-    expected = load(shape, tokens)
+    family, expected = family_of(gpu), load(shape, tokens)
     blocks_m = (shape.experts - shape.fused_shared) * expected_blocks(expected.routed, config.block_m)
     blocks_m += shape.fused_shared * math.ceil(tokens / config.block_m)
-    resident = resident_blocks(config, resources, gpu)
+    resident = gpu_family.resident_blocks(config.num_warps, resources, gpu)
     # What pads the last block of an expert is multiplied, but neither loaded nor stored.
     filled = min(1.0, expected.rows / max(blocks_m * config.block_m, 1e-9))
     grid = _Grid(blocks_m, math.ceil(columns / config.block_n), gpu.multiprocessors * resident)
 
     step = _step(config, shape, gpu, filled)
     steps = math.ceil(reduction / config.block_k)
-    store_us = config.block_m * filled * config.block_n * 2 / _STORE_GBS * 1e-3
-    tile_us = _BLOCK_START_US + _WARP_START_US * config.num_warps + _LOAD_LATENCY_US + step.load_us
+    store_us = config.block_m * filled * config.block_n * 2 / family.store_gbs * 1e-3
+    tile_us = family.block_start_us + family.warp_start_us * config.num_warps + family.load_latency_us + step.load_us
     tile_us += steps * step.chain_us + store_us
     tiles = grid.blocks_m * grid.columns
     a_multiprocessor = _waves(tiles, gpu.multiprocessors)
@@ -189,7 +174,7 @@ def gemm(
     traffic_us = a_multiprocessor * (steps * step.load_us + store_us)
     inside_us = _norm(_OVERLAP, multiply_us, traffic_us, _waves(tiles, grid.slots) * tile_us)
     memory_us = _memory_bytes(config, shape, gpu, tokens, projection, expected, grid) / gpu.bandwidth_gbs * 1e-3
-    return Prediction(_LAUNCH_US + _norm(_MEMORY_OVERLAP, inside_us, memory_us), resident)
+    return Prediction(family.launch_us + _norm(_MEMORY_OVERLAP, inside_us, memory_us), resident)
 
 
 def pair_us(

@@ -54,9 +54,9 @@ class PredictedConfig:
 
 def list_jobs(config: TileConfig, problem: Problem, tokens: int) -> dict[Projection, CompileJob]:
     """The binaries that a configuration needs at that many tokens."""
-    representative, sm = problem.representative_tokens(tokens), problem.gpu.sm
+    representative, target = problem.representative_tokens(tokens), problem.gpu.target
     return {
-        projection: CompileJob(problem.shape, projection, representative, config.compile_key, sm)
+        projection: CompileJob(problem.shape, projection, representative, config.compile_key, target)
         for projection in PROJECTIONS
     }
 
@@ -97,10 +97,8 @@ def predict_table(
         fronts = {m: ranked[m][:FRONT] for m in ranked if m not in chosen}
         if not all(fronts.values()):
             empty = next(m for m, front in fronts.items() if not front)
-            failures = sorted({result.message for result in compiled.values() if isinstance(result, Failure)})
-            raise EngineError(
-                f"no candidate compiles for M={empty} on {gpu.device_name}: {failures[0] if failures else 'all spill'}"
-            )
+            why = _why_not_clean(list(compiled.values()), gpu)
+            raise EngineError(f"no candidate is clean for M={empty} on {gpu.device_name}: {why}")
         compiled |= compile_all(
             [job for m, front in fronts.items() for config in front for job in list_jobs(config, problem, m).values()]
         )
@@ -116,6 +114,18 @@ def predict_table(
             else:
                 ranked[m] = ranked[m][FRONT:]
     return chosen if today is None else _keep_today(chosen, problem, today, compile_all)
+
+
+def _why_not_clean(results: Sequence[Resources | Failure], gpu: Gpu) -> str:
+    """Of binaries none of which can be taken, the figure of the one that comes nearest, or what the compiler said."""
+    needs = [result for result in results if isinstance(result, Resources)]
+    failures = sorted({result.message for result in results if isinstance(result, Failure)})
+    if failures or not needs:
+        return failures[0] if failures else "none was compiled"
+    smallest = min(need.smem_bytes for need in needs)
+    if smallest > gpu.smem_per_block:
+        return f"the smallest needs {smallest} B of shared memory, and a block has {gpu.smem_per_block} B"
+    return f"all spill registers, the least {min(need.spill_bytes for need in needs)} B a thread"
 
 
 def gain_over(today: TileConfig | Pair, best: TileConfig | Pair, problem: Problem, tokens: int) -> float:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from sglang_moe_ext.core import PROJECTIONS, Gpu, MoEShape, TileConfig
+from sglang_moe_ext.core import PROJECTIONS, Gpu, MoEShape, Target, TileConfig
 from sglang_moe_ext.gpu.shared_memory import smem_bytes
 
 
@@ -28,7 +28,7 @@ class PrunedSpace:
 
 
 def full_space() -> tuple[TileConfig, ...]:
-    """The 1,920 configurations that upstream's own tuner tries on CUDA."""
+    """On NVIDIA GPUs: the 1,920 configurations that upstream's own tuner tries on CUDA."""
     return tuple(
         TileConfig(block_m, block_n, block_k, group_m, num_warps, num_stages)
         for block_m, block_n, block_k, group_m, num_warps, num_stages in itertools.product(
@@ -37,20 +37,20 @@ def full_space() -> tuple[TileConfig, ...]:
     )
 
 
-def accumulator_registers(config: TileConfig) -> float:
+def accumulator_registers(config: TileConfig, target: Target) -> float:
     """Registers a thread for the float32 accumulator tile."""
-    return config.block_m * config.block_n / (32 * config.num_warps)
+    return config.block_m * config.block_n / (target.lanes * config.num_warps)
 
 
 def _fits(config: TileConfig, shape: MoEShape, gpu: Gpu) -> bool:
-    return smem_bytes(config, shape, gpu.sm) <= gpu.smem_per_block
+    return smem_bytes(config, shape, gpu.target) <= gpu.smem_per_block
 
 
 def _accumulates_in_registers(config: TileConfig, shape: MoEShape, gpu: Gpu) -> bool:
     if gpu.sm in (100, 103):
         return True  # the accumulator lies in tensor memory
     limit = 64 if shape.quantization.is_block_wise else 128
-    return accumulator_registers(config) <= limit
+    return accumulator_registers(config, gpu.target) <= limit
 
 
 def _meets_scales(config: TileConfig, shape: MoEShape, gpu: Gpu) -> bool:
@@ -64,12 +64,18 @@ def _is_within_work(config: TileConfig, shape: MoEShape, gpu: Gpu) -> bool:
     return config.block_n < 2 * columns and config.block_k < 2 * reduction
 
 
+QUANTIZATION_BLOCK = Rule("quantization block", "BLOCK_SIZE_K must lie within one scale's block", _meets_scales)
+WITHIN_WORK = Rule(
+    "tile larger than the work", "half of BLOCK_SIZE_N or BLOCK_SIZE_K would be padding", _is_within_work
+)
+SHARED_MEMORY = Rule("shared memory", "its pipeline stages do not fit into one block's shared memory", _fits)
 RULES = (
-    Rule("quantization block", "BLOCK_SIZE_K must lie within one scale's block", _meets_scales),
-    Rule("tile larger than the work", "half of BLOCK_SIZE_N or BLOCK_SIZE_K would be padding", _is_within_work),
-    Rule("shared memory", "its pipeline stages do not fit into one block's shared memory", _fits),
+    QUANTIZATION_BLOCK,
+    WITHIN_WORK,
+    SHARED_MEMORY,
     Rule("accumulator", "its accumulator alone would spill registers", _accumulates_in_registers),
 )
+"""On NVIDIA GPUs; `rocm_space` has those of AMD's."""
 
 
 def prune(candidates: Iterable[TileConfig], shape: MoEShape, gpu: Gpu, rules: Sequence[Rule] = RULES) -> PrunedSpace:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from typing import Any
 
-from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEShape, Quantization, Resources
+from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEShape, Quantization, Resources, Target
 from sglang_moe_ext.engines.sglang import compile as sglang_compile
 
 
@@ -31,6 +31,7 @@ def parsed(document: dict[str, Any]) -> CompileJob:
                 }
             ),
             "key": CompileKey(**document["key"]),
+            "target": Target(**document["target"]),
         }
     )
 

@@ -408,7 +408,7 @@ def variables() -> dict[str, str]:
 def pretend(device: str) -> None:
     from sglang_moe_ext.engines.vllm import bootstrap
 
-    bootstrap.pretend(device)
+    bootstrap.pretend(device, is_amd=False)
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:

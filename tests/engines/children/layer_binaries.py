@@ -48,9 +48,11 @@ def note(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> A
 def launched(job: Any, pair: Any, tokens: int) -> list[str]:
     """Of the engine's own layer at that many tokens."""
     engine, shape = sglang_compile._engine(), job.shape
-    sglang_compile._prepare(engine.kernels, job.sm)
-    triton.runtime.driver.set_active(TargetOnlyDriver(job.sm))
-    up, down = (sglang_compile._tensors(engine, shape, of, tokens, pair[of].compile_key) for of in ("up", "down"))
+    sglang_compile._prepare(engine.kernels, job.target)
+    triton.runtime.driver.set_active(TargetOnlyDriver(job.target))
+    up, down = (
+        sglang_compile._tensors(engine, shape, of, tokens, pair[of].compile_key, job.target) for of in ("up", "down")
+    )
     # In place of CUDA operators, and of vLLM's that 0.5.8 takes where it sees no GPU.
     engine.layer.moe_sum_reduce = engine.layer.moe_sum_reduce_triton
     engine.layer.vllm_ops = SimpleNamespace(silu_and_mul=lambda *_: None, moe_sum=lambda *_: None)
@@ -76,7 +78,9 @@ def launched(job: Any, pair: Any, tokens: int) -> list[str]:
 def made(job: Any, pair: Any, tokens: int) -> list[str]:
     """By the jobs that stand for the pair at that many tokens."""
     hashes.clear()
-    for each in candidates.pair_jobs(pair, Problem(job.shape, replace(find_gpu("H200"), sm=job.sm), "sglang"), tokens):
+    for each in candidates.pair_jobs(
+        pair, Problem(job.shape, replace(find_gpu("H200"), target=job.target), "sglang"), tokens
+    ):
         resources_of, meta_compile.resources_of = meta_compile.resources_of, lambda made: hashes.append(made.hash)
         try:
             sglang_compile.compile_job(each)

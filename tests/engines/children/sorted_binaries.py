@@ -16,7 +16,7 @@ from typing import Any
 import triton
 from triton.runtime.jit import JITFunction
 
-from sglang_moe_ext.core import Failure
+from sglang_moe_ext.core import Failure, Target
 from sglang_moe_ext.engines import meta_compile
 from sglang_moe_ext.engines.few_tokens_compile import layer_tensors
 from sglang_moe_ext.engines.sglang import adapter
@@ -40,8 +40,8 @@ def note(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> A
 def launched(job: SortedKernelJob, plan: Plan) -> list[str]:
     """By the whole layer, as the measuring process runs it."""
     engine = sglang_compile._engine()
-    sglang_compile._prepare(engine.kernels, SM)
-    triton.runtime.driver.set_active(TargetOnlyDriver(SM))
+    sglang_compile._prepare(engine.kernels, Target(SM))
+    triton.runtime.driver.set_active(TargetOnlyDriver(Target(SM)))
     hashes.clear()
     JITFunction.run = note
     try:

@@ -46,12 +46,14 @@ def note(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> A
 def launched(job: CompileJob, config: TileConfig, tokens: int) -> list[str]:
     """Of the engine's own layer at that many tokens."""
     engine, shape = vllm_compile._engine(), job.shape
-    vllm_compile._prepare(engine.kernels, job.sm)
-    triton.runtime.driver.set_active(TargetOnlyDriver(job.sm))
+    vllm_compile._prepare(engine.kernels, job.target)
+    triton.runtime.driver.set_active(TargetOnlyDriver(job.target))
     # In place of CUDA operators.
     engine.kernels.apply_moe_activation = lambda *_, **__: None
     engine.kernels.ops.moe_sum = lambda *_: None
-    up, down = (vllm_compile._tensors(engine, shape, of, tokens, config.compile_key) for of in ("up", "down"))
+    up, down = (
+        vllm_compile._tensors(engine, shape, of, tokens, config.compile_key, job.target) for of in ("up", "down")
+    )
     tensors = LayerTensors(
         hidden=up.a,
         w1=up.weights,
@@ -89,7 +91,7 @@ def compiled(job: CompileJob) -> Any:
 def answer(document: dict[str, Any]) -> dict[str, Any]:
     job, config, tokens = parsed(document["job"]), TileConfig(*document["config"]), document["tokens"]
     pair = {"up": config, "down": config}
-    problem = Problem(job.shape, replace(find_gpu("H200"), sm=job.sm), "vllm")
+    problem = Problem(job.shape, replace(find_gpu("H200"), target=job.target), "vllm")
     jobs = candidates.pair_jobs(pair, problem, tokens)  # type: ignore[arg-type]
     own = [compiled(each) for each in jobs]
     screened = [

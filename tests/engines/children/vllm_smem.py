@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import triton
 
-from sglang_moe_ext.core import TileConfig
+from sglang_moe_ext.core import Target, TileConfig
 from sglang_moe_ext.engines import launch_shape
 from sglang_moe_ext.engines.config_dict import tile_of
 from sglang_moe_ext.engines.vllm import bootstrap, launch_args
@@ -87,14 +87,14 @@ def main(asked: list[Any]) -> list[list[int]]:
     swaps = "SWAP_AB" in inspect.signature(compiled.kernel.fn).parameters
     said = []
     for sm, kind, (block_m, block_n, block_k, warps, stages) in asked:
-        triton.runtime.driver.set_active(TargetOnlyDriver(sm))
+        triton.runtime.driver.set_active(TargetOnlyDriver(Target(sm)))
         compiled.kernel.device_caches.clear()  # which know one target
         # As the engine's own says it, which asks for the GPU that is here.
         layer.enable_swap_ab = lambda m, n, sm=sm: swaps and sm == 90 and m < 64 <= n
         arguments = arguments_of(kind, TileConfig(block_m, block_n, block_k, 1, warps, stages))
         layer.invoke_fused_moe_triton_kernel(**arguments)
         shape = launch_shape.shape_of(arguments)
-        formula = smem_bytes(tile_of(launch_args.clamp_to_block(arguments["config"], shape)), shape, sm)
+        formula = smem_bytes(tile_of(launch_args.clamp_to_block(arguments["config"], shape)), shape, Target(sm))
         said.append([int(compiled.binary.metadata.shared), formula])
     return said
 

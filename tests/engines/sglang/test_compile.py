@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_moe_ext.core import CompileJob, CompileKey, MoEShape, Projection, Quantization
+from sglang_moe_ext.core import CompileJob, CompileKey, MoEShape, Projection, Quantization, Target
 from sglang_moe_ext.engines.sglang.runner import _class, representative_tokens
 from sglang_moe_ext.gpu.specs import ARCHITECTURES
 from tests.engines.installed import run_in_engine
@@ -32,7 +32,7 @@ OVERSIZED = CompileKey(128, 256, 64, 8, 4)
 
 
 def job(shape: MoEShape, projection: Projection = "up", key: CompileKey = PLAIN, sm: int = 90) -> CompileJob:
-    return CompileJob(shape, projection, 1024, key, sm)
+    return CompileJob(shape, projection, 1024, key, Target(sm))
 
 
 # Bytes of shared memory with Triton 3.7.1 on 2026-11-21, the same in all three versions; TMA takes 8 B a stage.

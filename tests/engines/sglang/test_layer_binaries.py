@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sglang_moe_ext.core import CompileJob, CompileKey, MoEShape, Quantization, TileConfig
+from sglang_moe_ext.core import CompileJob, CompileKey, MoEShape, Quantization, Target, TileConfig
 from tests.engines.installed import ENGINE_VERSIONS, run_in_engine
 
 pytestmark = pytest.mark.usefixtures("forked_engines")
@@ -42,7 +42,7 @@ def binaries(version: str) -> dict[str, Any]:
     cases = CASES | (CASES_OF_UP_TMA if version in VERSIONS_WITH_UP_TMA else {})
     asked: list[dict[str, Any]] = [
         {
-            "job": asdict(CompileJob(shape, "up", tokens, CompileKey(64, 128, 64, 4, 3), 90)),
+            "job": asdict(CompileJob(shape, "up", tokens, CompileKey(64, 128, 64, 4, 3), Target(90))),
             "pair": [astuple(config) for config in pair],
             "tokens": tokens,
         }

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_moe_ext.core import CompileJob, MoEShape, Quantization, TileConfig
+from sglang_moe_ext.core import CompileJob, MoEShape, Quantization, Target, TileConfig
 from sglang_moe_ext.engines.vllm.runner import _class, representative_tokens
 from sglang_moe_ext.gpu.shared_memory import smem_bytes
 from sglang_moe_ext.tuning.search.final_comparison import TOLERATED_ERROR
@@ -131,7 +131,7 @@ COMPILED = {
 def binaries(version: str) -> dict[str, Any]:
     asked = [
         {
-            "job": asdict(CompileJob(shape, "up", tokens, config.compile_key, sm)),
+            "job": asdict(CompileJob(shape, "up", tokens, config.compile_key, Target(sm))),
             "config": astuple(config),
             "tokens": tokens,
         }
@@ -159,7 +159,7 @@ def test_the_binary_for_any_group_needs_the_memory_of_the_engines_own(version: s
 @pytest.mark.parametrize("case", [case for case in COMPILED if case.startswith("bf16")])
 def test_a_binary_needs_as_much_memory_as_the_rules_say(version: str, case: str) -> None:
     shape, sm, config, _ = COMPILED[case]
-    expected = smem_bytes(config, shape, sm)
+    expected = smem_bytes(config, shape, Target(sm))
     assert all(expected <= smem <= expected + 1024 for smem, _, _ in binaries(version)[case]["own"])
 
 

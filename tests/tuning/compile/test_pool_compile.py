@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEShape, Resources
+from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEShape, Resources, Target
 from sglang_moe_ext.tuning.compile.cache import CompileCache
 from sglang_moe_ext.tuning.compile.kernel_source import Compiled, KernelSource
 from sglang_moe_ext.tuning.compile.pool import compile_all
@@ -36,7 +36,7 @@ def compilations(log: Path) -> int:
 
 
 def job(block_n: int, does: int = FINE) -> CompileJob:
-    return CompileJob(MoEShape(8, 64, 64, 2), "up", 64, CompileKey(16, block_n, does, 4, 2), 90)
+    return CompileJob(MoEShape(8, 64, 64, 2), "up", 64, CompileKey(16, block_n, does, 4, 2), Target(90))
 
 
 def jobs(count: int) -> list[CompileJob]:

@@ -16,7 +16,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_moe_ext.core import CompileJob, CompileKey, Failure, GpuError, MoEExtError, MoEShape, Resources, TileConfig
+from sglang_moe_ext.core import (
+    CompileJob,
+    CompileKey,
+    Failure,
+    GpuError,
+    MoEExtError,
+    MoEShape,
+    Resources,
+    Target,
+    TileConfig,
+)
 from sglang_moe_ext.tuning.bench.messages import (
     Accuracy,
     BenchGemm,
@@ -104,7 +114,7 @@ def executor(name: str = "GPU 0", worker: RecordedWorker | None = None) -> Local
 
 def best(tokens: int, here: Executor) -> tuple[TileConfig, float]:
     """A strategy in small: compile, screen what fits, race the best two, check the winner."""
-    jobs = {key: CompileJob(SHAPE, "up", tokens, key, 90) for key in KEYS}
+    jobs = {key: CompileJob(SHAPE, "up", tokens, key, Target(90)) for key in KEYS}
     here.want(jobs.values())
     times = {}
     for key, job in jobs.items():

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from sglang_moe_ext.core import CompileJob, Failure, GpuError, MoEExtError, Resources
+from sglang_moe_ext.core import CompileJob, Failure, GpuError, MoEExtError, Resources, Target
 from sglang_moe_ext.tuning.bench.messages import Accuracy, BenchRequest, BenchResult, CheckAccuracy
 from sglang_moe_ext.tuning.run import executor, ray_executor
 from sglang_moe_ext.tuning.run.executor import BenchProcessLike, CompilePoolLike, Executor
@@ -39,7 +39,7 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'sgla
 HERE = Path(__file__).resolve().parents[1]
 REPO_ROOT = HERE.parents[1]
 QUESTION = CheckAccuracy(1, {})
-JOB = CompileJob(SHAPE, "up", 1, KEYS[0], 90)
+JOB = CompileJob(SHAPE, "up", 1, KEYS[0], Target(90))
 SOON_S = 20.0
 
 

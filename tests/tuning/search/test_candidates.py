@@ -22,6 +22,7 @@ from sglang_moe_ext.core import (
     Parallelism,
     Projection,
     Quantization,
+    Target,
     TileConfig,
 )
 from sglang_moe_ext.engines.sglang.sharding import launched_shape
@@ -158,7 +159,7 @@ def binaries(shape: MoEShape) -> set[CompileJob]:
         for m in plan.DEFAULT_TOKENS
         for job in candidates.screening_jobs(
             listed(shape, "H200", m, EFFORTS["full"].keys, ("down",)),
-            Problem(shape, replace(GPUS["H200"], sm=sm), "sglang"),
+            Problem(shape, replace(GPUS["H200"], target=Target(sm)), "sglang"),
             m,
         )
     }

@@ -9,14 +9,14 @@ from sglang_moe_ext.core import PROJECTIONS, Gpu, MoEShape, Quantization, TileCo
 from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.gpu.roofline import gemm_floor
 from sglang_moe_ext.tuning.problem import Problem
-from sglang_moe_ext.tuning.search import cost_model, predict, space
+from sglang_moe_ext.tuning.search import cost_model, gpu_family, predict, space
 
 H200, RTX_4090 = find_gpu("H200"), find_gpu("RTX_4090")
 GLM_BF16 = MoEShape(65, 1536, 2048, 5, fused_shared=1)
 QWEN_FP8 = MoEShape(128, 768, 2048, 8, Quantization("fp8_w8a8", (128, 128)))
 MIXTRAL_BF16 = MoEShape(8, 14336, 4096, 2)
 SHAPES = {"glm_bf16": GLM_BF16, "qwen_fp8": QWEN_FP8, "mixtral_bf16": MIXTRAL_BF16}
-GPUS = ("H200", "H20", "B200", "A100", "RTX_4090", "L4", "RTX 5090")
+GPUS = ("H200", "H20", "B200", "A100", "RTX_4090", "L4", "RTX 5090", "MI300X")
 DECODE = (1, 2, 8, 16, 32, 64)
 PREFILL = (4096, 8192, 16384, 65536)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 65536)
@@ -130,7 +130,7 @@ def test_block_wise_prefill_on_an_h200_shares_a_multiprocessor(tokens: int) -> N
     """A lone block cannot hide the promotion of its partial sums behind another's products."""
     config = first(QWEN_FP8, H200, tokens)
     assert (config.block_m, config.block_n, config.block_k, config.num_warps) == (64, 128, 128, 4)
-    assert cost_model.resident_blocks(config, cost_model.estimate(config, QWEN_FP8, H200), H200) >= 2
+    assert gpu_family.resident_blocks(config.num_warps, cost_model.estimate(config, QWEN_FP8, H200), H200) >= 2
 
 
 def test_weights_that_outgrow_the_l2_are_better_swept_in_groups() -> None:

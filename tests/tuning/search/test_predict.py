@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from sglang_moe_ext.core import CompileJob, EngineError, Failure, MoEShape, Quantization, Resources, TileConfig
+from sglang_moe_ext.core import CompileJob, EngineError, Failure, MoEShape, Quantization, Resources, Target, TileConfig
 from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.tuning.bench.messages import Pair
 from sglang_moe_ext.tuning.compile.kernel_source import Compiled
@@ -100,9 +100,17 @@ def test_a_compiler_that_cannot_begin_is_asked_once() -> None:
     assert len(compiler.asked) == 2 * predict.FRONT
 
 
-def test_where_all_spill_the_error_says_so() -> None:
-    with pytest.raises(EngineError, match="M=64 on NVIDIA H200: all spill"):
+def test_where_all_spill_the_error_has_the_figure() -> None:
+    with pytest.raises(EngineError, match="M=64 on NVIDIA H200: all spill registers, the least 8 B a thread"):
         predicted(TableCompiler(lambda _: FAULTS["spills"]), [64])
+
+
+def test_where_none_fits_the_error_has_the_figure() -> None:
+    mi300x = replace(PROBLEM, gpu=find_gpu("MI300X"))
+    large = Resources(smem_bytes=81920, registers=128, spill_bytes=0)
+    expected = "on AMD Instinct MI300X: the smallest needs 81920 B of shared memory, and a block has 65536 B"
+    with pytest.raises(EngineError, match=expected):
+        predict.predict_table(CANDIDATES, mi300x, [64], TableCompiler(lambda _: large))
 
 
 def test_without_candidates_there_is_an_error_rather_than_an_empty_table() -> None:
@@ -124,8 +132,8 @@ def test_the_ranking_keeps_one_candidate_of_each_binary(tokens: int) -> None:
 def test_the_binaries_of_a_config_are_those_of_both_gemms_for_any_group() -> None:
     config = TileConfig(16, 64, 128, 16, 4, 3)
     jobs = predict.list_jobs(config, replace(PROBLEM, shape=BLOCK_WISE), 64)
-    assert {(name, job.projection, job.key, job.group_m, job.sm) for name, job in jobs.items()} == {
-        (projection, projection, config.compile_key, None, 90) for projection in ("up", "down")
+    assert {(name, job.projection, job.key, job.group_m, job.target) for name, job in jobs.items()} == {
+        (projection, projection, config.compile_key, None, Target(90)) for projection in ("up", "down")
     }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from sglang_moe_ext.core import CompileJob, Gpu, MoEShape, Quantization, TileConfig
+from sglang_moe_ext.core import CompileJob, Gpu, MoEShape, Quantization, Target, TileConfig
 from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.gpu.shared_memory import smem_bytes
 from sglang_moe_ext.tuning.search import space
@@ -91,12 +91,12 @@ def test_no_candidate_that_is_dropped_would_have_run_without_spilling(sm: int, d
 @every_grid
 def test_the_shared_memory_is_never_less_than_predicted(sm: int, dtype: str) -> None:
     shape = SHAPES[dtype]
-    below = [c for c, record in grid(sm, dtype).items() if record["smem"] < smem_bytes(c, shape, sm)]
+    below = [c for c, record in grid(sm, dtype).items() if record["smem"] < smem_bytes(c, shape, Target(sm))]
     assert below == []
 
 
 def most_smem_bytes(config: TileConfig, sm: int, dtype: str) -> int:
-    stages = smem_bytes(config, SHAPES[dtype], sm) + MOST_ABOVE_BYTES[dtype][sm]
+    stages = smem_bytes(config, SHAPES[dtype], Target(sm)) + MOST_ABOVE_BYTES[dtype][sm]
     return max(stages, config.block_m * config.block_n * RESULT_BYTES) if sm < 90 else stages
 
 
@@ -111,7 +111,7 @@ def test_the_compiler_of_today_says_what_the_grid_says() -> None:
     seed = random.randrange(2**32)
     clean = [(*of, config) for of in GRIDS for config in sorted(kept(*of)) if not grid(*of)[config]["spill"]]
     chosen = random.Random(seed).sample(clean, 4)  # of those that do not spill: they compile in a second
-    jobs = [CompileJob(SHAPES[dtype], "up", 1024, config.compile_key, sm) for sm, dtype, config in chosen]
+    jobs = [CompileJob(SHAPES[dtype], "up", 1024, config.compile_key, Target(sm)) for sm, dtype, config in chosen]
     found = [said.get("smem") for said in run_in_engine("0.5.23", COMPILE_JOBS, [asdict(job) for job in jobs])]
     assert found == [grid(sm, dtype)[config]["smem"] for sm, dtype, config in chosen], f"seed {seed}: {chosen}"
 
