@@ -11,20 +11,27 @@ KIB = 1024
 
 @dataclass(frozen=True, slots=True)
 class CdnaArchitecture:
-    """LDS of a compute unit in bytes, all of which one workgroup may have."""
+    """LDS of a compute unit in bytes, all of which one workgroup may have; dense operations of its matrix units.
+
+    `operations` a clock are with operands of 16 bits, and twice as many with 8-bit floats where it `has_fp8`.
+    """
 
     lds_bytes: int
+    operations: int
+    has_fp8: bool = True
 
 
-# ROCm documentation, "AMD GPU specifications", column LDS.
+# LDS: ROCm documentation, "AMD GPU specifications". Operations: AMD on CDNA 3 and 4 at ISSCC 2026 (4,096 and 8,192 of
+# 8-bit floats); of CDNA 2 those that make the 383 TFLOP/s of an MI250X.
 CDNA = {
-    "gfx90a": CdnaArchitecture(64 * KIB),
-    "gfx942": CdnaArchitecture(64 * KIB),
-    "gfx950": CdnaArchitecture(160 * KIB),
+    "gfx90a": CdnaArchitecture(64 * KIB, 1024, has_fp8=False),
+    "gfx942": CdnaArchitecture(64 * KIB, 2048),
+    "gfx950": CdnaArchitecture(160 * KIB, 4096),
 }
 
 _SHEET = (
-    "units, caches and memory: ROCm's table of GPU specifications; rates: AMD's data sheet, dense, not checked since"
+    "units, caches and memory: ROCm's table of GPU specifications; dense rates: operations of a unit in a clock, times "
+    "units and peak clock"
 )
 
 
@@ -33,21 +40,24 @@ class AmdFacts:
     """One GPU as torch sees it: of an MI250X one of its two dies.
 
     `dies` (XCDs) have `l2_mib` of L2 together, each for its own compute units; `cache_mib` is the cache of the memory
-    that all of them share, 0 where there is none. Dense rates in TFLOP/s, `fp8_tflops` None where the matrix units
-    have no 8-bit floats.
+    that all of them share, 0 where there is none. The peak clock is AMD's (of CDNA 4 as stated at Hot Chips 2025).
     """
 
     gfx: str
     compute_units: int
     dies: int
     bandwidth_gbs: float
-    bf16_tflops: float
-    fp8_tflops: float | None
+    peak_ghz: float
     l2_mib: float
     cache_mib: float
     memory_gib: float
     source: str = _SHEET
     other_names: tuple[str, ...] = ()
+
+    @property
+    def bf16_tflops(self) -> float:
+        """Dense rate of all units at the peak clock."""
+        return CDNA[self.gfx].operations * self.compute_units * self.peak_ghz / 1000
 
 
 # Device name as torch.cuda reports it. `other_names`: what amdsmi of some releases says instead, which is vLLM's name
@@ -55,24 +65,24 @@ class AmdFacts:
 # under these names too.
 FACTS: dict[str, AmdFacts] = {
     "AMD Instinct MI250X": AmdFacts(
-        "gfx90a", 110, 1, 1638, 191.5, None, 8, 0, 64, f"one of its two dies; {_SHEET}"
+        "gfx90a", 110, 1, 1638, 1.7, 8, 0, 64, f"one of its two dies; {_SHEET}"
     ),
     "AMD Instinct MI300X": AmdFacts(
-        "gfx942", 304, 8, 5325, 1307, 2615, 32, 256, 192,
+        "gfx942", 304, 8, 5325, 2.1, 32, 256, 192,
         other_names=("AMD Instinct MI300X OAM", "AMD Instinct MI300X HF"),
     ),
     "AMD Instinct MI308X": AmdFacts(
-        "gfx942", 80, 4, 5325, 344, 688, 16, 256, 192,
-        "no public sheet: 80 compute units as its users report, rates of an MI300X by compute units",
+        "gfx942", 80, 4, 5325, 2.1, 16, 256, 192,
+        "no public sheet: 80 compute units as its users report, the clock and memory of an MI300X",
     ),
     "AMD Instinct MI325X": AmdFacts(
-        "gfx942", 304, 8, 6000, 1307, 2615, 32, 256, 256, other_names=("AMD Instinct MI325 OAM",)
+        "gfx942", 304, 8, 6000, 2.1, 32, 256, 256, other_names=("AMD Instinct MI325 OAM",)
     ),
     "AMD Instinct MI350X": AmdFacts(
-        "gfx950", 256, 8, 8000, 2307, 4614, 32, 256, 288, other_names=("AMD Instinct MI350 OAM",)
+        "gfx950", 256, 8, 8000, 2.2, 32, 256, 288, other_names=("AMD Instinct MI350 OAM",)
     ),
     "AMD Instinct MI355X": AmdFacts(
-        "gfx950", 256, 8, 8000, 2517, 5033, 32, 256, 288, other_names=("AMD Instinct MI355 OAM",)
+        "gfx950", 256, 8, 8000, 2.4, 32, 256, 288, other_names=("AMD Instinct MI355 OAM",)
     ),
 }  # fmt: skip
 
@@ -87,7 +97,7 @@ def _gpu(device_name: str, facts: AmdFacts) -> Gpu:
         smem_per_multiprocessor=lds_bytes,
         bandwidth_gbs=facts.bandwidth_gbs,
         bf16_tflops=facts.bf16_tflops,
-        fp8_tflops=facts.fp8_tflops,
+        fp8_tflops=2 * facts.bf16_tflops if CDNA[facts.gfx].has_fp8 else None,
         l2_mib=facts.cache_mib or facts.l2_mib,
         source=facts.source,
         memory_gib=facts.memory_gib,

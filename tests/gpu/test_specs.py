@@ -123,3 +123,20 @@ def test_the_names_of_one_amd_gpu_are_each_others_aliases() -> None:
     assert specs.aliases(find_gpu("MI355X")) == ["AMD Instinct MI355 OAM"]
     assert specs.is_called(find_gpu("MI355X"), "AMD_Instinct_MI355_OAM")
     assert not specs.is_called(find_gpu("MI355X"), "AMD_Instinct_MI350X")
+
+
+# TFLOP/s of 16 and 8 bits without sparsity, as AMD announced them, to four digits at most.
+ANNOUNCED = {
+    "MI250X": (191.5, None),
+    "MI300X": (1307, 2615),
+    "MI325X": (1307, 2615),
+    "MI350X": (2307, 4614),
+    "MI355X": (2517, 5033),
+}
+
+
+@pytest.mark.parametrize("model", ANNOUNCED)
+def test_the_rates_of_an_amd_gpu_are_those_that_were_announced(model: str) -> None:
+    gpu, (bf16, fp8) = find_gpu(model), ANNOUNCED[model]
+    assert gpu.bf16_tflops == pytest.approx(bf16, rel=1e-3)
+    assert gpu.fp8_tflops == (None if fp8 is None else pytest.approx(fp8, rel=1e-3))
