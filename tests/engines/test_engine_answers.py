@@ -167,11 +167,15 @@ def test_an_engine_that_is_told_of_an_amd_gpu_takes_its_tables_and_its_defaults(
 
 @pytest.mark.parametrize("version", HOOKED_VERSIONS)
 def test_a_shipped_entry_for_an_mi300x_that_cannot_be_launched_is_fitted_to_its_lds(version: str) -> None:
-    """Four stages of 128x256x128: 147,456 B by Triton 3.7.1 for gfx942, which has 65,536. vLLM's table has two."""
+    """Four stages of 128x256x128: 147,456 B by Triton 3.7.1 for gfx942, which has 65,536."""
     answer = asked("sglang", version)["an entry that cannot be launched"]
     assert answer.written[256]["up"]["num_stages"] == 4
     assert "64 KiB of shared memory: num_stages 4 -> 2" in answer.fitted[256]["up"]
-    assert not asked("vllm", VLLM_VERSIONS[-1])["an entry that cannot be launched"].fitted
+
+
+@pytest.mark.parametrize("version", VLLM_VERSIONS)
+def test_vllms_table_for_the_same_layer_needs_no_fitting(version: str) -> None:
+    assert not asked("vllm", version)["an entry that cannot be launched"].fitted
 
 
 @pytest.mark.parametrize("version", ENGINE_VERSIONS)
