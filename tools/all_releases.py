@@ -134,8 +134,9 @@ def read_report(engine: str, release: str, report: Path) -> Row:
     return Row(engine, release, passed, failed, count["skipped"], metadata.version("triton"), today)
 
 
-def write(lines: dict[tuple[str, str], str]) -> None:
-    """The document, with the rows in the order of engines and releases."""
+def write(row: Row) -> None:
+    """The document with that row, among those that are there, in the order of engines and releases."""
+    lines = rows_so_far() | {(row.engine, row.release): row.line()}
     ordered = sorted(lines, key=lambda it: (it[0], parse_version(it[1]), it[1]))
     head = HEAD.format(sglang=", ".join(HELD["sglang"]), vllm=", ".join(HELD["vllm"]))
     DOCUMENT.write_text(head + "".join(f"{lines[key]}\n" for key in ordered), encoding="utf-8")
@@ -158,18 +159,17 @@ def main() -> int:
     parser.add_argument("releases", nargs="*", metavar="RELEASE")
     parser.add_argument("--again", action="store_true", help="releases that have a row as well")
     arguments = parser.parse_args()
-    lines = rows_so_far()
+    known = rows_so_far()
     asked = [
         it
         for it in arguments.releases or releases(arguments.engine)
-        if arguments.again or (arguments.engine, it) not in lines
+        if arguments.again or (arguments.engine, it) not in known
     ]
     print(f"{arguments.engine}: {', '.join(asked) or 'all have a row'}", flush=True)
     failed = 0
     for release in asked:
         row = test(arguments.engine, release)
-        lines[row.engine, row.release] = row.line()
-        write(lines)
+        write(row)
         failed += len(row.failed)
         print(row.line(), flush=True)
     return 1 if failed else 0
