@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.vs_upstream.timed_run import Run, timed
-from sglang_moe_ext.cli import layer_args
+from sglang_moe_ext.cli import layer_args, layer_flags
 from sglang_moe_ext.core import EngineError, Gpu, MoEShape
 from sglang_moe_ext.engines.lookup_probe import LookupRequest
 from sglang_moe_ext.engines.registry import ENGINES
@@ -37,7 +37,7 @@ def flags_of(arguments: argparse.Namespace, model: str) -> list[str]:
 def shape_of(flags: Sequence[str]) -> MoEShape:
     """Raises MoEExtError where the flags mean no layer."""
     parser = argparse.ArgumentParser()
-    layer_args.add_to(parser)
+    layer_flags.add_to(parser)
     return layer_args.parse_layer(parser.parse_args(flags)).shape
 
 

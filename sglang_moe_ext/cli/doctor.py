@@ -7,7 +7,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from sglang_moe_ext.cli import doctor_layers, doctor_report, doctor_sglang, doctor_vllm, layer_args
+from sglang_moe_ext.cli import (
+    doctor_layers,
+    doctor_report,
+    doctor_sglang,
+    doctor_vllm,
+    gpu_args,
+    layer_args,
+    layer_flags,
+)
 from sglang_moe_ext.cli.command import Command
 from sglang_moe_ext.cli.doctor_examination import Examination
 from sglang_moe_ext.cli.doctor_layers import LayerUnderTest
@@ -23,7 +31,7 @@ from sglang_moe_ext.tuning.plan import DEFAULT_TOKENS
 
 def add_to(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags; the server's flags keep its names."""
-    layer_args.add_to(parser)
+    layer_flags.add_to(parser)
     server = parser.add_argument_group("how the server is started")
     server.add_argument("--engine", choices=("sglang", "vllm"), help="engine to ask (default: each one installed here)")
     server.add_argument(
@@ -69,7 +77,7 @@ def examine(arguments: argparse.Namespace, server: RunningServer | None) -> Iter
         MoEExtError: the flags name no layer, or an engine could not be asked.
     """
     layer = _layer(arguments, server) if layer_args.names_a_layer(arguments) else None
-    tokens = layer_args.tokens_of(arguments, DEFAULT_TOKENS)
+    tokens = gpu_args.tokens_of(arguments, DEFAULT_TOKENS)
     deterministic = arguments.enable_deterministic_inference
     if arguments.engine != "vllm" and installation.find() is not None:
         for one in _layers(arguments, layer, "sglang"):

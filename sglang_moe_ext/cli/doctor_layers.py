@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sglang_moe_ext.cli import engine_choice, layer_args
+from sglang_moe_ext.cli import engine_choice, gpu_args
 from sglang_moe_ext.cli.layer_args import LayerArgs
 from sglang_moe_ext.core import Gpu, GpuError, ModelError, MoEShape, TableError
 from sglang_moe_ext.engines import missing_config_log, table_names
@@ -45,9 +45,9 @@ def from_flags(arguments: argparse.Namespace, layer: LayerArgs, engine: EngineNa
         shape = layer.vllm_shape
     if shape is None:
         return None
-    gpu, is_here = layer_args.gpu_of(arguments, layer)
+    gpu, is_here = gpu_args.gpu_of(arguments, layer)
     if engine == engine_choice.choose(None):  # once, where both engines are examined
-        layer_args.print_memory_note(layer, gpu)
+        gpu_args.print_memory_note(layer, gpu)
     return LayerUnderTest(layer.name, shape, gpu, is_here, layer.architecture)
 
 

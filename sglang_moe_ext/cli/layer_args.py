@@ -1,28 +1,23 @@
-"""Parse the flags that say which layer a command is about, on which GPU, at which numbers of tokens."""
+"""The layer that the flags of a command name: a model, a shape, or a line of a log."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
-from typing import Any
 
 from sglang_moe_ext.cli import pasted_log
 from sglang_moe_ext.cli.pasted_log import StatedLaunch
-from sglang_moe_ext.core import DifferingLayersError, Gpu, GpuError, ModelError, MoEModel, MoEShape, Parallelism
+from sglang_moe_ext.core import DifferingLayersError, ModelError, MoEModel, MoEShape, Parallelism
 from sglang_moe_ext.engines.adapter import EngineName
 from sglang_moe_ext.engines.missing_config_log import device_of
 from sglang_moe_ext.engines.quantization_flag import quantize_as_served
-from sglang_moe_ext.engines.registry import ENGINES, SGLANG, VLLM
+from sglang_moe_ext.engines.registry import SGLANG, VLLM
 from sglang_moe_ext.engines.sglang import installation, sharding
 from sglang_moe_ext.engines.vllm import installation as vllm_installation
 from sglang_moe_ext.engines.vllm import sharding as vllm_sharding
-from sglang_moe_ext.gpu import memory, specs
 from sglang_moe_ext.gpu.decoder_roofline import Surroundings, surroundings_of
-from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.models import parse_dtype_flag, parse_shape, resolve
 from sglang_moe_ext.models.checkpoint_names import NameMatch, match_name
-
-MOST_TOKENS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,124 +266,3 @@ def _parse_log(arguments: argparse.Namespace) -> LayerArgs:
         guess.engine,
         surroundings_of(guess.model, guess.parallelism.tp),
     )
-
-
-def print_memory_note(layer: LayerArgs, gpu: Gpu) -> None:
-    """Say so where the experts of one rank cannot lie in the memory of the GPU."""
-    why = memory.why_too_large(layer.shape, gpu, layer.moe_layers)
-    if why is not None:
-        print(f"note: {layer.name}: {why}")
-
-
-def gpu_of(arguments: argparse.Namespace, layer: LayerArgs) -> tuple[Gpu, bool]:
-    """(The GPU that is meant, whether this machine has it).
-
-    Raises:
-        GpuError: none is named, and there is none here; or it is unknown.
-    """
-    wanted = arguments.gpu or layer.device_name
-    try:
-        here = specs.detect()
-    except GpuError:
-        if wanted is None:
-            raise
-        here = None  # an unknown GPU here does not matter for another one
-    if wanted is None:
-        if here is None:
-            raise GpuError("this machine has no GPU: name the one that is meant, such as --gpu RTX_4090 or --gpu H200")
-        return here, True
-    if here is not None and wanted in (here.device_name, here.device_name.replace(" ", "_")):
-        return here, True
-    gpu = find_gpu(wanted)
-    return gpu, here is not None and here.device_name == gpu.device_name
-
-
-def tokens_of(arguments: argparse.Namespace, default: tuple[int, ...]) -> tuple[int, ...]:
-    """The batch sizes, in order and once each.
-
-    Raises:
-        ModelError: one of them is impossible.
-    """
-    tokens: list[int] = arguments.batch_size or list(default)
-    wrong = next((m for m in tokens if not 1 <= m <= MOST_TOKENS), None)
-    if wrong is not None:
-        raise ModelError(f"--batch-size {wrong}: expected numbers of tokens from 1 to {MOST_TOKENS}")
-    return tuple(sorted(set(tokens)))
-
-
-class _ListGpus(argparse.Action):
-    """Print the GPUs that --gpu knows, and end."""
-
-    def __init__(self, option_strings: list[str], dest: str, **_: Any) -> None:
-        super().__init__(option_strings, dest, nargs=0, help="print the GPUs that --gpu knows, and end")
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        for gpu in specs.known_gpus().values():
-            size = "" if gpu.memory_gib is None else f", {gpu.memory_gib:g} GiB"
-            print(f"{gpu.device_name.replace(' ', '_')}  ({gpu.target}{size})")
-        print("and MIG slices of them, such as NVIDIA_A100-SXM4-80GB_MIG_3g.40gb")
-        parser.exit()
-
-
-def add_to(parser: argparse.ArgumentParser) -> None:
-    """Add the flags; those that upstream's tuning scripts have keep their names and meaning."""
-    what = parser.add_argument_group("which layer")
-    what.add_argument("--model", help="a built-in name, a folder with config.json, or a hub id")
-    what.add_argument("--shape", help="its numbers: E=65,N=1536,K=2048,topk=5[,dtype=fp8_w8a8][,block_shape=[128,128]]")
-    what.add_argument(
-        "--from-log",
-        metavar="TEXT",
-        help="the server's warning about the missing table, as pasted, or the name of its log; --model, --tp-size and "
-        "--ep-size decide where several launches fit",
-    )
-    what.add_argument(
-        "--tp-size",
-        "--tp",
-        "-tp",
-        "--tensor-parallel-size",
-        type=int,
-        help="tensor-parallel size of the server (default 1)",
-    )
-    what.add_argument("--ep-size", "--ep", type=int, help="expert-parallel size of the server (default 1)")
-    what.add_argument(
-        "--ep-num-redundant-experts",
-        type=int,
-        default=0,
-        metavar="N",
-        help="redundant experts of the server, as its flag of that name (default 0)",
-    )
-    what.add_argument(
-        "--dtype",
-        default="auto",
-        help="auto (the checkpoint's), bf16, fp16, fp8_w8a8, int8_w8a8, int8_w8a16 or int4_w4a16",
-    )
-    what.add_argument(
-        "--quantization",
-        metavar="NAME",
-        help="the server's flag of that name, such as moe_wna16, by which AWQ and GPTQ run Triton",
-    )
-    what.add_argument("--per-channel-quant", action="store_true", help="one scale for each output channel")
-    what.add_argument("--disable-shared-experts-fusion", action="store_true", help="as the server's flag of that name")
-    what.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code of the model's folder (default: never)"
-    )
-    what.add_argument("--gpu", help="the GPU that is meant, such as RTX_4090 (default: the GPU of this machine)")
-    what.add_argument("--list-gpus", action=_ListGpus)
-    what.add_argument("--batch-size", type=int, nargs="+", metavar="M", help="numbers of tokens (default: 1 to 16384)")
-
-
-def add_engine_to(parser: argparse.ArgumentParser) -> None:
-    """Add --engine, and the flags that only vLLM's tuning script has."""
-    whose = parser.add_argument_group("whose layer")
-    whose.add_argument(
-        "--engine",
-        choices=tuple(ENGINES),
-        help="the engine to tune (default: that of the pasted line, else the one installed, else sglang)",
-    )
-    whose.add_argument(
-        "--enable-expert-parallel",
-        "-enable-ep",
-        action="store_true",
-        help="vLLM: each of the --tp-size ranks has whole experts",
-    )
-    whose.add_argument("--model-prefix", metavar="NAME", help="the section of config.json that describes the experts")

@@ -12,7 +12,8 @@ from sglang_moe_ext.cli import (
     console,
     differing_layers,
     engine_choice,
-    layer_args,
+    gpu_args,
+    layer_flags,
     measure_args,
     output,
     plan_report,
@@ -42,8 +43,8 @@ _NOT_OFFERED = {
 
 def add_to(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
-    layer_args.add_to(parser)
-    layer_args.add_engine_to(parser)
+    layer_flags.add_to(parser)
+    layer_flags.add_engine_to(parser)
     parser.set_defaults(engine=None, **_NOT_OFFERED)
     what = parser.add_argument_group("what to print")
     what.add_argument(
@@ -76,8 +77,8 @@ def run(arguments: argparse.Namespace) -> Mapping[str, Any]:
     Raises:
         MoEExtError: any of this package's errors.
     """
-    if not 1 <= arguments.context <= layer_args.MOST_TOKENS:
-        raise ModelError(f"--context {arguments.context}: expected a number from 1 to {layer_args.MOST_TOKENS}")
+    if not 1 <= arguments.context <= gpu_args.MOST_TOKENS:
+        raise ModelError(f"--context {arguments.context}: expected a number from 1 to {gpu_args.MOST_TOKENS}")
     if not arguments.from_log and (said := engine_choice.describe_choice(arguments.engine)):
         print(said)
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_moe_ext.cli import console, engine_choice, layer_args
+from sglang_moe_ext.cli import console, engine_choice, layer_args, layer_flags
 from sglang_moe_ext.core import Gpu, MoEShape, Projection
 from sglang_moe_ext.engines.adapter import EngineName
 from sglang_moe_ext.engines.registry import ENGINES
@@ -77,8 +77,8 @@ def _stated(arguments: argparse.Namespace, engine: EngineName) -> MoEShape | Non
     if not arguments.model and not arguments.shape:
         return None
     parser = argparse.ArgumentParser()
-    layer_args.add_to(parser)
-    layer_args.add_engine_to(parser)
+    layer_flags.add_to(parser)
+    layer_flags.add_engine_to(parser)
     stated = {**vars(parser.parse_args([])), **vars(arguments), "engine": engine}
     return layer_args.parse_layer(argparse.Namespace(**stated)).shape
 

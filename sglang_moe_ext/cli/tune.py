@@ -11,7 +11,9 @@ from sglang_moe_ext.cli import (
     console,
     differing_layers,
     engine_choice,
+    gpu_args,
     layer_args,
+    layer_flags,
     measure_args,
     output,
     plan_report,
@@ -36,8 +38,8 @@ UNTRIED_ON_AMD = (
 
 def add_to(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
-    layer_args.add_to(parser)
-    layer_args.add_engine_to(parser)
+    layer_flags.add_to(parser)
+    layer_flags.add_engine_to(parser)
     parser.set_defaults(engine=None)
     how = parser.add_argument_group("what to do")
     how.add_argument("--predict", action="store_true", help="predict without measuring, even where the GPU is present")
@@ -79,8 +81,8 @@ def request_of(arguments: argparse.Namespace, command: str) -> TuneRequest:
     layer = layer_args.parse_layer(arguments := _with_engine(arguments))
     if measure_args.is_comparison(arguments) and arguments.ray is None and specs.detect() is None:
         measure_args.refuse_without_measuring(arguments, "this machine has no GPU: run it where the GPU is")
-    gpu, is_here = layer_args.gpu_of(arguments, layer)
-    layer_args.print_memory_note(layer, gpu)
+    gpu, is_here = gpu_args.gpu_of(arguments, layer)
+    gpu_args.print_memory_note(layer, gpu)
     adapter = ENGINES[arguments.engine]
     engine = adapter.find()
     if engine is not None and (why := adapter.why_not_tuned(layer.shape.quantization, engine.version)):
@@ -94,7 +96,7 @@ def request_of(arguments: argparse.Namespace, command: str) -> TuneRequest:
         problem=Problem(layer.shape, gpu, arguments.engine),
         vllm_shape=layer.vllm_shape,
         gpu_is_here=is_here,
-        tokens=layer_args.tokens_of(arguments, DEFAULT_TOKENS),
+        tokens=gpu_args.tokens_of(arguments, DEFAULT_TOKENS),
         measuring=measure_args.measure_options(arguments, layer.shape, gpu, engine) if measures and engine else None,
         install=arguments.install,
         output_dir=arguments.output_dir,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from sglang_moe_ext.cli import console, layer_args
+from sglang_moe_ext.cli import console, gpu_args, layer_args
 from sglang_moe_ext.core import GpuError, ModelError, MoEShape, Quantization
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.models import parse_dtype_flag
@@ -64,7 +64,7 @@ def request_of(arguments: argparse.Namespace) -> GroupedGemmRequest:
         name=name,
         shape=shape,
         gpu=gpu,
-        rows=layer_args.tokens_of(arguments, grouped_gemm.DEFAULT_ROWS),
+        rows=gpu_args.tokens_of(arguments, grouped_gemm.DEFAULT_ROWS),
         effort=arguments.effort,
         seed=arguments.seed,
         command=arguments.command_line,

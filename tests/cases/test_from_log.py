@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_moe_ext.cli import doctor_layers, layer_args
+from sglang_moe_ext.cli import doctor_layers, layer_args, layer_flags
 from sglang_moe_ext.cli.layer_args import LayerArgs
 from sglang_moe_ext.core import ModelError, MoEExtError, MoEModel, MoEShape, Parallelism, Quantization, TableError
 from sglang_moe_ext.engines.sglang import installation, sharding
@@ -35,8 +35,8 @@ def newest_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def arguments(*flags: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    layer_args.add_to(parser)
-    layer_args.add_engine_to(parser)
+    layer_flags.add_to(parser)
+    layer_flags.add_engine_to(parser)
     return parser.parse_args(flags)
 
 

@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from sglang_moe_ext.cli import layer_args
+from sglang_moe_ext.cli import gpu_args, layer_args, layer_flags
 from sglang_moe_ext.core import ModelError
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.gpu.names import find_gpu
@@ -14,15 +14,15 @@ from sglang_moe_ext.gpu.names import find_gpu
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser()
-    layer_args.add_to(made)
-    layer_args.add_engine_to(made)
+    layer_flags.add_to(made)
+    layer_flags.add_engine_to(made)
     return made
 
 
 def notes(capsys: pytest.CaptureFixture[str], *flags: str) -> list[str]:
     arguments = parser().parse_args(flags)
     layer = layer_args.parse_layer(arguments)
-    layer_args.print_memory_note(layer, find_gpu(arguments.gpu))
+    gpu_args.print_memory_note(layer, find_gpu(arguments.gpu))
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
 
 
