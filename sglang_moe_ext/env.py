@@ -15,6 +15,7 @@ VLLM_CONFIG_FOLDER = "VLLM_TUNED_CONFIG_FOLDER"
 SGLANG_PLUGINS = "SGLANG_PLUGINS"
 VLLM_PLUGINS = "VLLM_PLUGINS"
 COMPLETION = "_ARGCOMPLETE"
+HUB_OFFLINE = "HF_HUB_OFFLINE"
 SGLANG_AITER = "SGLANG_USE_AITER"
 VLLM_AITER = "VLLM_ROCM_USE_AITER"
 
@@ -30,6 +31,7 @@ MEANINGS = {
     VLLM_CONFIG_FOLDER: "vLLM's own: it reads tables from this folder first, and `tune` writes there where it is set",
     SGLANG_PLUGINS: "SGLang's own list of plugins to load; one without `sglang_moe_ext` keeps this package out",
     VLLM_PLUGINS: "vLLM's own list of plugins to load; one without `sglang_moe_ext` keeps this package out",
+    HUB_OFFLINE: "the Hugging Face hub's own: `1` keeps every command from asking it for a model's configuration",
     COMPLETION: "set by the shell alone, while it asks for completions",
     SGLANG_AITER: "SGLang's own, for AMD GPUs: where it is on, AITER runs the experts and no table is read; `doctor` "
     "and `tune` say so",

@@ -203,7 +203,7 @@ class ProbeProcess:
     def __init__(self, who: ProbeModule, environment: Mapping[str, str] | None = None) -> None:
         """`environment`: of the process (SGLANG_MOE_CONFIG_DIR, PYTHONPATH), by default our own."""
         self._engine, self._who = who.engine, who
-        theirs = dict(os.environ if environment is None else environment)
+        theirs = {**(os.environ if environment is None else environment), env.HUB_OFFLINE: "1"}  # none needs the hub
         self._environment = theirs | {env.DISABLE: "1"} if who.is_alone else theirs
         self._open = contextlib.ExitStack()
         self._start()

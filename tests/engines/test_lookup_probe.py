@@ -16,6 +16,7 @@ from tests.engines.installed import REPO_ROOT
 
 CHATTER = """
 import os, sys
+open(os.environ["SAID_IT_ALL"] + ".hub", "w").write(os.environ.get("HF_HUB_OFFLINE", ""))
 for stream in (sys.stdout, sys.stderr):
     print("loading " * 100_000, file=stream, flush=True)
 open(os.environ["SAID_IT_ALL"], "w").close()
@@ -37,6 +38,7 @@ def test_a_chatty_engine_is_ready_before_it_is_asked(environment: dict[str, str]
         while not (said := Path(environment["SAID_IT_ALL"]).exists()) and time.monotonic() < end:
             time.sleep(0.02)
     assert said
+    assert Path(f"{environment['SAID_IT_ALL']}.hub").read_text() == "1", "0.5.6.post2 asks the hub for any model"
 
 
 def test_the_last_line_of_a_chatty_engine_is_the_reason(environment: dict[str, str]) -> None:

@@ -99,7 +99,7 @@ def _resolve_flag(request: Request, args: Any) -> str:
     if overrides is None and ".get_model_config()" not in inspect.getsource(args._handle_model_specific_adjustments):
         raise EngineError("this release asks the hub for the model's configuration")
     args._model_config = model
-    args.get_model_config = lambda: model
+    args.get_model_config, args.get_hf_config = lambda: model, lambda: model.hf_config
     if overrides is None:
         args._handle_model_specific_adjustments()
         return str(args.moe_runner_backend)
