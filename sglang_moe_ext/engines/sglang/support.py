@@ -17,7 +17,7 @@ NEWEST: Version = (0, 5, 23)
 AUTO = "auto"
 _READS_TABLES = "triton"
 _SM100 = (100, 103)
-_FIRST_WITH_TRITON_FLAG: Version = (0, 5, 12)
+_FIRST_WITH_TRITON_FLAG: Version = (0, 5, 11)
 """From there on `--moe-runner-backend triton` runs weights of 4 bits of compressed-tensors by Triton."""
 _FIRST_WITH_TRITON_ON_SM100: Version = (0, 5, 20)
 """From there on `auto` does so on sm_100 and sm_103; get_moe_scheme of 0.5.20 and 0.5.23 was run for both."""

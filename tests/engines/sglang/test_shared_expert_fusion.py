@@ -21,7 +21,8 @@ UNKNOWN_MODEL_TYPES = ["deepseek_v32"]
 
 ABSENT_PACKAGES = {
     # dsa kernels import CuTe DSL unconditionally; it needs a CUDA wheel
-    **{it: ["cutlass", "cuda"] for it in ("0.5.13", "0.5.14", "0.5.15", "0.5.16", "0.5.17")},
+    **{it: ["cutlass", "cuda"] for it in ("0.5.14", "0.5.15", "0.5.16", "0.5.17")},
+    "0.5.13": ["cutlass", "cuda", "tilelang"],  # and deepseek_v4 imports tilelang
     # bailing_moe_v3 imports a kernel of it wherever is_cuda() is false
     **{it: ["vllm"] for it in ("0.5.19", "0.5.20", "0.5.21", "0.5.22")},
 }
