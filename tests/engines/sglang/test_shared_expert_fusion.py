@@ -20,9 +20,9 @@ UNKNOWN_MODEL_TYPES = ["deepseek_v32"]
 """Known to the transformers of the test environment, unknown to the 4.57.1 and 5.3.0 that SGLang pins until 0.5.11."""
 
 ABSENT_PACKAGES = {
-    # dsa kernels import CuTe DSL unconditionally; it needs a CUDA wheel
-    **{it: ["cutlass", "cuda"] for it in ("0.5.14", "0.5.15", "0.5.16", "0.5.17")},
-    "0.5.13": ["cutlass", "cuda", "tilelang"],  # and deepseek_v4 imports tilelang
+    # deepseek_v4 imports tilelang; from here on dsa kernels import CuTe DSL unconditionally, which needs a CUDA wheel
+    **{it: ["cutlass", "cuda", "tilelang"] for it in ("0.5.13", "0.5.14")},
+    **{it: ["cutlass", "cuda"] for it in ("0.5.15", "0.5.16", "0.5.17")},
     # bailing_moe_v3 imports a kernel of it wherever is_cuda() is false
     **{it: ["vllm"] for it in ("0.5.19", "0.5.20", "0.5.21", "0.5.22")},
 }
