@@ -6,13 +6,28 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sglang_moe_ext.cli import layer_args
+from sglang_moe_ext.cli import engine_choice, layer_args
 from sglang_moe_ext.core import DifferingLayersError, MoEExtError
 
 Run = Callable[[argparse.Namespace], Mapping[str, Any]]
 
 
-def run_each(arguments: argparse.Namespace, differing: DifferingLayersError, run_layer: Run) -> Mapping[str, Any]:
+def run(arguments: argparse.Namespace, run_layer: Run) -> Mapping[str, Any]:
+    """Run the command for the layer that the flags name, or for each kind where those of the model differ.
+
+    Raises:
+        MoEExtError: the flags make no layer, or a line of a log is about one of several.
+    """
+    try:
+        return run_layer(arguments)
+    except DifferingLayersError as differing:
+        if arguments.from_log:
+            raise  # the line is about one of them
+        arguments.engine = engine_choice.choose(arguments.engine)
+        return _run_each(arguments, differing, run_layer)
+
+
+def _run_each(arguments: argparse.Namespace, differing: DifferingLayersError, run_layer: Run) -> Mapping[str, Any]:
     """Run the command for each kind of layer; sets `arguments.layer_kind` to it.
 
     One that fails is named in the summary, and costs itself alone.

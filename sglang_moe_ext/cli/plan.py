@@ -20,7 +20,7 @@ from sglang_moe_ext.cli import (
     tune,
 )
 from sglang_moe_ext.cli.command import Command
-from sglang_moe_ext.core import DifferingLayersError, ModelError
+from sglang_moe_ext.core import ModelError
 from sglang_moe_ext.tables import files
 from sglang_moe_ext.tuning import pipeline, weigh
 from sglang_moe_ext.tuning.request import TuneRequest
@@ -81,13 +81,7 @@ def run(arguments: argparse.Namespace) -> Mapping[str, Any]:
         raise ModelError(f"--context {arguments.context}: expected a number from 1 to {gpu_args.MOST_TOKENS}")
     if not arguments.from_log and (said := engine_choice.describe_choice(arguments.engine)):
         print(said)
-    try:
-        document = _run_layer(arguments)
-    except DifferingLayersError as differing:
-        if arguments.from_log:
-            raise  # the line is about one of them
-        arguments.engine = engine_choice.choose(arguments.engine)
-        document = differing_layers.run_each(arguments, differing, _run_layer)
+    document = differing_layers.run(arguments, _run_layer)
     if arguments.output_dir is not None:
         path = arguments.output_dir / FILE
         files.write_together({path: json.dumps(document, indent=1) + "\n"})

@@ -21,7 +21,7 @@ from sglang_moe_ext.cli import (
     tune_grouped_gemm,
 )
 from sglang_moe_ext.cli.command import Command, configure
-from sglang_moe_ext.core import DifferingLayersError, Gpu, MoEExtError, StoreError
+from sglang_moe_ext.core import Gpu, MoEExtError, StoreError
 from sglang_moe_ext.engines.registry import ENGINES
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tables import files, user_store
@@ -170,13 +170,7 @@ def run(arguments: argparse.Namespace) -> Mapping[str, Any]:
     tune_grouped_gemm.refuse_elsewhere(arguments)
     if not arguments.from_log and (said := engine_choice.describe_choice(arguments.engine)):
         print(said)
-    try:
-        return _run_layer(arguments)
-    except DifferingLayersError as differing:
-        if arguments.from_log:
-            raise  # the line is about one of them
-        arguments.engine = _with_engine(arguments).engine
-        return differing_layers.run_each(arguments, differing, _run_layer)
+    return differing_layers.run(arguments, _run_layer)
 
 
 def _run_layer(arguments: argparse.Namespace) -> Mapping[str, Any]:
