@@ -148,11 +148,8 @@ def write(row: Row) -> None:
 def rows_so_far() -> dict[tuple[str, str], str]:
     """Lines of the document's table by engine and release."""
     text = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else ""
-    found = re.findall(r"^\| (sglang|vllm) \| (\S+) \|.*$", text, re.MULTILINE)
-    return {
-        (engine, release): re.findall(rf"^\| {engine} \| {re.escape(release)} \|.*$", text, re.MULTILINE)[0]
-        for engine, release in found
-    }
+    rows = re.finditer(r"^\| (sglang|vllm) \| (\S+) \|.*$", text, re.MULTILINE)
+    return {(row[1], row[2]): row[0] for row in rows}
 
 
 def main() -> int:
