@@ -429,7 +429,7 @@ def measure(name: str, tokens: Sequence[int], arguments: argparse.Namespace) -> 
     """Prints a row for each M."""
     import torch
 
-    from sglang_moe_ext.kernels import few_tokens
+    from sglang_moe_ext.kernels import dependent_launch, few_tokens
 
     shape = LAYERS[name]
     began = time.monotonic()
@@ -452,12 +452,12 @@ def measure(name: str, tokens: Sequence[int], arguments: argparse.Namespace) -> 
         graphs = {run_name: racer.graph(run, sets) for run_name, run in runs.items()}
         times = dict(zip(graphs, racer.timed(list(graphs.values()), sets, arguments.rounds), strict=True))
         fastest = min(best, key=lambda config: median(times[str(config)]))
-        with_pdl = few_tokens.has_dependent_launch
-        few_tokens.has_dependent_launch = lambda sm: False
+        with_pdl = dependent_launch.is_available
+        dependent_launch.is_available = lambda sm: False
         few_tokens._down_constants.cache_clear()
         few_tokens._up_constants.cache_clear()
         alone = racer.graph(partial(racer.ours, replace(fastest, down=replace(fastest.down, prefetched=0))), sets)
-        few_tokens.has_dependent_launch = with_pdl
+        dependent_launch.is_available = with_pdl
         wide_range_us = None
         if shape.quantization.scheme and m in (1, 8):
             wide = racer.graph(partial(racer.ours, replace(fastest, wide_range=True)), sets)

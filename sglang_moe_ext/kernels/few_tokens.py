@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from sglang_moe_ext.core import MoEExtError, Quantization
-from sglang_moe_ext.few_tokens_config import FIRST_PDL_SM, FewTokensConfig, FewTokensProblem, refusals
+from sglang_moe_ext.few_tokens_config import FewTokensConfig, FewTokensProblem, refusals
+from sglang_moe_ext.kernels import dependent_launch
 from sglang_moe_ext.kernels.few_tokens_kernel import down_kernel, up_kernel
 from sglang_moe_ext.kernels.launcher import launch
 
@@ -261,7 +261,7 @@ def _up_constants(
         "PLAN_CHUNK": max(2, _PLANNED_AT_ONCE // (tile.rows * slots)),
         **_scaling(quantization, dtype, sm, wide_range=config.wide_range and tile.rows > 1),
         "EVEN_K": k % tile.block_k == 0,
-        "PDL": has_dependent_launch(sm),
+        "PDL": dependent_launch.is_available(sm),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
@@ -279,7 +279,7 @@ def _down_constants(
     sm: int,
 ) -> dict[str, Any]:
     _check_config(config, FewTokensProblem(tokens, top_k, k, columns, quantization), dtype, sm)
-    tile, pdl = config.down, has_dependent_launch(sm)
+    tile, pdl = config.down, dependent_launch.is_available(sm)
     row_bytes = k // 2 if quantization.weight_bits == 4 else k * dtype.itemsize
     return {
         "TOP_K": top_k,
@@ -298,13 +298,8 @@ def _down_constants(
         "ROW_BYTES": row_bytes,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
-        **({"launch_pdl": True} if pdl else {}),
+        **(dependent_launch.OPTIONS if pdl else {}),
     }
-
-
-def has_dependent_launch(sm: int) -> bool:
-    """Whether GPU and Triton have programmatic dependent launch."""
-    return sm >= FIRST_PDL_SM and hasattr(tl.extra, "cuda") and hasattr(tl.extra.cuda, "gdc_wait")
 
 
 def _scaling(quantization: Quantization, dtype: torch.dtype, sm: int, *, wide_range: bool) -> dict[str, Any]:

@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sglang_moe_ext.core import MoEExtError
+from sglang_moe_ext.kernels import dependent_launch
+from sglang_moe_ext.kernels.dependent_launch import wait_for_last
 from sglang_moe_ext.kernels.launcher import launch
 
 
@@ -52,7 +54,9 @@ def gather_sum_kernel(  # type: ignore[no-untyped-def]
     SLOTS: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    wait_for_last(DEPENDENT)
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     there, wanted = token < tokens, column < hidden
@@ -187,5 +191,6 @@ def sum_arguments(
         "SLOTS": positions.shape[1],
         "TOKENS": config.tokens,
         "COLUMNS": config.columns,
+        **dependent_launch.options(dependent_launch.is_used(rows)),
         "num_warps": config.num_warps,
     }

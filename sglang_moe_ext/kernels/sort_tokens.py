@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sglang_moe_ext.core import MoEExtError
+from sglang_moe_ext.kernels import dependent_launch
+from sglang_moe_ext.kernels.dependent_launch import let_next_start, wait_for_last
 from sglang_moe_ext.kernels.launcher import launch
 from sglang_moe_ext.kernels.swiglu import GROUP, LARGEST_FP8, LEAST_SCALE, LONGEST_ROW
 from sglang_moe_ext.sorted_kernels import MOST_SORTED_EXPERTS, padded_rows
@@ -75,7 +77,9 @@ def count_kernel(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     LEAST_SCALE: tl.constexpr,
     LARGEST: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    let_next_start(DEPENDENT)
     program = tl.program_id(0)
     if program < chunks:
         pair = program * CHUNK + tl.arange(0, CHUNK)
@@ -99,8 +103,12 @@ def count_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["chunks"])  # type: ignore[untyped-decorator]
-def scan_kernel(counts_ptr, totals_ptr, chunks, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def scan_kernel(  # type: ignore[no-untyped-def]
+    counts_ptr, totals_ptr, chunks, WIDTH: tl.constexpr, DEPENDENT: tl.constexpr
+):
     """Each count becomes the sum of those before it."""
+    let_next_start(DEPENDENT)
+    wait_for_last(DEPENDENT)
     counts_ptr += tl.program_id(0) * chunks
     total = 0
     for first in range(0, chunks, WIDTH):
@@ -126,7 +134,10 @@ def place_kernel(  # type: ignore[no-untyped-def]
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_SIZE_M: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    let_next_start(DEPENDENT)
+    wait_for_last(DEPENDENT)
     program = tl.program_id(0)
     bins = tl.arange(0, BINS)
     totals = tl.load(totals_ptr + bins, mask=bins < EXPERTS, other=0)
@@ -242,6 +253,7 @@ def count_arguments(
         "WIDTH": width,
         "LEAST_SCALE": LEAST_SCALE,
         "LARGEST": LARGEST_FP8,
+        "DEPENDENT": dependent_launch.is_used(topk_ids),  # the first of the chain, which waits for nothing
         "num_warps": 8,
     }
 
@@ -253,6 +265,7 @@ def scan_arguments(counts: Tensor, totals: Tensor) -> dict[str, Any]:
         "totals_ptr": totals,
         "chunks": counts.shape[1],
         "WIDTH": _SCANNED_AT_ONCE,
+        **dependent_launch.options(dependent_launch.is_used(counts)),
         "num_warps": 4,
     }
 
@@ -275,6 +288,7 @@ def place_arguments(
         "BINS": triton.next_power_of_2(before.shape[0]),
         "CHUNK": CHUNK,
         "BLOCK_SIZE_M": block_m,
+        **dependent_launch.options(dependent_launch.is_used(topk_ids)),
         "num_warps": 8,
     }
 

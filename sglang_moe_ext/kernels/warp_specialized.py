@@ -31,6 +31,15 @@ BOX_N = gl.constexpr(64)
 
 
 @gluon.jit
+def join_chain():  # type: ignore[no-untyped-def]
+    """As `dependent_launch.let_next_start`, then `wait_for_last`: the last call before the first load."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=gl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def tile_at(tile, tiles_m, tiles_n, group_m):  # type: ignore[no-untyped-def]
     """(m, n) of a tile: group_m rows of tiles go down a column before the next one, whose weights stay in L2."""
     per_group = group_m * tiles_n

@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from sglang_moe_ext.core import MoEExtError
+from sglang_moe_ext.kernels import dependent_launch
 from sglang_moe_ext.kernels.warp_specialized import (
     HALF_M,
     WHOLE_M,
@@ -27,6 +28,7 @@ from sglang_moe_ext.kernels.warp_specialized import (
     first_tile,
     halves,
     is_tail,
+    join_chain,
     load_box,
     pinned,
     store_columns,
@@ -138,10 +140,6 @@ def down_kernel(  # type: ignore[no-untyped-def]
     IS_CHANNEL_SCALED: gl.constexpr, EXPERTS_ELSEWHERE: gl.constexpr, REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    tiles_m = gl.load(num_tokens_post_padded) // WHOLE_M
-    first_m = 0
-    if EXPERTS_ELSEWHERE:
-        first_m = first_block_here(expert_ids, tiles_m)
     tiles_n = (N + 255) // 256
     k_steps = (K + BLOCK_K - 1) // BLOCK_K
     MMA_K: gl.constexpr = BLOCK_K // 4  # a row of a stage is 128 bytes, a wgmma takes 32 of them
@@ -154,6 +152,11 @@ def down_kernel(  # type: ignore[no-untyped-def]
         mbarrier.init(full.index(s), count=1)
         mbarrier.init(empty.index(s), count=2)
     hopper.fence_async_shared()
+    join_chain()
+    tiles_m = gl.load(num_tokens_post_padded) // WHOLE_M
+    first_m = 0
+    if EXPERTS_ELSEWHERE:
+        first_m = first_block_here(expert_ids, tiles_m)
     tiles_here = tiles_m - first_m
     first_m = min(first_m, max(tiles_m - 1, 0))
     gl.warp_specialize([
@@ -276,10 +279,6 @@ def down_block_kernel(  # type: ignore[no-untyped-def]
     STAGES: gl.constexpr, EXPERTS_ELSEWHERE: gl.constexpr,
     REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    tiles_m = gl.load(num_tokens_post_padded) // WHOLE_M
-    first_m = 0
-    if EXPERTS_ELSEWHERE:
-        first_m = first_block_here(expert_ids, tiles_m)
     tiles_n = (N + 255) // 256
     k_steps = K // 128
     a_ring = gl.allocate_shared_memory(a_desc.dtype, [STAGES, WHOLE_M, 128], a_desc.layout)
@@ -291,6 +290,11 @@ def down_block_kernel(  # type: ignore[no-untyped-def]
         mbarrier.init(full.index(s), count=1)
         mbarrier.init(empty.index(s), count=2)
     hopper.fence_async_shared()
+    join_chain()
+    tiles_m = gl.load(num_tokens_post_padded) // WHOLE_M
+    first_m = 0
+    if EXPERTS_ELSEWHERE:
+        first_m = first_block_here(expert_ids, tiles_m)
     tiles_here = tiles_m - first_m
     first_m = min(first_m, max(tiles_m - 1, 0))
     gl.warp_specialize([
@@ -384,10 +388,6 @@ def down_pair_kernel(  # type: ignore[no-untyped-def]
 
     One CTA's promotion and stores are under the other's products, with no barrier between them.
     """
-    tiles_m = gl.load(num_tokens_post_padded) // WHOLE_M
-    first_m = 0
-    if EXPERTS_ELSEWHERE:
-        first_m = first_block_here(expert_ids, tiles_m)
     tiles_n = (N + 127) // 128
     k_steps = K // 128
     a_ring = gl.allocate_shared_memory(a_desc.dtype, [STAGES, WHOLE_M, 128], a_desc.layout)
@@ -399,6 +399,11 @@ def down_pair_kernel(  # type: ignore[no-untyped-def]
         mbarrier.init(full.index(s), count=1)
         mbarrier.init(empty.index(s), count=1)
     hopper.fence_async_shared()
+    join_chain()
+    tiles_m = gl.load(num_tokens_post_padded) // WHOLE_M
+    first_m = 0
+    if EXPERTS_ELSEWHERE:
+        first_m = first_block_here(expert_ids, tiles_m)
     tiles_here = tiles_m - first_m
     first_m = min(first_m, max(tiles_m - 1, 0))
     gl.warp_specialize([
@@ -488,6 +493,7 @@ def down_arguments(
         "EXPERTS_ELSEWHERE": experts_elsewhere,
         "PRODUCER_REGISTERS": 24,
         "num_warps": 4,
+        **dependent_launch.OPTIONS,
     }
     if scheme == "block":
         arguments |= {"stride_ask": ask, "stride_bsk": bsk}

@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
 from sglang_moe_ext.core import MoEExtError
+from sglang_moe_ext.kernels import dependent_launch
 from sglang_moe_ext.kernels.warp_specialized import (
     HALF_M,
     WHOLE_M,
@@ -27,6 +28,7 @@ from sglang_moe_ext.kernels.warp_specialized import (
     gather_rows,
     halves,
     is_tail,
+    join_chain,
     load_box,
     pinned,
     silu_mul,
@@ -178,10 +180,6 @@ def up_kernel(  # type: ignore[no-untyped-def]
     IS_CHANNEL_SCALED: gl.constexpr, EXPERTS_ELSEWHERE: gl.constexpr, REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    tiles_m = gl.load(num_tokens_post_padded) // WHOLE_M
-    first_m = 0
-    if EXPERTS_ELSEWHERE:
-        first_m = first_block_here(expert_ids, tiles_m)
     tiles_n = columns // BLOCK_N
     k_steps = K // BLOCK_K
     MMA_K: gl.constexpr = BLOCK_K // 4  # a row of a stage is 128 bytes, a wgmma takes 32 of them
@@ -194,6 +192,11 @@ def up_kernel(  # type: ignore[no-untyped-def]
         mbarrier.init(full.index(s), count=2)  # the rows of A, and the bytes of TMA
         mbarrier.init(empty.index(s), count=2)
     hopper.fence_async_shared()
+    join_chain()
+    tiles_m = gl.load(num_tokens_post_padded) // WHOLE_M
+    first_m = 0
+    if EXPERTS_ELSEWHERE:
+        first_m = first_block_here(expert_ids, tiles_m)
     tiles_here = tiles_m - first_m
     first_m = min(first_m, max(tiles_m - 1, 0))
     gl.warp_specialize([
@@ -303,10 +306,6 @@ def up_block_kernel(  # type: ignore[no-untyped-def]
     group_m, TOP_K: gl.constexpr, STAGES: gl.constexpr, LEAST: gl.constexpr, LARGEST: gl.constexpr,
     EXPERTS_ELSEWHERE: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    tiles_m = gl.load(num_tokens_post_padded) // WHOLE_M
-    first_m = 0
-    if EXPERTS_ELSEWHERE:
-        first_m = first_block_here(expert_ids, tiles_m)
     tiles_n = columns // 128
     k_steps = K // 128
     a_ring = gl.allocate_shared_memory(w_desc.dtype, [STAGES, WHOLE_M, 128], w_desc.layout)
@@ -318,6 +317,11 @@ def up_block_kernel(  # type: ignore[no-untyped-def]
         mbarrier.init(full.index(s), count=2)  # the rows of A, and the bytes of TMA
         mbarrier.init(empty.index(s), count=2)
     hopper.fence_async_shared()
+    join_chain()
+    tiles_m = gl.load(num_tokens_post_padded) // WHOLE_M
+    first_m = 0
+    if EXPERTS_ELSEWHERE:
+        first_m = first_block_here(expert_ids, tiles_m)
     tiles_here = tiles_m - first_m
     first_m = min(first_m, max(tiles_m - 1, 0))
     gl.warp_specialize([
@@ -418,6 +422,7 @@ def up_arguments(
         "REGISTERS": 224,
         "PRODUCER_REGISTERS": 56,
         "num_warps": 4,
+        **dependent_launch.OPTIONS,
     }
     if scheme == "block":
         csm, csn = strides(out_scale, 2)

@@ -389,6 +389,7 @@ STAND_INS: dict[str, Any] = {
     "store_box": store_box,
     "gather_rows": gather_rows,
     "pinned": lambda x: x,
+    "join_chain": lambda: None,
     "sigmoid": torch.sigmoid,
 }
 
@@ -436,7 +437,7 @@ def run(
 
 def as_stand_ins(arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Arguments of a launch for `run`: descriptors over `tensors`, by name; other tensors as pointers."""
-    options = {"num_warps", "maxnreg"}
+    options = {"num_warps", "maxnreg", "launch_pdl"}
     made: dict[str, Any] = {}
     for name, value in arguments.items():
         if name in options:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -47,6 +48,12 @@ def compiled(sm: int, kernel: Any, named: dict[str, Any]) -> Any:
         patch.setattr(triton.runtime.driver, "_active", TargetOnlyDriver(Target(sm)))
         patch.setattr(kernel, "device_caches", copy.copy(kernel.device_caches))
         return kernel.warmup(**named, grid=(1,))
+
+
+def waits_first(ptx: str) -> bool:
+    """Whether a kernel waits for the one before it ahead of each of its loads and stores of global memory."""
+    accesses = re.finditer(r"\b(?:ld|st|red|atom)\.(?:relaxed\.|volatile\.)?global|cp\.async|prefetch", ptx)
+    return 0 < ptx.find("griddepcontrol.wait") < min(access.start() for access in accesses)
 
 
 def check_needs(kernel: Any, sm: int, registers: int, smem_bytes: int) -> None:

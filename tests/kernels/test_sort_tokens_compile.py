@@ -10,9 +10,9 @@ import torch
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs Triton's compiler, not its interpreter", allow_module_level=True)
 
-from offline_down import compiled
+from offline_down import compiled, waits_first
 
-from sglang_moe_ext.kernels import sort_tokens
+from sglang_moe_ext.kernels import dependent_launch, sort_tokens
 from sglang_moe_ext.kernels.compiled import resources_of
 from sglang_moe_ext.kernels.sort_tokens import QuantizedTokens, SortedTokens
 
@@ -46,3 +46,15 @@ def test_the_sort_does_not_spill_and_leaves_room_for_many_programs(
     for kernel, of_kernel in arguments(experts, tokens, scales).items():
         needs = resources_of(compiled(sm, kernel, of_kernel))
         assert (needs.spill_bytes, needs.registers <= 128, needs.smem_bytes <= 16 * 1024) == (0, True, True)
+
+
+@pytest.mark.parametrize(("sm", "has_it"), [(80, False), (89, False), (90, True), (100, True), (120, True)])
+def test_the_passes_wait_before_their_first_access_where_the_gpu_has_dependent_launch(sm: int, has_it: bool) -> None:
+    assert dependent_launch.is_available(sm) == has_it
+    for kernel, of_kernel in arguments(128, 1024, None).items():
+        made = compiled(sm, kernel, of_kernel | dependent_launch.options(has_it))
+        is_first = kernel is sort_tokens.count_kernel
+        assert ("griddepcontrol.launch_dependents" in made.asm["ptx"]) == has_it
+        assert ("griddepcontrol.wait" in made.asm["ptx"]) == (has_it and not is_first)
+        if has_it and not is_first:
+            assert waits_first(made.asm["ptx"])

@@ -13,6 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs Triton's compiler, not its interpreter", allow_module_level=True)
 pytest.importorskip("triton.experimental.gluon")
 
+from offline_down import waits_first
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
@@ -61,6 +62,15 @@ def test_products_are_asynchronous_and_registers_are_moved_to_the_consumers(name
     assert "USETMAXREG" in sass
     assert local_accesses(sass) == 0
     assert ("LDGSTS" in sass) == name.startswith("up")
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_it_is_set_up_while_the_kernel_before_it_ends(name: str) -> None:
+    kernel = binary(name)
+    ptx = kernel.asm["ptx"]
+    assert kernel.metadata.launch_pdl
+    assert waits_first(ptx)
+    assert ptx.find("mbarrier.init") < ptx.find("griddepcontrol.wait")
 
 
 @pytest.mark.parametrize(("projection", "config"), [(up, UP), (down, PAIR)], ids=["up", "pair"])

@@ -15,7 +15,9 @@ pytest.importorskip("triton.experimental.gluon")
 
 from warp_specialized_problems import down_error, interleaved, routed, sorted_pairs, up_error
 
+from sglang_moe_ext.kernels import gather_sum, reference, sort_tokens
 from sglang_moe_ext.kernels.warp_specialized_down import launch_down
+from sglang_moe_ext.kernels.warp_specialized_up import launch_up
 from sglang_moe_ext.sorted_kernels import WarpSpecializedDown, WarpSpecializedUp
 
 UPS = [WarpSpecializedUp(), WarpSpecializedUp(2, persistent=False)]
@@ -70,3 +72,39 @@ def test_a_graph_replays_it_on_other_data() -> None:
     torch.cuda.synchronize()
     real = rows.real.cuda()
     assert torch.equal(out[real], wanted[real])
+
+
+@pytest.mark.parametrize("tokens", [1, 300, 5000])
+def test_a_chain_of_launches_reads_what_the_kernels_before_it_wrote(tokens: int) -> None:
+    """Both projections, the sort before and the sum after them, 20 times in buffers that are used again."""
+    experts, top_k, hidden, inner = 16, 4, 512, 256
+    torch.manual_seed(tokens)
+    w1 = torch.randn(experts, 2 * inner, hidden, device="cuda", dtype=torch.bfloat16) / hidden**0.5
+    w2 = torch.randn(experts, hidden, inner, device="cuda", dtype=torch.bfloat16) / inner**0.5
+
+    def run(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        made = sort_tokens.launch_sort(ids, experts, 128)
+        between = x.new_empty(made.ids.numel(), inner)
+        launch_up(x, w1, between, made.ids, made.experts, made.padded, UPS[0], pairs=ids.numel(), top_k=top_k)
+        rows, out = x.new_empty(made.ids.numel(), hidden), torch.empty_like(x)
+        launch_down(
+            between, w2, rows, made.experts, made.padded, WIDE, sorted_token_ids=made.ids, pairs=ids.numel()
+        )  # fmt: skip
+        assert made.positions is not None
+        gather_sum.launch_gather_sum(rows, made.positions, weights, out)
+        return out
+
+    batches = []
+    for _ in range(20):
+        x = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16)
+        ids = torch.rand(tokens, experts, device="cuda").topk(top_k).indices.int()
+        batches.append((x, ids, torch.rand(tokens, top_k, device="cuda")))
+    at_once = [run(*batch) for batch in batches]
+    torch.cuda.synchronize()
+    for batch, out in zip(batches, at_once, strict=True):
+        alone = run(*batch)
+        torch.cuda.synchronize()
+        assert torch.equal(out, alone)
+        x, ids, weights = batch
+        wanted = reference.moe_layer(x, w1, w2, weights, ids)
+        assert reference.relative_error(out, wanted) < TOLERANCE
