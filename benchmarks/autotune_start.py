@@ -61,16 +61,17 @@ def start(name: str, launch: Launch, log: Path, *, stock: bool) -> Start:
         return Start(name, time.monotonic() - begun, failure=str(error))
 
 
-def tuners() -> list[int]:
-    """Process ids of tuners that a server started and that run now."""
-    found = []
+def tuners(store: Path) -> list[int]:
+    """Process ids of tuners that a server with that store started and that run now."""
+    wanted, found = f"{env.STORE}={store}".encode(), []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
+                is_its = wanted in (entry / "environ").read_bytes().split(b"\0")
             except OSError:
                 continue
-            found += [int(entry.name)] if _FOR_SERVER in words else []
+            found += [int(entry.name)] if _FOR_SERVER in words and is_its else []
     return found
 
 
@@ -94,9 +95,9 @@ def kill_one(launch: Launch, after_s: float, store: Path, log: Path) -> str | No
     if found.failure is None:
         return None  # it was ready before
     until = time.monotonic() + _GONE_S
-    while tuners() and time.monotonic() < until:
+    while tuners(store) and time.monotonic() < until:
         time.sleep(0.1)
-    left, broken = tuners(), broken_files(store)
+    left, broken = tuners(store), broken_files(store)
     if left:
         return f"killed after {after_s:.1f} s: tuners are left: {left}"
     return f"killed after {after_s:.1f} s: broken files: {broken}" if broken else None
