@@ -16,6 +16,22 @@ _READ_BYTES = 128 << 20
 """Read before each layer, so that the L2 holds nothing of it and has nothing to write back."""
 
 
+def without_flushes(rows: Sequence[Sequence[float]], turns: int) -> list[list[float]]:
+    """Microseconds of one turn, by row, of all but the first column, which has the flushes of `turns` turns alone.
+
+    Raises:
+        RuntimeError: a graph with a layer took no longer than one without.
+    """
+    flushes = median(row[0] for row in rows)
+    times = [[(us - flushes) / turns for us in row[1:]] for row in rows]
+    if min(map(min, times)) <= 0.0:
+        raise RuntimeError(
+            f"a CUDA graph with layers took no longer than its flushes alone ({flushes:.0f} us): another process "
+            "uses this GPU, or its clocks change; see `nvidia-smi`"
+        )
+    return times
+
+
 class GraphStopwatch:
     """Microseconds that a layer adds to a graph of flushes of the L2."""
 
@@ -33,14 +49,16 @@ class GraphStopwatch:
         """Of each launch in each round, the mean of its `turns` turns, which one graph holds, a flush before each.
 
         Each must have been launched before: what is loaded while a graph is captured breaks it.
+
+        Raises:
+            RuntimeError: a graph with a layer took no longer than one without.
         """
         graphs = [self._graph(launch, turns) for launch in (None, *launches)]
         replays: list[Launch] = [lambda _, graph=graph: graph.replay() for graph in graphs]  # type: ignore[misc]
         for replay in replays:
             replay(0)
         rows = self._stopwatch.rounds(replays, range(rounds), meanwhile)
-        flushes = median(row[0] for row in rows)
-        return [[(us - flushes) / turns for us in row[1:]] for row in rows]
+        return without_flushes(rows, turns)
 
     def _graph(self, launch: Launch | None, turns: int) -> torch.cuda.CUDAGraph:
         import torch
