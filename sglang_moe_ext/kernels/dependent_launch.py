@@ -3,7 +3,8 @@
 The kernels of a sorted layer form a chain. Each lets the next one start as soon as all its own programs run, and waits
 for the end of the one before it ahead of its first load or store. Since each waits, what any earlier kernel of the
 chain wrote is visible, and what it read may be overwritten. Other kernels, the engine's among them, are launched as
-ever: they start when all before them have ended.
+ever: they start when all before them have ended. So is `swiglu`'s kernel of rows: a wait in each of its programs, one
+for each row, took it from 106 to 182 us (Qwen3-30B-A3B, M=16384, H200, Triton 3.6.0, 2026-11-27, kernel_plans).
 """
 
 from __future__ import annotations

@@ -13,8 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from sglang_moe_ext.core import MoEExtError
-from sglang_moe_ext.kernels import dependent_launch
-from sglang_moe_ext.kernels.dependent_launch import let_next_start, wait_for_last
 from sglang_moe_ext.kernels.launcher import launch
 from sglang_moe_ext.sorted_kernels import SCALE_GROUP
 
@@ -85,7 +83,6 @@ def rows_arguments(
         "IS_GATED": gate_up.shape[1] > out.shape[1],
         "LEAST_SCALE": LEAST_SCALE,
         "LARGEST": LARGEST_FP8,
-        **dependent_launch.options(dependent_launch.is_used(gate_up)),
         "num_warps": 4,
     }
 
@@ -175,10 +172,7 @@ def swiglu_kernel(  # type: ignore[no-untyped-def]
 def swiglu_of_rows_kernel(  # type: ignore[no-untyped-def]
     gate_up_ptr, num_tokens_post_padded_ptr, out_ptr, scales_ptr, columns, stride_in, stride_out,
     WIDTH: tl.constexpr, IS_GATED: tl.constexpr, LEAST_SCALE: tl.constexpr, LARGEST: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    let_next_start(DEPENDENT)
-    wait_for_last(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     used = tl.num_programs(0)
     if num_tokens_post_padded_ptr is not None:
