@@ -6,6 +6,7 @@ weights of `dummy_weights` in the place of the engine's, with and without ours.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from sglang_moe_ext import __version__, import_hook
@@ -15,11 +16,15 @@ OURS = "sglang_moe_ext.serving.plugin:register_sglang"
 WEIGHTS = "benchmarks.serving.plugin_site:register_weights"
 
 
-def write(folder: Path, *, spread_weights: bool) -> None:
-    """As pip would write it for our package, and for a package that brings the weights."""
+def write(folder: Path, *, spread_weights: bool, more: Mapping[str, str] | None = None) -> None:
+    """As pip would write it for our package, and for a package that brings the weights.
+
+    `more`: further packages by name, each with the function that its entry point names.
+    """
+    packages = {**({"spread_dummy_weights": WEIGHTS} if spread_weights else {}), **(more or {})}
     _metadata(folder, "sglang_moe_ext", __version__, OURS)
-    if spread_weights:
-        _metadata(folder, "spread_dummy_weights", "0", WEIGHTS)
+    for name, function in packages.items():
+        _metadata(folder, name, "0", function)
 
 
 def _metadata(folder: Path, name: str, version: str, function: str) -> None:
