@@ -128,6 +128,17 @@ class Setup:
             yield server
 
 
+def gpus_of(number: int, ranks: int, gpus: int | None) -> dict[str, str]:
+    """The variable that gives the server of that number its GPUs, of so many; none where all see the same ones."""
+    groups = (gpus or ranks) // ranks
+    if groups < 2:
+        return {}
+    inherited = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = inherited.split(",") if inherited else [str(it) for it in range(gpus or ranks)]
+    first = number % groups * ranks
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names[first : first + ranks])}
+
+
 def with_store(store: Path) -> dict[str, str]:
     """The variable that has a server read that store."""
     return {env.STORE: str(store)}
