@@ -74,8 +74,17 @@ def generate(url: str, body: Mapping[str, Any], path: str = "/generate", timeout
         raise EngineError(f"the server did not answer: {show(error)} {show(said.decode(errors='replace'))}") from error
 
 
-def greedy(url: str, asked: Sequence[Sequence[int]], new_tokens: int, *, seconds: float) -> list[list[int]]:
+def greedy(
+    url: str,
+    asked: Sequence[Sequence[int]],
+    new_tokens: int,
+    *,
+    seconds: float,
+    more: Mapping[str, Any] | None = None,
+) -> list[list[int]]:
     """The likeliest tokens of an SGLang server, one request after the other: two servers run the same batches.
+
+    `more`: further fields of each request.
 
     Raises:
         EngineError: a request fails, or the time is over.
@@ -87,7 +96,7 @@ def greedy(url: str, asked: Sequence[Sequence[int]], new_tokens: int, *, seconds
         if left_s <= 0:
             raise EngineError(f"{len(found)} of {len(asked)} requests were answered within {seconds:.0f} s")
         sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
-        body = {"input_ids": list(ids), "sampling_params": sampling}
+        body = {"input_ids": list(ids), "sampling_params": sampling, **(more or {})}
         answer = generate(url, body, timeout_s=min(ANSWER_S, left_s))
         found.append(_ids(answer))
     return found

@@ -97,9 +97,9 @@ def ask(
 
 
 def judge(
-    name: str, case: Case, stock: Answers, plugin: Answers, control: Answers | None, *, is_cpu: bool = False
+    name: str, case: Case, stock: Answers, plugin: Answers, control: Agreement | None, *, is_cpu: bool = False
 ) -> Row:
-    """What holds of a case.
+    """What holds of a case; `control`: how far another tile alone changes answers.
 
     Raises:
         EngineError: the servers' answers cannot be compared.
@@ -112,7 +112,7 @@ def judge(
     declined = (line for said in plugin.lines.values() for line in said if _DECLINED in line)
     row.plan = f"loaded in {loaded} of {case.ranks}" if loaded else next(declined, "none")
     row.agreement = answers.compare(stock.tokens, plugin.tokens)
-    row.control = None if control is None else answers.compare(stock.tokens, control.tokens)
+    row.control = control
     wrong = {
         f"{row.active} of {case.ranks} ranks say that the plugin is active": row.active != case.ranks,
         "no table of the store was read": not row.tables,
@@ -145,21 +145,20 @@ def jobs(setup: Setup, bench: Bench, asked: argparse.Namespace) -> dict[str, Cal
             case = bench.cases[name]
             gpus = {} if setup.is_cpu else servers.gpus_of(len(found), case.ranks, asked.gpus)
             variables = {**(bench.cpu_settings if setup.is_cpu else {}), **gpus, **more}
-            found[f"{name}_{kind}"] = _job(setup, f"{name}_{kind}", case, asked, variables)
+            found[f"{name}_{kind}"] = servers.job(
+                ask, setup, f"{name}_{kind}", case, asked, variables, stock=kind != "plugin"
+            )
     return found
-
-
-def _job(
-    setup: Setup, name: str, case: Case, asked: argparse.Namespace, more: Mapping[str, str]
-) -> Callable[[], Answers]:
-    return lambda: ask(setup, name, case, asked, more, stock=not name.endswith("_plugin"))
 
 
 def rows(
     bench: Bench, asked: argparse.Namespace, found: Mapping[str, Answers | EngineError], *, is_cpu: bool
 ) -> list[Row]:
     """Of each case; a server that failed makes its case wrong."""
-    control = found.get(f"{asked.cases[0]}_other_tile")
+    first, other = (found.get(f"{asked.cases[0]}_{kind}") for kind in ("stock", "other_tile"))
+    control = None
+    if isinstance(first, Answers) and isinstance(other, Answers):
+        control = answers.compare(first.tokens, other.tokens)
     told = []
     for name in asked.cases:
         stock, plugin, case = found[f"{name}_stock"], found[f"{name}_plugin"], bench.cases[name]
@@ -169,9 +168,7 @@ def rows(
             told.append(Row(name, case.ranks, wrong=wrong))
             continue
         try:
-            told.append(
-                judge(name, case, stock, plugin, control if isinstance(control, Answers) else None, is_cpu=is_cpu)
-            )
+            told.append(judge(name, case, stock, plugin, control, is_cpu=is_cpu))
         except EngineError as error:
             told.append(Row(name, case.ranks, wrong=[str(error)]))
     return told

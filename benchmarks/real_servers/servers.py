@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -142,6 +143,11 @@ def gpus_of(number: int, ranks: int, gpus: int | None) -> dict[str, str]:
 def with_store(store: Path) -> dict[str, str]:
     """The variable that has a server read that store."""
     return {env.STORE: str(store)}
+
+
+def job(function: Callable[..., Answer], *args: Any, **kwargs: Any) -> Callable[[], Answer]:
+    """That call, for `at_once` to make."""
+    return functools.partial(function, *args, **kwargs)
 
 
 def at_once(jobs: Mapping[str, Callable[[], Answer]], *, at_a_time: int) -> dict[str, Answer | EngineError]:

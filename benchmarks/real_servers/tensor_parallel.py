@@ -30,7 +30,7 @@ BENCH = Bench(
     },
     "glm_4_7_flash",
     forced_tables.glm_layers(2),
-    (MoEShape(8, 32, 64, 2), MoEShape(4, 32, 64, 2, ep=2)),  # of the tests' tiny model, padded on a CPU
+    (MoEShape(8, 32, 64, 2), MoEShape(4, 64, 64, 2, ep=2)),  # of the tests' tiny model, padded on a CPU
     {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"},
 )
 

@@ -58,12 +58,15 @@ def sorted_by_expert(
     padded_tokens: torch.Tensor,
     *_: Any,
 ) -> None:
-    """The engine's CUDA operator of the same signature: fills the buffers, each expert's part up to a whole block."""
+    """The engine's CUDA operator of the same signature: fills the buffers, each expert's part up to a whole block.
+
+    Pairs of experts of other ranks, which have -1 for one, lie first: the kernel writes zeros for them.
+    """
     flat = topk_ids.flatten()
     sorted_ids.fill_(flat.numel())
     expert_ids.fill_(-1)
     row = 0
-    for expert in range(experts_and_one - 1):
+    for expert in range(-1, experts_and_one - 1):
         (mine,) = (flat == expert).nonzero(as_tuple=True)
         blocks = -(-mine.numel() // block_m)
         sorted_ids[row : row + mine.numel()] = mine.to(sorted_ids.dtype)
