@@ -28,11 +28,12 @@ _LOG_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """One that is healthy. `start_s`: from its start until then."""
+    """One that is healthy. `start_s`: from its start until then; `pid`: the leader of its session."""
 
     client: Client
     log: Path
     start_s: float
+    pid: int
 
     def said(self) -> Said:
         """By its log so far."""
@@ -78,7 +79,7 @@ def running(
             if time.monotonic() - begun > start_s:
                 raise EngineError(f"the server is not healthy after {start_s:.0f} s: {_tail(log)}")
             time.sleep(_POLL_S)
-        yield Server(client, log, time.monotonic() - begun)
+        yield Server(client, log, time.monotonic() - begun, process.pid)
     finally:
         _end(process)
 
