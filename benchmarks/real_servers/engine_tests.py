@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -148,7 +149,8 @@ def write_site(folder: Path) -> None:
 
 def run(folder: Path, file: str, out: Path, asked: argparse.Namespace, more: Mapping[str, str], clock: Clock) -> Ran:
     """The tests of a file in a process group of its own, which is ended when the time is over."""
-    out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
     words = ["-k", WORDS[file]] if file in WORDS else []
     plain = ["-q", "-c", "/dev/null", "--rootdir", str(folder), "--confcutdir", str((folder / file).parent)]
     command = [

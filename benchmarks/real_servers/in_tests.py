@@ -88,7 +88,9 @@ def pytest_runtest_setup(item: Any) -> None:
 def pytest_runtest_logreport(report: Any) -> None:
     if report.when == "call" or not report.passed:
         said = report.longrepr if isinstance(report.longrepr, tuple) else str(report.longrepr or "").splitlines()[-1:]
-        line = {"test": report.nodeid, "outcome": report.outcome, "when": report.when, "why": str(said[-1:])[:300]}
+        context = getattr(report, "context", None)  # of a subtest
+        name = report.nodeid if context is None else f"{report.nodeid} {dict(context.kwargs)}"
+        line = {"test": name, "outcome": report.outcome, "when": report.when, "why": str(said[-1:])[:300]}
         _append(RESULTS, json.dumps(line))
 
 
