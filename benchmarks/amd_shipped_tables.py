@@ -22,7 +22,7 @@ from sglang_moe_ext.engines.registry import ENGINES
 from sglang_moe_ext.engines.sglang import installation as sglang
 from sglang_moe_ext.engines.vllm import installation as vllm
 from sglang_moe_ext.stock import given_table
-from sglang_moe_ext.tuning import plan
+from sglang_moe_ext.tuning import tune_plan
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.search import predict
 
@@ -84,7 +84,7 @@ def _problem(path: Path, engine: EngineName) -> Problem | str:
 
 def judge(path: Path, problem: Problem) -> Iterator[JudgedEntry]:
     """Its entries, each against the model's ranking at its number of tokens."""
-    kept = plan.prune_space(problem).kept
+    kept = tune_plan.prune_space(problem).kept
     for tokens, written in given_table.read(path).table.items():
         shipped = problem.adapter.effective_config(written, problem.shape.quantization)
         ranked = predict.best_of_each_key(kept, problem, tokens)

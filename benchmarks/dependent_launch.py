@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.kernel_plans import LAYERS, TOKENS
 from benchmarks.plan_bench import SEED
 from sglang_moe_ext.core import MoEShape
-from sglang_moe_ext.sorted_kernels import KernelPlan, WarpSpecializedDown, WarpSpecializedUp
+from sglang_moe_ext.kernel_plans import KernelPlan, WarpSpecializedDown, WarpSpecializedUp
 from sglang_moe_ext.tuning.bench import routing
 from sglang_moe_ext.tuning.bench.gpu_bench import BenchSetup
 from sglang_moe_ext.tuning.bench.timer import Stopwatch, cuda_queue

@@ -28,7 +28,7 @@ from benchmarks.vs_upstream.report import here
 from sglang_moe_ext.core import EngineError, Failure, MoEExtError
 from sglang_moe_ext.engines.registry import SGLANG
 from sglang_moe_ext.few_tokens_config import FewTokensConfig
-from sglang_moe_ext.sorted_kernels import Plan, list_jobs
+from sglang_moe_ext.kernel_plans import Plan, list_jobs
 from sglang_moe_ext.tuning.bench.messages import BenchLayers, BenchRequest, BenchResult, LayerTimes, Runner
 from sglang_moe_ext.tuning.bench.worker import BenchProcess
 from sglang_moe_ext.tuning.compile.cache import CompileCache

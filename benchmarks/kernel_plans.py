@@ -37,7 +37,7 @@ from sglang_moe_ext.engines.registry import SGLANG
 from sglang_moe_ext.engines.sglang import lookup_probe
 from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.gpu.roofline import pair_floor_us
-from sglang_moe_ext.sorted_kernels import KernelPlan, WarpSpecializedDown, WarpSpecializedUp, list_jobs
+from sglang_moe_ext.kernel_plans import KernelPlan, WarpSpecializedDown, WarpSpecializedUp, list_jobs
 from sglang_moe_ext.tuning.bench import messages
 from sglang_moe_ext.tuning.bench.messages import (
     Accuracy,

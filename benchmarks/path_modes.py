@@ -19,7 +19,7 @@ from typing import Any
 
 from sglang_moe_ext.core import MoEShape, Quantization
 from sglang_moe_ext.few_tokens_config import DownTile, FewTokensConfig, UpTile
-from sglang_moe_ext.sorted_kernels import (
+from sglang_moe_ext.kernel_plans import (
     DownConfig,
     KernelPlan,
     Plan,
@@ -127,7 +127,7 @@ def hooked(store: Path) -> Any:
     from sglang_moe_ext.engines.sglang.installation import find
     from sglang_moe_ext.serving import attach, plugin
     from sglang_moe_ext.serving.kernel_selection import SHORTEST_US
-    from sglang_moe_ext.tables import kernel_table, user_store
+    from sglang_moe_ext.tables import plan_table, user_store
     from sglang_moe_ext.tables.provenance import TuningRun
 
     engine, installed = runner.load(), find()
@@ -140,8 +140,8 @@ def hooked(store: Path) -> Any:
     for case in CASES.values():
         name = table_names.file_name(table_names.table_key(case.shape, config.get_device_name()))
         run = TuningRun("", "", "", str(case.shape), "", "", None, None, None, None, 0, "")
-        entries = {m: kernel_table.KernelEntry(case.plan, run, {"us": SHORTEST_US}) for m in case.between}
-        kernel_table.put(kernel_table.path_beside(folder / name), entries)
+        entries = {m: plan_table.KernelEntry(case.plan, run, {"us": SHORTEST_US}) for m in case.between}
+        plan_table.put(plan_table.path_beside(folder / name), entries)
     plugin.attach_patched()
     assert attach.state().is_active, attach.state().why
     return engine.layer

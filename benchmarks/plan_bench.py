@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from sglang_moe_ext.core import MoEShape
 from sglang_moe_ext.engines.sglang import sorted_layer
-from sglang_moe_ext.sorted_kernels import KernelPlan
+from sglang_moe_ext.kernel_plans import KernelPlan
 from sglang_moe_ext.tuning.bench import routing
 from sglang_moe_ext.tuning.bench.gpu_bench import BenchSetup, GpuBench
 from sglang_moe_ext.tuning.bench.messages import BenchRequest, BenchResult

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import geometric_mean
 from typing import Any, Literal
 
-from sglang_moe_ext.sorted_kernels import KernelPlan
-from sglang_moe_ext.tables import kernel_table
+from sglang_moe_ext.kernel_plans import KernelPlan
+from sglang_moe_ext.tables import plan_table
 from sglang_moe_ext.tuning.bench.messages import Pair, describe
 from sglang_moe_ext.tuning.search.statistics import Interval
 
@@ -102,7 +102,7 @@ def document(row: Row) -> dict[str, Any]:
                 "gain": [plan.gain.value, plan.gain.low, plan.gain.high],
                 "error": plan.error,
                 "stages_us": dict(plan.stages_us),
-                "path": kernel_table.document_of(plan.plan),
+                "path": plan_table.document_of(plan.plan),
             }
             for kind, plan in row.plans.items()
         },

@@ -17,7 +17,7 @@ from sglang_moe_ext.cli.console import Bar
 from sglang_moe_ext.core import MoEExtError
 from sglang_moe_ext.engines.registry import SGLANG
 from sglang_moe_ext.gpu.roofline import pair_floor_us
-from sglang_moe_ext.tuning import pipeline, plan
+from sglang_moe_ext.tuning import pipeline, tune_plan
 from sglang_moe_ext.tuning.bench.messages import Pair
 from sglang_moe_ext.tuning.compile.cache import CompileCache
 from sglang_moe_ext.tuning.compile.kernel_source import kernel_source
@@ -43,7 +43,7 @@ def predicted(request: TuneRequest) -> dict[int, Pair]:
     """What a table without a GPU has for each M."""
     source = kernel_source(SGLANG.find(), SGLANG)
     table = predict.predict_table(
-        plan.prune_space(request.problem).kept,
+        tune_plan.prune_space(request.problem).kept,
         request.problem,
         request.tokens,
         lambda jobs: compile_all(source, jobs, cache=CompileCache(None)),

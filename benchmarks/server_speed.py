@@ -38,8 +38,8 @@ from sglang_moe_ext.core import EngineError, MoEExtError, MoEShape, Quantization
 from sglang_moe_ext.e2e import server_process
 from sglang_moe_ext.e2e.server_process import Server
 from sglang_moe_ext.few_tokens_config import FewTokensConfig
+from sglang_moe_ext.kernel_plans import Plan
 from sglang_moe_ext.serving import kernel_selection, sglang_hooks
-from sglang_moe_ext.sorted_kernels import Plan
 
 MODEL = "qwen3_30b_a3b_fp8"
 SHAPES = {

@@ -195,9 +195,9 @@ def checked(stage: str, name: str, launch: Callable[[], object], out: Tensor, sc
 
 def warp_specialized(race: Race) -> list[Candidate]:
     """Ours in Gluon."""
+    from sglang_moe_ext.kernel_plans import WarpSpecializedDown, WarpSpecializedUp
     from sglang_moe_ext.kernels.warp_specialized_down import launch_down
     from sglang_moe_ext.kernels.warp_specialized_up import launch_up
-    from sglang_moe_ext.sorted_kernels import WarpSpecializedDown, WarpSpecializedUp
 
     layer, rows = race.layer, race.sorted[128]
     made = []
@@ -233,10 +233,10 @@ def warp_specialized(race: Race) -> list[Candidate]:
 def triton(race: Race) -> list[Candidate]:
     """Ours in Triton, the tiles that won most often."""
     from sglang_moe_ext.core import Quantization
+    from sglang_moe_ext.kernel_plans import DownConfig, UpConfig
     from sglang_moe_ext.kernels.quantize import Scales
     from sglang_moe_ext.kernels.sorted_down import launch_down
     from sglang_moe_ext.kernels.sorted_up import launch_up
-    from sglang_moe_ext.sorted_kernels import DownConfig, UpConfig
 
     layer = race.layer
     scheme = {

@@ -29,11 +29,11 @@ from sglang_moe_ext.tuning import weigh as weighing
 from sglang_moe_ext.tuning.bench import routing
 from sglang_moe_ext.tuning.install_target import Install
 from sglang_moe_ext.tuning.pipeline import TuneOutcome
-from sglang_moe_ext.tuning.plan import DEFAULT_TOKENS
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.request import MeasureOptions, Progress, TuneRequest
 from sglang_moe_ext.tuning.run import executor
 from sglang_moe_ext.tuning.search.screening import EffortName
+from sglang_moe_ext.tuning.tune_plan import DEFAULT_TOKENS
 from sglang_moe_ext.tuning.worth import DECODE_CONTEXT, Worth
 
 __all__ = ["Layer", "install", "lookup", "measure", "predict", "resolve", "verdict", "weigh"]

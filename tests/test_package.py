@@ -20,7 +20,7 @@ REPO_ROOT = Path(__file__).resolve().parents[1]
 NEVER_MOVED = {"torch", "triton", "transformers", "sglang", "vllm", "numpy"}
 HEAVY = {"torch", "triton", "transformers", "rich", "numpy"}
 ATTACHED = {
-    "": "core engines env few_tokens_config gpu import_hook package_data schemes serving sorted_kernels startup tables "
+    "": "core engines env few_tokens_config gpu import_hook kernel_plans package_data schemes serving startup tables "
     "untrusted",
     "engines.": "backend_answer config_dict few_tokens_layer installed_engines launch_rules launch_shape lookup_args "
     "running_engine sglang table_names tensors weight_only",
@@ -28,7 +28,7 @@ ATTACHED = {
     "gpu.": "amd_specs shared_memory specs",
     "serving.": "attach guard kernel_selection launch_guard plugin sglang_hooks sglang_lookup_hook table_search "
     "table_selection",
-    "tables.": "config_table files kernel_table provenance user_store",
+    "tables.": "config_table files plan_table provenance user_store",
 }
 """By package, the modules of ours that a server has once its engine's layer is hooked."""
 ATTACH = """

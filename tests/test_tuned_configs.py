@@ -13,7 +13,7 @@ from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.gpu.shared_memory import smem_bytes
 from sglang_moe_ext.models import parse_shape
 from sglang_moe_ext.serving import guard
-from sglang_moe_ext.tables import config_table, kernel_table, provenance
+from sglang_moe_ext.tables import config_table, plan_table, provenance
 
 CONFIGS = Path(__file__).resolve().parents[1] / "tuned_configs" / "configs"
 TABLES = sorted(path for path in CONFIGS.glob("triton_*/*.json") if config_table.is_table(path.name))
@@ -74,14 +74,14 @@ def test_a_shipped_table_of_vllm_was_measured_with_vllm_and_has_the_name_that_it
     assert all(smem_bytes(config, shape, gpu.target) <= gpu.smem_per_block for config in table.values())
 
 
-PATHS = [kernel_table.path_beside(path) for path in TABLES if kernel_table.path_beside(path).exists()]
+PATHS = [plan_table.path_beside(path) for path in TABLES if plan_table.path_beside(path).exists()]
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_shipped_path_was_faster_and_right_in_the_run_that_made_the_table_beside_it(path: Path) -> None:
     """Or in a later run on that GPU, and then faster as well than what the table's own run measured of its entry."""
-    entries = kernel_table.read(path)
-    table = provenance.read(path.with_name(path.name.replace(kernel_table.SUFFIX, ".json")))
+    entries = plan_table.read(path)
+    table = provenance.read(path.with_name(path.name.replace(plan_table.SUFFIX, ".json")))
     assert table is not None
     (made_table,) = {entry.run for entry in table.entries.values()}
     for m, entry in entries.items():

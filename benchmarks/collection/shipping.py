@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sglang_moe_ext.core import Table
 from sglang_moe_ext.engines.registry import ENGINES
-from sglang_moe_ext.tables import config_table, kernel_table, merge, provenance
+from sglang_moe_ext.tables import config_table, merge, plan_table, provenance
 from sglang_moe_ext.tables.merge import StoredTable
 from sglang_moe_ext.untrusted import show
 
@@ -40,7 +40,7 @@ def gains(table: Path) -> dict[int, Gain]:
     Our kernels were compared with the new configuration, and that with the old one: the gains multiply.
     """
     known = provenance.read(table)
-    plans = kernel_table.read(kernel_table.path_beside(table))
+    plans = plan_table.read(plan_table.path_beside(table))
     found: dict[int, Gain] = {}
     for m, entry in ({} if known is None else known.entries).items():
         of = entry.figures
@@ -94,9 +94,9 @@ def put(engine: str, table: Path, tuned_configs: Path) -> str | None:
         return ENGINES[engine].table_text(of, triton)  # type: ignore[index] # one of SHIPPED
 
     merge.put(changes, pairs, text)
-    plans = kernel_table.read(kernel_table.path_beside(table))
+    plans = plan_table.read(plan_table.path_beside(table))
     if any(entry.plan is not None for entry in plans.values()):
-        kernel_table.put(kernel_table.path_beside(place), plans)
+        plan_table.put(plan_table.path_beside(place), plans)
     return None
 
 

@@ -37,10 +37,10 @@ from sglang_moe_ext.engines.adapter import EngineName
 from sglang_moe_ext.engines.sglang import table_names as sglang_names
 from sglang_moe_ext.engines.vllm import table_names as vllm_names
 from sglang_moe_ext.few_tokens_config import DownTile, FewTokensConfig, UpTile
+from sglang_moe_ext.kernel_plans import DownConfig, KernelPlan, Plan, UpConfig
 from sglang_moe_ext.serving.kernel_selection import SHORTEST_US
-from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, Plan, UpConfig
-from sglang_moe_ext.tables import config_table, kernel_table
-from sglang_moe_ext.tables.kernel_table import KernelEntry
+from sglang_moe_ext.tables import config_table, plan_table
+from sglang_moe_ext.tables.plan_table import KernelEntry
 from sglang_moe_ext.tables.provenance import TuningRun
 
 FILES: Mapping[EngineName, tuple[str, ...]] = {
@@ -123,7 +123,7 @@ def write_tables(store: Path, engine: EngineName, place: Here) -> None:
         path = folder / names.file_name(names.table_key(shape, place.device_name))
         path.write_text(config_table.to_json(TABLE), encoding="utf-8")
         entries = {m: KernelEntry(plan, run, {"us": SHORTEST_US}) for m, plan in plans_of(scheme).items()}
-        kernel_table.put(kernel_table.path_beside(path), entries)
+        plan_table.put(plan_table.path_beside(path), entries)
 
 
 def plans_of(scheme: Quantization) -> dict[int, Plan]:

@@ -9,10 +9,10 @@ from pathlib import Path
 from sglang_moe_ext.core import EngineError, GpuError, MoEShape, TileConfig
 from sglang_moe_ext.engines.sglang import installation, table_names
 from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.kernel_plans import DownConfig, KernelPlan, UpConfig
 from sglang_moe_ext.serving.kernel_selection import SHORTEST_US
-from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, UpConfig
-from sglang_moe_ext.tables import config_table, kernel_table
-from sglang_moe_ext.tables.kernel_table import KernelEntry
+from sglang_moe_ext.tables import config_table, plan_table
+from sglang_moe_ext.tables.plan_table import KernelEntry
 from sglang_moe_ext.tables.provenance import TuningRun
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
@@ -71,7 +71,7 @@ def write(
         path = versioned / table_names.file_name(table_names.table_key(shape, place.device_name))
         path.write_text(config_table.to_json(dict.fromkeys(TOKENS, tile)), encoding="utf-8")
         if plan is not None:
-            kernel_table.put(kernel_table.path_beside(path), _entries(shape, plan, PLANNED_TOKENS))
+            plan_table.put(plan_table.path_beside(path), _entries(shape, plan, PLANNED_TOKENS))
         written.append(path)
     return written
 

@@ -26,7 +26,7 @@ from sglang_moe_ext.engines.sglang import installation, server_info, support
 from sglang_moe_ext.engines.sglang.server_info import RunningServer
 from sglang_moe_ext.engines.vllm import installation as vllm_installation
 from sglang_moe_ext.tables import user_store
-from sglang_moe_ext.tuning.plan import DEFAULT_TOKENS
+from sglang_moe_ext.tuning.tune_plan import DEFAULT_TOKENS
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:

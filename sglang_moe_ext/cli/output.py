@@ -13,18 +13,18 @@ from sglang_moe_ext.engines.lookup_probe import LookupResult
 from sglang_moe_ext.engines.sglang import table_names
 from sglang_moe_ext.engines.vllm import table_names as vllm_naming
 from sglang_moe_ext.gpu.roofline import pair_floor_us
-from sglang_moe_ext.sorted_kernels import Plan
-from sglang_moe_ext.tables import config_table, kernel_table
+from sglang_moe_ext.kernel_plans import Plan
+from sglang_moe_ext.tables import config_table, plan_table
 from sglang_moe_ext.tuning import incumbent_source
 from sglang_moe_ext.tuning.bench.messages import Pair, Runner
 from sglang_moe_ext.tuning.compare_configs import TODAY, ConfigComparison, TimedConfig
 from sglang_moe_ext.tuning.incumbents import pairs_of
 from sglang_moe_ext.tuning.pipeline import TuneOutcome
-from sglang_moe_ext.tuning.plan import TunePlan, rules_of
 from sglang_moe_ext.tuning.request import TuneRequest
 from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice, is_right
 from sglang_moe_ext.tuning.search.predict import PredictedConfig, estimate_us
 from sglang_moe_ext.tuning.search.statistics import Interval
+from sglang_moe_ext.tuning.tune_plan import TunePlan, rules_of
 
 _LONGEST_REASON = 160
 """Characters of a failure in a table for people; the document has all."""
@@ -134,7 +134,7 @@ def plan_measurement(tokens: int, raced: MeasuredChoice[Runner]) -> Mapping[str,
     is_won = isinstance(raced.pair, Plan)
     return {
         "m": tokens,
-        "path": kernel_table.document_of(raced.pair) if isinstance(raced.pair, Plan) else None,
+        "path": plan_table.document_of(raced.pair) if isinstance(raced.pair, Plan) else None,
         "us": round(raced.us, 2),
         "pair_us": round(raced.incumbent_us, 2),
         "gain": round(raced.gain.value, 4) if is_won else None,

@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sglang_moe_ext.cli import engine_choice, launch_commands
+from sglang_moe_ext.cli import engine_choice, guessed_commands
 from sglang_moe_ext.core import ModelError, MoEModel, TableError, TableKey
-from sglang_moe_ext.engines import launch_guesses, missing_config_log
+from sglang_moe_ext.engines import missing_config_log, model_guesses
 from sglang_moe_ext.engines.adapter import EngineName
-from sglang_moe_ext.engines.launch_guesses import KnownModel, LaunchGuess, LaunchLimits
 from sglang_moe_ext.engines.missing_config_log import LaunchHints, MissingTable
+from sglang_moe_ext.engines.model_guesses import KnownModel, LaunchGuess, LaunchLimits
 from sglang_moe_ext.models import resolve
 from sglang_moe_ext.models.builtin import builtin_records
 from sglang_moe_ext.models.checkpoint_names import NameMatch, match_name
@@ -103,7 +103,7 @@ def _find_guesses(
     """
     for source, models in _known_models(missing.hints, stated, engine):
         for limits in _limits(missing.hints, stated, version):
-            guesses = launch_guesses.guess_launches(missing.key, models, limits, engine)
+            guesses = model_guesses.guess_launches(missing.key, models, limits, engine)
             if guesses:
                 return source, guesses
     return "", []
@@ -177,7 +177,7 @@ def _explain(
             others = ", ".join(f"{guess.model.name} {_at(guess)}" for guess in rest[:3])
             notes.append(f"--from-log: less likely, {others}{' and more' if len(rest) > 3 else ''}")
     if missing.others:
-        name = launch_guesses.file_name(missing.others[0], chosen.engine)
+        name = model_guesses.file_name(missing.others[0], chosen.engine)
         notes.append(f"--from-log: the log names {len(missing.others)} more missing tables: paste the line of {name}")
     return notes
 
@@ -191,8 +191,8 @@ def _ask(
     missing: MissingTable, guesses: Sequence[LaunchGuess], redundant: int, plain: Sequence[LaunchGuess]
 ) -> ModelError:
     """Print a command for each guess, and give the error that says so."""
-    print(f"launches of built-in models that ask for {launch_guesses.file_name(missing.key, guesses[0].engine)}:")
-    launch_commands.print_commands(guesses, missing.key.device_name, redundant)
+    print(f"launches of built-in models that ask for {model_guesses.file_name(missing.key, guesses[0].engine)}:")
+    guessed_commands.print_commands(guesses, missing.key.device_name, redundant)
     key = missing.key
     stated_dtype = f",dtype={key.scheme}" if key.scheme else ""
     print(f"  sglang-moe-ext tune --shape E={key.experts},N={key.intermediate_size},K=...,topk=...{stated_dtype}")
@@ -209,7 +209,7 @@ def _refuse_unknown(missing: MissingTable, stated: StatedLaunch, engine: EngineN
     if stated.model is not None:
         return ModelError(
             f"--from-log: no launch of {stated.model.name} with these flags asks for "
-            f"{launch_guesses.file_name(key, engine)}: check --model, --tp-size and --ep-size, or leave --from-log out"
+            f"{model_guesses.file_name(key, engine)}: check --model, --tp-size and --ep-size, or leave --from-log out"
         )
     return ModelError(
         f"--from-log: no built-in model asks for a table of E={key.experts}, N={key.intermediate_size}, and the line "

@@ -9,8 +9,8 @@ from sglang_moe_ext.cli import console, output
 from sglang_moe_ext.cli.console import Grid
 from sglang_moe_ext.engines.lookup_probe import LookupResult
 from sglang_moe_ext.tuning import incumbent_source, worth_verdict
-from sglang_moe_ext.tuning.plan import TunePlan
 from sglang_moe_ext.tuning.request import TuneRequest
+from sglang_moe_ext.tuning.tune_plan import TunePlan
 from sglang_moe_ext.tuning.worth import TuningGain, Worth, WorthRow
 
 _NOTHING = "-"

@@ -26,9 +26,9 @@ from sglang_moe_ext.engines.registry import ENGINES
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.tables import files, user_store
 from sglang_moe_ext.tuning import compare_configs, config_args, install_target, pipeline
-from sglang_moe_ext.tuning.plan import DEFAULT_TOKENS
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.request import MeasureOptions, TuneRequest
+from sglang_moe_ext.tuning.tune_plan import DEFAULT_TOKENS
 
 UNTRIED_ON_AMD = (
     "measuring on an AMD GPU is written and has never been run: nobody who made this package has one; please report "

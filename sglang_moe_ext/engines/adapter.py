@@ -10,7 +10,7 @@ from sglang_moe_ext.core import Gpu, MoEShape, Projection, Quantization, Table, 
 from sglang_moe_ext.engines.backend_answer import AskedBackend
 from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
-from sglang_moe_ext.sorted_kernels import Plan
+from sglang_moe_ext.kernel_plans import Plan
 
 if TYPE_CHECKING:
     import torch

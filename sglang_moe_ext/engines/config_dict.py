@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sglang_moe_ext.core import Target, TileConfig
-from sglang_moe_ext.sorted_kernels import Plan
+from sglang_moe_ext.kernel_plans import Plan
 from sglang_moe_ext.tables.config_table import FIELDS, ROCM_OPTIONS, rocm_options
 
 ConfigDict = dict[str, Any]

@@ -11,7 +11,7 @@ from sglang_moe_ext.engines.tensors import LayerTensors
 
 if TYPE_CHECKING:
     from sglang_moe_ext.few_tokens_config import FewTokensConfig
-    from sglang_moe_ext.sorted_kernels import SortedKernelJob
+    from sglang_moe_ext.kernel_plans import SortedKernelJob
 
 
 def compile_launch(job: SortedKernelJob, plan: FewTokensConfig) -> Resources | Failure:

@@ -20,11 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from sglang_moe_ext.core import MoEExtError
+from sglang_moe_ext.kernel_plans import MOST_SORTED_EXPERTS, padded_rows
 from sglang_moe_ext.kernels import dependent_launch
 from sglang_moe_ext.kernels.dependent_launch import let_next_start, wait_for_last
 from sglang_moe_ext.kernels.launcher import launch
 from sglang_moe_ext.kernels.swiglu import GROUP, LARGEST_FP8, LEAST_SCALE, LONGEST_ROW
-from sglang_moe_ext.sorted_kernels import MOST_SORTED_EXPERTS, padded_rows
 
 CHUNK = 128
 """Pairs that one program ranks, each against each."""

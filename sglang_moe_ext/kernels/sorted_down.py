@@ -12,10 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from sglang_moe_ext.core import Quantization
+from sglang_moe_ext.kernel_plans import DownConfig
 from sglang_moe_ext.kernels import tma
 from sglang_moe_ext.kernels.launcher import launch
 from sglang_moe_ext.kernels.quantize import Scales
-from sglang_moe_ext.sorted_kernels import DownConfig
 
 # group_m depends on the configuration alone; specialization would compile equal binaries.
 UNSPECIALIZED = ("group_m",)

@@ -12,11 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from sglang_moe_ext.core import MoEExtError, Quantization
+from sglang_moe_ext.kernel_plans import LONGEST_K, ShortKDownConfig
 from sglang_moe_ext.kernels import tma
 from sglang_moe_ext.kernels.launcher import launch
 from sglang_moe_ext.kernels.quantize import Scales
 from sglang_moe_ext.kernels.sorted_down import scaled
-from sglang_moe_ext.sorted_kernels import LONGEST_K, ShortKDownConfig
 
 
 @triton.jit(do_not_specialize=("tiles_per_program",))  # type: ignore[untyped-decorator]

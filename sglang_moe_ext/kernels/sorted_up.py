@@ -14,12 +14,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sglang_moe_ext.core import MoEExtError, Quantization
+from sglang_moe_ext.kernel_plans import UpConfig
 from sglang_moe_ext.kernels import tma
 from sglang_moe_ext.kernels.launcher import launch
 from sglang_moe_ext.kernels.quantize import Scales
 from sglang_moe_ext.kernels.sorted_down import UNSPECIALIZED, position_of, store_tile
 from sglang_moe_ext.kernels.swiglu import GROUP, LARGEST_FP8, LEAST_SCALE
-from sglang_moe_ext.sorted_kernels import UpConfig
 
 
 @triton.jit(do_not_specialize=(*UNSPECIALIZED, "pairs"))  # type: ignore[untyped-decorator]

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sglang_moe_ext.core import MoEExtError
+from sglang_moe_ext.kernel_plans import SCALE_GROUP
 from sglang_moe_ext.kernels.launcher import launch
-from sglang_moe_ext.sorted_kernels import SCALE_GROUP
 
 GROUP = SCALE_GROUP
 """Columns that share one scale."""

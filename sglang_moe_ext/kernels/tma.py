@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sglang_moe_ext.core import MoEExtError, Quantization
-from sglang_moe_ext.sorted_kernels import DownConfig, UpConfig
+from sglang_moe_ext.kernel_plans import DownConfig, UpConfig
 
 TMA_BYTES = 16
 WIDEST_BOX = 256

@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from sglang_moe_ext.core import MoEExtError
+from sglang_moe_ext.kernel_plans import WarpSpecializedDown
 from sglang_moe_ext.kernels import dependent_launch
 from sglang_moe_ext.kernels.warp_specialized import (
     HALF_M,
@@ -43,7 +44,6 @@ from sglang_moe_ext.kernels.warp_specialized_launch import (
     scheme_of,
     strides,
 )
-from sglang_moe_ext.sorted_kernels import WarpSpecializedDown
 
 FOLLOWS_TOKENS = ("pairs", "stride_asm", "stride_ask")
 """Arguments that change with the number of tokens, or with the plan's other kernel. One binary serves them all, so that

@@ -1,6 +1,6 @@
 """Whether the warp-specialized kernels import here, where Gluon is experimental. Imports neither torch nor Triton.
 
-On which GPU and Triton they can be tried is said once, in `sorted_kernels.why_not_warp_specialized`: ask that first.
+On which GPU and Triton they can be tried is said once, in `kernel_plans.why_not_warp_specialized`: ask that first.
 """
 
 from __future__ import annotations

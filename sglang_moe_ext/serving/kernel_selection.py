@@ -15,9 +15,7 @@ from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.engines.sglang import table_names
 from sglang_moe_ext.few_tokens_config import FIRST_SM as FIRST_SM_OF_FEW
 from sglang_moe_ext.few_tokens_config import FewTokensConfig, refusals
-from sglang_moe_ext.serving.table_search import FoundTables, TableDir, is_made_for
-from sglang_moe_ext.serving.table_selection import SATURATED_TOKENS
-from sglang_moe_ext.sorted_kernels import (
+from sglang_moe_ext.kernel_plans import (
     FIRST_SM,
     KernelPlan,
     Plan,
@@ -25,8 +23,10 @@ from sglang_moe_ext.sorted_kernels import (
     why_not_warp_specialized,
     why_unsupported,
 )
-from sglang_moe_ext.tables import kernel_table
-from sglang_moe_ext.tables.kernel_table import KernelEntry, KernelTable
+from sglang_moe_ext.serving.table_search import FoundTables, TableDir, is_made_for
+from sglang_moe_ext.serving.table_selection import SATURATED_TOKENS
+from sglang_moe_ext.tables import plan_table
+from sglang_moe_ext.tables.plan_table import KernelEntry, KernelTable
 from sglang_moe_ext.untrusted import show
 
 log = logging.getLogger(__name__)
@@ -145,9 +145,9 @@ def load_plans(shape: MoEShape, device_name: str, triton: str, table_dirs: Seque
     for table_dir in reversed(table_dirs):
         name = table_dir.dialect.file_name(table_dir.dialect.key(shape, device_name))
         folder = table_dir.root if table_dir.is_flat else table_dir.root / table_names.version_folder(triton)
-        file = kernel_table.path_beside(folder / name)
+        file = plan_table.path_beside(folder / name)
         try:
-            table = kernel_table.read(file)
+            table = plan_table.read(file)
         except (TableError, OSError) as error:
             log.warning("sglang-moe-ext passes over a table of kernel plans: %s", error)
             continue

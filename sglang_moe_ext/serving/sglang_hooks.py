@@ -21,12 +21,12 @@ from sglang_moe_ext.engines.sglang import kernel_sequence as known_sequence
 from sglang_moe_ext.engines.sglang.deferred_sort import DeferredSort, NextSort, is_put_off, sort_now
 from sglang_moe_ext.engines.sglang.hook_points import SglangHookPoints
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
+from sglang_moe_ext.kernel_plans import Plan
 from sglang_moe_ext.serving import launch_guard, sglang_lookup_hook
 from sglang_moe_ext.serving.guard import warn_once
 from sglang_moe_ext.serving.kernel_selection import ColdPlans
 from sglang_moe_ext.serving.launch_guard import GuardedLauncher
 from sglang_moe_ext.serving.table_search import TableDir
-from sglang_moe_ext.sorted_kernels import Plan
 from sglang_moe_ext.tables import user_store
 from sglang_moe_ext.untrusted import show
 

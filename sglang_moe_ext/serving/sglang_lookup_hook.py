@@ -14,11 +14,11 @@ from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.engines.sglang.deferred_sort import NextSort
 from sglang_moe_ext.engines.sglang.hook_points import SglangHookPoints
 from sglang_moe_ext.few_tokens_config import FewTokensConfig
+from sglang_moe_ext.kernel_plans import Plan
 from sglang_moe_ext.serving.guard import ConfigGuard, EntryChange, RefusedEntry, SafeEntry, warn_once
 from sglang_moe_ext.serving.kernel_selection import KernelPlans
 from sglang_moe_ext.serving.table_search import TableDir
 from sglang_moe_ext.serving.table_selection import Choice, EngineDefault, EngineEntry, OurEntry, TableSelector
-from sglang_moe_ext.sorted_kernels import Plan
 from sglang_moe_ext.untrusted import show
 
 _MOST_ANSWERS = 65536

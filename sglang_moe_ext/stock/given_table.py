@@ -17,7 +17,7 @@ from sglang_moe_ext.core import (
 )
 from sglang_moe_ext.engines import table_names
 from sglang_moe_ext.engines.adapter import EngineName
-from sglang_moe_ext.engines.launch_guesses import KnownModel, LaunchLimits, guess_launches
+from sglang_moe_ext.engines.model_guesses import KnownModel, LaunchLimits, guess_launches
 from sglang_moe_ext.engines.registry import ENGINES
 from sglang_moe_ext.engines.sglang import installation as sglang
 from sglang_moe_ext.engines.sglang import sharding as sglang_sharding

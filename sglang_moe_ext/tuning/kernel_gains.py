@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sglang_moe_ext.tables import kernel_table
-from sglang_moe_ext.tables.kernel_table import KernelEntry, KernelTable
+from sglang_moe_ext.tables import plan_table
+from sglang_moe_ext.tables.plan_table import KernelEntry, KernelTable
 from sglang_moe_ext.tuning import install_target, known_tables
 from sglang_moe_ext.tuning.problem import Problem
 
@@ -38,7 +38,7 @@ def find_kernel_table(problem: Problem) -> KernelTable:
     name = install_target.table_names(problem.adapter, problem.shape, problem.gpu.device_name)[False]
     made_for = f",K={problem.shape.hidden_size},topk={problem.shape.top_k},"
     for _, folder in known_tables.folders(problem.engine):
-        found = kernel_table.read(kernel_table.path_beside(Path(folder, name)))
+        found = plan_table.read(plan_table.path_beside(Path(folder, name)))
         of_layer = {m: entry for m, entry in found.items() if made_for in entry.run.shape}
         if of_layer:
             return of_layer

@@ -10,27 +10,27 @@ from pathlib import Path
 from typing import TypeVar
 
 from sglang_moe_ext.core import EngineError, Table, TileConfig
-from sglang_moe_ext.engines import installed_engines, lookup_memory
+from sglang_moe_ext.engines import installed_engines, lookup_cache
 from sglang_moe_ext.engines.adapter import InstallationLike, ProbeLike
 from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.gpu import specs
-from sglang_moe_ext.tables import config_table, kernel_table, merge, provenance
-from sglang_moe_ext.tables.kernel_table import KernelTable
+from sglang_moe_ext.tables import config_table, merge, plan_table, provenance
 from sglang_moe_ext.tables.merge import RefusedTable, StoredTable
-from sglang_moe_ext.tuning import install_target, known_tables, plan, results_to_tables, verify_install
+from sglang_moe_ext.tables.plan_table import KernelTable
+from sglang_moe_ext.tuning import install_target, known_tables, results_to_tables, tune_plan, verify_install
 from sglang_moe_ext.tuning.bench.messages import Pair, Runner
 from sglang_moe_ext.tuning.compile.cache import CompileCache, default_path
 from sglang_moe_ext.tuning.compile.kernel_source import KernelSource, kernel_source
 from sglang_moe_ext.tuning.compile.pool import compile_all
 from sglang_moe_ext.tuning.incumbents import pairs_of
 from sglang_moe_ext.tuning.install_target import InstallTarget
-from sglang_moe_ext.tuning.plan import TunePlan
 from sglang_moe_ext.tuning.request import Progress, TuneRequest
 from sglang_moe_ext.tuning.results_to_tables import Results
 from sglang_moe_ext.tuning.run import session
 from sglang_moe_ext.tuning.search import predict
 from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
 from sglang_moe_ext.tuning.search.predict import PredictedConfig
+from sglang_moe_ext.tuning.tune_plan import TunePlan
 from sglang_moe_ext.tuning.verify_install import WrittenTables
 
 T = TypeVar("T")
@@ -76,16 +76,16 @@ def make_plan(request: TuneRequest, progress: Progress, *, ask: bool = False) ->
         MoEExtError: the engine, the store or the model refuses.
     """
     if request.adapter.find() is None:
-        return plan.make_plan(request, None)
-    key = lookup_memory.key_of(request.adapter.find(), verify_install.todays_request(request), request.gpu.device_name)
-    answer = lookup_memory.recall(key)  # where nothing that the engine could read has changed
+        return tune_plan.make_plan(request, None)
+    key = lookup_cache.key_of(request.adapter.find(), verify_install.todays_request(request), request.gpu.device_name)
+    answer = lookup_cache.recall(key)  # where nothing that the engine could read has changed
     if answer is None and not ask:
         answer = _read_today(request)
     if answer is None:
         with closing(request.adapter.start_probe(verify_install.environment({}))) as probe:
             answer = _ask_today(request, probe, progress)
-        lookup_memory.remember(key, answer)
-    return plan.make_plan(request, answer)
+        lookup_cache.remember(key, answer)
+    return tune_plan.make_plan(request, answer)
 
 
 def _read_today(request: TuneRequest) -> LookupResult | None:
@@ -124,11 +124,11 @@ def run(request: TuneRequest, progress: Progress) -> TuneOutcome:
     destination = target_of(request, engine)
     source = kernel_source(engine, request.adapter)
     triton = installed_engines.running_triton() or ""
-    kept = plan.prune_space(request.problem).kept
+    kept = tune_plan.prune_space(request.problem).kept
     install_target.check_store(request.engine, triton)
     for place in itertools.chain.from_iterable(of.values() for of in _table_files(request, destination, triton)):
         merge.read(place)  # what cannot be merged is better known before the work than after it
-    kernel_table.read(_plans_file(request, triton))
+    plan_table.read(_plans_file(request, triton))
     if request.measuring is None and not request.force:
         _refuse_known(request)
     with ExitStack() as processes:
@@ -251,7 +251,7 @@ def _write_plans(request: TuneRequest, table: KernelTable, triton: str) -> list[
     """Write the table of kernel plans where our plugin reads it and no engine does; the file, if there is something."""
     if not table:
         return []
-    kernel_table.put(file := _plans_file(request, triton), table)
+    plan_table.put(file := _plans_file(request, triton), table)
     return [file]
 
 
@@ -265,7 +265,7 @@ def _decided_tokens(request: TuneRequest, engine: InstallationLike | None, resul
 
 def _plans_file(request: TuneRequest, triton: str) -> Path:
     up = install_target.table_names(request.adapter, request.shape, request.gpu.device_name)[False]
-    return kernel_table.path_beside(install_target.store_folder(request.engine, triton) / up)
+    return plan_table.path_beside(install_target.store_folder(request.engine, triton) / up)
 
 
 def _table_files(request: TuneRequest, destination: InstallTarget | None, triton: str) -> list[dict[bool, Path]]:

@@ -12,10 +12,10 @@ from sglang_moe_ext.core import MoEShape, Origin, Table
 from sglang_moe_ext.engines import installed_engines
 from sglang_moe_ext.engines.adapter import InstallationLike
 from sglang_moe_ext.gpu.roofline import pair_floor_us
-from sglang_moe_ext.sorted_kernels import Plan
-from sglang_moe_ext.tables import kernel_table
-from sglang_moe_ext.tables.kernel_table import KernelTable
+from sglang_moe_ext.kernel_plans import Plan
+from sglang_moe_ext.tables import plan_table
 from sglang_moe_ext.tables.merge import StoredTable
+from sglang_moe_ext.tables.plan_table import KernelTable
 from sglang_moe_ext.tables.provenance import Provenance, ProvenanceEntry, TuningRun
 from sglang_moe_ext.tuning.bench.messages import Pair, Runner
 from sglang_moe_ext.tuning.request import TuneRequest
@@ -104,11 +104,9 @@ def transferred_entries(run: TuningRun, times_us: Mapping[int, float]) -> dict[i
 
 def plans_table(found: Mapping[int, MeasuredChoice[Runner]], tokens: Iterable[int], run: TuningRun) -> KernelTable:
     """Kernel plans where they won; entries without one where they lost or were not tried, which replace older plans."""
-    untried = {m: kernel_table.KernelEntry(None, run) for m in tokens}
+    untried = {m: plan_table.KernelEntry(None, run) for m in tokens}
     return untried | {
-        m: kernel_table.KernelEntry(
-            result.pair if isinstance(result.pair, Plan) else None, run, _of_measurement(result)
-        )
+        m: plan_table.KernelEntry(result.pair if isinstance(result.pair, Plan) else None, run, _of_measurement(result))
         for m, result in found.items()
     }
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from sglang_moe_ext.core import PROJECTIONS, MoEShape, Projection, StoreError, TileConfig
 from sglang_moe_ext.engines.adapter import EngineName
 from sglang_moe_ext.engines.registry import ENGINES
+from sglang_moe_ext.kernel_plans import Plan
 from sglang_moe_ext.models import parse_shape
-from sglang_moe_ext.sorted_kernels import Plan
 from sglang_moe_ext.tuning.bench.messages import Accuracy, BenchGemm, CheckAccuracy, GemmTimes
 from sglang_moe_ext.tuning.run.journal_reader import Recording
 from sglang_moe_ext.tuning.search import screening

@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 from sglang_moe_ext.core import Table
 from sglang_moe_ext.engines.lookup_probe import LookupResult
 from sglang_moe_ext.tables import config_table, merge
-from sglang_moe_ext.tuning import compare_configs, install_target, known_tables, pipeline, worth
-from sglang_moe_ext.tuning import plan as tune_plan
+from sglang_moe_ext.tuning import compare_configs, install_target, known_tables, pipeline, tune_plan, worth
 from sglang_moe_ext.tuning.bench.messages import Pair
 from sglang_moe_ext.tuning.compare_configs import ConfigComparison, TimedConfig
-from sglang_moe_ext.tuning.plan import TunePlan
 from sglang_moe_ext.tuning.request import MeasureOptions, Progress, TuneRequest
 from sglang_moe_ext.tuning.search import final_comparison
 from sglang_moe_ext.tuning.search.statistics import Interval
+from sglang_moe_ext.tuning.tune_plan import TunePlan
 from sglang_moe_ext.tuning.worth import DECODE_CONTEXT, Worth
 
 TIMED_TOKENS = (1, 16, 64, 256, 1024, 4096, 8192)

@@ -11,10 +11,10 @@ from sglang_moe_ext.gpu.decoder_roofline import Batch
 from sglang_moe_ext.tuning import incumbent_source, kernel_gains
 from sglang_moe_ext.tuning.incumbent_source import TodaysSource
 from sglang_moe_ext.tuning.kernel_gains import KernelGain
-from sglang_moe_ext.tuning.plan import PlanRow, TunePlan
 from sglang_moe_ext.tuning.request import TuneRequest
 from sglang_moe_ext.tuning.search.prediction_error import margin
 from sglang_moe_ext.tuning.search.statistics import Interval
+from sglang_moe_ext.tuning.tune_plan import PlanRow, TunePlan
 
 Basis = Literal["measured now", "tuned already", "predicted", "unknown"]
 """Timed just now; today's entry was measured on this GPU before; ranked by the model; no engine was asked."""

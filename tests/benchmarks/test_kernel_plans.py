@@ -13,8 +13,8 @@ from benchmarks.kernel_plans import LAYERS, KnownPairs, LayerRace
 from benchmarks.plan_bench import OfLayer, StageTimes, TimeStages
 from sglang_moe_ext.core import EngineError, Failure, TileConfig
 from sglang_moe_ext.gpu.names import find_gpu
-from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, UpConfig, WarpSpecializedUp
-from sglang_moe_ext.tables import kernel_table
+from sglang_moe_ext.kernel_plans import DownConfig, KernelPlan, UpConfig, WarpSpecializedUp
+from sglang_moe_ext.tables import plan_table
 from sglang_moe_ext.tuning.bench.messages import (
     Accuracy,
     BenchKernelPlan,
@@ -103,7 +103,7 @@ def test_one_batch_size_that_fails_costs_no_other(capsys: pytest.CaptureFixture[
     assert [row["m"] for row in rows] == [1024]
     assert "| 512 | KeyError" in said
     assert "Triton 1.333x, warp-specialized 1.600x, the fastest of all 1.600x, which is 2.000x" in said
-    assert kernel_table.parse_plan(json.loads(json.dumps(rows[0]))["plans"]["Triton"]["path"]) == BEST_TRITON
+    assert plan_table.parse_plan(json.loads(json.dumps(rows[0]))["plans"]["Triton"]["path"]) == BEST_TRITON
 
 
 def test_every_line_of_the_table_has_as_many_cells_as_its_head() -> None:

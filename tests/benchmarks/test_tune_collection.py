@@ -16,7 +16,7 @@ from benchmarks.collection import archive, page, rows, shipping
 from benchmarks.collection.rows import Row
 from benchmarks.tune_collection import TUNED_CONFIGS, Collection, Result
 from sglang_moe_ext.core import MoEExtError
-from sglang_moe_ext.tables import config_table, kernel_table, provenance
+from sglang_moe_ext.tables import config_table, plan_table, provenance
 
 LIST = """
 --model GLM-4.7-Flash          # a comment
@@ -124,7 +124,7 @@ def test_what_is_collected_is_what_was_tuned(collected: Path, tmp_path: Path) ->
         ours, theirs = (it / "configs/triton_3_6_0" / f"{name}.json" for it in (tmp_path / "tuned", TUNED_CONFIGS))
         assert config_table.read(ours) == config_table.read(theirs)
         assert provenance.read(ours) == provenance.read(theirs)
-        assert kernel_table.read(kernel_table.path_beside(ours)) == kernel_table.read(kernel_table.path_beside(theirs))
+        assert plan_table.read(plan_table.path_beside(ours)) == plan_table.read(plan_table.path_beside(theirs))
         assert ours.with_name(f"{name}_down.json").exists()
     assert (tmp_path / "tuned/vllm/triton_3_6_0/E=64,N=1536,device_name=NVIDIA_H200.json").exists()
 
@@ -180,7 +180,7 @@ def test_the_page_is_that_of_what_ships() -> None:
 
 def test_a_gain_counts_our_kernels_over_what_ran_before() -> None:
     table = TUNED_CONFIGS / "configs/triton_3_6_0" / f"{SHIPPED['Qwen3-30B-A3B']}.json"
-    plans = json.loads(kernel_table.path_beside(table).read_text(encoding="utf-8"))["entries"]
+    plans = json.loads(plan_table.path_beside(table).read_text(encoding="utf-8"))["entries"]
     known = provenance.read(table)
     assert known is not None
     found = shipping.gains(table)

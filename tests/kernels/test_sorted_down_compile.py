@@ -12,9 +12,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from offline_down import check_needs, compiled, operands
 
+from sglang_moe_ext.kernel_plans import DownConfig
 from sglang_moe_ext.kernels import tma
 from sglang_moe_ext.kernels.sorted_down import kernel_arguments, sorted_down_kernel
-from sglang_moe_ext.sorted_kernels import DownConfig
 
 # (sm, kind, tile, registers, bytes of shared memory) of Triton 3.7.1, 2026-11-21. Triton 3.6.0 needs the same memory,
 # up to 51 registers more, and on sm_120 a frame of 8 bytes.

@@ -11,9 +11,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from offline_down import check_needs, compiled, operands
 
 from sglang_moe_ext.core import MoEExtError
+from sglang_moe_ext.kernel_plans import ShortKDownConfig
 from sglang_moe_ext.kernels import tma
 from sglang_moe_ext.kernels.sorted_down_short_k import short_arguments, short_down_kernel
-from sglang_moe_ext.sorted_kernels import ShortKDownConfig
 
 # (sm, kind, K, tile, registers, bytes of shared memory) of Triton 3.7.1, 2026-11-21; Triton 3.6.0 needs the same, but
 # for a frame of 8 bytes on sm_120.

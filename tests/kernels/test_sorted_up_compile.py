@@ -12,6 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from offline_down import KINDS, check_needs, compiled
 
+from sglang_moe_ext.kernel_plans import UpConfig
 from sglang_moe_ext.kernels.compiled import resources_of
 from sglang_moe_ext.kernels.quantize import Scales
 from sglang_moe_ext.kernels.sorted_up import sorted_up_kernel, up_arguments
@@ -23,7 +24,6 @@ from sglang_moe_ext.kernels.swiglu import (
     swiglu_kernel,
     swiglu_of_rows_kernel,
 )
-from sglang_moe_ext.sorted_kernels import UpConfig
 
 TOKENS, TOP_K, EXPERTS, K, COLUMNS = 4096, 8, 128, 2048, 768
 """Of Qwen3-30B-A3B."""

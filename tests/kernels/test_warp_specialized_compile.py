@@ -19,8 +19,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from warp_specialized_offline import barriers_chosen_outside, compiled, down, local_accesses, machine_code, up
 
+from sglang_moe_ext.kernel_plans import WarpSpecializedDown, WarpSpecializedUp, why_not_warp_specialized
 from sglang_moe_ext.kernels.compiled import resources_of
-from sglang_moe_ext.sorted_kernels import WarpSpecializedDown, WarpSpecializedUp, why_not_warp_specialized
 
 SMEM_PER_BLOCK, SMEM_PER_MULTIPROCESSOR, RESERVED = 232_448, 233_472, 1024
 UP, WIDE, PAIR = WarpSpecializedUp(), WarpSpecializedDown("wide"), WarpSpecializedDown("pair", stages=3)

@@ -15,10 +15,10 @@ pytest.importorskip("triton.experimental.gluon")
 
 from warp_specialized_problems import down_error, interleaved, routed, sorted_pairs, up_error
 
+from sglang_moe_ext.kernel_plans import WarpSpecializedDown, WarpSpecializedUp
 from sglang_moe_ext.kernels import gather_sum, reference, sort_tokens
 from sglang_moe_ext.kernels.warp_specialized_down import launch_down
 from sglang_moe_ext.kernels.warp_specialized_up import launch_up
-from sglang_moe_ext.sorted_kernels import WarpSpecializedDown, WarpSpecializedUp
 
 UPS = [WarpSpecializedUp(), WarpSpecializedUp(2, persistent=False)]
 WIDE, PAIR = WarpSpecializedDown(), WarpSpecializedDown("pair", stages=3)

@@ -15,11 +15,11 @@ pytest.importorskip("triton.experimental.gluon")
 from warp_specialized_offline import down, up
 
 from sglang_moe_ext.core import MoEExtError
+from sglang_moe_ext.kernel_plans import WarpSpecializedDown, WarpSpecializedUp
 from sglang_moe_ext.kernels import warp_specialized_launch
 from sglang_moe_ext.kernels.warp_specialized_down import down_arguments
 from sglang_moe_ext.kernels.warp_specialized_support import why_not_importable
 from sglang_moe_ext.kernels.warp_specialized_up import up_arguments
-from sglang_moe_ext.sorted_kernels import WarpSpecializedDown, WarpSpecializedUp
 
 UP, DOWN = WarpSpecializedUp(), WarpSpecializedDown()
 

@@ -16,7 +16,7 @@ pytest.importorskip("triton.experimental.gluon")
 import gluon_simulator
 from warp_specialized_problems import down_error, interleaved, routed, sorted_pairs, up_error
 
-from sglang_moe_ext.sorted_kernels import WarpSpecializedDown, WarpSpecializedUp
+from sglang_moe_ext.kernel_plans import WarpSpecializedDown, WarpSpecializedUp
 
 UP, WIDE = WarpSpecializedUp(group_m=2), WarpSpecializedDown("wide", group_m=2)
 PAIR = WarpSpecializedDown("pair", group_m=2, stages=3)

@@ -16,10 +16,10 @@ import triton.backends.nvidia
 from torch import Tensor
 
 from sglang_moe_ext.core import Target
+from sglang_moe_ext.kernel_plans import WarpSpecializedDown, WarpSpecializedUp
 from sglang_moe_ext.kernels.compiled import TargetOnlyDriver
 from sglang_moe_ext.kernels.warp_specialized_down import down_arguments
 from sglang_moe_ext.kernels.warp_specialized_up import up_arguments
-from sglang_moe_ext.sorted_kernels import WarpSpecializedDown, WarpSpecializedUp
 
 STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "block": torch.float8_e4m3fn, "channel": torch.float8_e4m3fn}
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from sglang_moe_ext.kernel_plans import WarpSpecializedDown, WarpSpecializedUp
 from sglang_moe_ext.kernels.warp_specialized_down import down_arguments, launch_down
 from sglang_moe_ext.kernels.warp_specialized_up import launch_up, up_arguments
-from sglang_moe_ext.sorted_kernels import WarpSpecializedDown, WarpSpecializedUp
 
 BLOCK = 128
 STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "block": torch.float8_e4m3fn, "channel": torch.float8_e4m3fn}

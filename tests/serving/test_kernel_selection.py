@@ -14,13 +14,13 @@ from sglang_moe_ext import env
 from sglang_moe_ext.core import MoEShape, Quantization
 from sglang_moe_ext.engines.sglang import table_names
 from sglang_moe_ext.few_tokens_config import DownTile, FewTokensConfig, UpTile
+from sglang_moe_ext.kernel_plans import DownConfig, KernelPlan, UpConfig, WarpSpecializedDown, WarpSpecializedUp
 from sglang_moe_ext.kernels import warp_specialized_support
 from sglang_moe_ext.serving import kernel_selection
 from sglang_moe_ext.serving.table_search import TableDir
 from sglang_moe_ext.serving.table_selection import SATURATED_TOKENS
-from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, UpConfig, WarpSpecializedDown, WarpSpecializedUp
-from sglang_moe_ext.tables import kernel_table
-from sglang_moe_ext.tables.kernel_table import KernelEntry, KernelTable
+from sglang_moe_ext.tables import plan_table
+from sglang_moe_ext.tables.plan_table import KernelEntry, KernelTable
 from tests.tables.generated import A_RUN
 
 SHAPE = MoEShape(8, 128, 256, 2)
@@ -75,8 +75,8 @@ def table_dirs(tmp_path: Path) -> list[TableDir]:
 
 def write(table_dir: TableDir, entries: KernelTable, *, triton: str = TRITON, device: str = DEVICE) -> Path:
     table_file = table_names.file_name(table_names.table_key(SHAPE, device))
-    file = kernel_table.path_beside(table_dir.root / table_names.version_folder(triton) / table_file)
-    kernel_table.put(file, entries)
+    file = plan_table.path_beside(table_dir.root / table_names.version_folder(triton) / table_file)
+    plan_table.put(file, entries)
     return file
 
 

@@ -16,7 +16,7 @@ from sglang_moe_ext.few_tokens_config import (
     FewTokensConfig,
     UpTile,
 )
-from sglang_moe_ext.sorted_kernels import (
+from sglang_moe_ext.kernel_plans import (
     DownConfig,
     KernelPlan,
     ShortKDownConfig,

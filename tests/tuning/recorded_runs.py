@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sglang_moe_ext.core import Failure, MoEShape, Projection, Quantization, Resources, TileConfig
 from sglang_moe_ext.gpu.names import find_gpu
-from sglang_moe_ext.tuning import plan
+from sglang_moe_ext.tuning import tune_plan
 from sglang_moe_ext.tuning.bench.messages import (
     Accuracy,
     BenchGemm,
@@ -56,7 +56,7 @@ def recorded(layer: str) -> Recording:
 
 
 def request_of(
-    layer: str, tokens: Sequence[int] = plan.DEFAULT_TOKENS, measuring: MeasureOptions = MEASURING
+    layer: str, tokens: Sequence[int] = tune_plan.DEFAULT_TOKENS, measuring: MeasureOptions = MEASURING
 ) -> TuneRequest:
     """As the command would make it."""
     return TuneRequest(
@@ -75,10 +75,10 @@ def request_of(
 
 
 def tasks_of(
-    layer: str, tokens: Sequence[int] = plan.DEFAULT_TOKENS, measuring: MeasureOptions = MEASURING
+    layer: str, tokens: Sequence[int] = tune_plan.DEFAULT_TOKENS, measuring: MeasureOptions = MEASURING
 ) -> list[SearchTask]:
     request = request_of(layer, tokens, measuring)
-    kept = plan.prune_space(request.problem).kept
+    kept = tune_plan.prune_space(request.problem).kept
     return search_loop.largest_first(
         {
             m: candidates.list_for_effort(
@@ -162,7 +162,7 @@ def measured(
     layer: str,
     run: Journal,
     executors: Sequence[Executor],
-    tokens: Sequence[int] = plan.DEFAULT_TOKENS,
+    tokens: Sequence[int] = tune_plan.DEFAULT_TOKENS,
     measuring: MeasureOptions = MEASURING,
     today: dict[int, Pair] | None = None,
 ) -> dict[int, MeasuredChoice]:

@@ -8,7 +8,7 @@ import pytest
 
 from sglang_moe_ext.cli import main, output
 from sglang_moe_ext.core import MoEShape, Resources, TileConfig
-from sglang_moe_ext.engines import lookup_memory
+from sglang_moe_ext.engines import lookup_cache
 from sglang_moe_ext.engines.lookup_probe import LookupRequest, LookupResult
 from sglang_moe_ext.engines.sglang import adapter
 from sglang_moe_ext.engines.sglang.installation import SglangInstallation
@@ -224,12 +224,12 @@ def test_an_answer_comes_back_as_it_was(engine: Path) -> None:
         {2: "ValueError"},
         ("odd",),
     )
-    lookup_memory.remember("key", given)
-    assert lookup_memory.recall("key") == given
+    lookup_cache.remember("key", given)
+    assert lookup_cache.recall("key") == given
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"up": 3}', "null"])
 def test_a_damaged_memory_is_no_answer(text: str, engine: Path) -> None:
-    lookup_memory.folder().mkdir(parents=True)
-    (lookup_memory.folder() / "key.json").write_text(text)
-    assert lookup_memory.recall("key") is None
+    lookup_cache.folder().mkdir(parents=True)
+    (lookup_cache.folder() / "key.json").write_text(text)
+    assert lookup_cache.recall("key") is None

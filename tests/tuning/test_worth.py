@@ -13,7 +13,7 @@ from sglang_moe_ext.engines.lookup_probe import LookupResult
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.gpu.decoder_roofline import Surroundings
 from sglang_moe_ext.gpu.names import find_gpu
-from sglang_moe_ext.tuning import compare_configs, pipeline, plan, weigh, worth_verdict
+from sglang_moe_ext.tuning import compare_configs, pipeline, tune_plan, weigh, worth_verdict
 from sglang_moe_ext.tuning.compare_configs import ConfigComparison, TimedConfig
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.request import MeasureOptions, TuneRequest
@@ -63,12 +63,12 @@ def answer(
 def weighed(
     asked: TuneRequest, today: LookupResult | None, measured: Mapping[int, Interval] | None = None
 ) -> tuple[Worth, str]:
-    found = estimate(asked, plan.make_plan(asked, today), measured or {}, is_asked=today is not None)
+    found = estimate(asked, tune_plan.make_plan(asked, today), measured or {}, is_asked=today is not None)
     return found, "\n".join(worth_verdict.sentences(found))
 
 
 def best_of(asked: TuneRequest) -> dict[int, TileConfig]:
-    return {row.tokens: row.best for row in plan.make_plan(asked, None).rows}
+    return {row.tokens: row.best for row in tune_plan.make_plan(asked, None).rows}
 
 
 def test_a_gain_within_the_models_error_is_no_gain() -> None:
@@ -118,13 +118,13 @@ def test_the_gain_of_our_kernels_is_a_figure_that_was_measured() -> None:
     few, many = found.rows
     assert few.kernels is None
     assert many.kernels is not None
-    assert many.kernels.value == pytest.approx(1.4518, abs=0.01)
+    assert many.kernels.value == pytest.approx(1.5327, abs=0.01)
     assert "NVIDIA H200, sglang 0.5.15, Triton 3.6.0, 2026-11-2" in said
 
 
 def test_kernels_that_run_today_are_no_gain_to_come() -> None:
     _, said = weighed(request(FP8), answer(dict.fromkeys(TOKENS, SMALL), paths={4096: "up down"}))
-    assert "Our kernels run there already: 1.45x" in said
+    assert "Our kernels run there already: 1.53x" in said
     assert "Our kernels can win" not in said
 
 
@@ -164,7 +164,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> TuneRequest:
 
     monkeypatch.setattr(compare_configs, "run", compare)
     today = answer(dict.fromkeys(TOKENS, SMALL))
-    monkeypatch.setattr(pipeline, "make_plan", lambda asked, *_, **__: plan.make_plan(asked, today))
+    monkeypatch.setattr(pipeline, "make_plan", lambda asked, *_, **__: tune_plan.make_plan(asked, today))
     measuring = MeasureOptions("full", (), None, None, ("0",))  # type: ignore[arg-type]
     return replace(request(UNKNOWN), measuring=measuring)
 

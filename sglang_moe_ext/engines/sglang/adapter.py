@@ -24,7 +24,7 @@ from sglang_moe_ext.engines.sglang.installation import SglangInstallation
 from sglang_moe_ext.engines.sglang.runner import LoadedSglang
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
 from sglang_moe_ext.few_tokens_config import FIRST_SM, FewTokensConfig
-from sglang_moe_ext.sorted_kernels import Plan
+from sglang_moe_ext.kernel_plans import Plan
 from sglang_moe_ext.tables import config_table
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from sglang_moe_ext.engines.sglang.runner import LoadedSglang, launch, load
 from sglang_moe_ext.engines.sglang.sorted_layer import RowValues, SortedLayer
 from sglang_moe_ext.engines.tensors import GemmTensors
 from sglang_moe_ext.few_tokens_config import FewTokensConfig
-from sglang_moe_ext.sorted_kernels import (
+from sglang_moe_ext.kernel_plans import (
     SCALE_GROUP,
     DownConfig,
     KernelPlan,

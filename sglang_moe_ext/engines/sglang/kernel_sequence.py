@@ -20,7 +20,7 @@ from sglang_moe_ext.engines.sglang.deferred_sort import DeferredSort, sort_now
 from sglang_moe_ext.engines.sglang.hook_points import SEQUENCE, SglangHookPoints
 from sglang_moe_ext.engines.tensors import LayerTensors
 from sglang_moe_ext.few_tokens_config import FewTokensConfig
-from sglang_moe_ext.sorted_kernels import SCALE_GROUP, KernelPlan, Plan
+from sglang_moe_ext.kernel_plans import SCALE_GROUP, KernelPlan, Plan
 
 if TYPE_CHECKING:
     import torch

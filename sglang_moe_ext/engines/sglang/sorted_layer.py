@@ -15,7 +15,7 @@ from sglang_moe_ext.core import MoEShape, TileConfig
 from sglang_moe_ext.engines.sglang import runner
 from sglang_moe_ext.engines.sglang.runner import LoadedSglang
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
-from sglang_moe_ext.sorted_kernels import (
+from sglang_moe_ext.kernel_plans import (
     MOST_SORTED_EXPERTS,
     SCALE_GROUP,
     DownConfig,

@@ -18,7 +18,7 @@ from sglang_moe_ext.engines.vllm.hook_points import GROUPS_RUN_TRITON
 from sglang_moe_ext.engines.vllm.installation import VllmInstallation
 from sglang_moe_ext.engines.vllm.runner import LoadedVllm
 from sglang_moe_ext.few_tokens_config import FIRST_SM, FewTokensConfig
-from sglang_moe_ext.sorted_kernels import Plan
+from sglang_moe_ext.kernel_plans import Plan
 from sglang_moe_ext.tables import config_table
 
 if TYPE_CHECKING:

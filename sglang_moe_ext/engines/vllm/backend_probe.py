@@ -47,7 +47,7 @@ def ask(request: Request) -> dict[str, str]:
 @contextmanager
 def _without_pretence() -> Iterator[None]:
     """While the platform is what it is, whatever the lookup was made to believe."""
-    from vllm.platforms import current_platform  # type: ignore[import-not-found]
+    from vllm.platforms import current_platform
 
     platform = type(current_platform)
     pretended = vars(platform).get("is_cuda")
@@ -60,8 +60,8 @@ def _without_pretence() -> Iterator[None]:
 
 def _prepare() -> Any:
     """Import all methods, some of which ask a GPU for operators while they are imported; gives a server's settings."""
-    from vllm.config import DeviceConfig, VllmConfig  # type: ignore[import-not-found]
-    from vllm.model_executor.layers.quantization import get_quantization_config  # type: ignore[import-not-found]
+    from vllm.config import DeviceConfig, VllmConfig
+    from vllm.model_executor.layers.quantization import get_quantization_config
     from vllm.platforms import current_platform
 
     get_quantization_config("fp8")
@@ -85,7 +85,7 @@ def _ask(request: Request, settings: Any) -> dict[str, str]:
         layer = _layer(request)
         config = _quantization_config(request)
         if config is None:
-            from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod  # type: ignore[import-not-found]
+            from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 
             method = UnquantizedFusedMoEMethod(layer.moe_config)
         else:
@@ -103,7 +103,7 @@ def _ask(request: Request, settings: Any) -> dict[str, str]:
 
 def _layer(request: Request) -> Any:
     import torch
-    from vllm.model_executor.layers import fused_moe  # type: ignore[import-not-found]
+    from vllm.model_executor.layers import fused_moe
     from vllm.model_executor.layers.fused_moe import config
 
     ranks = request["ep"]

@@ -16,7 +16,7 @@ from sglang_moe_ext.engines.tensors import GemmTensors
 from sglang_moe_ext.engines.vllm import runner
 from sglang_moe_ext.engines.vllm.runner import LoadedVllm
 from sglang_moe_ext.few_tokens_config import FewTokensConfig
-from sglang_moe_ext.sorted_kernels import SortedKernelJob
+from sglang_moe_ext.kernel_plans import SortedKernelJob
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sglang_moe_ext.core import MoEShape
 from sglang_moe_ext.engines.adapter import EngineName
 from sglang_moe_ext.few_tokens_config import FewTokensConfig
-from sglang_moe_ext.sorted_kernels import Plan
+from sglang_moe_ext.kernel_plans import Plan
 from sglang_moe_ext.tuning.bench.messages import (
     Accuracy,
     BenchGemm,

@@ -10,9 +10,9 @@ from sglang_moe_ext.core import PROJECTIONS, MoEShape, Projection, TileConfig
 from sglang_moe_ext.engines.adapter import EngineAdapter, Sorted
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
 from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.kernel_plans import padded_rows
 from sglang_moe_ext.kernels import reference
 from sglang_moe_ext.kernels.quantize import quantize_weights, to_fnuz
-from sglang_moe_ext.sorted_kernels import padded_rows
 from sglang_moe_ext.tuning.bench import routing
 from sglang_moe_ext.tuning.bench.routing import Routing
 

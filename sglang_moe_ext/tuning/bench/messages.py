@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from sglang_moe_ext.core import CompileKey, Failure, Projection, TileConfig
 from sglang_moe_ext.few_tokens_config import FewTokensConfig
-from sglang_moe_ext.sorted_kernels import KernelPlan, Plan
+from sglang_moe_ext.kernel_plans import KernelPlan, Plan
 
 Pair = dict[Projection, TileConfig]
 """The configurations of the up and the down GEMM. Both share one BLOCK_SIZE_M."""

@@ -8,8 +8,8 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from sglang_moe_ext.core import CompileKey, Failure, StoreError, TableError, TileConfig
-from sglang_moe_ext.sorted_kernels import KernelPlan, Plan
-from sglang_moe_ext.tables import kernel_table
+from sglang_moe_ext.kernel_plans import KernelPlan, Plan
+from sglang_moe_ext.tables import plan_table
 from sglang_moe_ext.tables.config_table import ROCM_OPTIONS
 from sglang_moe_ext.tuning.bench import messages
 from sglang_moe_ext.tuning.bench.messages import (
@@ -60,7 +60,7 @@ def _request_fields(request: BenchRequest) -> dict[str, object]:
             numbers += _options(key)
             return {"s": [tokens, projection, numbers, groups, samples]}
         case BenchKernelPlan(tokens, plan, samples):
-            return {"p": [tokens, kernel_table.document_of(plan), samples]}
+            return {"p": [tokens, plan_table.document_of(plan), samples]}
         case BenchLayers(tokens, runners, rounds, attempt, data, in_graph):
             graph = [in_graph] if in_graph else []
             return {"r": [tokens, [_of_runner(runner) for runner in runners], rounds, attempt, data, *graph]}
@@ -70,7 +70,7 @@ def _request_fields(request: BenchRequest) -> dict[str, object]:
 
 def _of_runner(runner: Runner) -> object:
     if isinstance(runner, Plan):
-        return kernel_table.document_of(runner)
+        return plan_table.document_of(runner)
     return [_of_config(runner["up"]), _of_config(runner["down"])]
 
 
@@ -188,7 +188,7 @@ def _runner(document: Any) -> Runner:
 
 def _plan(document: Any) -> Plan:
     try:
-        return kernel_table.parse_plan(document)
+        return plan_table.parse_plan(document)
     except TableError as error:
         raise StoreError(str(error)) from error
 

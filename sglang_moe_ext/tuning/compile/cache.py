@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sglang_moe_ext.core import Failure, Resources
-from sglang_moe_ext.sorted_kernels import SortedKernelJob
+from sglang_moe_ext.kernel_plans import SortedKernelJob
 from sglang_moe_ext.tuning.compile.kernel_source import digest_of_sorted_kernels
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from pathlib import Path
 import sglang_moe_ext.kernels
 from sglang_moe_ext.core import CompileJob, EngineError, Failure, Resources
 from sglang_moe_ext.engines.adapter import EngineAdapter, InstallationLike
-from sglang_moe_ext.sorted_kernels import SortedKernelJob
+from sglang_moe_ext.kernel_plans import SortedKernelJob
 
 Job = CompileJob | SortedKernelJob
 """What a pool compiles: one binary of the engine's kernel, or the binaries of one half of a plan of our kernels."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from sglang_moe_ext.core import CompileKey, Failure, MoEExtError, Projection, Resources
-from sglang_moe_ext.sorted_kernels import Plan, list_jobs
+from sglang_moe_ext.kernel_plans import Plan, list_jobs
 from sglang_moe_ext.tuning.bench.messages import BenchGemm, BenchRequest, BenchResult, Measure, Pair, Runner
 from sglang_moe_ext.tuning.compile.kernel_source import Job
 from sglang_moe_ext.tuning.compile.processes import UNABLE

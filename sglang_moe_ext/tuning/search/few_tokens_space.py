@@ -10,7 +10,7 @@ from typing import cast
 from sglang_moe_ext import few_tokens_config
 from sglang_moe_ext.core import Failure
 from sglang_moe_ext.few_tokens_config import FIRST_SM, FewTokensConfig
-from sglang_moe_ext.sorted_kernels import SortedKernelJob, few_tokens_problem, list_jobs, why_unsupported
+from sglang_moe_ext.kernel_plans import SortedKernelJob, few_tokens_problem, list_jobs, why_unsupported
 from sglang_moe_ext.tuning.bench.messages import Measure, Pair, Runner
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.search import final_comparison

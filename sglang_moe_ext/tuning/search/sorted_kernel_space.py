@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Literal, cast
 
 from sglang_moe_ext.core import Failure, MoEShape, TileConfig
-from sglang_moe_ext.sorted_kernels import (
+from sglang_moe_ext.kernel_plans import (
     FIRST_SM,
     LONGEST_K,
     Down,

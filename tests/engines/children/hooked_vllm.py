@@ -307,7 +307,7 @@ def few_tokens(engine: Process, device: str) -> dict[str, Any]:
     from sglang_moe_ext.kernels import few_tokens as kernels
     from sglang_moe_ext.serving import guard, kernel_selection, vllm_experts_hook
     from sglang_moe_ext.serving.table_search import TableDir
-    from sglang_moe_ext.tables import kernel_table
+    from sglang_moe_ext.tables import plan_table
     from sglang_moe_ext.tables.provenance import TuningRun
 
     pretend(device)
@@ -321,8 +321,8 @@ def few_tokens(engine: Process, device: str) -> dict[str, Any]:
     ran: list[Any] = []
     fails: list[bool] = []
     folder = Path(tempfile.mkdtemp()) / version_folder(str(engine.points.triton))
-    file = kernel_table.path_beside(folder / table_names.file_name(table_names.table_key(shape, device)))
-    kernel_table.put(file, {m: kernel_table.KernelEntry(plan, run, {"us": 40.0}) for m in (1, 8)})
+    file = plan_table.path_beside(folder / table_names.file_name(table_names.table_key(shape, device)))
+    plan_table.put(file, {m: plan_table.KernelEntry(plan, run, {"us": 40.0}) for m in (1, 8)})
 
     def stand_in(hidden: Any, w1: Any, w2: Any, routed: Any, out: Any, config: Any, **_: Any) -> None:
         if fails:

@@ -21,10 +21,10 @@ from sglang_moe_ext.engines import meta_compile
 from sglang_moe_ext.engines.few_tokens_compile import layer_tensors
 from sglang_moe_ext.engines.sglang import adapter
 from sglang_moe_ext.engines.sglang import compile as sglang_compile
+from sglang_moe_ext.kernel_plans import Plan, SortedKernelJob, list_jobs
 from sglang_moe_ext.kernels.compiled import TargetOnlyDriver
 from sglang_moe_ext.models import parse_shape
-from sglang_moe_ext.sorted_kernels import Plan, SortedKernelJob, list_jobs
-from sglang_moe_ext.tables import kernel_table
+from sglang_moe_ext.tables import plan_table
 
 SM = 90
 hashes: list[str] = []
@@ -69,7 +69,7 @@ def made(jobs: tuple[SortedKernelJob, ...]) -> tuple[list[str], list[Any]]:
 
 
 def answer(document: dict[str, Any]) -> dict[str, Any]:
-    plan = kernel_table.parse_plan(document["plan"])
+    plan = plan_table.parse_plan(document["plan"])
     jobs = list_jobs(plan, parse_shape(document["shape"]), document["tokens"], SM)
     hashes_made, needs = made(jobs)
     return {"launched": launched(jobs[0], plan), "made": hashes_made, "needs": needs}

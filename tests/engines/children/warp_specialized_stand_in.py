@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sglang_moe_ext.sorted_kernels import WarpSpecializedDown, WarpSpecializedUp
+from sglang_moe_ext.kernel_plans import WarpSpecializedDown, WarpSpecializedUp
 
 BLOCK = 128
 calls: list[str] = []

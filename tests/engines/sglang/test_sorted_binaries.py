@@ -10,7 +10,7 @@ import pytest
 
 from sglang_moe_ext.core import MoEShape, Quantization, TileConfig
 from sglang_moe_ext.few_tokens_config import DownTile, FewTokensConfig, UpTile
-from sglang_moe_ext.sorted_kernels import (
+from sglang_moe_ext.kernel_plans import (
     DownConfig,
     KernelPlan,
     ShortKDownConfig,
@@ -18,7 +18,7 @@ from sglang_moe_ext.sorted_kernels import (
     WarpSpecializedDown,
     WarpSpecializedUp,
 )
-from sglang_moe_ext.tables import kernel_table
+from sglang_moe_ext.tables import plan_table
 from tests.engines.installed import run_in_engine
 
 pytestmark = pytest.mark.usefixtures("forked_engines")
@@ -75,7 +75,7 @@ FEW = {
 def binaries(version: str) -> dict[str, Any]:
     """Of each case in that version, all from one process."""
     asked = [
-        {"shape": str(shape), "plan": kernel_table.document_of(plan), "tokens": tokens}
+        {"shape": str(shape), "plan": plan_table.document_of(plan), "tokens": tokens}
         for shape, plan, tokens in (*CASES.values(), *((*it[:2], m) for it in FEW.values() for m in it[2]))
     ]
     names = [*CASES, *(f"few tokens, {name}, {m}" for name, it in FEW.items() for m in it[2])]

@@ -17,10 +17,10 @@ from sglang_moe_ext.engines.lookup_probe import LookupRequest
 from sglang_moe_ext.engines.sglang import lookup_probe, table_names
 from sglang_moe_ext.few_tokens_config import DownTile, FewTokensConfig, UpTile
 from sglang_moe_ext.gpu import specs
+from sglang_moe_ext.kernel_plans import DownConfig, KernelPlan, UpConfig, WarpSpecializedDown, WarpSpecializedUp
 from sglang_moe_ext.serving import kernel_selection
-from sglang_moe_ext.sorted_kernels import DownConfig, KernelPlan, UpConfig, WarpSpecializedDown, WarpSpecializedUp
-from sglang_moe_ext.tables import kernel_table
-from sglang_moe_ext.tables.kernel_table import KernelEntry
+from sglang_moe_ext.tables import plan_table
+from sglang_moe_ext.tables.plan_table import KernelEntry
 from tests.engines.children import own_path as child
 from tests.engines.installed import HOOKED_VERSIONS, REPO_ROOT, engine_environment, run_in_engine
 from tests.engines.sglang.test_hooks_in_real_engine import WITH_PLUGINS
@@ -72,7 +72,7 @@ def store() -> Path:
                 child.TOKENS: KernelEntry(PATHS[name], run, {"us": kernel_selection.SHORTEST_US}),
             }
         )
-        kernel_table.put(kernel_table.path_beside(table), entries)
+        plan_table.put(plan_table.path_beside(table), entries)
     return root
 
 

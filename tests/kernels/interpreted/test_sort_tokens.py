@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from sglang_moe_ext.core import MoEExtError
+from sglang_moe_ext.kernel_plans import MOST_SORTED_EXPERTS
 from sglang_moe_ext.kernels import reference, swiglu
 from sglang_moe_ext.kernels.sort_tokens import QuantizedTokens, SortedTokens, launch_sort
-from sglang_moe_ext.sorted_kernels import MOST_SORTED_EXPERTS
 from sglang_moe_ext.tuning.bench.nan_fill import NanFill
 
 POISON = 7

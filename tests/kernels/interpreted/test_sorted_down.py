@@ -8,13 +8,13 @@ import torch
 from moe_problems import QUANTIZATIONS, Problem, problem
 
 from sglang_moe_ext.core import MoEExtError, Quantization
+from sglang_moe_ext.kernel_plans import DownConfig, ShortKDownConfig
 from sglang_moe_ext.kernels import reference, tma
 from sglang_moe_ext.kernels.gather_sum import launch_gather_sum, launch_inverse
 from sglang_moe_ext.kernels.quantize import Scales
 from sglang_moe_ext.kernels.reference import Alignment, grouped_gemm, moe_align, relative_error
 from sglang_moe_ext.kernels.sorted_down import launch_down
 from sglang_moe_ext.kernels.sorted_down_short_k import launch_short_down
-from sglang_moe_ext.sorted_kernels import DownConfig, ShortKDownConfig
 
 NAN = float("nan")
 KINDS = ["bf16", "fp16", "fp8-block", "fp8-channel", "fp8-tensor"]

@@ -5,12 +5,12 @@ import torch
 from moe_problems import Problem, problem
 
 from sglang_moe_ext.core import MoEExtError, Quantization
+from sglang_moe_ext.kernel_plans import UpConfig
 from sglang_moe_ext.kernels import reference, tma
 from sglang_moe_ext.kernels.quantize import Scales
 from sglang_moe_ext.kernels.reference import Alignment, grouped_gemm, moe_align, relative_error
 from sglang_moe_ext.kernels.sorted_up import launch_up
 from sglang_moe_ext.kernels.swiglu import GROUP, LONGEST_ROW, launch_quantize, launch_swiglu, launch_swiglu_of_rows
-from sglang_moe_ext.sorted_kernels import UpConfig
 
 NAN = float("nan")
 COLUMNS = 128

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEExtError, Projection, Resources
-from sglang_moe_ext.sorted_kernels import SortedKernelJob, list_jobs
+from sglang_moe_ext.kernel_plans import SortedKernelJob, list_jobs
 from sglang_moe_ext.tuning.bench.messages import (
     BenchGemm,
     BenchKernelPlan,

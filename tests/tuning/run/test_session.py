@@ -19,7 +19,7 @@ import pytest
 
 from sglang_moe_ext.core import EngineError, MoEExtError, StoreError
 from sglang_moe_ext.engines.sglang import installation
-from sglang_moe_ext.tuning import plan
+from sglang_moe_ext.tuning import tune_plan
 from sglang_moe_ext.tuning.bench.messages import BenchGemm
 from sglang_moe_ext.tuning.bench.routing import UNIFORM
 from sglang_moe_ext.tuning.bench.worker import BenchProcess
@@ -186,7 +186,7 @@ def processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def results(run: RunFolder, gpus: tuple[str, ...] = ("0",)) -> dict[int, MeasuredChoice]:
     measuring: MeasureOptions = dataclasses.replace(MEASURING, effort="quick", gpus=gpus)
     request = request_of(LAYER, FEW, measuring)
-    kept = plan.prune_space(request.problem).kept
+    kept = tune_plan.prune_space(request.problem).kept
     return session.measure(request, measuring, run, kept, lambda: today_of(request.tokens), SOURCE, unseen).pairs
 
 

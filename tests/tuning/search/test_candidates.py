@@ -28,7 +28,7 @@ from sglang_moe_ext.core import (
 from sglang_moe_ext.engines.sglang.sharding import launched_shape
 from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.models import builtin_models
-from sglang_moe_ext.tuning import plan
+from sglang_moe_ext.tuning import tune_plan
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.search import candidates
 from sglang_moe_ext.tuning.search.candidates import Candidates
@@ -44,7 +44,7 @@ WITH_TMA: list[tuple[Projection, ...]] = [(), ("up",), ("down",), ("up", "down")
 
 shapes = st.sampled_from(SHAPES)
 gpu_names = st.sampled_from(sorted(GPUS))
-tokens_of = st.sampled_from(plan.DEFAULT_TOKENS)
+tokens_of = st.sampled_from(tune_plan.DEFAULT_TOKENS)
 keys_of = st.sampled_from([2, 3, 24, 96])
 with_tma_of = st.sampled_from(WITH_TMA)
 # The first example of a shape ranks 1,500 candidates, three times.
@@ -55,7 +55,7 @@ slow = settings(max_examples=examples(25))
 def kept_of(shape: MoEShape, gpu: str) -> tuple[TileConfig, ...]:
     """What the rules keep; nothing where the GPU cannot do the layer at all."""
     try:
-        return plan.prune_space(Problem(shape, GPUS[gpu], "sglang")).kept
+        return tune_plan.prune_space(Problem(shape, GPUS[gpu], "sglang")).kept
     except (GpuError, ModelError):
         return ()
 
@@ -156,7 +156,7 @@ def binaries(shape: MoEShape) -> set[CompileJob]:
     sm = GPUS["H200"].sm
     return {
         job
-        for m in plan.DEFAULT_TOKENS
+        for m in tune_plan.DEFAULT_TOKENS
         for job in candidates.screening_jobs(
             listed(shape, "H200", m, EFFORTS["full"].keys, ("down",)),
             Problem(shape, replace(GPUS["H200"], target=Target(sm)), "sglang"),
@@ -174,7 +174,7 @@ def test_a_full_search_of_all_batch_sizes_needs_a_bounded_number_of_binaries(lay
 def test_batch_sizes_share_binaries() -> None:
     alone = sum(
         len(candidates.screening_jobs(listed(GLM, "H200", m, 96, ("down",)), GLM_ON_H200, m))
-        for m in plan.DEFAULT_TOKENS
+        for m in tune_plan.DEFAULT_TOKENS
     )
     assert len(binaries(GLM)) < alone / 2
 

@@ -9,7 +9,7 @@ import pytest
 from sglang_moe_ext.core import Failure, MoEShape, Quantization, TileConfig
 from sglang_moe_ext.few_tokens_config import FewTokensConfig, refusals
 from sglang_moe_ext.gpu.names import find_gpu
-from sglang_moe_ext.sorted_kernels import few_tokens_problem, list_jobs
+from sglang_moe_ext.kernel_plans import few_tokens_problem, list_jobs
 from sglang_moe_ext.tuning.bench.messages import (
     Accuracy,
     BenchLayers,

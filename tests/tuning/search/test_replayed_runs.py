@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_moe_ext.tuning import plan
+from sglang_moe_ext.tuning import tune_plan
 from sglang_moe_ext.tuning.bench import messages_json
 from sglang_moe_ext.tuning.bench.messages import (
     Accuracy,
@@ -36,7 +36,7 @@ def what_changed(layer: str, request: BenchRequest) -> str:
     """Which constant makes the strategy measure what the recorded run did not."""
     there = [each for each, _ in recorded(layer).results.values() if each.tokens == request.tokens]
     if not there:
-        return "plan.DEFAULT_TOKENS"
+        return "tune_plan.DEFAULT_TOKENS"
     match request:
         case BenchGemm():
             return _what_changed_of_screens(request, [each for each in there if isinstance(each, BenchGemm)])
@@ -130,7 +130,7 @@ def test_the_recording_is_of_the_layer_that_it_is_replayed_for(layer: str) -> No
 
 
 def test_each_batch_size_has_a_choice(replay: Replay) -> None:
-    assert tuple(replay.results) == plan.DEFAULT_TOKENS
+    assert tuple(replay.results) == tune_plan.DEFAULT_TOKENS
 
 
 def test_nothing_is_asked_twice(replay: Replay) -> None:

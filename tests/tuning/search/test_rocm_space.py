@@ -19,7 +19,7 @@ import pytest
 from sglang_moe_ext.core import CompileJob, CompileKey, GpuError, MoEShape, Quantization, Target, TileConfig
 from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.gpu.shared_memory import smem_bytes
-from sglang_moe_ext.tuning import plan
+from sglang_moe_ext.tuning import tune_plan
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.search import rocm_space, space
 from tests.engines.installed import run_in_engine
@@ -145,10 +145,10 @@ def test_what_a_gfx942_cannot_hold_a_gfx950_can() -> None:
     [("MI300X", "bf16", (16, 2)), ("MI355X", "bf16", (16, 1)), ("MI300X", "fp8_block", (0, 1))],
 )
 def test_the_options_are_those_that_win_in_shipped_tables(gpu: str, dtype: str, options: tuple[int, int]) -> None:
-    found = plan.prune_space(Problem(SHAPES[dtype], find_gpu(gpu), "sglang")).kept
+    found = tune_plan.prune_space(Problem(SHAPES[dtype], find_gpu(gpu), "sglang")).kept
     assert {(config.matrix_instr_nonkdim, config.kpack) for config in found} == {options}
 
 
 def test_float8_is_refused_where_the_matrix_units_have_none() -> None:
     with pytest.raises(GpuError, match=r"MI250X \(gfx90a\) has no fp8 matrix units: expected gfx942"):
-        plan.prune_space(Problem(SHAPES["fp8_block"], find_gpu("MI250X"), "vllm"))
+        tune_plan.prune_space(Problem(SHAPES["fp8_block"], find_gpu("MI250X"), "vllm"))

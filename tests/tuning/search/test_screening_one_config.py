@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sglang_moe_ext.core import PROJECTIONS, MoEShape, TileConfig
 from sglang_moe_ext.gpu.names import find_gpu
-from sglang_moe_ext.tuning import plan
+from sglang_moe_ext.tuning import tune_plan
 from sglang_moe_ext.tuning.bench.messages import Pair
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.run import search_loop
@@ -72,7 +72,7 @@ def measured() -> dict[int, MeasuredChoice]:
         request_of("glm_4_7_flash_bf16", TOKENS),
         problem=Problem(MoEShape(64, 1536, 2048, 4), find_gpu("H200"), "vllm"),
     )
-    kept = plan.prune_space(request.problem).kept
+    kept = tune_plan.prune_space(request.problem).kept
     tasks = search_loop.largest_first(
         {
             m: candidates.list_for_effort(
@@ -100,6 +100,6 @@ def test_a_run_for_vllm_finds_what_is_faster_than_today() -> None:
 
 def test_both_gemms_are_screened_with_the_same_candidates() -> None:
     problem = Problem(MoEShape(128, 768, 2048, 8), find_gpu("H200"), "sglang")
-    found = candidates.list_shared_candidates(plan.prune_space(problem).kept, problem, 64, keys=24)
+    found = candidates.list_shared_candidates(tune_plan.prune_space(problem).kept, problem, 64, keys=24)
     assert found["up"] == found["down"]
     assert len({config.compile_key for config in found["up"]}) == 24

@@ -9,7 +9,7 @@ import pytest
 
 from sglang_moe_ext.core import Failure, MoEShape, Quantization, TileConfig
 from sglang_moe_ext.gpu.names import find_gpu
-from sglang_moe_ext.sorted_kernels import (
+from sglang_moe_ext.kernel_plans import (
     KernelPlan,
     ShortKDownConfig,
     UpConfig,

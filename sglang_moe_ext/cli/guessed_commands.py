@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 
 from sglang_moe_ext.core import ModelError, MoEModel, MoEShape, Quantization
-from sglang_moe_ext.engines.launch_guesses import LaunchGuess
+from sglang_moe_ext.engines.model_guesses import LaunchGuess
 from sglang_moe_ext.models import parse_dtype_flag
 from sglang_moe_ext.models.checkpoint_names import NameMatch, match_name
 

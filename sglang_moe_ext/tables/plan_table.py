@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from sglang_moe_ext.core import TableError, TileConfig
 from sglang_moe_ext.few_tokens_config import DownTile, FewTokensConfig, UpTile, has_known_sizes
-from sglang_moe_ext.sorted_kernels import (
+from sglang_moe_ext.kernel_plans import (
     Down,
     DownConfig,
     DownForm,
