@@ -299,7 +299,7 @@ def deep_gemm(race: Race) -> list[Candidate]:
     if layer.scheme == "channel":
         return []
     try:
-        import deep_gemm as library  # type: ignore[import-not-found]
+        import deep_gemm as library
     except (ImportError, OSError, RuntimeError, AssertionError) as error:
         print(f"DeepGEMM is left out: {type(error).__name__}: {error}", file=sys.stderr)
         return []

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from sglang_moe_ext import __version__, env
 from sglang_moe_ext.cli import (
+    bench,
     capture,
     check_tables,
     clean,
@@ -31,6 +32,7 @@ COMMANDS = (
     tune.COMMAND,
     plan.COMMAND,
     doctor.COMMAND,
+    bench.COMMAND,
     e2e.COMMAND,
     list_tables.COMMAND,
     check_tables.COMMAND,

@@ -126,7 +126,10 @@ def check(arguments: argparse.Namespace) -> None:
     """
     seed = arguments.seed
     if arguments.use_deep_gemm:
-        raise MoEExtError("--use-deep-gemm: DeepGEMM reads no table, so there is nothing to tune: leave it out")
+        raise MoEExtError(
+            "--use-deep-gemm: DeepGEMM reads no table, so there is nothing to tune: leave it out; "
+            "`sglang-moe-ext bench --backends tuned deep_gemm` compares the two"
+        )
     deadline = None if arguments.deadline is None else arguments.deadline.seconds
     for flag, seconds in (("--budget", arguments.budget), ("--deadline", deadline)):
         if seconds is not None and not 0 < seconds < math.inf:

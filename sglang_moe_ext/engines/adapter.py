@@ -61,6 +61,9 @@ class EngineAdapter(Protocol):
     def start_probe(self, environment: Mapping[str, str]) -> ProbeLike:
         """A process of it under that environment, started now, with our hooks in it as a server has them."""
 
+    def start_alone(self, environment: Mapping[str, str]) -> ProbeLike:
+        """The same, without our hooks."""
+
     def start_reader(self, environment: Mapping[str, str]) -> ProbeLike:
         """The same, without the parts of the engine that a lookup does not need. It is told which GPU it runs on.
 

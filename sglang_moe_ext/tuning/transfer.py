@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from sglang_moe_ext.core import PROJECTIONS, MoEShape, Projection, StoreError, TileConfig
 from sglang_moe_ext.engines.adapter import EngineName
 from sglang_moe_ext.engines.registry import ENGINES
-from sglang_moe_ext.kernel_plans import Plan
 from sglang_moe_ext.models import parse_shape
 from sglang_moe_ext.tuning.bench.messages import Accuracy, BenchGemm, CheckAccuracy, GemmTimes
 from sglang_moe_ext.tuning.run.journal_reader import Recording
@@ -108,7 +107,7 @@ def _times(journal: Recording) -> dict[int, Times]:
 
 def _wrong(journal: Recording, shape: MoEShape) -> Iterable[TileConfig]:
     for request, result in journal.results.values():
-        if not isinstance(request, CheckAccuracy) or isinstance(request.pair, Plan):
+        if not isinstance(request, CheckAccuracy) or not isinstance(request.pair, dict):
             continue  # our own kernels run no tile of a table
         if isinstance(result, Accuracy) and not is_right(shape, result.error):
             yield from request.pair.values()

@@ -43,6 +43,10 @@ def start_probe(environment: Mapping[str, str]) -> ProbeProcess:
     return lookup_probe.AS_SERVED.start(environment)
 
 
+def start_alone(environment: Mapping[str, str]) -> ProbeProcess:
+    return lookup_probe.ALONE.start(environment)
+
+
 def start_reader(environment: Mapping[str, str]) -> ProbeProcess:
     return lookup_probe.FROM_FILES.start(environment)
 

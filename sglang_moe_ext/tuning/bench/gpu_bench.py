@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sglang_moe_ext.core import MoEShape
+from sglang_moe_ext.core import EngineError, MoEShape
 from sglang_moe_ext.engines.adapter import EngineName
 from sglang_moe_ext.few_tokens_config import FewTokensConfig
 from sglang_moe_ext.kernel_plans import Plan
@@ -24,6 +24,7 @@ from sglang_moe_ext.tuning.bench.messages import (
     CheckAccuracy,
     GemmTimes,
     LayerTimes,
+    LibraryLayer,
     Runner,
 )
 from sglang_moe_ext.tuning.bench.routing import RoutingSource
@@ -31,6 +32,7 @@ from sglang_moe_ext.tuning.bench.routing import RoutingSource
 if TYPE_CHECKING:
     import torch
 
+    from sglang_moe_ext.engines.libraries.layer_library import RunLayer
     from sglang_moe_ext.kernels.launcher import RecordedLaunch
     from sglang_moe_ext.tuning.bench.clocks import ClockReading
     from sglang_moe_ext.tuning.bench.graph_timer import GraphStopwatch
@@ -79,6 +81,7 @@ class GpuBench:
         self._graph_stopwatch: GraphStopwatch | None = None
         self._clocks = ClockWatch(0)
         self._batch: LayerBatch | None = None
+        self._libraries: dict[str, RunLayer] = {}
         self._screens = 0
 
     def measure(self, request: BenchRequest) -> BenchResult:
@@ -170,10 +173,24 @@ class GpuBench:
 
     def _whole(self, batch: LayerBatch, runner: Runner) -> Callable[[int], torch.Tensor]:
         layer, adapter = self.layer, self.layer.adapter
+        if isinstance(runner, LibraryLayer):
+            run = self._library(runner.name, batch)
+            return lambda turn: run(layer.whole(batch, turn))
         if isinstance(runner, Plan):
             return lambda turn: adapter.run_kernel_plan(layer.engine, layer.shape, layer.whole(batch, turn), runner)
         up, down = runner["up"], runner["down"]
         return lambda turn: adapter.run_layer(layer.engine, layer.shape, layer.whole(batch, turn), up, down)
+
+    def _library(self, name: str, batch: LayerBatch) -> RunLayer:
+        """Raises EngineError where it cannot run this layer here."""
+        from sglang_moe_ext.engines.libraries.layer_library import why_not_usable
+        from sglang_moe_ext.engines.libraries.registry import LIBRARIES
+
+        if name not in self._libraries:
+            if (why := why_not_usable(LIBRARIES[name], self.layer.shape)) is not None:
+                raise EngineError(why)
+            self._libraries[name] = LIBRARIES[name].prepare(self.layer.shape, self.layer.whole(batch, 0))
+        return self._libraries[name]
 
     def _time_layers(self, request: BenchLayers) -> LayerTimes:
         from sglang_moe_ext.tuning.bench.layer import ROUTINGS

@@ -8,22 +8,34 @@ from typing import ClassVar
 
 from sglang_moe_ext.core import CompileKey, Failure, Projection, TileConfig
 from sglang_moe_ext.few_tokens_config import FewTokensConfig
-from sglang_moe_ext.kernel_plans import KernelPlan, Plan
+from sglang_moe_ext.kernel_plans import KernelPlan
 
 Pair = dict[Projection, TileConfig]
 """The configurations of the up and the down GEMM. Both share one BLOCK_SIZE_M."""
-Runner = Pair | KernelPlan | FewTokensConfig
-"""What a layer can run: the engine's own kernels with a pair, or our kernels with a plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class LibraryLayer:
+    """The whole layer by another library's kernels; `name`: a key of `engines.libraries.registry.LIBRARIES`."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Runner = Pair | KernelPlan | FewTokensConfig | LibraryLayer
+"""What a layer can run: the engine's own kernels with a pair, our kernels with a plan, or another library."""
 
 
 def identity(runner: Runner) -> Hashable:
     """Equal for two runners that run the same kernels."""
-    return runner if isinstance(runner, Plan) else (runner["up"], runner["down"])
+    return (runner["up"], runner["down"]) if isinstance(runner, dict) else runner
 
 
 def describe(runner: Runner) -> str:
     """The runner's name in a log."""
-    return str(runner) if isinstance(runner, Plan) else f"up {runner['up']}, down {runner['down']}"
+    return f"up {runner['up']}, down {runner['down']}" if isinstance(runner, dict) else str(runner)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from sglang_moe_ext.tuning.bench.messages import (
     CheckAccuracy,
     GemmTimes,
     LayerTimes,
+    LibraryLayer,
     Pair,
     Runner,
 )
@@ -69,6 +70,8 @@ def _request_fields(request: BenchRequest) -> dict[str, object]:
 
 
 def _of_runner(runner: Runner) -> object:
+    if isinstance(runner, LibraryLayer):
+        return {"library": runner.name}
     if isinstance(runner, Plan):
         return plan_table.document_of(runner)
     return [_of_config(runner["up"]), _of_config(runner["down"])]
@@ -183,7 +186,12 @@ def _check_accuracy(document: Any) -> CheckAccuracy:
 
 
 def _runner(document: Any) -> Runner:
-    return _plan(document) if isinstance(document, dict) else _pair(document)
+    match document:
+        case {"library": str(name), **rest} if not rest:
+            return LibraryLayer(name)
+        case dict():
+            return _plan(document)
+    return _pair(document)
 
 
 def _plan(document: Any) -> Plan:

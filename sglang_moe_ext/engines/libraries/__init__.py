@@ -1,0 +1,1 @@
+"""Fused-MoE kernels of other libraries, as `bench` compares them: one module each, with one `LayerLibrary`."""
