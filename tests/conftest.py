@@ -13,6 +13,7 @@ from hypothesis import settings
 from tests.engines.installed import forked_python
 from tests.examples import examples
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other: more threads wait for cores, and spin
 settings.register_profile("check", deadline=None, derandomize=True, database=None)
 settings.register_profile("fuzz", deadline=None, max_examples=examples(100), print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "check"))
@@ -27,7 +28,12 @@ STARTERS = (
     "sglang_moe_ext.tuning.run.ray_executor",
 )
 """Modules whose functions and classes start an engine, a compiler, or processes that measure or compile."""
-SLOW = ("tests/servers/", "tests/kernels/test_in_interpreter.py", "tests/models/test_every_transformers_class.py")
+SLOW = (
+    "tests/servers/",
+    "tests/kernels/test_in_interpreter.py",
+    "tests/kernels/test_quick_interpreter.py",
+    "tests/models/test_every_transformers_class.py",
+)
 """Tests that start a server, an interpreter or another Python by other means."""
 
 
