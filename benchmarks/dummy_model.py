@@ -9,15 +9,16 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerFast
-from transformers.models.glm4_moe_lite import Glm4MoeLiteConfig
-from transformers.models.qwen3_moe import Qwen3MoeConfig
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def glm_4_7_flash() -> PreTrainedConfig:
     """The class defaults are the checkpoint's numbers."""
+    from transformers.models.glm4_moe_lite import Glm4MoeLiteConfig
+
     config = Glm4MoeLiteConfig()
     config.architectures = ["Glm4MoeLiteForCausalLM"]
     return config
@@ -25,6 +26,8 @@ def glm_4_7_flash() -> PreTrainedConfig:
 
 def qwen3_30b_a3b() -> PreTrainedConfig:
     """Numbers of the published config.json."""
+    from transformers.models.qwen3_moe import Qwen3MoeConfig
+
     config = Qwen3MoeConfig(
         hidden_size=2048,
         num_hidden_layers=48,
@@ -54,6 +57,7 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedConfig], dict[str, Any]]] = {
 def write_tokenizer(folder: Path) -> None:
     """A thousand words and one for the rest."""
     from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
     words = {f"word{number}": number for number in range(1000)} | {"<unk>": 1000}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))

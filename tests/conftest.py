@@ -44,6 +44,7 @@ def triton_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     session = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(session / "triton"))
+        patch.setenv("TRITON_DISABLE_LINE_INFO", "1")  # a tenth of the time of a compiler, and no instruction
         yield
 
 

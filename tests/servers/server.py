@@ -23,6 +23,7 @@ LIFE_S = 900
 FLAGS = (
     *("--device", "cpu", "--host", "127.0.0.1", "--attention-backend", "torch_native"),
     *("--moe-runner-backend", "triton", "--mem-fraction-static", "0.1", "--max-total-tokens", "2048"),
+    "--sleep-on-idle",  # its scheduler would keep a core busy while a test waits for another server
 )
 # Without the fifth, the first request waits for a C++ compiler.
 SETTINGS = {
