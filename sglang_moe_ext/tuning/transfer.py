@@ -81,7 +81,7 @@ def best_configs(journal: Recording, source: JournalSource, engine: EngineName) 
     wrong = set(_wrong(journal, source.shape))
     effective_config, quantization = ENGINES[engine].effective_config, source.shape.quantization
     found: dict[int, TransferredConfig] = {}
-    for tokens, times in sorted(_times(journal).items()):
+    for tokens, times in sorted(times_of(journal).items()):
         fit = (config for config in screening.rank_shared(times) if not config.use_tma and config not in wrong)
         if (config := next(fit, None)) is not None:
             us = sum(times[projection][config] for projection in PROJECTIONS)
@@ -89,7 +89,7 @@ def best_configs(journal: Recording, source: JournalSource, engine: EngineName) 
     return found
 
 
-def _times(journal: Recording) -> dict[int, Times]:
+def times_of(journal: Recording) -> dict[int, Times]:
     """The median of each configuration's samples, by M and GEMM; of two screens of one, the one with more samples."""
     samples: dict[int, dict[Projection, dict[TileConfig, tuple[float, ...]]]] = {}
     for request, result in journal.results.values():
