@@ -24,6 +24,7 @@ from sglang_moe_ext.cli import (
     overlay,
     patch,
     plan,
+    report,
     tune,
 )
 from sglang_moe_ext.cli.command import EXIT_STATUS, PROGRAM
@@ -34,6 +35,7 @@ COMMANDS = (
     doctor.COMMAND,
     bench.COMMAND,
     e2e.COMMAND,
+    report.COMMAND,
     list_tables.COMMAND,
     check_tables.COMMAND,
     import_tables.COMMAND,

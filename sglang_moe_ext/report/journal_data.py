@@ -101,9 +101,7 @@ def read(path: Path) -> ReportedRun:
         commands=(),
         rows=rows,
         tolerated_error=find_row(shape.quantization.scheme).tolerated_error,
-        files=tuple(
-            adapter.file_name(adapter.table_key(shape, source.device_name, down=down)) for down in downs
-        ),
+        files=tuple(adapter.file_name(adapter.table_key(shape, source.device_name, down=down)) for down in downs),
         space=space,
         regret=regret,
         notes=tuple(notes),
@@ -251,7 +249,7 @@ def _choose(comparison: BenchLayers | None, shape: MoEShape, measure: Measure) -
     )
 
 
-def _row(  # noqa: PLR0913, PLR0917 - what is known of one M, from six places
+def _row(
     m: int,
     chosen: MeasuredChoice[Runner] | None,
     ours: MeasuredChoice[Runner] | None,

@@ -39,9 +39,7 @@ def map_space(problem: Problem, times: Mapping[int, Times]) -> SpaceMap:
         )
         for key in keys
     )
-    timed = {
-        (projection, config) for of_m in times.values() for projection, of in of_m.items() for config in of
-    }
+    timed = {(projection, config) for of_m in times.values() for projection, of in of_m.items() for config in of}
     return SpaceMap(
         cells=cells,
         configurations=len(everything),
@@ -95,7 +93,7 @@ def rank_regret(problem: Problem, times: Mapping[int, Times]) -> tuple[RegretRow
         }
         if not measured:
             continue
-        order = sorted(measured, key=lambda config: (predict.estimate_us(config, problem, m), config))  # noqa: B023
+        order = sorted(measured, key=lambda config: (predict.estimate_us(config, problem, m), config))
         best, least, curve = min(measured.values()), float("inf"), []
         for config in order:
             least = min(least, measured[config])
