@@ -162,8 +162,8 @@ COMMAND = Command(
     summary="draw a run or a table: one page with figures, and the text of a pull request",
     description=(
         "Draw a tuning run, or tables: time and gain over the number of tokens, the search space, the predicted\n"
-        "order, errors, clocks and noise, the environment. Writes one HTML page that loads nothing, a PNG of each figure, a\n"
-        "JSON document, and the text of a pull request to SGLang or vLLM. Nothing in it is random: it takes no seed."
+        "order, errors, clocks and noise, the environment. Writes one HTML page that loads nothing, a PNG of each\n"
+        "figure, a JSON document, and the text of a pull request to SGLang or vLLM. Nothing in it is random."
     ),
     examples=(
         ("sglang-moe-ext report", "the newest run of your store"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from sglang_moe_ext.report.run_data import (
     mean_gain,
     tuned_gains,
 )
+from sglang_moe_ext.tuning.search.statistics import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 HEAT_STEPS = (1.05, 1.2, 1.5, 2.0)
 """Bounds of the classes of the map: times the best of the GEMM."""
 _WIDTH = 8.0
-_LETTERS = "SATQWXYZ"
 
 Draw = Callable[[ReportedRun, str], DrawnFigure | None]
 
@@ -42,25 +43,26 @@ def draw_all(run: ReportedRun, prefix: str, progress: Callable[[int, int], None]
 
 
 def _draw_times(run: ReportedRun, name: str) -> DrawnFigure | None:
-    stock = [(row.m, row.stock_us) for row in run.rows if row.stock_us]
-    tuned = [(row.m, row.tuned_us) for row in run.rows if row.tuned_us]
-    predicted = [(row.m, row.predicted_us) for row in run.rows if row.predicted_us]
-    floor = [(row.m, row.floor_us) for row in run.rows if row.floor_us]
-    won = [(row.m, row.kernels) for row in run.rows if row.kernels is not None and row.kernels.us]
-    if not (stock or tuned or predicted):
+    stock = [(row.m, row.stock_us) for row in run.rows]
+    tuned = [(row.m, row.tuned_us) for row in run.rows]
+    predicted = [(row.m, row.predicted_us) for row in run.rows]
+    if all(us is None for _, us in (*stock, *tuned, *predicted)):
         return None
     figure = drawing.new_figure(_WIDTH, 4.6)
     axes = figure.subplots()
-    _line(axes, floor, "muted", "roofline (uniform routing)", dashes=":", marker="")
+    _line(
+        axes, [(row.m, row.floor_us) for row in run.rows], "muted", "roofline (uniform routing)", dashes=":", marker=""
+    )
     _line(axes, stock, "stock", "stock, before tuning", dashes="--", marker="s")
     _line(axes, tuned, "tuned", "tuned", marker="o")
     _line(axes, predicted, "tuned", "predicted, both GEMMs", dashes="-.", marker="x")
-    for in_graph, marker, how in ((False, "^", "our kernels"), (True, "v", "our kernels, in CUDA graphs")):
-        of_kind = [(m, row) for m, row in won if row.in_graph == in_graph]
-        _line(axes, [(m, row.us) for m, row in of_kind if row.us], "kernels", how, marker=marker)
-        if in_graph:
-            engines = [(m, row.engine_us) for m, row in of_kind if row.engine_us]
-            _line(axes, engines, "tuned", "tuned, in CUDA graphs", dashes=":", marker="d")
+    graphs = [(row.m, row.kernels if row.kernels is not None and row.kernels.in_graph else None) for row in run.rows]
+    others = [(row.m, None if row.kernels is None or row.kernels.in_graph else row.kernels.us) for row in run.rows]
+    _line(axes, others, "kernels", "our kernels", marker="^")
+    in_graphs = [(m, None if row is None else row.us) for m, row in graphs]
+    engines = [(m, None if row is None else row.engine_us) for m, row in graphs]
+    _line(axes, in_graphs, "kernels", "our kernels, in CUDA graphs", dashes="--", marker="v")
+    _line(axes, engines, "tuned", "tuned, in CUDA graphs", dashes=":", marker="d")
     _over_tokens(axes, [row.m for row in run.rows])
     axes.set_yscale("log")
     _plain_numbers(axes.yaxis)
@@ -78,9 +80,9 @@ def _draw_times(run: ReportedRun, name: str) -> DrawnFigure | None:
 
 
 def _draw_gains(run: ReportedRun, name: str) -> DrawnFigure | None:
-    tuned = [(row.m, row.gain) for row in run.rows if row.gain is not None]
-    ours = [(row.m, row.kernels.gain) for row in run.rows if row.kernels is not None and row.kernels.gain]
-    if not tuned and not ours:
+    tuned = [(row.m, row.gain) for row in run.rows]
+    ours = [(row.m, None if row.kernels is None else row.kernels.gain) for row in run.rows]
+    if not any(gain for _, gain in (*tuned, *ours)):
         return None
     figure = drawing.new_figure(_WIDTH, 4.0)
     axes = figure.subplots()
@@ -89,22 +91,8 @@ def _draw_gains(run: ReportedRun, name: str) -> DrawnFigure | None:
         (tuned, "tuned", "tuned over stock", "o", "-"),
         (ours, "kernels", "our kernels over the tuned engine", "^", "--"),
     ):
-        if points:
-            values = [gain.value for _, gain in points]
-            errors = (
-                [gain.value - gain.low for _, gain in points],
-                [gain.high - gain.value for _, gain in points],
-            )
-            axes.errorbar(
-                [m for m, _ in points],
-                values,
-                yerr=errors,
-                color=LIGHT[colour],
-                label=label,
-                marker=marker,
-                linestyle=dashes,
-                capsize=3,
-            )
+        if any(gain for _, gain in points):
+            _intervals(axes, points, colour, label, marker, dashes)
     _over_tokens(axes, [row.m for row in run.rows])
     axes.set_ylabel("times faster")
     axes.legend(loc="best")
@@ -130,7 +118,7 @@ def _draw_space(run: ReportedRun, name: str) -> DrawnFigure | None:
 
     columns = sorted({(cell.block_m, cell.block_n) for cell in space.cells})
     lines = sorted({(cell.block_k, cell.num_warps, cell.num_stages) for cell in space.cells})
-    letters = {rule: _LETTERS[place] for place, rule in enumerate(_rules(space))}
+    letters = _letters(space)
     figure = drawing.new_figure(_WIDTH + 1.5, 0.22 * len(lines) * 2 + 2.6)
     grids = figure.subplots(2, 1, sharex=True)
     for axes, projection in zip(grids, PROJECTIONS, strict=True):
@@ -149,7 +137,10 @@ def _draw_space(run: ReportedRun, name: str) -> DrawnFigure | None:
         for colour, low, high in zip(drawing.HEAT, bounds, (*bounds[1:], ""), strict=True)
     ]
     patches.append(Patch(facecolor=LIGHT["paper"], edgecolor=LIGHT["muted"], label="kept, not timed"))
-    patches += [Patch(facecolor=LIGHT["panel"], label=f"{letter}  {rule}") for rule, letter in letters.items()]
+    patches += [
+        Patch(facecolor=LIGHT["panel"], edgecolor=LIGHT["grid"], label=f"{letter}  {rule}")
+        for rule, letter in letters.items()
+    ]
     figure.legend(handles=patches, loc="outside lower center", ncols=4, fontsize=8)
     dropped = ", ".join(f"{count} by {rule}" for rule, count in space.dropped.items()) or "none"
     alt = (
@@ -163,8 +154,14 @@ def _draw_space(run: ReportedRun, name: str) -> DrawnFigure | None:
     return drawing.finish(figure, name, "Search space", alt, caption)
 
 
-def _rules(space: SpaceMap) -> list[str]:
-    return [rule for rule in space.why if any(cell.dropped_by == rule for cell in space.cells)]
+def _letters(space: SpaceMap) -> dict[str, str]:
+    """For each rule that drops something, a letter of its name that no other rule has."""
+    letters: dict[str, str] = {}
+    dropping = {cell.dropped_by for cell in space.cells}
+    for rule in space.why:
+        if rule in dropping:
+            letters[rule] = next(letter for letter in f"{rule.upper()}0123456789" if letter not in letters.values())
+    return letters
 
 
 def _fill_map(
@@ -256,9 +253,10 @@ def _draw_regret(run: ReportedRun, name: str) -> DrawnFigure | None:
 
 
 def _draw_errors(run: ReportedRun, name: str) -> DrawnFigure | None:
-    tuned = [(row.m, row.error) for row in run.rows if row.error]
-    ours = [(row.m, row.kernels.error) for row in run.rows if row.kernels is not None and row.kernels.error]
-    if not tuned and not ours:
+    tuned = [(row.m, row.error or None) for row in run.rows]
+    ours = [(row.m, (row.kernels.error or None) if row.kernels is not None else None) for row in run.rows]
+    errors = [error for _, error in (*tuned, *ours) if error is not None]
+    if not errors:
         return None
     figure = drawing.new_figure(_WIDTH, 3.4)
     axes = figure.subplots()
@@ -272,8 +270,7 @@ def _draw_errors(run: ReportedRun, name: str) -> DrawnFigure | None:
     axes.set_ylabel("relative error")
     axes.legend(loc="best")
     bound = "" if run.tolerated_error is None else f" Tolerated: {run.tolerated_error:.1e}."
-    most = max(error for _, error in (*tuned, *ours))
-    alt = f"Relative error of the layer against float32 over the number of tokens: {most:.1e} at most.{bound}"
+    alt = f"Relative error of the layer against float32 over the number of tokens: {max(errors):.1e} at most.{bound}"
     caption = "Error of the chosen layer against the reference in float32, on fresh inputs and poisoned buffers."
     return drawing.finish(figure, name, "Error", alt, caption)
 
@@ -343,7 +340,7 @@ def draw_comparison(shared: Sequence[tuple[TokensRow, TokensRow]]) -> DrawnFigur
         mean = mean_gain([a / b for _, a, b in points])
         alt = f"Times of run A and run B over the number of tokens: B is {mean:.3f} times as fast, geometric mean."
         caption = "The two runs were not interleaved: a ratio has no interval, and clocks and inputs may differ."
-        return drawing.finish(figure, name, "Run A against run B", alt, caption)
+        return drawing.finish(figure, name, "Times of both, and their ratio", alt, caption)
 
 
 def _line(
@@ -355,16 +352,32 @@ def _line(
     dashes: str = "-",
     marker: str = "o",
 ) -> None:
-    known = [(m, value) for m, value in points if value is not None]
-    if known:
+    if any(value is not None for _, value in points):
         axes.plot(
-            [m for m, _ in known],
-            [value for _, value in known],
+            [m for m, _ in points],
+            [math.nan if value is None else value for _, value in points],
             color=LIGHT[colour],
             linestyle=dashes or "none",
             marker=marker or None,
             label=label or None,
         )
+
+
+def _intervals(
+    axes: Axes, points: Sequence[tuple[int, Interval | None]], colour: str, label: str, marker: str, dashes: str
+) -> None:
+    """Gains with their bounds; the line has a gap where there is none."""
+    known = [(m, Interval(math.nan, math.nan, math.nan) if gain is None else gain) for m, gain in points]
+    axes.errorbar(
+        [m for m, _ in known],
+        [gain.value for _, gain in known],
+        yerr=([gain.value - gain.low for _, gain in known], [gain.high - gain.value for _, gain in known]),
+        color=LIGHT[colour],
+        label=label,
+        marker=marker,
+        linestyle=dashes,
+        capsize=3,
+    )
 
 
 def _over_tokens(axes: Axes, tokens: Sequence[int]) -> None:
@@ -384,7 +397,8 @@ def _plain_numbers(axis: Any) -> None:
 
 
 def _ends(what: str, points: Sequence[tuple[int, float | None]]) -> str:
-    if not points:
+    known = [(m, us) for m, us in points if us is not None]
+    if not known:
         return ""
-    (first, least), (last, most) = points[0], points[-1]
+    (first, least), (last, most) = known[0], known[-1]
     return f"{what}: {least:.1f} us at M={first}, {most:.1f} us at M={last}."

@@ -140,7 +140,7 @@ def _entry(row: TokensRow) -> tuple[Cell, ...]:
     ours = row.kernels
     tuned_us = row.predicted_us if row.tuned_us is None else row.tuned_us
     reached = None if row.floor_us is None or tuned_us is None else row.floor_us / tuned_us
-    plan = None if ours is None else ours.plan or "the engine's were as fast"
+    plan = None if ours is None else ours.plan or "none was faster, or none was tried"
     return (
         _number(row.m, "d"),
         _text(row.origin),

@@ -27,7 +27,7 @@ def write(run: ReportedRun) -> str:
     parts = [
         f"# {title}",
         f"## {form.motivation}",
-        f"{engine} has no table, or a slower one, for this layer on this GPU. {_summary(run)}",
+        f"Kernel configurations for this MoE layer on this GPU. {_summary(run, engine)}",
         _list(
             ("layer", run.name if run.shape is None else str(run.shape)),
             ("GPU", gpu),
@@ -52,12 +52,17 @@ def _model(run: ReportedRun) -> str:
     return dict(run.environment).get("model", NOT_RECORDED) if run.kind == "table" else run.name
 
 
-def _summary(run: ReportedRun) -> str:
+def _summary(run: ReportedRun, engine: str) -> str:
+    unmeasured = [row.m for row in run.rows if row.origin != "measured"]
+    warning = f" {len(unmeasured)} of {len(run.rows)} entries were NOT measured on this GPU." if unmeasured else ""
     gains = tuned_gains(run)
     if (mean := mean_gain(list(gains.values()))) is None:
-        return "What it gains is not recorded."
+        return f"What they gain is not recorded.{warning}"
     best = max(gains, key=gains.__getitem__)
-    return f"These gain {mean:.2f}x (geometric mean of {len(gains)} batch sizes), {gains[best]:.2f}x at M={best}."
+    return (
+        f"Against what {engine} ran there before they gain {mean:.2f}x (geometric mean of {len(gains)} batch sizes), "
+        f"{gains[best]:.2f}x at M={best}.{warning}"
+    )
 
 
 def _accuracy(run: ReportedRun) -> str:

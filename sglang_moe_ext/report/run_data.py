@@ -20,7 +20,7 @@ class KernelsRow:
     """Our own kernels at one M, against the engine's kernels with the tuned pair in the same comparison.
 
     `in_graph`: both were timed in CUDA graphs, whose times compare with each other alone. `plan` is None where the
-    engine's kernels were as fast; then there are no figures of ours.
+    engine's kernels were as fast, or none of ours was tried; then there are no figures of ours.
     """
 
     plan: str | None

@@ -54,7 +54,7 @@ def read(path: Path) -> ReportedRun:
         triton=given.triton if given.triton is None else show(given.triton),
         shape=shape,
         gpu=gpu,
-        device_name=show(given.key.device_name),
+        device_name=show(given.key.device_name).replace("_", " "),
         environment=_environment(runs),
         commands=tuple(dict.fromkeys(show(run.command, 1000) for run in runs[:_MOST_RUNS])),
         rows=_rows(path, given, shape, gpu),
@@ -130,7 +130,7 @@ def _kernels_row(path: Path, m: int, entry: KernelEntry | None) -> KernelsRow | 
     if entry is None:
         return None
     if entry.plan is None:
-        return KernelsRow(None)
+        return KernelsRow(None if entry.of_later is None else "a plan that only a later version knows")
     read_figure = _Figures(show(str(kernel_table.path_beside(path))), m, entry.figures)
     return KernelsRow(
         plan=str(entry.plan),

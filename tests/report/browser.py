@@ -109,7 +109,9 @@ class Browser:
         named = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")
         return [json.dumps(event["params"]) for event in self.events if event.get("method") in named]
 
-    def look(self, path: Path, *, width: int = 1200, height: int = 900, scheme: str = "light", scale: float = 1) -> None:
+    def look(
+        self, path: Path, *, width: int = 1200, height: int = 900, scheme: str = "light", scale: float = 1
+    ) -> None:
         """A picture of the whole page, at that width, on light or dark paper."""
         self.resize(width, height, scheme)
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip={
