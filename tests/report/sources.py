@@ -33,11 +33,13 @@ def of_table(path: Path) -> ReportedRun:
 
 
 def copied(table: Path, folder: Path) -> Path:
-    """The table with all that lies beside it, in a folder of its own."""
+    """The table with all that lies beside it, in a folder of its own for the same Triton."""
+    place = folder / "configs" / table.parent.name
+    place.mkdir(parents=True)
     for path in table.parent.glob(f"{table.stem}*"):
         if path.name.removeprefix(table.stem)[:1] in (".", "_"):
-            shutil.copy(path, folder / path.name)
-    return folder / table.name
+            shutil.copy(path, place / path.name)
+    return place / table.name
 
 
 def changed_provenance(table: Path, **of_run: Any) -> None:
