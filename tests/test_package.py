@@ -75,9 +75,10 @@ def test_the_wheel_asks_for_nothing_but_extras(wheel: Path) -> None:
         "sglang_moe_ext_startup.pth",
         "sglang_moe_ext/py.typed",
         "sglang_moe_ext/models/models.json",
+        "sglang_moe_ext/report/page.html",
         "sglang_moe_ext/_docs/index.md",
     ],
-    ids=["startup file", "type marker", "model facts", "documentation"],
+    ids=["startup file", "type marker", "model facts", "page of a report", "documentation"],
 )
 def test_the_wheel_carries(wheel: Path, name: str) -> None:
     with zipfile.ZipFile(wheel) as archive:

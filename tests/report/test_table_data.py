@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,11 @@ def test_a_table_has_the_figures_of_its_provenance() -> None:
 
 def test_our_kernels_come_from_the_file_beside_the_table() -> None:
     run = of_table(GLM_H200)
+    entries = json.loads(GLM_H200.with_name(f"{GLM_H200.stem}.paths.json").read_text())["entries"]
     first = run.rows[0].kernels
-    assert first is not None and first.in_graph and (first.us, first.engine_us) == (26.63, 36.07)
-    assert 16384 in kernels_gains(run)
+    assert first is not None and first.in_graph
+    assert (first.us, first.engine_us) == (entries["1"]["figures"]["us"], entries["1"]["figures"]["incumbent_us"])
+    assert set(kernels_gains(run)) == {int(m) for m, entry in entries.items() if entry["path"] is not None}
 
 
 def test_a_down_table_beside_it_gives_the_down_configurations() -> None:
@@ -66,7 +69,7 @@ def test_texts_of_a_stranger_are_short_and_on_one_line(tmp_path: Path) -> None:
 def test_a_figure_that_is_none_is_one_line(figure: str, tmp_path: Path) -> None:
     table = copied(GLM_H200, tmp_path)
     path = table.with_name(f"{table.stem}.provenance.json")
-    path.write_text(path.read_text().replace('"us": 51.31', f'"us": {figure}'))
+    path.write_text(re.sub(r'"us": [0-9.]+', f'"us": {figure}', path.read_text(), count=1))
     with pytest.raises(MoEExtError, match="the figure us at M=1 is"):
         table_data.read(table)
 
