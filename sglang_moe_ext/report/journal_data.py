@@ -13,10 +13,10 @@ from sglang_moe_ext.core import Gpu, GpuError, ModelError, MoEExtError, MoEShape
 from sglang_moe_ext.engines.registry import ENGINES
 from sglang_moe_ext.gpu.names import find_gpu
 from sglang_moe_ext.gpu.roofline import pair_floor_us
+from sglang_moe_ext.kernel_plans import Plan
 from sglang_moe_ext.report import search_space
 from sglang_moe_ext.report.run_data import NOT_RECORDED, KernelsRow, RegretRow, ReportedRun, SpaceMap, TokensRow
 from sglang_moe_ext.schemes import find_row
-from sglang_moe_ext.sorted_kernels import Plan
 from sglang_moe_ext.tuning import transfer
 from sglang_moe_ext.tuning.bench import messages_json
 from sglang_moe_ext.tuning.bench.messages import (

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from sglang_moe_ext.core import PROJECTIONS, CompileKey, Projection, TileConfig
 from sglang_moe_ext.report.run_data import RegretRow, SpaceCell, SpaceMap
-from sglang_moe_ext.tuning import plan
+from sglang_moe_ext.tuning import tune_plan
 from sglang_moe_ext.tuning.problem import Problem
 from sglang_moe_ext.tuning.search import predict, rocm_space, screening, space
 from sglang_moe_ext.tuning.search.screening import Times
@@ -22,8 +22,8 @@ def map_space(problem: Problem, times: Mapping[int, Times]) -> SpaceMap:
         GpuError: the GPU cannot multiply the layer's operands at all.
         ModelError: no candidate suits the layer.
     """
-    pruned = plan.prune_space(problem)
-    rules = plan.rules_of(problem.gpu)
+    pruned = tune_plan.prune_space(problem)
+    rules = tune_plan.rules_of(problem.gpu)
     everything = _full_space(problem)
     keys = dict.fromkeys(config.compile_key for config in everything)
     fastest = _slowdowns(times)

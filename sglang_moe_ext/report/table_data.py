@@ -14,8 +14,8 @@ from sglang_moe_ext.report.run_data import NOT_RECORDED, KernelsRow, ReportedRun
 from sglang_moe_ext.schemes import find_row
 from sglang_moe_ext.stock import given_table
 from sglang_moe_ext.stock.given_table import GivenTable
-from sglang_moe_ext.tables import config_table, kernel_table, provenance
-from sglang_moe_ext.tables.kernel_table import KernelEntry
+from sglang_moe_ext.tables import config_table, plan_table, provenance
+from sglang_moe_ext.tables.plan_table import KernelEntry
 from sglang_moe_ext.tables.provenance import TuningRun
 from sglang_moe_ext.tuning.search.statistics import Interval
 from sglang_moe_ext.untrusted import show
@@ -96,7 +96,7 @@ def _files(path: Path) -> tuple[str, ...]:
 def _rows(path: Path, given: GivenTable, shape: MoEShape | None, gpu: Gpu | None) -> tuple[TokensRow, ...]:
     down_path = _down_beside(path)
     down = config_table.read(down_path) if down_path.is_file() else given.table
-    ours = kernel_table.read(kernel_table.path_beside(path))
+    ours = plan_table.read(plan_table.path_beside(path))
     known = provenance.Provenance({}) if given.known is None else given.known
     rows: list[TokensRow] = []
     for m in sorted({*given.table, *(m for m, entry in ours.items() if entry.figures)}):
@@ -131,7 +131,7 @@ def _kernels_row(path: Path, m: int, entry: KernelEntry | None) -> KernelsRow | 
         return None
     if entry.plan is None:
         return KernelsRow(None if entry.of_later is None else "a plan that only a later version knows")
-    read_figure = _Figures(show(str(kernel_table.path_beside(path))), m, entry.figures)
+    read_figure = _Figures(show(str(plan_table.path_beside(path))), m, entry.figures)
     return KernelsRow(
         plan=str(entry.plan),
         us=read_figure("us"),
