@@ -32,7 +32,7 @@ from benchmarks.real_servers.forced_tables import Here
 from benchmarks.real_servers.servers import Clock
 from benchmarks.serving.http_server import CHECKOUT
 from sglang_moe_ext import env
-from sglang_moe_ext.core import EngineError, MoEExtError, MoEShape, Quantization, TileConfig
+from sglang_moe_ext.core import EngineError, MoEExtError, MoEShape, Quantization
 from sglang_moe_ext.engines.adapter import EngineName
 from sglang_moe_ext.engines.sglang import table_names as sglang_names
 from sglang_moe_ext.engines.vllm import table_names as vllm_names
@@ -72,9 +72,8 @@ SCHEMES = (
     Quantization("fp8_w8a8", per_channel=True),
     *(Quantization("fp8_w8a8", block) for block in ((64, 64), (64, 128), (128, 64), (128, 128))),
 )
-TOO_LARGE = TileConfig(block_m=128, block_n=256, block_k=128, group_m=8, num_warps=8, num_stages=5)
-"""491,520 bytes of shared memory in 16 bits: more than any GPU has."""
-TABLE = {1: forced_tables.TILE, 32: forced_tables.TILE, 64: TOO_LARGE, 222: TOO_LARGE, 1024: forced_tables.TILE}
+_TILE, _TOO_LARGE = forced_tables.TILE, forced_tables.TOO_LARGE
+TABLE = {1: _TILE, 32: _TILE, 64: _TOO_LARGE, 222: _TOO_LARGE, 1024: _TILE}
 SIXTEEN_BITS = KernelPlan(UpConfig(128, 128, 64, 8, 8, 4), DownConfig(128, 256, 64, 8, 8, 4, half_stores=True))
 EIGHT_BITS = KernelPlan(
     UpConfig(64, 128, 128, 8, 8, 2, persistent=False), DownConfig(64, 128, 128, 8, 4, 4, programs_per_sm=2)

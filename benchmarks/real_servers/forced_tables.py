@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sglang_moe_ext.core import EngineError, GpuError, MoEShape, TileConfig
+from sglang_moe_ext.core import EngineError, GpuError, MoEShape, Table, TileConfig
 from sglang_moe_ext.engines.sglang import installation, table_names
+from sglang_moe_ext.engines.table_names import TableNaming
 from sglang_moe_ext.gpu import specs
 from sglang_moe_ext.kernel_plans import DownConfig, KernelPlan, UpConfig
 from sglang_moe_ext.serving.kernel_selection import SHORTEST_US
@@ -18,6 +19,9 @@ from sglang_moe_ext.tables.provenance import TuningRun
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 TILE = TileConfig(block_m=32, block_n=64, block_k=64, group_m=4, num_warps=4, num_stages=3)
 """Legal for 16 bits on every GPU since Ampere; the engine's defaults have other tiles."""
+TABLE: Table = dict.fromkeys(TOKENS, TILE)
+TOO_LARGE = TileConfig(block_m=128, block_n=256, block_k=128, group_m=8, num_warps=8, num_stages=5)
+"""491,520 bytes of shared memory in 16 bits: more than any GPU has, so that the guard must make it smaller."""
 PLAN = KernelPlan(UpConfig(128, 128, 64, 8, 8, 4), DownConfig(128, 256, 64, 8, 8, 4, half_stores=True))
 PLANNED_TOKENS = (512, 4096)
 """Between them PLAN runs."""
@@ -61,15 +65,21 @@ def glm_layers(tp: int) -> tuple[MoEShape, ...]:
 
 
 def write(
-    folder: Path, shapes: Iterable[MoEShape], place: Here, tile: TileConfig = TILE, *, plan: KernelPlan | None = PLAN
+    folder: Path,
+    shapes: Iterable[MoEShape],
+    place: Here,
+    table: Table = TABLE,
+    *,
+    plan: KernelPlan | None = PLAN,
+    naming: TableNaming = table_names.NAMING,
 ) -> list[Path]:
     """The tables of these layers, up and down alike, with that plan beside each; `folder` has the `triton_*` folder."""
     versioned = folder / table_names.version_folder(place.triton)
     versioned.mkdir(parents=True, exist_ok=True)
     written = []
     for shape in shapes:
-        path = versioned / table_names.file_name(table_names.table_key(shape, place.device_name))
-        path.write_text(config_table.to_json(dict.fromkeys(TOKENS, tile)), encoding="utf-8")
+        path = versioned / naming.file_name(naming.key(shape, place.device_name))
+        path.write_text(config_table.to_json(table), encoding="utf-8")
         if plan is not None:
             plan_table.put(plan_table.path_beside(path), _entries(shape, plan, PLANNED_TOKENS))
         written.append(path)

@@ -136,7 +136,8 @@ def jobs(setup: Setup, bench: Bench, asked: argparse.Namespace) -> dict[str, Cal
     shapes = bench.cpu_shapes if setup.is_cpu else bench.shapes
     store, other = setup.out / "store", setup.out / "other_tile"
     forced_tables.write_store(store, shapes, place)
-    forced_tables.write(other / "configs", shapes, place, config_table.parse_tile(OTHER_TILE), plan=None)
+    table = dict.fromkeys(forced_tables.TOKENS, config_table.parse_tile(OTHER_TILE))
+    forced_tables.write(other / "configs", shapes, place, table, plan=None)
     kinds: dict[str, dict[str, str]] = {"stock": {}, "plugin": servers.with_store(store)}
     found: dict[str, Callable[[], Answers]] = {}
     for name in asked.cases:

@@ -29,6 +29,7 @@ from sglang_moe_ext.core import EngineError
 from sglang_moe_ext.e2e import server_process
 from sglang_moe_ext.e2e.client import Client
 from sglang_moe_ext.e2e.server_process import Server
+from sglang_moe_ext.engines.adapter import EngineName
 
 NO_GRAPHS = ("--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled")
 MANY_RANKS = ("--disable-custom-all-reduce", "--enforce-disable-flashinfer-allreduce-fusion")
@@ -41,6 +42,17 @@ FLAGS = (
     *("--disable-radix-cache", "--skip-server-warmup"),
 )
 """The memory for tokens is limited by their number, so that several servers fit beside each other."""
+VLLM_FLAGS = (
+    *("--load-format", "dummy", "--host", "127.0.0.1", "--seed", "0", "--enforce-eager", "--max-model-len", "4096"),
+    *("--gpu-memory-utilization", "0.4", "--kv-cache-memory-bytes", "1073741824", "--max-num-seqs", "16"),
+    *("--attention-backend", "TRITON_ATTN", "--moe-backend", "triton", "--no-enable-prefix-caching"),
+)
+VLLM_SETTINGS = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_USE_DEEP_GEMM": "0",
+    "VLLM_LOGGING_LEVEL": "INFO",
+}
 CPU_FLAGS = (
     *("--device", "cpu", "--host", "127.0.0.1", "--attention-backend", "torch_native", "--random-seed", "0"),
     *("--moe-runner-backend", "triton", "--mem-fraction-static", "0.1", "--max-total-tokens", "4096"),
@@ -77,6 +89,7 @@ class Setup:
     out: Path
     clock: Clock
     is_cpu: bool = False
+    engine: EngineName = "sglang"
 
     @property
     def vocabulary(self) -> int:
@@ -84,7 +97,10 @@ class Setup:
         return CPU_VOCABULARY if self.is_cpu else http_server.VOCABULARY
 
     def command(self, flags: Sequence[str]) -> list[str]:
-        """Of an SGLang server, before the flag of its port."""
+        """Of a server, before the flag of its port."""
+        if self.engine == "vllm":
+            words = ["-m", "vllm.entrypoints.cli.main", "serve", str(self.model), *VLLM_FLAGS, *flags]
+            return [sys.executable, "-W", "ignore", *words]
         base = CPU_FLAGS if self.is_cpu else FLAGS
         server = ("sglang.launch_server", "--model-path", str(self.model))
         return [sys.executable, "-W", "ignore", "-m", *server, *base, *flags]
@@ -97,7 +113,10 @@ class Setup:
         path = os.pathsep.join([str(self.site), str(CHECKOUT), *([inherited] if inherited else [])])
         ours = {"PYTHONPATH": path, ranks.RECORD: str(record), "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
         for_cpu = {**CPU_SETTINGS, "MOE_ON_CPU_LAUNCHES": str(self.out / f"{name}.launches")} if self.is_cpu else {}
-        return environment(stock=stock, more={**WITHOUT_MULTICAST, **ours, **for_cpu, **more})
+        of_engine = {**VLLM_SETTINGS, "VLLM_CACHE_ROOT": str(self.out / "cache")} if self.engine == "vllm" else {}
+        variables = environment(stock=stock, more={**WITHOUT_MULTICAST, **ours, **of_engine, **for_cpu, **more})
+        variables.pop(env.VLLM_PLUGINS, None)
+        return variables
 
     def record(self, name: str) -> Path:
         """The folder of the tokens that each rank of that server sampled."""
@@ -196,16 +215,17 @@ def prepare(asked: argparse.Namespace, scratch: Path, model: str = "glm_4_7_flas
 
 
 def circumstances(words: Sequence[str], module: str, place: Any) -> dict[str, Any]:
-    """GPU, engine, Triton, date and command of results."""
+    """GPU, engines, Triton, date and command of results."""
     import datetime
 
     from sglang_moe_ext.engines.sglang import installation
+    from sglang_moe_ext.engines.vllm import installation as vllm_installation
 
-    engine = installation.find()
+    engines = {"sglang": installation.find(), "vllm": vllm_installation.find()}
     return {
         "command": " ".join(["python", "-m", module, *words]),
         "gpu": place.device_name,
-        "engine": None if engine is None else f"sglang {engine.version_text}",
+        "engines": [f"{name} {it.version_text}" for name, it in engines.items() if it is not None],
         "triton": place.triton,
         "date": datetime.date.today().isoformat(),
     }

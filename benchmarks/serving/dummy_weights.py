@@ -15,18 +15,19 @@ if TYPE_CHECKING:
     import torch
 
 LOADER = "sglang.srt.model_loader.loader"
+VLLM_LOADER = "vllm.model_executor.model_loader.dummy_loader"
 FUNCTION = "initialize_dummy_weights"
 _SCALE_BLOCK = 128
 
 
-def put_in_place() -> None:
-    """Have the engine's dummy loader make these."""
-    loader = importlib.import_module(LOADER)
+def put_in_place(name: str = LOADER) -> None:
+    """Have the engine's dummy loader, a module of that name, make these."""
+    loader = importlib.import_module(name)
     getattr(loader, FUNCTION)  # raises where this release has no such function
     setattr(loader, FUNCTION, spread)
 
 
-def spread(model: Any) -> None:
+def spread(model: Any, *_: Any) -> None:
     """Fill each parameter from a seed of its own; sums over inputs of size 1 have size 1."""
     for name, parameter in model.state_dict().items():
         if parameter.is_floating_point():
