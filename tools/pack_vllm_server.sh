@@ -15,11 +15,11 @@ download() {
     2>"$work/log" || { cat "$work/log" >&2; exit 1; }
 }
 for package in 'compressed-tensors==0.17.0' 'diskcache==5.6.3' 'lark==1.2.2' 'outlines_core==0.2.14' 'llguidance>=1.7,<1.8' \
-  'fastapi>=0.133,<0.137' 'starlette>=1.0.1' 'apache-tvm-ffi==0.1.9' \
+  'fastapi>=0.133,<0.137' 'starlette>=1.0.1' 'apache-tvm-ffi==0.1.11' 'xgrammar==0.2.7' 'openai==3.57.0' dill httpcore2 httpx2 truststore \
   annotated-doc anyio attrs blake3 cachetools einops h11 httpcore httptools httpx ijson importlib_metadata jmespath jsonschema \
   jsonschema-specifications loguru model-hosting-container-standards msgpack opentelemetry-api orjson partial-json-parser \
   prometheus-fastapi-instrumentator prometheus_client psutil pybase64 python-json-logger python-multipart referencing rpds-py \
-  sentencepiece setproctitle six sniffio supervisor tiktoken uvicorn uvloop watchfiles xgrammar zipp; do
+  sentencepiece setproctitle six sniffio supervisor tiktoken uvicorn uvloop watchfiles zipp; do
   download "$work/wheels" "$package"
 done
 for wheel in "$work"/wheels/*.whl; do unzip -q -o "$wheel" -d "$work/site"; done
