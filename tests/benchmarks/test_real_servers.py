@@ -33,7 +33,7 @@ from sglang_moe_ext.core import EngineError, MoEShape, TileConfig
 from sglang_moe_ext.engines.sglang import table_names
 from sglang_moe_ext.serving import kernel_selection
 from sglang_moe_ext.serving.table_search import TableDir
-from sglang_moe_ext.tables import config_table, kernel_table
+from sglang_moe_ext.tables import config_table, plan_table
 
 STAMP = "[2026-11-27 13:14:00{}] {}"
 ACTIVE = "sglang-moe-ext 0.1.0 is active in SGLang 0.5.15, by the entry point"
@@ -288,7 +288,7 @@ def test_a_store_is_read_with_the_layers_times(tmp_path: Path) -> None:
     shape = MoEShape(8, 128, 256, 2)
     path = folder / table_names.file_name(table_names.table_key(shape, H100.device_name))
     path.write_text(config_table.to_json({1: forced_tables.TILE}))
-    kernel_table.put(kernel_table.path_beside(path), {})
+    plan_table.put(plan_table.path_beside(path), {})
     tables, figures = ray_tune.read(tmp_path)
     assert tables == {path.name: {1: forced_tables.TILE}}
     assert figures == {path.name: {}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tests.servers.server import Launch, Site, starting
@@ -24,10 +24,10 @@ class Run:
         return [line for line in self.log if all(word in line for word in words)]
 
 
-def of_each(version: str, *starts: tuple[Site, Mapping[str, str]]) -> list[Run]:
+def of_each(version: str, *starts: tuple[Site, Mapping[str, str]], flags: Sequence[str] = ()) -> list[Run]:
     """One server at each site, with that environment, all started at once: that takes far longer than the prompts."""
     with contextlib.ExitStack() as held:
-        servers = [held.enter_context(starting(site, version, settings)) for site, settings in starts]
+        servers = [held.enter_context(starting(site, version, settings, flags)) for site, settings in starts]
         runs: list[Run] = []
         for server in servers:
             server.wait_until_healthy()

@@ -21,17 +21,17 @@ OURS = TileConfig(block_m=32, block_n=16, block_k=64, group_m=4, num_warps=8, nu
 TABLE: Table = dict.fromkeys((1, 2, 4, 8, 16, 32, 64, 128), OURS)
 
 
-def path_in(store: Path) -> Path:
-    """Where the table lies, for the Triton of the tests."""
+def path_in(store: Path, shape: MoEShape = SHAPE) -> Path:
+    """Where the layer's table lies, for the Triton of the tests."""
     triton = installation.running_triton()
     assert triton is not None
-    name = table_names.file_name(table_names.table_key(SHAPE, DEVICE_NAME))
+    name = table_names.file_name(table_names.table_key(shape, DEVICE_NAME))
     return store / "tables" / "sglang" / table_names.version_folder(triton) / name
 
 
-def put(store: Path, text: str = config_table.to_json(TABLE)) -> Path:
+def put(store: Path, text: str = config_table.to_json(TABLE), shape: MoEShape = SHAPE) -> Path:
     """The file with that text, in that store."""
-    path = path_in(store)
+    path = path_in(store, shape)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     return path
