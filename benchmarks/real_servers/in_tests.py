@@ -12,6 +12,7 @@ import logging
 import os
 import site
 import time
+import types
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -115,7 +116,9 @@ def _workspace() -> Iterator[None]:
 def pytest_configure(config: Any) -> None:
     import pytest
 
-    config.pluginmanager.register(type("Fixtures", (), {"workspace_init": staticmethod(pytest.fixture(_workspace))})())
+    fixtures = types.ModuleType("fixtures_of_engine_tests")
+    vars(fixtures)["workspace_init"] = pytest.fixture(_workspace)
+    config.pluginmanager.register(fixtures)
 
 
 def read(folder: Path) -> tuple[list[dict[str, str]], Sequence[str], int]:
