@@ -101,8 +101,8 @@ class Row:
 
     engine: EngineName
     file: str
-    stock: Counter[str] = field(default_factory=Counter)
-    plugin: Counter[str] = field(default_factory=Counter)
+    stock: dict[str, int] = field(default_factory=dict)
+    plugin: dict[str, int] = field(default_factory=dict)
     plans: int = 0
     guarded: int = 0
     differ: list[str] = field(default_factory=list)
@@ -188,7 +188,8 @@ def run(folder: Path, file: str, out: Path, asked: argparse.Namespace, more: Map
 
 def compare(engine: EngineName, file: str, stock: Ran, plugin: Ran) -> Row:
     """What is told of a file."""
-    row = Row(engine, file, Counter(stock.outcomes.values()), Counter(plugin.outcomes.values()), plugin.plans)
+    in_stock, in_plugin = (dict(Counter(ran.outcomes.values())) for ran in (stock, plugin))
+    row = Row(engine, file, in_stock, in_plugin, plugin.plans)
     row.guarded = sum("instead" in line or "refused" in line for line in plugin.lines)
     for test, outcome in stock.outcomes.items():
         other = plugin.outcomes.get(test, "late")
@@ -197,7 +198,7 @@ def compare(engine: EngineName, file: str, stock: Ran, plugin: Ran) -> Row:
     ran = stock.outcomes.keys() & plugin.outcomes.keys()
     wrong = {
         f"no test ran: pytest ended with {stock.status} and {plugin.status}": not ran,
-        "the plugin was not active": bool(row.plugin["passed"])
+        "the plugin was not active": bool(row.plugin.get("passed"))
         and not any("is active in" in it for it in plugin.lines),
         "the stock tests had the plugin": bool(stock.lines),
     }
@@ -258,7 +259,7 @@ def table(told: Sequence[Row]) -> str:
     ]
     kinds = ("passed", "failed", "skipped", "late")
     for row in told:
-        stock, plugin = (" / ".join(str(counts[kind]) for kind in kinds) for counts in (row.stock, row.plugin))
+        stock, plugin = (" / ".join(str(counts.get(kind, 0)) for kind in kinds) for counts in (row.stock, row.plugin))
         ours = f"{len(row.differ)} | {row.plans} | {row.guarded}"
         lines.append(f"| {row.engine} | {Path(row.file).name} | {stock} | {plugin} | {ours} |")
     return "\n".join(lines)

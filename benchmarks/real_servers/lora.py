@@ -56,7 +56,7 @@ class Row:
 def modules(config: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
     """Name, inputs and outputs of each linear layer that the adapter has weights for."""
     hidden, head = config["hidden_size"], config["head_dim"]
-    inner, experts = config["moe_intermediate_size"], config.get("num_experts", config.get("num_local_experts"))
+    inner, experts = config["moe_intermediate_size"], _experts(config)
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     for layer in range(config["num_hidden_layers"]):
         prefix = f"base_model.model.model.layers.{layer}"
@@ -67,6 +67,11 @@ def modules(config: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
             at = f"{prefix}.mlp.experts.{expert}"
             for name, inputs, outputs in (("gate", hidden, inner), ("up", hidden, inner), ("down", inner, hidden)):
                 yield f"{at}.{name}_proj", inputs, outputs
+
+
+def _experts(config: Mapping[str, Any]) -> int:
+    """transformers 5 writes the second name."""
+    return int(config["num_experts"] if "num_experts" in config else config["num_local_experts"])
 
 
 def write_adapter(folder: Path, model: Path, rank: int) -> None:
@@ -96,6 +101,39 @@ def write_adapter(folder: Path, model: Path, rank: int) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
 
 
+def write_weights(model: Path) -> None:
+    """Random weights of the size that training starts with, one file a layer: SGLang loads no adapter onto dummies."""
+    import torch
+    from safetensors.torch import save_file
+
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    hidden, head = config["hidden_size"], config["head_dim"]
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        values: torch.Tensor = torch.randn(shape, generator=generator) * config["initializer_range"]
+        return values.bfloat16()
+
+    def ones(size: int) -> torch.Tensor:
+        return torch.ones(size, dtype=torch.bfloat16)
+
+    tables = {f"{name}.weight": drawn(config["vocab_size"], hidden) for name in ("model.embed_tokens", "lm_head")}
+    files = {"model-tables.safetensors": {**tables, "model.norm.weight": ones(hidden)}}
+    prefix = "base_model.model."
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}."
+        of_layer = (it for it in modules(config) if it[0].startswith(f"{prefix}{at}"))
+        weights = {f"{name.removeprefix(prefix)}.weight": drawn(outputs, inputs) for name, inputs, outputs in of_layer}
+        weights[f"{at}mlp.gate.weight"] = drawn(_experts(config), hidden)
+        weights |= {f"{at}{name}_layernorm.weight": ones(hidden) for name in ("input", "post_attention")}
+        weights |= {f"{at}self_attn.{name}_norm.weight": ones(head) for name in ("q", "k")}
+        files[f"model-layer{layer}.safetensors"] = weights
+    for file, weights in files.items():
+        save_file(weights, model / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, weights in files.items() for name in weights}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
 def serve(setup: Setup, name: str, asked: argparse.Namespace, more: Mapping[str, str]) -> Served:
     """Start a server with the adapter, ask every prompt twice, end it.
 
@@ -103,7 +141,7 @@ def serve(setup: Setup, name: str, asked: argparse.Namespace, more: Mapping[str,
         EngineError: it does not start, or not answer.
     """
     flags = ("--lora-paths", f"{ADAPTER}={setup.out / 'adapter'}", "--max-loras-per-batch", "2", *asked.server_flags)
-    flags = flags if setup.is_cpu else (*flags, *NO_GRAPHS)
+    flags = flags if setup.is_cpu else (*flags, *NO_GRAPHS, "--load-format", "auto")
     with setup.running(name, stock=name == "stock", flags=flags, more=more) as server:
         lengths = answers.lengths_of(asked.requests, 0 if setup.is_cpu else 2)
         wanted = answers.prompts(setup.vocabulary, lengths)
@@ -152,6 +190,8 @@ def main(words: Sequence[str] | None = None) -> int:
         setup = servers.prepare(asked, Path(scratch), "qwen3_30b_a3b")
         place = forced_tables.here(is_cpu=setup.is_cpu)
         write_adapter(setup.out / "adapter", setup.model, asked.rank)
+        if not setup.is_cpu:  # the model for a CPU has weights
+            write_weights(setup.model)
         forced_tables.write_store(setup.out / "store", CPU_SHAPES if setup.is_cpu else SHAPES, place)
         more = {"stock": {}, "plugin": servers.with_store(setup.out / "store")}
         gpus = {} if setup.is_cpu else {name: servers.gpus_of(at, 1, asked.gpus) for at, name in enumerate(more)}

@@ -31,7 +31,7 @@ def lines_of_ranks(log: str) -> dict[int, list[str]]:
     found: dict[int, list[str]] = {}
     for line in log.splitlines():
         match = _LINE.match(line)
-        if match and _OURS in match["text"]:
+        if match and match["text"].startswith(_OURS):  # a folder of that name stands in lines of the engine's
             rank = _RANK.search(match["tags"])
             found.setdefault(int(rank[1]) if rank else 0, []).append(match["text"])
     return found

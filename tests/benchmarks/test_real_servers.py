@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import threading
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,11 @@ def test_lines_are_told_by_the_rank_whose_log_they_are_in() -> None:
         [STAMP.format(" TP0", ACTIVE), STAMP.format(" TP1 EP1", ACTIVE), STAMP.format(" TP1", "another's"), ACTIVE]
     )
     assert ranks.lines_of_ranks(log) == {0: [ACTIVE], 1: [ACTIVE]}
+
+
+def test_a_folder_of_our_name_in_a_line_of_the_engines_is_no_line_of_ours() -> None:
+    engines = "Config file not found at /var/tmp/sglang-moe-ext-engine.gpu/sglang/configs/E=65.json"
+    assert ranks.lines_of_ranks(STAMP.format(" TP0", engines)) == {}
 
 
 def test_a_server_of_one_rank_marks_none() -> None:
@@ -302,3 +309,23 @@ def test_processes_are_found_by_a_word_of_their_environment() -> None:
     finally:
         child.kill()
         child.wait()
+
+
+def test_what_was_counted_of_a_file_of_tests_is_json(tmp_path: Path) -> None:
+    ran = engine_tests.Ran({"a": "passed", "b": "failed"}, {"b": "why"}, (ACTIVE,), 1, 0)
+    row = engine_tests.compare("sglang", "test_fused_moe.py", ran, ran)
+    servers.save(tmp_path / "found.json", {"files": [asdict(row)]})
+    assert json.loads((tmp_path / "found.json").read_text())["files"][0]["stock"] == {"passed": 1, "failed": 1}
+
+
+def test_the_weights_under_an_adapter_are_all_that_the_model_has(tmp_path: Path) -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32, vocab_size=96,
+        moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, intermediate_size=64,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    lora.write_weights(tmp_path)
+    _, found = Qwen3MoeForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert (set(found["missing_keys"]), set(found["unexpected_keys"])) == (set(), set())
