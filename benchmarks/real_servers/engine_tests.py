@@ -58,8 +58,8 @@ FILES: Mapping[EngineName, tuple[str, ...]] = {
 }
 WORDS: Mapping[str, str] = {
     "test_block_fp8.py": "FusedMoE",
-    "tests/kernels/moe/test_moe.py": "test_fused_moe or test_naive_block_assignment_moe",
-    "tests/kernels/moe/test_block_fp8.py": "fused_moe",
+    "tests/kernels/moe/test_moe.py": "test_fused_moe and not wn16 and not int64 or test_naive_block_assignment_moe",
+    "tests/kernels/moe/test_block_fp8.py": "w8a8_block_fp8_fused_moe",
     "tests/kernels/moe/test_modular_kernel_combinations.py": "single",
 }
 """`-k` of pytest: tests of the layer alone, where a file has others."""
