@@ -24,15 +24,21 @@ THEME: Mapping[str, tuple[str, str]] = {
     "tuned": ("#0072b2", "#56b4e9"),
     "kernels": ("#008f68", "#00b583"),
     "other": ("#b5638f", "#cc79a7"),
+    "heat1": ("#123570", "#fde737"),
+    "heat2": ("#575d6d", "#bcaf6f"),
+    "heat3": ("#8a8779", "#8a8779"),
+    "heat4": ("#bcaf6f", "#575d6d"),
+    "heat5": ("#ebdc78", "#123570"),
 }
 """By name, a colour on light and on dark paper: hues of the palette of Okabe and Ito, which all eyes tell apart.
 
 Blue and vermilion become sky blue and orange on dark paper. Series differ in marker and dash as well, for print.
+heat1 to heat5 go from the fastest to the slowest: five steps of the cividis scale of matplotlib, whose lightness
+changes steadily, so that it prints in grey. The fastest stand out most from either paper.
 """
-HEAT = ("#fde737", "#bcaf6f", "#8a8779", "#575d6d", "#123570")
-"""From the fastest to the slowest: the cividis scale of matplotlib, whose lightness falls steadily, so it prints."""
 LIGHT = {name: light for name, (light, _) in THEME.items()}
 
+HEAT = tuple(f"heat{step}" for step in range(1, 6))
 _STYLE: Mapping[str, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",

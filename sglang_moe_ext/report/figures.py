@@ -133,7 +133,7 @@ def _draw_space(run: ReportedRun, name: str) -> DrawnFigure | None:
     grids[-1].set_xlabel("BLOCK_SIZE_M x BLOCK_SIZE_N")
     bounds = ("1", *map(str, HEAT_STEPS))
     patches = [
-        Patch(facecolor=colour, label=f"{low} to {high}x the best" if high else f"over {low}x")
+        Patch(facecolor=LIGHT[colour], label=f"{low} to {high}x the best" if high else f"over {low}x")
         for colour, low, high in zip(drawing.HEAT, bounds, (*bounds[1:], ""), strict=True)
     ]
     patches.append(Patch(facecolor=LIGHT["paper"], edgecolor=LIGHT["muted"], label="kept, not timed"))
@@ -181,7 +181,7 @@ def _fill_map(
         slowdown = cell.slowdown.get(projection)
         if slowdown is not None:
             step = sum(slowdown > bound for bound in HEAT_STEPS)
-            squares.setdefault(drawing.HEAT[step], []).append(place)
+            squares.setdefault(LIGHT[drawing.HEAT[step]], []).append(place)
         elif cell.dropped_by is not None:
             squares.setdefault(LIGHT["panel"], []).append(place)
             _letter(axes, place, letters[cell.dropped_by])
