@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+from tests.engines.fork_server import SESSION
 from tests.engines.installed import forked_python
 from tests.examples import examples
 
@@ -43,6 +44,7 @@ def triton_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     own = tmp_path_factory.getbasetemp()
     session = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SESSION, str(session))
         patch.setenv("TRITON_CACHE_DIR", str(session / "triton"))
         patch.setenv("TRITON_DISABLE_LINE_INFO", "1")  # a tenth of the time of a compiler, and no instruction
         yield

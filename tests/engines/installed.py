@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_moe_ext.engines.installed_engines import parse_version
-from tests.engines.fork_server import ForkServer
+from tests.engines.fork_server import ForkServer, JoinedForkServer
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 ENGINES_DIR = Path(os.environ.get("SGLANG_MOE_EXT_ENGINES", REPO_ROOT / ".engines"))
@@ -46,12 +46,12 @@ def run_in_engine(
 
 
 @functools.cache
-def _fork_server(interpret: str | None) -> ForkServer:
+def _fork_server(interpret: str | None) -> ForkServer | JoinedForkServer:
     """One for interpreted children, one for the others: Triton interprets its own functions from its import on."""
     shared = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     if interpret is not None:
         shared["TRITON_INTERPRET"] = interpret
-    return ForkServer(shared)
+    return ForkServer.of_session(f"interpret-{interpret}", shared)
 
 
 def forked_python() -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.fork_server import ForkServer
+from tests.engines.fork_server import ForkServer, session_folder
 from tests.engines.installed import REPO_ROOT
 from tests.servers import server as servers
 from tests.servers import tiny_model
@@ -21,18 +21,26 @@ TEST_PLUGIN = Path(__file__).parent / "moe_on_cpu"
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    """An environment laid over the one of the tests, which has torch, Triton and transformers, and a tiny model."""
-    folder = tmp_path_factory.mktemp("servers")
+def site() -> Site:
+    """An environment laid over the one of the tests, which has torch, Triton and transformers, and a tiny model.
+
+    The first worker that wants it makes it, for all.
+    """
+    with session_folder("servers") as folder:
+        python, model = folder / "venv" / "bin" / "python", folder / "model"
+        if not model.exists():
+            _make(folder, python)
+            tiny_model.save(model)
+    return Site(python, model, folder)
+
+
+def _make(folder: Path, python: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
-    python = folder / "venv" / "bin" / "python"
     (own,) = (folder / "venv" / "lib").glob("python*/site-packages")
     (own / "beside_the_engine.pth").write_text(sysconfig.get_path("purelib"))
     for project in (REPO_ROOT, TEST_PLUGIN):
         quietly = ("--quiet", "--disable-pip-version-check", "--no-build-isolation", "--no-deps")
         subprocess.run([sys.executable, "-m", "pip", "--python", python, "install", *quietly, str(project)], check=True)
-    tiny_model.save(folder / "model")
-    return Site(python, folder / "model", folder)
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +49,6 @@ def forked_site(site: Site) -> Iterator[Site]:
 
     A server starts three processes, each of which imports for 5 s.
     """
-    fork_server = ForkServer(servers.environment(site, None), site.python)
+    fork_server = ForkServer.of_session("site", servers.environment(site, None), site.python)
     yield dataclasses.replace(site, python=fork_server.python)
     fork_server.close()
