@@ -54,10 +54,7 @@ def run(arguments: argparse.Namespace) -> Mapping[str, Any]:
     if not files.is_writable(folder):
         raise StoreError(f"cannot write {show(str(folder))}: choose another --output-dir")
     with console.Bar() as bar:
-        runs = []
-        for done, source in enumerate(sources, 1):
-            runs.append(_read(source))
-            bar("read", done, len(sources))
+        runs = [_read(source, place, len(sources), bar) for place, source in enumerate(sources)]
         compared = comparison.compare(*runs) if arguments.compare else None
         sections = [_section(one, place, len(runs), arguments, bar) for place, one in enumerate(runs)]
         between = None if compared is None else figures.draw_comparison(compared.shared)
@@ -78,11 +75,13 @@ def _sources(arguments: argparse.Namespace) -> list[Path]:
     return list(arguments.compare or arguments.sources or [journal_data.newest_run()])
 
 
-def _read(source: Path) -> ReportedRun:
+def _read(source: Path, place: int, count: int, bar: console.Bar) -> ReportedRun:
     if journal_data.is_run(source):
-        return journal_data.read(source)
+        return journal_data.read(source, lambda done, of: bar("read", place * of + done, count * of))
     if table_data.is_table(source):
-        return table_data.read(source)
+        found = table_data.read(source)
+        bar("read", place + 1, count)
+        return found
     raise StoreError(f"{show(str(source))} is no run and no table: expected a folder, .jsonl, .jsonl.gz or .json")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -44,8 +44,14 @@ from sglang_moe_ext.untrusted import show
 
 MOST_BYTES = 64 << 20
 """Of an unpacked journal: an exhaustive search of 20 batch sizes writes about 4 MB."""
-_MOST_TOKENS, _MOST_SAMPLES = 512, 400_000
+_MOST_TOKENS, _MOST_SAMPLES = 512, 250_000
 _PIECE = 1 << 20
+Progress = Callable[[int, int], None]
+"""Told how much of how much is done."""
+
+
+def unseen(done: int, of: int) -> None:
+    """Progress that nobody looks at."""
 
 
 def is_run(path: Path) -> bool:
@@ -65,8 +71,8 @@ def newest_run() -> Path:
     raise StoreError(f"no run in {run_folder.root()}: name a run's folder, a journal or a table, or run tune first")
 
 
-def read(path: Path) -> ReportedRun:
-    """What the run's journal says.
+def read(path: Path, progress: Progress = unseen) -> ReportedRun:
+    """What the run's journal says. `progress` is told how many numbers of tokens of how many are done.
 
     Raises:
         MoEExtError: it cannot be read, is no journal of a measuring run of a layer, or is too large.
@@ -83,7 +89,7 @@ def read(path: Path) -> ReportedRun:
     shape, times = source.shape, transfer.times_of(recording)
     notes = [] if recording.is_finished else ["the run was not finished, or is still going on"]
     gpu = _gpu(source.device_name, notes)
-    rows = _rows(where, recording, shape, gpu, notes)
+    rows = _rows(where, recording, shape, gpu, notes, progress)
     problem = None if gpu is None else Problem(shape, gpu, source.engine)
     space, regret = _search(problem, times, notes)
     adapter = ENGINES[source.engine]
@@ -175,14 +181,15 @@ def _search(
 
 
 def _rows(
-    where: str, recording: Recording, shape: MoEShape, gpu: Gpu | None, notes: list[str]
+    where: str, recording: Recording, shape: MoEShape, gpu: Gpu | None, notes: list[str], progress: Progress
 ) -> tuple[TokensRow, ...]:
     measure = _replayed(recording)
     screened = _screened(recording)
     by_tokens = _comparisons(recording)
     every = sorted({request.tokens for request, _ in recording.results.values()})
     rows: list[TokensRow] = []
-    for m in every:
+    unfinished: list[int] = []
+    for done, m in enumerate(every, 1):
         floor_us = None if gpu is None else pair_floor_us(shape, gpu, m)
         try:
             chosen = _choose(by_tokens.get((m, False)), shape, measure)
@@ -192,8 +199,11 @@ def _rows(
         except (ArithmeticError, ValueError) as error:
             raise StoreError(f"{where}: the times at M={m} cannot be compared ({show(error)})") from error
         if chosen is None:
-            notes.append(f"M={m}: no finished comparison is in this journal")
+            unfinished.append(m)
         rows.append(_row(m, chosen, ours, floor_us, screened.get(m), by_tokens.get((m, True))))
+        progress(done, len(every))
+    if unfinished:
+        notes.append(show(f"no finished comparison at M={', '.join(map(str, unfinished))}"))
     return tuple(rows)
 
 
