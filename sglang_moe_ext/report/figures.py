@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 HEAT_STEPS = (1.05, 1.2, 1.5, 2.0)
 """Bounds of the classes of the map: times the best of the GEMM."""
 _WIDTH = 8.0
+_MOST_TICKS = 16
 
 Draw = Callable[[ReportedRun, str], DrawnFigure | None]
 
@@ -382,9 +383,8 @@ def _intervals(
 
 def _over_tokens(axes: Axes, tokens: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
-    powers = [m for m in tokens if m & (m - 1) == 0]
-    shown = powers if len(powers) > 1 else list(tokens)
-    axes.set_xticks(shown[:: -(-len(shown) // 16)], minor=False)
+    powers = [1 << exponent for exponent in range(min(tokens).bit_length() - 1, (max(tokens) - 1).bit_length() + 1)]
+    axes.set_xticks(powers[:: -(-len(powers) // _MOST_TICKS)], minor=False)
     axes.minorticks_off()
     _plain_numbers(axes.xaxis)
     axes.set_xlabel("tokens")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -129,3 +130,26 @@ def test_a_run_without_any_figure_is_still_a_page() -> None:
     run = replace(of_journal(QWEN), rows=(), space=None, regret=())
     section = section_of(run)
     assert section.figures == [] and "not recorded" in page.render([section], None)
+
+
+def test_a_predicted_table_has_its_times_and_no_gain(tmp_path: Path) -> None:
+    table = copied(GLM_H200, tmp_path)
+    table.with_name(f"{table.stem}.paths.json").unlink()
+    path = table.with_name(f"{table.stem}.provenance.json")
+    document = json.loads(path.read_text())
+    for entry in document["entries"].values():
+        entry |= {"origin": "predicted", "figures": {"predicted_us": 9.5, "floor_us": 8.0, "gain_predicted": 1.5}}
+    path.write_text(json.dumps(document))
+    section = section_of(table_data.read(table))
+    assert [figure.name for figure in section.figures] == ["time"]
+    assert "Predicted: 9.5 us at M=1" in section.figures[0].alt
+    assert "20 of 20 entries were NOT measured" in section.pull_request
+    assert "1.5" not in pull_request.table(section.run)
+
+
+@pytest.mark.parametrize("tokens", [(3,), (1, 2**31 - 1), (5, 6, 7), (1000, 1001)], ids=str)
+def test_any_numbers_of_tokens_can_be_drawn(tokens: tuple[int, ...]) -> None:
+    run = of_table(GLM_H200)
+    rows = tuple(replace(run.rows[0], m=m) for m in tokens)
+    names = [figure.name for figure in section_of(replace(run, rows=rows)).figures]
+    assert names == ["gain", "time", "error", "machine"]
