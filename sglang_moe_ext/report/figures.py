@@ -22,6 +22,7 @@ from sglang_moe_ext.tuning.search.statistics import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 HEAT_STEPS = (1.05, 1.2, 1.5, 2.0)
 """Bounds of the classes of the map: times the best of the GEMM."""
@@ -65,10 +66,8 @@ def _draw_times(run: ReportedRun, name: str) -> DrawnFigure | None:
     _line(axes, in_graphs, "kernels", "our kernels, in CUDA graphs", dashes="--", marker="v")
     _line(axes, engines, "tuned", "tuned, in CUDA graphs", dashes=":", marker="d")
     _over_tokens(axes, [row.m for row in run.rows])
-    axes.set_yscale("log")
-    _plain_numbers(axes.yaxis)
-    axes.set_ylabel("microseconds")
-    axes.legend(loc="upper left")
+    _on_log_scale(axes)
+    _legend(figure)
     alt = "Time of the layer over the number of tokens. " + " ".join(
         filter(None, (_ends("Stock", stock), _ends("Tuned", tuned), _ends("Predicted", predicted)))
     )
@@ -96,7 +95,7 @@ def _draw_gains(run: ReportedRun, name: str) -> DrawnFigure | None:
             _intervals(axes, points, colour, label, marker, dashes)
     _over_tokens(axes, [row.m for row in run.rows])
     axes.set_ylabel("times faster")
-    axes.legend(loc="best")
+    _legend(figure)
     means = (("Tuned over stock", tuned_gains(run)), ("Our kernels over the tuned engine", kernels_gains(run)))
     alt = "Gain over the number of tokens. " + " ".join(
         f"{what}: geometric mean {mean_gain(list(gains.values())):.3f}, "
@@ -239,7 +238,7 @@ def _draw_regret(run: ReportedRun, name: str) -> DrawnFigure | None:
     axes.set_xlabel("candidates timed, in the predicted order")
     axes.set_ylabel("slower than the best, %")
     axes.set_ylim(bottom=0)
-    axes.legend(loc="upper right")
+    _legend(figure)
     first, eighth = ([row.after(count) for row in run.regret] for count in (1, 8))
     alt = (
         f"Regret against the predicted order. First in the order: {100 * statistics.median(first):.1f} % slower than "
@@ -269,7 +268,7 @@ def _draw_errors(run: ReportedRun, name: str) -> DrawnFigure | None:
     axes.set_yscale("log")
     axes.margins(y=0.25)
     axes.set_ylabel("relative error")
-    axes.legend(loc="best")
+    _legend(figure)
     bound = "" if run.tolerated_error is None else f" Tolerated: {run.tolerated_error:.1e}."
     alt = f"Relative error of the layer against float32 over the number of tokens: {max(errors):.1e} at most.{bound}"
     caption = "Error of the chosen layer against the reference in float32, on fresh inputs and poisoned buffers."
@@ -289,12 +288,11 @@ def _draw_machine(run: ReportedRun, name: str) -> DrawnFigure | None:
     above.set_ylabel("MHz")
     _line(below, noise, "kernels", "noise: stock against itself", marker="^")
     below.set_ylabel("%")
-    below.set_ylim(bottom=0)
     _over_tokens(below, [row.m for row in run.rows])
     for axes in (above, below):
         axes.margins(y=0.2)
-        if axes.lines:
-            axes.legend(loc="best")
+    below.set_ylim(bottom=0)
+    _legend(figure)
     parts = []
     if clocks:
         values = [clock for _, clock in clocks]
@@ -329,10 +327,8 @@ def draw_comparison(shared: Sequence[tuple[TokensRow, TokensRow]]) -> DrawnFigur
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
         _line(above, [(m, us) for m, us, _ in points], "other", "A, tuned", dashes="--", marker="s")
         _line(above, [(m, us) for m, _, us in points], "tuned", "B, tuned", marker="o")
-        above.set_yscale("log")
-        _plain_numbers(above.yaxis)
-        above.set_ylabel("microseconds")
-        above.legend(loc="upper left")
+        _on_log_scale(above)
+        _legend(figure)
         below.axhline(1.0, color=LIGHT["muted"], linewidth=1)
         _line(below, [(m, a / b) for m, a, b in points], "kernels", "", marker="^")
         below.set_ylabel("A over B")
@@ -390,10 +386,26 @@ def _over_tokens(axes: Axes, tokens: Sequence[int]) -> None:
     axes.set_xlabel("tokens")
 
 
+def _on_log_scale(axes: Axes) -> None:
+    """Times in microseconds from below to above."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    _plain_numbers(axes.yaxis)
+    axes.set_ylabel("microseconds")
+
+
+def _legend(figure: Figure) -> None:
+    """Above the axes, where it lies over no line."""
+    figure.legend(loc="outside upper left", ncols=3, fontsize=9)
+
+
 def _plain_numbers(axis: Any) -> None:
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value < 1e6 else f"{value:.0e}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _ends(what: str, points: Sequence[tuple[int, float | None]]) -> str:
