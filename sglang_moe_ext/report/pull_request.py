@@ -59,6 +59,8 @@ def _summary(run: ReportedRun, engine: str) -> str:
     if (mean := mean_gain(list(gains.values()))) is None:
         return f"What they gain is not recorded.{warning}"
     best = max(gains, key=gains.__getitem__)
+    if gains[best] <= 1:
+        return f"Nothing beat what {engine} ran there before: there is nothing to send.{warning}"
     return (
         f"Against what {engine} ran there before they gain {mean:.2f}x (geometric mean of {len(gains)} batch sizes), "
         f"{gains[best]:.2f}x at M={best}.{warning}"

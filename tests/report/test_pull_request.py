@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sglang_moe_ext.report import pull_request, table_data
 from tests.report.sources import (
+    GLM,
     GLM_H200,
     GLM_VLLM,
     HOSTILE,
@@ -55,6 +56,10 @@ def test_every_number_of_tokens_has_its_gain() -> None:
 def test_a_journal_says_that_its_command_is_not_recorded() -> None:
     written = pull_request.write(of_journal(QWEN))
     assert "    # not recorded" in written and "date: not recorded" in written
+
+
+def test_a_run_that_changed_nothing_says_that_there_is_nothing_to_send() -> None:
+    assert "Nothing beat what SGLang ran there before: there is nothing to send." in pull_request.write(of_journal(GLM))
 
 
 def test_entries_that_were_not_measured_are_called_so() -> None:
