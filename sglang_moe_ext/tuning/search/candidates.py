@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -11,7 +10,7 @@ from sglang_moe_ext.core import PROJECTIONS, CompileJob, CompileKey, Failure, Gp
 from sglang_moe_ext.tuning.bench.messages import Pair
 from sglang_moe_ext.tuning.compile.kernel_source import Job
 from sglang_moe_ext.tuning.problem import Problem
-from sglang_moe_ext.tuning.search import cost_model, predict
+from sglang_moe_ext.tuning.search import predict
 from sglang_moe_ext.tuning.search.screening import EFFORTS, EffortName, groups_by_key
 
 Candidates = dict[Projection, list[TileConfig]]
@@ -59,7 +58,7 @@ def list_candidates(
     shared = list(for_both)[: None if keys is None else keys // 2]
     found: Candidates = {}
     for projection in PROJECTIONS:
-        groups = groups_by_key(_ranked(kept, problem, tokens, projection))
+        groups = groups_by_key(predict.by_estimate(kept, problem, tokens, (projection,)))
         wanted = set(itertools.islice(dict.fromkeys((*shared, *groups)), keys))
         found[projection] = [
             variant.with_group(group)
@@ -74,17 +73,6 @@ def list_candidates(
 def _with_and_without_tma(key: CompileKey) -> tuple[CompileKey, CompileKey]:
     """The same tile without TMA and with it."""
     return key, replace(key, use_tma=True)
-
-
-@functools.lru_cache(maxsize=256)
-def _ranked(kept: tuple[TileConfig, ...], problem: Problem, tokens: int, projection: Projection) -> list[TileConfig]:
-    shape, gpu = problem.shape, problem.gpu
-
-    def estimate(config: TileConfig) -> tuple[float, TileConfig]:
-        needs = cost_model.estimate(config, shape, gpu)
-        return cost_model.gemm(config, shape, gpu, tokens, projection, needs).us, config
-
-    return [config for _, config in sorted(map(estimate, kept))]
 
 
 def screening_job(problem: Problem, tokens: int, projection: Projection, key: CompileKey) -> CompileJob:

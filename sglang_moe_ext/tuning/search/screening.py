@@ -146,10 +146,10 @@ def _in_turn(groups: Mapping[Projection, Iterable[CompileKey]]) -> list[tuple[Pr
 
 def groups_by_key(configs: Iterable[TileConfig]) -> dict[CompileKey, tuple[int, ...]]:
     """Each binary once, in the order of the candidates, with its groups, best guess first."""
-    groups: dict[CompileKey, tuple[int, ...]] = {}
+    groups: dict[CompileKey, list[int]] = {}
     for config in configs:
-        groups[config.compile_key] = (*groups.get(config.compile_key, ()), config.group_m)
-    return groups
+        groups.setdefault(config.compile_key, []).append(config.group_m)
+    return {key: tuple(of_key) for key, of_key in groups.items()}
 
 
 def finalists(screening: Screening, count: int) -> list[Pair]:
