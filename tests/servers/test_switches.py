@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from sglang_moe_ext.engines import config_dict
+from tests.engines.fork_server import ForkServer
 from tests.servers import runs, stand_in_tuner, tables
+from tests.servers import server as servers
 from tests.servers.runs import Run
 from tests.servers.server import Site
 
@@ -52,7 +54,13 @@ def bare(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Run:
     (startup_file,) = folder.glob("venv/lib/python*/site-packages/sglang_moe_ext_startup.pth")
     startup_file.unlink()
     there = dataclasses.replace(site, python=folder / "venv" / "bin" / "python", folder=folder)
-    (run,) = runs.of_each(VERSION, (there, stand_in_tuner.settings(folder)))
+    # No startup file is run where it begins, nor where it forks the server's processes.
+    fork_server = ForkServer(servers.environment(there, None), there.python)
+    try:
+        forked = dataclasses.replace(there, python=fork_server.python)
+        (run,) = runs.of_each(VERSION, (forked, stand_in_tuner.settings(folder)))
+    finally:
+        fork_server.close()
     return run
 
 
