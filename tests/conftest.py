@@ -3,6 +3,7 @@
 `./check` draws the same examples each time, so that a fresh clone never fails by chance; `./check --fuzz` draws others.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from tests.engines.fork_server import SESSION
 from tests.engines.installed import forked_python
 from tests.examples import examples
 
+gc.disable()
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other: more threads wait for cores, and spin
 settings.register_profile("check", deadline=None, derandomize=True, database=None)
 settings.register_profile("fuzz", deadline=None, max_examples=examples(100), print_blob=True)
@@ -70,3 +72,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if starts or "ENGINES_DIR" in module or item.nodeid.startswith(SLOW):
             item.add_marker(pytest.mark.engine)
     items.sort(key=lambda item: (not item.nodeid.startswith(SLOW), item.get_closest_marker("engine") is None))
+
+
+def pytest_collection_finish() -> None:
+    """What was collected lives to the end: the collector of garbage need not look at it while it grows, nor later."""
+    gc.freeze()
+    gc.enable()
