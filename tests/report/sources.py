@@ -15,6 +15,8 @@ REPO_ROOT = Path(__file__).resolve().parents[2]
 JOURNALS = REPO_ROOT / "tests" / "data" / "journals"
 QWEN = JOURNALS / "qwen3_30b_a3b_fp8_block.jsonl.gz"
 GLM = JOURNALS / "glm_4_7_flash_bf16.jsonl.gz"
+GLM_OWN_KERNELS = JOURNALS / "glm_4_7_flash_bf16_own_kernels.jsonl.gz"
+"""The run that the shipped table GLM_H200 is from."""
 SHIPPED = REPO_ROOT / "tuned_configs"
 GLM_H200 = SHIPPED / "configs" / "triton_3_6_0" / "E=65,N=1536,device_name=NVIDIA_H200.json"
 GLM_H100 = SHIPPED / "configs" / "triton_3_6_0" / "E=65,N=1536,device_name=NVIDIA_H100_80GB_HBM3.json"

@@ -13,7 +13,7 @@ from sglang_moe_ext.core import MoEExtError
 from sglang_moe_ext.report import journal_data
 from sglang_moe_ext.report.run_data import NOT_RECORDED, mean_gain, tuned_gains
 from sglang_moe_ext.tuning.run.journal import Journal
-from tests.report.sources import GLM, GLM_H200, QWEN, of_journal
+from tests.report.sources import GLM, GLM_H200, GLM_OWN_KERNELS, QWEN, of_journal, of_table
 from tests.tuning import recorded_runs
 
 
@@ -45,6 +45,17 @@ def test_what_a_journal_does_not_hold_is_not_recorded() -> None:
     assert {stated[name] for name in ("date", "command", "model")} == {NOT_RECORDED}
     assert stated["driver"] == "580.159.04"
     assert of_journal(GLM).rows[0].kernels is None
+
+
+def test_a_run_and_the_table_that_came_of_it_say_the_same_of_our_kernels() -> None:
+    run, table = ({row.m: row for row in it.rows} for it in (of_journal(GLM_OWN_KERNELS), of_table(GLM_H200)))
+    won = [m for m, row in table.items() if row.kernels is not None and row.kernels.plan is not None]
+    assert won == [1, 2, 4, 8, 16, 24, 32, 1024, 1536, 2048, 3072, 4096, 8192, 16384]
+    for m in won:
+        ours, stored = run[m].kernels, table[m].kernels
+        assert ours is not None and stored is not None and ours.gain is not None and stored.gain is not None
+        assert ours.plan == stored.plan
+        assert ours.gain.value == pytest.approx(stored.gain.value, abs=2e-3)
 
 
 def test_the_map_has_every_binary_once_and_counts_add_up() -> None:
