@@ -48,7 +48,6 @@ def triton_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(SESSION, str(session))
         patch.setenv("TRITON_CACHE_DIR", str(session / "triton"))
-        patch.setenv("TRITON_DISABLE_LINE_INFO", "1")  # a tenth of the time of a compiler, and no instruction
         yield
 
 
