@@ -52,7 +52,7 @@ def race(shape: MoEShape, tokens: Sequence[int], rounds: int) -> Iterator[tuple[
     """(tokens, microseconds without, microseconds with, whether the bits are the same)."""
     import torch
 
-    from sglang_moe_ext.engines.sglang import sorted_layer
+    from sglang_moe_ext.engines import sorted_layer
 
     with tempfile.TemporaryDirectory() as folder:
         bench = BenchSetup(shape, routing.SOURCES["mixed"], SEED, Path(folder), "sglang")()

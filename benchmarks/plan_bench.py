@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any, ClassVar
 
 from sglang_moe_ext.core import MoEShape
-from sglang_moe_ext.engines.sglang import sorted_layer
+from sglang_moe_ext.engines import sorted_layer
 from sglang_moe_ext.kernel_plans import KernelPlan
 from sglang_moe_ext.tuning.bench import routing
 from sglang_moe_ext.tuning.bench.gpu_bench import BenchSetup, GpuBench

@@ -100,9 +100,9 @@ def unpack(engine: str, release: str, folder: Path) -> None:
         into = ["--no-compile", "--target", str(folder / engine / release)]
         subprocess.run([*pip, "install", "--no-deps", *into, f"sglang=={release}"], check=True)
         return
-    platforms = ["--platform", "manylinux_2_28_x86_64", "--platform", "manylinux_2_35_x86_64"]
-    platforms += ["--platform", "manylinux1_x86_64", "--platform", "manylinux_2_31_x86_64"]
-    subprocess.run([*pip, "download", "--no-deps", *platforms, "-d", str(folder), f"vllm=={release}"], check=True)
+    tags = ["manylinux1", "manylinux2014", *(f"manylinux_2_{minor}" for minor in range(17, 40))]
+    wheels = ["--only-binary=:all:", *(word for tag in tags for word in ("--platform", f"{tag}_x86_64"))]
+    subprocess.run([*pip, "download", "--no-deps", *wheels, "-d", str(folder), f"vllm=={release}"], check=True)
     (wheel,) = folder.glob("vllm-*.whl")
     unpack_vllm.unpack(wheel, folder / engine / release)
     wheel.unlink()

@@ -43,14 +43,14 @@ class EngineAdapter(Protocol):
     """One engine. `OFFLINE`: the module that compiles its kernel.
 
     `HAS_DOWN_TABLES`: the down projection has tables of its own; else one configuration serves both GEMMs.
-    `RUNS_SORTED_KERNELS`: our kernels can run behind its sort.
+    `SORTS_ITS_UP`: its own up GEMM can write rows in the order of the experts, for our down GEMM.
     """
 
     NAME: EngineName
     TITLE: str
     OFFLINE: str
     HAS_DOWN_TABLES: bool
-    RUNS_SORTED_KERNELS: bool
+    SORTS_ITS_UP: bool
 
     def find(self) -> InstallationLike | None:
         """The one that is installed here. Raises EngineError where it is older than anything we know."""
@@ -99,6 +99,9 @@ class EngineAdapter(Protocol):
 
     def has_own_kernels(self, version: Version, sm: int) -> bool:
         """Whether any of our own kernels can take the place of that release's, on a GPU of that architecture."""
+
+    def takes_sorted(self, shape: MoEShape) -> bool:
+        """Whether our kernels behind a sort can stand for its layer of that shape."""
 
     def takes_few_tokens(self, shape: MoEShape) -> bool:
         """Whether the two launches for few tokens can stand for its layer of that shape."""

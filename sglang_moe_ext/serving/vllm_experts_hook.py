@@ -1,4 +1,4 @@
-"""The method that stands in the place of `apply` of vLLM's Triton experts: the two launches for few tokens."""
+"""The method that stands in the place of `apply` of vLLM's Triton experts: our kernels, where a plan names them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sglang_moe_ext.engines import lookup_args, running_engine
 from sglang_moe_ext.engines.lookup_args import LookupLayer
 from sglang_moe_ext.engines.vllm import experts
 from sglang_moe_ext.engines.vllm.hook_points import VllmHookPoints
-from sglang_moe_ext.few_tokens_config import FewTokensConfig
+from sglang_moe_ext.kernel_plans import Plan
 from sglang_moe_ext.serving.guard import warn_once
 from sglang_moe_ext.serving.kernel_selection import KernelPlans
 from sglang_moe_ext.untrusted import show
@@ -54,13 +54,13 @@ def apply_hook(engine: VllmHookPoints, original: Callable[..., Any], plans: Kern
     is_traced, is_capturing = running_engine.is_traced(), running_engine.is_capturing()
     layers: dict[tuple[Any, ...], LookupLayer] = {}
 
-    def plan_of(given: dict[str, Any]) -> tuple[LookupLayer, FewTokensConfig | None]:
+    def plan_of(given: dict[str, Any]) -> tuple[LookupLayer, Plan | None]:
         w1, w2, ids = given["w1"], given["w2"], given["topk_ids"]
         key = (*w1.shape, *w2.shape, ids.shape[1])
         if key not in layers:
             layers[key] = lookup_args.lookup_layer(w1.shape, w2.shape, ids.shape[1], None, None)
         plan = plans.select(layers[key], given["hidden_states"].shape[0], in_graph=is_capturing())
-        return layers[key], plan if isinstance(plan, FewTokensConfig) else None
+        return layers[key], plan if plan is not None and experts.can_run(plan, w1.shape[0]) else None
 
     def ran(self: Any, given: dict[str, Any]) -> bool:
         """Whether ours wrote the output."""
@@ -74,7 +74,7 @@ def apply_hook(engine: VllmHookPoints, original: Callable[..., Any], plans: Kern
             return False
         if weights in plans.cold and not is_capturing():
             begun = time.perf_counter()
-            cold = [it for it in plans.cold.pop(weights) if isinstance(it, FewTokensConfig)]
+            cold = [it for it in plans.cold.pop(weights) if experts.can_run(it, given["w1"].shape[0])]
             for it in cold:
                 experts.load_kernels(given, it)
             seconds = time.perf_counter() - begun

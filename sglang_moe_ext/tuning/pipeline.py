@@ -258,7 +258,7 @@ def _write_plans(request: TuneRequest, table: KernelTable, triton: str) -> list[
 def _decided_tokens(request: TuneRequest, engine: InstallationLike | None, results: Results) -> Iterable[int]:
     """The batch sizes of which this run decides whether our own kernels run."""
     adapter = request.adapter
-    is_taken = adapter.RUNS_SORTED_KERNELS or adapter.takes_few_tokens(request.shape)
+    is_taken = adapter.takes_sorted(request.shape) or adapter.takes_few_tokens(request.shape)
     can_run = engine is not None and is_taken and adapter.has_own_kernels(engine.version, request.gpu.sm)
     return results if request.measuring is not None and can_run else ()
 

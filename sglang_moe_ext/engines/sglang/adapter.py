@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sglang_moe_ext.core import Gpu, MoEShape, Projection, Quantization, Table, TableKey, TileConfig
-from sglang_moe_ext.engines import few_tokens_layer
+from sglang_moe_ext.engines import few_tokens_layer, sorted_layer
 from sglang_moe_ext.engines.adapter import EngineName, Sorted, Version
 from sglang_moe_ext.engines.backend_answer import AskedBackend
 from sglang_moe_ext.engines.lookup_probe import ProbeProcess
@@ -16,7 +16,6 @@ from sglang_moe_ext.engines.sglang import (
     kernel_sequence,
     lookup_probe,
     runner,
-    sorted_layer,
     support,
     table_names,
 )
@@ -34,7 +33,7 @@ NAME: EngineName = "sglang"
 TITLE = "SGLang"
 OFFLINE = "sglang_moe_ext.engines.sglang.compile"
 HAS_DOWN_TABLES = True
-RUNS_SORTED_KERNELS = True
+SORTS_ITS_UP = True
 
 
 def find() -> SglangInstallation | None:
@@ -94,6 +93,10 @@ def why_not_tuned(quantization: Quantization, version: Version) -> str | None:
 
 def has_own_kernels(version: Version, sm: int) -> bool:
     return version >= kernel_sequence.FIRST_RELEASE and sm >= FIRST_SM
+
+
+def takes_sorted(shape: MoEShape) -> bool:
+    return True
 
 
 def takes_few_tokens(shape: MoEShape) -> bool:

@@ -20,21 +20,13 @@ from sglang_moe_ext.core import (
     Target,
     TileConfig,
 )
-from sglang_moe_ext.engines import few_tokens_compile, meta_compile
-from sglang_moe_ext.engines.few_tokens_compile import layer_tensors
+from sglang_moe_ext.engines import few_tokens_compile, meta_compile, sorted_compile
 from sglang_moe_ext.engines.meta_compile import meta
-from sglang_moe_ext.engines.sglang import sorted_layer
 from sglang_moe_ext.engines.sglang.runner import LoadedSglang, launch, load
-from sglang_moe_ext.engines.sglang.sorted_layer import RowValues, SortedLayer
 from sglang_moe_ext.engines.tensors import GemmTensors
 from sglang_moe_ext.few_tokens_config import FewTokensConfig
 from sglang_moe_ext.kernel_plans import (
-    SCALE_GROUP,
-    DownConfig,
-    KernelPlan,
     SortedKernelJob,
-    UpConfig,
-    WarpSpecializedUp,
     padded_rows,
 )
 
@@ -134,7 +126,7 @@ def compile_job(job: CompileJob | SortedKernelJob) -> Resources | Failure:
         case SortedKernelJob(config=FewTokensConfig() as plan):
             return few_tokens_compile.compile_launch(job, plan)
         case SortedKernelJob():
-            return _compile_sorted(engine, job)
+            return sorted_compile.compile_sorted(engine, job)
 
 
 def _compile_gemm(engine: LoadedSglang, job: CompileJob) -> Resources | Failure:
@@ -144,42 +136,3 @@ def _compile_gemm(engine: LoadedSglang, job: CompileJob) -> Resources | Failure:
         launch(engine, job.shape, job.projection, tensors, config, writes_sorted=job.sorted_rows)
 
     return meta_compile.compile_gemm(job, engine.kernels, launch_with)
-
-
-def _compile_sorted(engine: LoadedSglang, job: SortedKernelJob) -> Resources | Failure:
-    from sglang_moe_ext.kernels import sort_tokens, tma
-
-    tma.capability = lambda _: divmod(job.sm, 10)  # type: ignore[assignment]
-    match job.config:
-        case FewTokensConfig():
-            raise TypeError("a plan for few tokens sorts nothing")
-        case TileConfig() | UpConfig() | WarpSpecializedUp() as up:
-            plan = KernelPlan(up, DownConfig(job.block_m, 128, 64, 1, 4, 3))
-        case down:
-            plan = KernelPlan(TileConfig(job.block_m, 128, 64, 1, 4, 3), down)
-    tensors = layer_tensors(job)
-
-    def launch_up() -> None:
-        layer = sorted_layer.sort(engine, job.shape, tensors, plan)
-        sorted_layer.run_activation(layer, sorted_layer.run_up(layer))
-
-    def launch_down() -> None:
-        hidden = sorted_layer.empty_hidden(job.shape, tensors, plan)
-        pairs_sorted = sort_tokens.empty_sorted(tensors.topk_ids, job.shape.experts, plan.block_m)
-        layer = SortedLayer(engine, job.shape, tensors, plan, pairs_sorted, hidden)
-        down = sorted_layer.run_down(layer, _activations(layer))
-        sorted_layer.write_sum(layer, down, layer.tensors.hidden)
-
-    return meta_compile.compile_every_launch(job.target, launch_up if job.projection == "up" else launch_down)
-
-
-def _activations(layer: SortedLayer) -> RowValues:
-    """What the down GEMM reads [rows, I], with the scales of rows or of groups of columns."""
-    import torch
-
-    shape = layer.shape
-    size = layer.rows, shape.intermediate_size
-    if shape.quantization.scheme is None:
-        return RowValues(meta(size, getattr(torch, shape.dtype)))
-    groups = 1 if shape.quantization.per_channel else shape.intermediate_size // SCALE_GROUP
-    return RowValues(meta(size, torch.float8_e4m3fn), meta((layer.rows, groups), torch.float32))

@@ -25,7 +25,7 @@ from sglang_moe_ext.kernel_plans import SCALE_GROUP, KernelPlan, Plan
 if TYPE_CHECKING:
     import torch
 
-    from sglang_moe_ext.engines.sglang.sorted_layer import SortedLayer
+    from sglang_moe_ext.engines.sorted_layer import SortedLayer
 
 FIRST_RELEASE = (0, 5, 11)
 """The first with a function of all kernels behind the sort."""
@@ -206,7 +206,7 @@ def run(given: Arguments, plan: Plan, engine: SglangHookPoints) -> torch.Tensor:
     if isinstance(plan, FewTokensConfig):
         few_tokens_layer.run(_tensors(given), _quantization(given), plan, out, factor)
         return out
-    from sglang_moe_ext.engines.sglang import sorted_layer
+    from sglang_moe_ext.engines import sorted_layer
 
     engines_sort = tuple(given[name] for name in _SORTED)
     sorted_layer.run(_layer(_shape(given), _tensors(given), plan, engine, engines_sort), out, factor)
@@ -224,7 +224,7 @@ def load_kernels(given: Arguments, plan: Plan, engine: SglangHookPoints) -> None
         return
     import torch
 
-    from sglang_moe_ext.engines.sglang import sorted_layer
+    from sglang_moe_ext.engines import sorted_layer
 
     for tokens in _LOADING_TOKENS:
         batch = few_tokens_layer.zeros(_tensors(given), tokens)
@@ -237,7 +237,7 @@ def load_kernels(given: Arguments, plan: Plan, engine: SglangHookPoints) -> None
 def _layer(
     shape: MoEShape, tensors: LayerTensors, plan: KernelPlan, engine: SglangHookPoints, engines_sort: tuple[Any, ...]
 ) -> SortedLayer:
-    from sglang_moe_ext.engines.sglang import sorted_layer
+    from sglang_moe_ext.engines import sorted_layer
     from sglang_moe_ext.engines.sglang.runner import LoadedSglang
 
     loaded = LoadedSglang(engine.engine.version, engine.kernels, None, engine.layer)

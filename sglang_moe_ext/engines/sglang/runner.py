@@ -36,6 +36,10 @@ class LoadedSglang:
         )
         return sorted_token_ids, expert_ids, num_tokens_post_padded
 
+    def launch_sorted_up(self, shape: MoEShape, tensors: GemmTensors, config: TileConfig) -> None:
+        """The up GEMM, its rows in the order of the experts."""
+        launch(self, shape, "up", tensors, config, writes_sorted=True)
+
 
 def load() -> LoadedSglang:
     """Import the installed engine's kernel and give it the server arguments that it asks for.

@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sglang_moe_ext.core import EngineError, Gpu, MoEShape, Projection, Quantization, Table, TableKey, TileConfig
-from sglang_moe_ext.engines import few_tokens_layer
+from sglang_moe_ext.core import Gpu, MoEShape, Projection, Quantization, Table, TableKey, TileConfig
+from sglang_moe_ext.engines import few_tokens_layer, sorted_layer
 from sglang_moe_ext.engines.adapter import EngineName, Sorted, Version
 from sglang_moe_ext.engines.backend_answer import AskedBackend
 from sglang_moe_ext.engines.lookup_probe import ProbeProcess
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
 from sglang_moe_ext.engines.vllm import installation, lookup_probe, runner, support, table_names
+from sglang_moe_ext.engines.vllm.experts import NoHost
 from sglang_moe_ext.engines.vllm.hook_points import GROUPS_RUN_TRITON
 from sglang_moe_ext.engines.vllm.installation import VllmInstallation
 from sglang_moe_ext.engines.vllm.runner import LoadedVllm
@@ -28,7 +29,7 @@ NAME: EngineName = "vllm"
 TITLE = "vLLM"
 OFFLINE = "sglang_moe_ext.engines.vllm.compile"
 HAS_DOWN_TABLES = False
-RUNS_SORTED_KERNELS = False
+SORTS_ITS_UP = False
 
 
 def find() -> VllmInstallation | None:
@@ -96,6 +97,10 @@ def has_own_kernels(version: Version, sm: int) -> bool:
     return sm >= FIRST_SM
 
 
+def takes_sorted(shape: MoEShape) -> bool:
+    return takes_few_tokens(shape) and sorted_layer.can_sort(shape)
+
+
 def takes_few_tokens(shape: MoEShape) -> bool:
     """Its experts get quantized activations, and ids of all ranks."""
     return shape.quantization.scheme is None and shape.ep == 1
@@ -132,4 +137,4 @@ def run_layer(
 def run_kernel_plan(loaded: LoadedVllm, shape: MoEShape, tensors: LayerTensors, path: Plan) -> torch.Tensor:
     if isinstance(path, FewTokensConfig):
         return few_tokens_layer.result(tensors, shape.quantization, path)
-    raise EngineError(f"vLLM runs no kernels of ours behind its sort: {path} is for SGLang")
+    return sorted_layer.result(NoHost(), shape, tensors, path)

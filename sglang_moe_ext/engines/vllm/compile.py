@@ -10,10 +10,11 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEShape, Projection, Resources, Target, TileConfig
-from sglang_moe_ext.engines import few_tokens_compile, meta_compile
+from sglang_moe_ext.engines import few_tokens_compile, meta_compile, sorted_compile
 from sglang_moe_ext.engines.meta_compile import meta
 from sglang_moe_ext.engines.tensors import GemmTensors
 from sglang_moe_ext.engines.vllm import runner
+from sglang_moe_ext.engines.vllm.experts import NoHost
 from sglang_moe_ext.engines.vllm.runner import LoadedVllm
 from sglang_moe_ext.few_tokens_config import FewTokensConfig
 from sglang_moe_ext.kernel_plans import SortedKernelJob
@@ -94,7 +95,7 @@ def compile_job(job: CompileJob | SortedKernelJob) -> Resources | Failure:
     if isinstance(job, SortedKernelJob):
         if isinstance(job.config, FewTokensConfig):
             return few_tokens_compile.compile_launch(job, job.config)
-        return Failure("EngineError", f"vLLM runs no kernels of ours behind its sort: {job.config}")
+        return sorted_compile.compile_sorted(NoHost(), job)
     _prepare(engine.kernels, job.target)
     tensors = _tensors(engine, job.shape, job.projection, job.tokens, job.key, job.target)
 

@@ -1,4 +1,4 @@
-"""What vLLM hands to its Triton experts: whether the two launches for few tokens may run for it, and with what.
+"""What vLLM hands to its Triton experts: whether our kernels may run for it, and with what.
 
 `TritonExperts.apply` is the narrowest place of 0.20 to 0.33 that sees topk_ids before the sort. Weights of 16 bits
 alone: others come to it with activations that are quantized already. Its subclasses are left alone.
@@ -9,12 +9,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from sglang_moe_ext.core import EngineError, Quantization
+from sglang_moe_ext.core import ActivationDtype, EngineError, MoEShape, Quantization, TileConfig
 from sglang_moe_ext.engines import few_tokens_layer
 from sglang_moe_ext.engines.tensors import LayerTensors
 from sglang_moe_ext.few_tokens_config import FewTokensConfig
+from sglang_moe_ext.kernel_plans import MOST_SORTED_EXPERTS, KernelPlan, Plan
+
+if TYPE_CHECKING:
+    import torch
+
+    from sglang_moe_ext.engines.tensors import GemmTensors
 
 CLASS, METHOD = "TritonExperts", "apply"
 MODULE = "vllm.model_executor.layers.fused_moe.experts.triton_moe"
@@ -118,18 +124,61 @@ def given(args: tuple[Any, ...], kwargs: Arguments) -> dict[str, Any]:
 
 
 def refusal(experts: Any, arguments: Arguments) -> ExpertsGate | None:
-    """Why the two launches may not run for them."""
+    """Why our kernels may not run for them."""
     return next((gate for gate in GATES if gate.refuses(experts, arguments)), None)
 
 
-def run(arguments: Arguments, plan: FewTokensConfig) -> None:
+def can_run(plan: Plan, experts: int) -> bool:
+    """Whether a plan asks for nothing of the engine: neither its sort nor its up GEMM."""
+    return isinstance(plan, FewTokensConfig) or (not isinstance(plan.up, TileConfig) and experts <= MOST_SORTED_EXPERTS)
+
+
+def run(arguments: Arguments, plan: Plan) -> None:
     """Write the output, which may be the hidden states."""
-    few_tokens_layer.run(_tensors(arguments), _NOT_QUANTIZED, plan, arguments["output"])
+    _run(_tensors(arguments), plan, arguments["output"])
 
 
-def load_kernels(arguments: Arguments, plan: FewTokensConfig) -> None:
-    """Compile and load what the plan launches for this layer."""
-    few_tokens_layer.load(_tensors(arguments), _NOT_QUANTIZED, plan)
+_LOADING_TOKENS = (16, 3)
+"""Divisible by 16 and not: compilers make binaries of their own for whole numbers of 16. Few, for little memory."""
+
+
+def load_kernels(arguments: Arguments, plan: Plan) -> None:
+    """Compile and load what the plan launches for this layer, by running it on batches of zeros."""
+    if isinstance(plan, FewTokensConfig):
+        few_tokens_layer.load(_tensors(arguments), _NOT_QUANTIZED, plan)
+        return
+    for tokens in _LOADING_TOKENS:
+        batch = few_tokens_layer.zeros(_tensors(arguments), tokens)
+        _run(batch, plan, batch.hidden.new_empty(batch.hidden.shape))
+
+
+def _run(tensors: LayerTensors, plan: Plan, out: torch.Tensor) -> None:
+    if isinstance(plan, KernelPlan):
+        from sglang_moe_ext.engines import sorted_layer
+
+        sorted_layer.run(sorted_layer.sort(NoHost(), _shape(tensors), tensors, plan), out)
+        return
+    few_tokens_layer.run(tensors, _NOT_QUANTIZED, plan, out)
+
+
+class NoHost:
+    """In the place of the engine in a layer of which our kernels do all."""
+
+    def align(self, topk_ids: torch.Tensor, block_m: int, experts: int) -> NoReturn:
+        """Raises EngineError: our kernels do not read vLLM's sort."""
+        raise EngineError(f"{experts} experts are too many for our sort, and our kernels do not read vLLM's")
+
+    def launch_sorted_up(self, shape: MoEShape, tensors: GemmTensors, config: TileConfig) -> NoReturn:
+        """Raises EngineError: vLLM's up GEMM writes each row to its pair."""
+        raise EngineError(f"vLLM's up GEMM writes no rows in the order of the experts: {config}")
+
+
+def _shape(tensors: LayerTensors) -> MoEShape:
+    import torch
+
+    dtype: ActivationDtype = "bfloat16" if tensors.hidden.dtype == torch.bfloat16 else "float16"
+    experts, hidden_size, intermediate_size = tensors.w2.shape
+    return MoEShape(experts, intermediate_size, hidden_size, tensors.topk_ids.shape[1], _NOT_QUANTIZED, dtype=dtype)
 
 
 def _tensors(arguments: Arguments) -> LayerTensors:

@@ -191,7 +191,7 @@ def _screen(of: _Search, task: SearchTask, executor: Executor) -> Screening:
         executor.want(candidates.pair_jobs(pair, problem, task.tokens))
     if of.with_own_kernels:
         executor.want(few_tokens_space.jobs(problem, task.tokens))
-        if of.request.adapter.RUNS_SORTED_KERNELS:
+        if of.request.adapter.takes_sorted(of.request.shape):
             executor.want(sorted_kernel_space.screening_jobs(problem, task.tokens))
     return screening
 
@@ -225,9 +225,11 @@ def _decide(
     if chosen is None or not of.with_own_kernels or of.budget.is_spent():
         return chosen, None
     executor.want(few_tokens_space.jobs(problem, tokens))
-    ups, runs_sorted = [pair["up"] for pair in runnable], of.request.adapter.RUNS_SORTED_KERNELS
+    adapter = of.request.adapter
+    runs_sorted = adapter.takes_sorted(shape)
+    ups = [pair["up"] for pair in (chosen.pair, *runnable)] if adapter.SORTS_ITS_UP else []
     if runs_sorted:
-        executor.want(sorted_kernel_space.screening_jobs(problem, tokens, [chosen.pair["up"], *ups]))
+        executor.want(sorted_kernel_space.screening_jobs(problem, tokens, ups))
 
     def clean(plan: Plan) -> Failure | None:
         troubles = (

@@ -187,13 +187,16 @@ def compare_plans(
     *,
     rounds: int,
 ) -> MeasuredChoice[Runner] | None:
-    """The kernel plan that beats the chosen pair beyond doubt, or the pair; None where no plan can be tried."""
+    """The kernel plan that beats the chosen pair beyond doubt, or the pair; None where no plan can be tried.
+
+    `engines_ups`: the engine's up configurations that our down GEMMs may run behind.
+    """
     if why := why_not(problem.shape, tokens, problem.gpu.sm):
         log.info("M=%d: our own kernels are not tried: %s", tokens, why)
         return None
     if why := _why_not_in_gluon(problem, tokens):
         log.info("M=%d: %s", tokens, why)
-    times, failures = screen_plans(problem, tokens, [chosen["up"], *engines_ups], measure, clean)
+    times, failures = screen_plans(problem, tokens, engines_ups, measure, clean)
     best: list[Runner] = [*sorted(times, key=times.__getitem__)[:_FINALISTS]]
     tried, incumbent = len(times) + sum(failures.values()), cast("Runner", chosen)
     return final_comparison.confirm(

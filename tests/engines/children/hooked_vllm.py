@@ -397,7 +397,66 @@ def few_tokens(engine: Process, device: str) -> dict[str, Any]:
     said["after a failure"] = asked(apply=apply)
     said["lines"] = LINES.taken()
     kernels.few_tokens_layer = kernels_layer
+    said |= sorted_plans(engine, device, asked)
     return said
+
+
+def sorted_plans(engine: Process, device: str, asked: Callable[..., list[Any]]) -> dict[str, Any]:
+    """The same of a table with plans behind our sort, from a CUDA graph and outside: whether the layer itself ran, by
+    a stand-in for its kernels, and what of a plan that needs the engine's up GEMM."""
+    from sglang_moe_ext.core import MoEShape, TileConfig
+    from sglang_moe_ext.engines import running_engine, sorted_layer
+    from sglang_moe_ext.engines.sglang.table_names import version_folder
+    from sglang_moe_ext.engines.vllm import table_names
+    from sglang_moe_ext.kernel_plans import DownConfig, KernelPlan, UpConfig
+    from sglang_moe_ext.serving import kernel_selection, vllm_experts_hook
+    from sglang_moe_ext.serving.table_search import TableDir
+    from sglang_moe_ext.tables import plan_table
+    from sglang_moe_ext.tables.provenance import TuningRun
+
+    shape = MoEShape(12, 128, 128, 2)
+    run = TuningRun("", "", "", str(shape), "", "", None, None, None, None, 0, "")
+    down = DownConfig(128, 128, 64, 8, 8, 4)
+    ours = KernelPlan(UpConfig(128, 128, 64, 8, 8, 4), down)
+    mixed = KernelPlan(TileConfig(128, 128, 64, 1, 8, 4), down)
+    ran: list[str] = []
+    in_graph: list[bool] = []
+
+    def table(plan: Any, us: float) -> list[TableDir]:
+        folder = Path(tempfile.mkdtemp()) / version_folder(str(engine.points.triton))
+        file = plan_table.path_beside(folder / table_names.file_name(table_names.table_key(shape, device)))
+        plan_table.put(file, {m: plan_table.KernelEntry(plan, run, {"us": us}) for m in (1, 4096)})
+        return [TableDir("your", folder.parent, dialect=table_names.NAMING)]
+
+    def original(self: Any, *args: Any, **kwargs: Any) -> None:
+        ran.append("engine's")
+
+    def by(plan: Any, us: float) -> Any:
+        dirs = table(plan, us)
+        plans = kernel_selection.KernelPlans(engine.points, lambda: dirs, lambda _: None)
+        return vllm_experts_hook.apply_hook(engine.points, original, plans)
+
+    def stand_in(layer: Any, out: Any, routed_scaling_factor: float = 1.0) -> None:
+        ran.append(f"{layer.shape} {layer.plan == ours} {layer.tensors.hidden.shape[0]}")
+
+    def called(apply: Any, tokens: int = 4) -> list[str]:
+        ran.clear()
+        asked(tokens, apply=apply)
+        return list(ran)
+
+    real = sorted_layer.run, sorted_layer.sort, running_engine.is_capturing
+    sorted_layer.run = stand_in
+    sorted_layer.sort = lambda host, shape, tensors, plan: SimpleNamespace(shape=shape, tensors=tensors, plan=plan)
+    running_engine.is_capturing = lambda: lambda: bool(in_graph)
+    try:
+        long, short, with_engines = by(ours, 700.0), by(ours, 90.0), by(mixed, 700.0)
+        said = {"long": called(long), "long again": called(long), "short": called(short), "mixed": called(with_engines)}
+        in_graph.append(True)
+        said["short in a graph"] = called(short)
+    finally:
+        sorted_layer.run, sorted_layer.sort, running_engine.is_capturing = real
+        LINES.taken()
+    return {"sorted": said}
 
 
 def variables() -> dict[str, str]:

@@ -1,5 +1,7 @@
 """Child: which binaries a layer of our own kernels launches, and which the compile pool makes for its plan.
 
+$ENGINE: "vllm", or SGLang's.
+
 stdin: [{"shape": text as --shape takes it, "plan": a kernel plan as JSON has it, "tokens": M}]. Last line of stdout:
 for each {"launched": hashes, "made": hashes, "needs": [shared memory, registers, spilled bytes] of each half}. No GPU
 is here, so tensors have no storage, and nothing is launched. Most kernels are those
@@ -9,6 +11,7 @@ of every release: $TRITON_CACHE_DIR keeps them.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import astuple
 from typing import Any
@@ -19,12 +22,17 @@ from triton.runtime.jit import JITFunction
 from sglang_moe_ext.core import Failure, Target
 from sglang_moe_ext.engines import meta_compile
 from sglang_moe_ext.engines.few_tokens_compile import layer_tensors
-from sglang_moe_ext.engines.sglang import adapter
-from sglang_moe_ext.engines.sglang import compile as sglang_compile
 from sglang_moe_ext.kernel_plans import Plan, SortedKernelJob, list_jobs
 from sglang_moe_ext.kernels.compiled import TargetOnlyDriver
 from sglang_moe_ext.models import parse_shape
 from sglang_moe_ext.tables import plan_table
+
+if os.environ.get("ENGINE") == "vllm":
+    from sglang_moe_ext.engines.vllm import adapter
+    from sglang_moe_ext.engines.vllm import compile as engine_compile
+else:
+    from sglang_moe_ext.engines.sglang import adapter
+    from sglang_moe_ext.engines.sglang import compile as engine_compile
 
 SM = 90
 hashes: list[str] = []
@@ -39,8 +47,8 @@ def note(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> A
 
 def launched(job: SortedKernelJob, plan: Plan) -> list[str]:
     """By the whole layer, as the measuring process runs it."""
-    engine = sglang_compile._engine()
-    sglang_compile._prepare(engine.kernels, Target(SM))
+    engine = engine_compile._engine()
+    engine_compile._prepare(engine.kernels, Target(SM))
     triton.runtime.driver.set_active(TargetOnlyDriver(Target(SM)))
     hashes.clear()
     JITFunction.run = note
@@ -62,7 +70,7 @@ def made(jobs: tuple[SortedKernelJob, ...]) -> tuple[list[str], list[Any]]:
 
     meta_compile.resources_of = keep_hash
     try:
-        needs = [sglang_compile.compile_job(job) for job in jobs]
+        needs = [engine_compile.compile_job(job) for job in jobs]
     finally:
         meta_compile.resources_of = keep
     return sorted(hashes), [repr(need) if isinstance(need, Failure) else astuple(need) for need in needs]

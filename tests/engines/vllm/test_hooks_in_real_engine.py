@@ -408,6 +408,23 @@ def test_a_target_that_moved_leaves_all_of_the_engine_as_it_is(version: str, wha
 
 
 @every_version
+def test_a_plan_behind_our_sort_runs_where_the_layer_is_long_or_comes_from_a_graph(version: str) -> None:
+    """Loaded at the first call, by batches of 16 and 3 tokens."""
+    found = said(version)["few"]["sorted"]
+    layer = "E=12,N=128,K=128,topk=2,dtype=bfloat16"
+    loads, ran = [f"{layer} True 16", f"{layer} True 3"], f"{layer} True 4"
+    assert found["long"] == [*loads, ran]
+    assert found["long again"] == [ran]
+    assert found["short"] == [*loads, "engine's"]
+    assert found["short in a graph"] == [ran]
+
+
+@every_version
+def test_a_plan_that_needs_the_engines_up_gemm_is_for_another_engine(version: str) -> None:
+    assert said(version)["few"]["sorted"]["mixed"] == ["engine's"]
+
+
+@every_version
 @pytest.mark.parametrize("what", MOVED)
 def test_a_target_that_moved_is_said_once_however_often_we_are_called(version: str, what: str) -> None:
     (line,) = said(version)["moved"][what][2]

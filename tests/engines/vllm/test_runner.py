@@ -15,6 +15,14 @@ from hypothesis import strategies as st
 from sglang_moe_ext.core import CompileJob, MoEShape, Quantization, Target, TileConfig
 from sglang_moe_ext.engines.vllm.runner import _class, representative_tokens
 from sglang_moe_ext.gpu.shared_memory import smem_bytes
+from sglang_moe_ext.kernel_plans import (
+    DownConfig,
+    KernelPlan,
+    UpConfig,
+    WarpSpecializedDown,
+    WarpSpecializedUp,
+)
+from sglang_moe_ext.tables import plan_table
 from sglang_moe_ext.tuning.search.final_comparison import TOLERATED_ERROR
 from tests.engines.installed import ENGINES_DIR, VLLM_VERSIONS, run_in_vllm, vllm_environment
 
@@ -169,3 +177,15 @@ def test_a_representative_is_of_the_same_class_and_no_larger(tokens: int, expert
     found = representative_tokens(shape, tokens)
     assert found <= tokens
     assert _class(shape, found) == _class(shape, tokens)
+
+
+def test_a_plan_behind_our_sort_launches_the_binaries_that_the_pool_made() -> None:
+    """In the newest release: nothing of it is the engine's."""
+    plans = [
+        KernelPlan(UpConfig(64, 128, 64, 8, 4, 4), DownConfig(64, 128, 64, 8, 4, 4, True, 2)),
+        KernelPlan(WarpSpecializedUp(2), WarpSpecializedDown("wide", 4)),
+    ]
+    asked = [{"shape": str(GLM), "plan": plan_table.document_of(plan), "tokens": 4096} for plan in plans]
+    for found in _answers(VLLM_VERSIONS[-1], "sorted_binaries.py", asked, ENGINE="vllm"):
+        assert len(found["launched"]) >= 4
+        assert set(found["launched"]) == set(found["made"])

@@ -79,7 +79,7 @@ def compared(
     clean: CleanPlan = lambda plan: None,
     device: str = "H200",
 ) -> MeasuredChoice[Runner] | None:
-    return sorted_kernel_space.compare_plans(problem(shape, device), tokens, PAIR, [], gpu, clean, rounds=8)
+    return sorted_kernel_space.compare_plans(problem(shape, device), tokens, PAIR, [PAIR["up"]], gpu, clean, rounds=8)
 
 
 def problem(shape: MoEShape = SHAPE, device: str = "H200") -> Problem:

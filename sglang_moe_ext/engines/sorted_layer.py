@@ -1,7 +1,7 @@
-"""SGLang's fused-MoE layer run by our kernels: rows keep the order of the experts from the sort to the last sum.
+"""A fused-MoE layer run by our kernels: rows keep the order of the experts from the sort to the last sum.
 
-Our sort, which quantizes the tokens meanwhile where our up GEMM wants them so, or the engine's sort; the up GEMM, the
-engine's or ours; our activation, with the quantization where there is one; our down GEMM; a weighted sum that gathers a
+Our sort, which quantizes the tokens meanwhile where our up GEMM wants them so, or the engine's sort; the up GEMM,
+SGLang's or ours; our activation, with the quantization where there is one; our down GEMM; a weighted sum that gathers a
 token's rows in order. The inputs stay as they are until that sum: whatever fails before it, the engine's own kernels
 can still run.
 """
@@ -9,11 +9,9 @@ can still run.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from sglang_moe_ext.core import MoEShape, TileConfig
-from sglang_moe_ext.engines.sglang import runner
-from sglang_moe_ext.engines.sglang.runner import LoadedSglang
 from sglang_moe_ext.engines.tensors import GemmTensors, LayerTensors
 from sglang_moe_ext.kernel_plans import (
     MOST_SORTED_EXPERTS,
@@ -34,6 +32,18 @@ if TYPE_CHECKING:
     from sglang_moe_ext.kernels.sort_tokens import SortedTokens
 
 
+class HostEngine(Protocol):
+    """What the layer needs of the engine that it runs in, where our kernels do not do all of it."""
+
+    def align(
+        self, topk_ids: torch.Tensor, block_m: int, experts: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(sorted_token_ids, expert_ids, num_tokens_post_padded), as the engine's own sort makes them."""
+
+    def launch_sorted_up(self, shape: MoEShape, tensors: GemmTensors, config: TileConfig) -> None:
+        """The engine's own up GEMM, its rows in the order of the experts."""
+
+
 @dataclass(frozen=True, slots=True)
 class RowValues:
     """Activations between the GEMMs; in float8, with float32 scales of rows, or of 128 columns of a row."""
@@ -46,7 +56,7 @@ class RowValues:
 class SortedLayer:
     """One batch of one layer, its pairs sorted into blocks of the plan's `block_m`; `hidden`: what up reads."""
 
-    engine: LoadedSglang
+    engine: HostEngine
     shape: MoEShape
     tensors: LayerTensors
     plan: KernelPlan
@@ -88,7 +98,7 @@ def run(layer: SortedLayer, out: torch.Tensor, routed_scaling_factor: float = 1.
     write_sum(layer, run_down(layer, inner), out, routed_scaling_factor)
 
 
-def result(engine: LoadedSglang, shape: MoEShape, tensors: LayerTensors, plan: KernelPlan) -> torch.Tensor:
+def result(engine: HostEngine, shape: MoEShape, tensors: LayerTensors, plan: KernelPlan) -> torch.Tensor:
     """[tokens, hidden], the sort included."""
     import torch
 
@@ -102,7 +112,7 @@ def can_sort(shape: MoEShape) -> bool:
     return shape.experts <= MOST_SORTED_EXPERTS
 
 
-def sort(engine: LoadedSglang, shape: MoEShape, tensors: LayerTensors, plan: KernelPlan) -> SortedLayer:
+def sort(engine: HostEngine, shape: MoEShape, tensors: LayerTensors, plan: KernelPlan) -> SortedLayer:
     """The batch, sorted here; nothing waits for the GPU."""
     from sglang_moe_ext.kernels import sort_tokens
 
@@ -117,7 +127,7 @@ def sort(engine: LoadedSglang, shape: MoEShape, tensors: LayerTensors, plan: Ker
 
 
 def take_sorted(
-    engine: LoadedSglang,
+    engine: HostEngine,
     shape: MoEShape,
     tensors: LayerTensors,
     plan: KernelPlan,
@@ -153,7 +163,7 @@ def run_up(layer: SortedLayer) -> RowValues:
     match layer.plan.up:
         case TileConfig() as config:
             gate_up = layer.tensors.hidden.new_empty(layer.rows, layer.shape.gemm("up")[0])
-            runner.launch(layer.engine, layer.shape, "up", _engines_gemm(layer, gate_up), config, writes_sorted=True)
+            layer.engine.launch_sorted_up(layer.shape, _engines_gemm(layer, gate_up), config)
             return RowValues(gate_up)
         case UpConfig() as config:
             return _run_sorted_up(layer, config)
