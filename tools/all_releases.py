@@ -53,8 +53,15 @@ Triton of `requirements/engine.txt`). The tests are those of `tests/engines` tha
 names and signatures, the lookup and its answers, the hooks, the guard, the binaries of its kernel, and
 our layers in Triton's interpreter where the release can run them.
 
-Releases without a row were not run yet. Of 0.5.14 the two that failed ask for fused shared experts: the
-test cannot publish that release's flags, which lie elsewhere.
+Releases without a row were not run yet. What failed, and what it means:
+
+- SGLang 0.5.14: two tests ask for fused shared experts, and cannot publish that release's flags, which
+  lie elsewhere.
+- SGLang 0.5.19: it runs compressed-tensors of 4 bits on a B200 by Triton, where our rule says Marlin. A
+  server of it is asked, so that `doctor` and `tune` say so; without the engine the rule is printed as
+  a guess.
+- vLLM 0.23, 0.24, 0.27 and 0.28: the engine gives no answer for compressed-tensors of 8 bits, so that
+  the rule is printed as a guess there. The same was seen in 0.28.0 alone in detail.
 
 | engine | release | tests that passed | failed | skipped | which failed | Triton | date |
 |---|---|---|---|---|---|---|---|
