@@ -60,8 +60,9 @@ Releases without a row were not run yet. What failed, and what it means:
 - SGLang 0.5.19: it runs compressed-tensors of 4 bits on a B200 by Triton, where our rule says Marlin. A
   server of it is asked, so that `doctor` and `tune` say so; without the engine the rule is printed as
   a guess.
-- vLLM 0.23, 0.24, 0.27 and 0.28: the engine gives no answer for compressed-tensors of 8 bits, so that
-  the rule is printed as a guess there. The same was seen in 0.28.0 alone in detail.
+- vLLM 0.23, 0.24, 0.27 and 0.28: the engine gives no answer for compressed-tensors of 8 bits in groups,
+  so that the rule is printed as a guess. 0.28.0 refuses such a checkpoint itself, by an assertion; the
+  others were not looked into.
 
 | engine | release | tests that passed | failed | skipped | which failed | Triton | date |
 |---|---|---|---|---|---|---|---|
