@@ -243,7 +243,7 @@ def lookup_hook(engine: SglangHookPoints, resolve: ConfigResolver) -> Callable[.
         **named: Any,
     ) -> Any:
         per_channel, wants_down = named.get("per_channel_quant", False), named.get("return_down_config", False)
-        if not is_traced():
+        if next_sort.was_put_off and not is_traced():
             next_sort.decide(is_deferred=False)
         try:
             block = tuple(block_shape) if block_shape else None

@@ -57,12 +57,17 @@ def _value(argument: Any) -> Any:
 
 @dataclass(slots=True)
 class NextSort:
-    """Whether the next sort of this thread is put off: the engine sorts straight behind the lookup that decides it."""
+    """Whether the next sort of this thread is put off: the engine sorts straight behind the lookup that decides it.
 
+    `was_put_off`: whether one ever was, in any thread; else there is nothing that a lookup has to take back.
+    """
+
+    was_put_off: bool = False
     _of_thread: threading.local = field(default_factory=threading.local)
 
     def decide(self, *, is_deferred: bool) -> None:
-        """Called by a lookup whose answer has a plan of ours."""
+        """Called by a lookup: by each once one was put off."""
+        self.was_put_off = self.was_put_off or is_deferred
         self._of_thread.is_deferred = is_deferred
 
     def take(self) -> bool:

@@ -26,7 +26,10 @@ def test_what_stands_for_the_results_becomes_them_by_one_sort() -> None:
 def test_a_decision_is_for_the_next_sort_alone() -> None:
     next_sort = NextSort()
     assert not next_sort.take()
+    next_sort.decide(is_deferred=False)
+    assert not next_sort.was_put_off
     next_sort.decide(is_deferred=True)
+    assert next_sort.was_put_off
     assert (next_sort.take(), next_sort.take()) == (True, False)
     next_sort.decide(is_deferred=True)
     next_sort.decide(is_deferred=False)
