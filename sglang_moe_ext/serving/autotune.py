@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 DEFAULT_S = 60.0
 """What `1` stands for."""
 _FEWEST_S, _MOST_S = 5.0, 3600.0
+_FULL_EFFORT_S = 240.0
+"""From here on a run compares the candidates of full effort; below, it would compare few batch sizes with them."""
 _hooked: set[Engine] = set()
 _asked: set[Engine] = set()
 
@@ -111,7 +113,7 @@ def _tune(engine: Engine, layer: StartingLayer, seconds: float) -> TuneOutcome:
     asked = [layer.flags, layer.tokens, layer.device_name, layer.config, _config_digest(layer.config)]
     facts = [__version__, engine, version, triton, asked]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    tuner = Tuner(user_store.root() / "autotune" / key, (*layer.flags, *_measuring_flags(layer)), seconds)
+    tuner = Tuner(user_store.root() / "autotune" / key, (*layer.flags, *_measuring_flags(layer, seconds)), seconds)
     if not (outcome := tuner.read_settled()):
         names = f"{layer.device_name}, {len(layer.tokens)} batch sizes"
         log.info("sglang-moe-ext tunes %s for %s before it loads (%.0f s)", show(layer.config), names, seconds)
@@ -119,9 +121,10 @@ def _tune(engine: Engine, layer: StartingLayer, seconds: float) -> TuneOutcome:
     return outcome
 
 
-def _measuring_flags(layer: StartingLayer) -> list[str]:
+def _measuring_flags(layer: StartingLayer, seconds: float) -> list[str]:
     gpus = ",".join(map(str, layer.gpus))
-    return ["--gpus", gpus, "--install", "none", "--batch-size", *map(str, layer.tokens)]
+    effort = "quick" if seconds < _FULL_EFFORT_S else "full"
+    return ["--gpus", gpus, "--effort", effort, "--install", "none", "--batch-size", *map(str, layer.tokens)]
 
 
 def _config_digest(model: str) -> str:

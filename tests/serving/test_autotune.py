@@ -189,6 +189,7 @@ def test_the_tuner_gets_the_servers_batch_sizes_and_all_gpus_of_its_ranks(store:
     autotune.before_load("sglang", lambda: LAYER)
     (line,) = (store / "runs").read_text().splitlines()
     assert '"--gpus", "0,1"' in line and '"--batch-size", "1", "64"' in line and '"--install", "none"' in line
+    assert '"--effort", "quick"' in line
 
 
 def test_a_second_start_starts_no_process_and_says_nothing(store: Path, caplog: pytest.LogCaptureFixture) -> None:

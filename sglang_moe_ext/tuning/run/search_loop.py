@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from sglang_moe_ext.tuning.search import candidates, few_tokens_space, final_com
 from sglang_moe_ext.tuning.search import screening as search
 from sglang_moe_ext.tuning.search.candidates import Candidates
 from sglang_moe_ext.tuning.search.final_comparison import MeasuredChoice
-from sglang_moe_ext.tuning.search.screening import EFFORTS, Budget, Effort, Screening, Times
+from sglang_moe_ext.tuning.search.screening import EFFORTS, KEPT_FOR_COMPARISONS, Budget, Effort, Screening, Times
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,21 @@ class SearchTask:
 def largest_first(listed: dict[int, Candidates]) -> list[SearchTask]:
     """The order of the work: what takes longest comes first, so that several GPUs end together."""
     return [SearchTask(m, listed[m]) for m in sorted(listed, reverse=True)]
+
+
+def spread(tasks: Sequence[SearchTask]) -> list[SearchTask]:
+    """Tasks in an order whose every beginning is spread over all of them: both ends, then always the middle of a gap.
+
+    A deadline cuts the rest off. What was compared then lies near what was not, whose batches run its entries.
+    """
+    gaps, order = deque([(0, len(tasks) - 1)]), [*tasks[:1], *tasks[1:][-1:]]
+    while gaps:
+        low, high = gaps.popleft()
+        middle = (low + high) // 2
+        if low < middle < high:
+            order.append(tasks[middle])
+            gaps += (low, middle), (middle, high)
+    return order
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +79,11 @@ def measure_all(
     Raises:
         MoEExtError: nothing ran right for any M, or no GPU responds any more.
     """
+    tasks = tasks if measuring.deadline is None else spread(tasks)
     counted = _Counted(progress, sum(len({c.compile_key for c in of}) for task in tasks for of in task.listed.values()))
     _get_ready(executors, request, tasks, measuring)
-    budget = Budget(_search_s(measuring), len(tasks), len(executors))
+    kept = KEPT_FOR_COMPARISONS if measuring.deadline is None else _KEPT_BEFORE_DEADLINE
+    budget = Budget(_search_s(measuring), len(tasks), len(executors), kept=kept)
     search_of = _Search(
         request, EFFORTS[measuring.effort], journal, budget, counted, measuring.with_own_kernels, _last_start(measuring)
     )
@@ -84,14 +101,20 @@ def measure_all(
         ],
         lambda done, of: progress("comparing", done, of),
     )
-    results = {task.tokens: result for task, (result, _) in zip(tasks, decided, strict=True) if result is not None}
-    plans = {task.tokens: plan for task, (_, plan) in zip(tasks, decided, strict=True) if plan is not None}
+    found = [(task.tokens, one) for task, one in zip(tasks, decided, strict=True) if one is not None]
+    results = {tokens: one.chosen for tokens, one in found}
     if not results and time.monotonic() >= search_of.last_start:
         raise MoEExtError("the deadline came before any batch size was compared: give more seconds")
     if not results:
         failures = sum((Counter(screening.failures) for screening in screenings), Counter[str]())
         why = ", ".join(f"{kind} {count} times" for kind, count in failures.most_common(3)) or "no candidate was timed"
         raise MoEExtError(f"nothing ran right on {request.gpu.device_name} for any batch size ({why}): -v says more")
+    with_ours = run_tasks(
+        executors,
+        [partial(_compare_own_kernels, search_of, tokens, one) for tokens, one in found],
+        lambda done, of: progress("comparing our kernels", done, of) if measuring.with_own_kernels else None,
+    )
+    plans = {tokens: plan for (tokens, _), plan in zip(found, with_ours, strict=True) if plan is not None}
     return SearchResults(dict(sorted(results.items())), dict(sorted(plans.items())))
 
 
@@ -108,6 +131,9 @@ def _get_ready(
             executor.get_ready()
 
 
+_KEPT_BEFORE_DEADLINE = 0.5
+"""Share of the time until a deadline that is no screening's: all batch sizes' pairs are compared in it, and then, of as
+many as it lasts for, our kernels."""
 _FOR_THE_END_S = 4.0
 """Before a deadline: the comparison that has begun, the writing of tables, the end of the processes."""
 
@@ -156,6 +182,12 @@ class _Search:
     with_own_kernels: bool
     last_start: float
 
+    def has_time_for_own_kernels(self) -> bool:
+        """A budget is not overrun for them; before a deadline there is time until the last start."""
+        if math.isinf(self.last_start):
+            return not self.budget.is_spent()
+        return time.monotonic() < self.last_start
+
     def fastest_keys(self, times: Times, count: int) -> dict[Projection, list[CompileKey]]:
         of_both = search.fastest_shared_keys
         return (search.fastest_keys if self.request.adapter.HAS_DOWN_TABLES else of_both)(times, count)
@@ -196,17 +228,23 @@ def _screen(of: _Search, task: SearchTask, executor: Executor) -> Screening:
     return screening
 
 
-def _decide(
-    of: _Search, tokens: int, screening: Screening, incumbent: Pair, executor: Executor
-) -> tuple[MeasuredChoice[Pair] | None, MeasuredChoice[Runner] | None]:
-    """The pair chosen for the engine's kernels, and the winner of its comparison with our kernels."""
+@dataclass(frozen=True, slots=True)
+class _Decided:
+    """The pair chosen for the engine's kernels at one M, and the finalists that it was compared with."""
+
+    chosen: MeasuredChoice[Pair]
+    finalists: list[Pair]
+
+
+def _decide(of: _Search, tokens: int, screening: Screening, incumbent: Pair, executor: Executor) -> _Decided | None:
+    """The pair chosen for the engine's kernels, if there is one."""
     if time.monotonic() >= of.last_start:
         log.warning("M=%d: left out: its comparison could not begin before the deadline", tokens)
-        return None, None
+        return None
     pairs = of.finalists(screening, 1 if of.budget.is_spent() else of.effort.finalists)
     if not pairs:
         log.warning("M=%d: left out: no candidate ran (%s)", tokens, ", ".join(screening.failures) or "none was timed")
-        return None, None
+        return None
     shape, problem = of.request.shape, of.request.problem
     jobs = [candidates.pair_jobs(pair, problem, tokens) for pair in (incumbent, *pairs)]
     executor.want(job for of_pair in jobs for job in of_pair)  # another executor may have screened
@@ -222,12 +260,21 @@ def _decide(
     chosen = final_comparison.confirm(
         shape, tokens, runnable, incumbent, measure, rounds=rounds, tried=screening.tried, failures=screening.failures
     )
-    if chosen is None or not of.with_own_kernels or of.budget.is_spent():
-        return chosen, None
+    return None if chosen is None else _Decided(chosen, runnable)
+
+
+def _compare_own_kernels(
+    of: _Search, tokens: int, decided: _Decided, executor: Executor
+) -> MeasuredChoice[Runner] | None:
+    """The winner of the comparison of the chosen pair with our kernels; None where there is none."""
+    if not of.with_own_kernels or not of.has_time_for_own_kernels():
+        return None
+    shape, problem, pair = of.request.shape, of.request.problem, decided.chosen.pair
+    measure, rounds = of.journal.through(executor.measure), of.effort.rounds
     executor.want(few_tokens_space.jobs(problem, tokens))
     adapter = of.request.adapter
     runs_sorted = adapter.takes_sorted(shape)
-    ups = [pair["up"] for pair in (chosen.pair, *runnable)] if adapter.SORTS_ITS_UP else []
+    ups = [each["up"] for each in (pair, *decided.finalists)] if adapter.SORTS_ITS_UP else []
     if runs_sorted:
         executor.want(sorted_kernel_space.screening_jobs(problem, tokens, ups))
 
@@ -239,7 +286,7 @@ def _decide(
         return next((trouble for trouble in troubles if trouble is not None), None)
 
     if few_tokens_space.contenders(problem, tokens):
-        return chosen, few_tokens_space.compare_plans(problem, tokens, chosen.pair, measure, clean, rounds=rounds)
+        return few_tokens_space.compare_plans(problem, tokens, pair, measure, clean, rounds=rounds)
     if not runs_sorted:
-        return chosen, None
-    return chosen, sorted_kernel_space.compare_plans(problem, tokens, chosen.pair, ups, measure, clean, rounds=rounds)
+        return None
+    return sorted_kernel_space.compare_plans(problem, tokens, pair, ups, measure, clean, rounds=rounds)

@@ -222,20 +222,26 @@ def shared_finalists(screening: Screening, count: int) -> list[Pair]:
     return [{"up": config, "down": config} for config in taken[:count]]
 
 
-_KEPT_FOR_COMPARISONS = 0.25
+KEPT_FOR_COMPARISONS = 0.25
 """Share of the budget. No choice is made without a final comparison, so the screening ends before the budget does.
 
 A final comparison is not cut short: a budget too small for one of each batch size is overrun."""
 
 
 class Budget:
-    """`seconds` from now on, None for no limit. `executors` work at the same time."""
+    """`seconds` from now on, None for no limit, of which `kept` is no screening's. `executors` work together."""
 
     def __init__(
-        self, seconds: float | None, shares: int, executors: int = 1, clock: Callable[[], float] = time.monotonic
+        self,
+        seconds: float | None,
+        shares: int,
+        executors: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        kept: float = KEPT_FOR_COMPARISONS,
     ):
         self._clock, self._executors, self._shares = clock, executors, shares
-        self._end = None if seconds is None else clock() + seconds * (1 - _KEPT_FOR_COMPARISONS)
+        self._end = None if seconds is None else clock() + seconds * (1 - kept)
         self._taking = threading.Lock()
 
     def is_spent(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import tempfile
 import time
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sglang_moe_ext.core import CompileJob, CompileKey, Failure, MoEExtError, Projection, Resources
 from sglang_moe_ext.kernel_plans import SortedKernelJob, list_jobs
@@ -84,6 +87,17 @@ def alone() -> dict[int, MeasuredChoice]:
 def test_the_largest_batch_comes_first() -> None:
     tasks = search_loop.largest_first({m: {"up": [], "down": []} for m in (64, 1, 4096)})
     assert [task.tokens for task in tasks] == [4096, 64, 1]
+
+
+@given(st.integers(0, 40))
+def test_any_beginning_of_a_spread_run_lies_near_the_rest(count: int) -> None:
+    tasks = search_loop.largest_first({1 << exponent: {"up": [], "down": []} for exponent in range(count)})
+    places = [tasks.index(task) for task in search_loop.spread(tasks)]
+    assert sorted(places) == list(range(count))
+    for done in range(2, count):
+        taken = sorted(places[:done])
+        widest = max(after - before for before, after in itertools.pairwise(taken))
+        assert widest * (done - 1) <= 2 * (count - 1) + 2 * (done - 1), (done, taken)
 
 
 def test_results_come_in_the_order_of_the_batch_sizes(tmp_path: Path) -> None:
@@ -175,6 +189,23 @@ def test_after_a_deadline_the_batch_sizes_that_were_not_compared_are_left_out(
     monkeypatch.setattr(search_loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
     ends = search_loop._FOR_THE_END_S + 0.5
     assert tuple(found(new_journal(tmp_path), ReplayingStation(slow), deadline=ends)) == FEW[-1:]
+
+
+@pytest.mark.parametrize(("comparisons", "compared"), [(2, (16, 4096)), (3, (16, 1024, 4096)), (4, FEW)])
+def test_a_deadline_leaves_batch_sizes_out_between_those_that_were_compared(
+    comparisons: int, compared: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, seen = [0.0], set[int]()
+
+    def slow(request: BenchRequest) -> BenchResult:
+        if isinstance(request, BenchLayers) and request.tokens not in seen:
+            seen.add(request.tokens)
+            now[0] += 1.0
+        return formula(request)
+
+    monkeypatch.setattr(search_loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    ends = search_loop._FOR_THE_END_S + comparisons - 0.5
+    assert tuple(found(new_journal(tmp_path), ReplayingStation(slow), deadline=ends)) == compared
 
 
 def test_a_deadline_that_leaves_no_comparison_is_an_error(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_moe_ext.tuning.search.screening import _KEPT_FOR_COMPARISONS, Budget
+from sglang_moe_ext.tuning.search.screening import KEPT_FOR_COMPARISONS, Budget
 
 seconds = st.floats(0.1, 1e5)
 counts = st.integers(1, 40)
@@ -42,14 +42,14 @@ def test_the_shares_leave_a_quarter_for_the_rematch(total: float, shares: int) -
     clock = Clock()
     budget = Budget(total, shares, clock=clock)
     took = sum(used_up(budget, clock) for _ in range(shares))
-    assert took == pytest.approx(total * (1 - _KEPT_FOR_COMPARISONS), abs=1e-6)
+    assert took == pytest.approx(total * (1 - KEPT_FOR_COMPARISONS), abs=1e-6)
 
 
 @given(seconds, counts)
 def test_shares_that_are_all_used_are_equal(total: float, shares: int) -> None:
     clock = Clock()
     budget = Budget(total, shares, clock=clock)
-    equal = total * (1 - _KEPT_FOR_COMPARISONS) / shares
+    equal = total * (1 - KEPT_FOR_COMPARISONS) / shares
     assert [used_up(budget, clock) for _ in range(shares)] == pytest.approx([equal] * shares, rel=1e-3, abs=1e-6)
 
 
@@ -57,7 +57,7 @@ def test_shares_that_are_all_used_are_equal(total: float, shares: int) -> None:
 def test_what_one_share_leaves_goes_to_those_after_it_alike(total: float, shares: int, used: float) -> None:
     clock = Clock()
     budget = Budget(total, shares, clock=clock)
-    screening = total * (1 - _KEPT_FOR_COMPARISONS)
+    screening = total * (1 - KEPT_FOR_COMPARISONS)
     first = used_up(budget, clock, wants_s=used * screening / shares)
     rest = [used_up(budget, clock) for _ in range(shares - 1)]
     assert rest == pytest.approx([(screening - first) / (shares - 1)] * (shares - 1), rel=1e-3, abs=1e-6)
@@ -80,7 +80,7 @@ def test_a_step_that_is_begun_is_all_that_a_share_runs_over(total: float, shares
     budget = Budget(total, shares, clock=clock)
     step_s = max(step_s, total / 1000)
     took = sum(used_up(budget, clock, step_s=step_s) for _ in range(shares))
-    assert took <= total * (1 - _KEPT_FOR_COMPARISONS) + step_s * shares
+    assert took <= total * (1 - KEPT_FOR_COMPARISONS) + step_s * shares
 
 
 @given(seconds, st.integers(1, 8), st.integers(1, 5))
@@ -98,14 +98,14 @@ def test_executors_that_work_at_the_same_time_each_have_their_share_in_full(
             clock.now = (low + high) / 2
             low, high = (low, clock.now) if all(is_over() for is_over in together) else (clock.now, high)
         clock.now = high
-    assert clock.now - begun == pytest.approx(total * (1 - _KEPT_FOR_COMPARISONS), rel=1e-3, abs=1e-6)
+    assert clock.now - begun == pytest.approx(total * (1 - KEPT_FOR_COMPARISONS), rel=1e-3, abs=1e-6)
 
 
 @given(seconds, st.integers(1, 8), counts)
 def test_more_shares_than_were_announced_get_no_time_beyond_the_end(total: float, executors: int, shares: int) -> None:
     clock = Clock()
     budget = Budget(total, shares, executors, clock)
-    end = clock.now + total * (1 - _KEPT_FOR_COMPARISONS)
+    end = clock.now + total * (1 - KEPT_FOR_COMPARISONS)
     late = [budget.share() for _ in range(shares + 3)]
     clock.now = end + 1e-3
     assert all(is_over() for is_over in late)
