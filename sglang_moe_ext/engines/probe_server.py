@@ -17,7 +17,7 @@ from sglang_moe_ext.engines.end_with_parent import end_with_parent
 class ForkedRequests:
     """The stdin of a probe's module: `read` returns in a fork of the process, one for each line of the real stdin.
 
-    A process that has initialized CUDA cannot be forked: it answers one request itself, and ends.
+    A process whose forks cannot use CUDA answers one request itself, and ends.
     """
 
     def __init__(self, parent: int, told: int) -> None:
@@ -26,7 +26,7 @@ class ForkedRequests:
     def read(self) -> str:
         while line := self._lines.readline():
             sys.stdout.flush()
-            if _has_initialized_cuda():
+            if not _forks_can_use_cuda():
                 return line
             pid = os.fork()
             if not pid:
@@ -37,9 +37,21 @@ class ForkedRequests:
         os._exit(0)
 
 
-def _has_initialized_cuda() -> bool:
+def _forks_can_use_cuda() -> bool:
+    """Not after CUDA was initialized, nor after as little as its devices were counted, which torch says in forks alone.
+
+    vLLM counts them when it is imported where no NVML can be asked.
+    """
     torch = sys.modules.get("torch")
-    return torch is not None and bool(torch.cuda.is_initialized())
+    if torch is None:
+        return True
+    if torch.cuda.is_initialized():
+        return False
+    pid = os.fork()
+    if not pid:
+        os._exit(int(torch.cuda._is_in_bad_fork()))
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status) == 0
 
 
 def main() -> None:
