@@ -56,7 +56,7 @@ def test_both_shipped_tables_of_a_layer_sort_into_one_block_size(path: Path) -> 
 
 
 FOR_VLLM = sorted(
-    path for path in (CONFIGS.parent / "vllm").glob("triton_*/*.json") if not path.name.endswith(".provenance.json")
+    path for path in (CONFIGS.parent / "vllm").glob("triton_*/*.json") if config_table.is_table(path.name)
 )
 
 
