@@ -84,9 +84,7 @@ def measure_all(
     _get_ready(executors, request, tasks, measuring)
     kept = KEPT_FOR_COMPARISONS if measuring.deadline is None else _KEPT_BEFORE_DEADLINE
     budget = Budget(_search_s(measuring), len(tasks), len(executors), kept=kept)
-    search_of = _Search(
-        request, EFFORTS[measuring.effort], journal, budget, counted, measuring.with_own_kernels, _last_start(measuring)
-    )
+    search_of = _Search(request, measuring, journal, budget, counted)
     screenings = run_tasks(
         executors,
         [partial(_screen, search_of, task) for task in tasks],
@@ -103,18 +101,20 @@ def measure_all(
     )
     found = [(task.tokens, one) for task, one in zip(tasks, decided, strict=True) if one is not None]
     results = {tokens: one.chosen for tokens, one in found}
-    if not results and time.monotonic() >= search_of.last_start:
+    if not results and not search_of.may_start():
         raise MoEExtError("the deadline came before any batch size was compared: give more seconds")
     if not results:
         failures = sum((Counter(screening.failures) for screening in screenings), Counter[str]())
         why = ", ".join(f"{kind} {count} times" for kind, count in failures.most_common(3)) or "no candidate was timed"
         raise MoEExtError(f"nothing ran right on {request.gpu.device_name} for any batch size ({why}): -v says more")
-    with_ours = run_tasks(
-        executors,
-        [partial(_compare_own_kernels, search_of, tokens, one) for tokens, one in found],
-        lambda done, of: progress("comparing our kernels", done, of) if measuring.with_own_kernels else None,
-    )
-    plans = {tokens: plan for (tokens, _), plan in zip(found, with_ours, strict=True) if plan is not None}
+    plans: dict[int, MeasuredChoice[Runner]] = {}
+    if measuring.with_own_kernels:
+        with_ours = run_tasks(
+            executors,
+            [partial(_compare_own_kernels, search_of, tokens, one) for tokens, one in found],
+            lambda done, of: progress("comparing our kernels", done, of),
+        )
+        plans = {tokens: plan for (tokens, _), plan in zip(found, with_ours, strict=True) if plan is not None}
     return SearchResults(dict(sorted(results.items())), dict(sorted(plans.items())))
 
 
@@ -175,18 +175,22 @@ class _Search:
     """What all tasks of a run have in common."""
 
     request: TuneRequest
-    effort: Effort
+    measuring: MeasureOptions
     journal: Journal
     budget: Budget
     counted: _Counted
-    with_own_kernels: bool
-    last_start: float
+
+    @property
+    def effort(self) -> Effort:
+        return EFFORTS[self.measuring.effort]
+
+    def may_start(self) -> bool:
+        """Whether a final comparison may begin."""
+        return time.monotonic() < _last_start(self.measuring)
 
     def has_time_for_own_kernels(self) -> bool:
-        """A budget is not overrun for them; before a deadline there is time until the last start."""
-        if math.isinf(self.last_start):
-            return not self.budget.is_spent()
-        return time.monotonic() < self.last_start
+        """Neither is a budget overrun for them, nor a deadline."""
+        return self.may_start() and (self.measuring.budget_s is None or not self.budget.is_spent())
 
     def fastest_keys(self, times: Times, count: int) -> dict[Projection, list[CompileKey]]:
         of_both = search.fastest_shared_keys
@@ -221,7 +225,7 @@ def _screen(of: _Search, task: SearchTask, executor: Executor) -> Screening:
     screening = search.screen(task.tokens, task.listed, of.effort, measure, clean, of.budget.share(), of.fastest_keys)
     for pair in of.finalists(screening, of.effort.finalists):
         executor.want(candidates.pair_jobs(pair, problem, task.tokens))
-    if of.with_own_kernels:
+    if of.measuring.with_own_kernels:
         executor.want(few_tokens_space.jobs(problem, task.tokens))
         if of.request.adapter.takes_sorted(of.request.shape):
             executor.want(sorted_kernel_space.screening_jobs(problem, task.tokens))
@@ -238,7 +242,7 @@ class _Decided:
 
 def _decide(of: _Search, tokens: int, screening: Screening, incumbent: Pair, executor: Executor) -> _Decided | None:
     """The pair chosen for the engine's kernels, if there is one."""
-    if time.monotonic() >= of.last_start:
+    if not of.may_start():
         log.warning("M=%d: left out: its comparison could not begin before the deadline", tokens)
         return None
     pairs = of.finalists(screening, 1 if of.budget.is_spent() else of.effort.finalists)
@@ -267,7 +271,7 @@ def _compare_own_kernels(
     of: _Search, tokens: int, decided: _Decided, executor: Executor
 ) -> MeasuredChoice[Runner] | None:
     """The winner of the comparison of the chosen pair with our kernels; None where there is none."""
-    if not of.with_own_kernels or not of.has_time_for_own_kernels():
+    if not of.has_time_for_own_kernels():
         return None
     shape, problem, pair = of.request.shape, of.request.problem, decided.chosen.pair
     measure, rounds = of.journal.through(executor.measure), of.effort.rounds

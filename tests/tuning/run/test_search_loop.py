@@ -456,6 +456,21 @@ def test_binaries_of_our_own_kernels_are_made_by_the_pool_before_they_are_timed(
     assert timed and needed <= executor.wanted and needed <= set(made)
 
 
+def test_our_own_kernels_are_compared_when_all_batch_sizes_have_a_pair(tmp_path: Path) -> None:
+    executor = ReplayingStation(with_plans)
+    chosen = found(new_journal(tmp_path), executor, with_own_kernels=True)
+    begin = next(at for at, request in enumerate(executor.asked) if isinstance(request, BenchKernelPlan))
+    compared = {request.tokens for request in executor.asked[:begin] if isinstance(request, BenchLayers)}
+    assert compared == set(chosen) == set(FEW)
+
+
+@pytest.mark.parametrize("deadline", [None, 1e9])
+def test_a_budget_is_not_overrun_for_our_own_kernels(deadline: float | None, tmp_path: Path) -> None:
+    executor = ReplayingStation(with_plans)
+    found(new_journal(tmp_path), executor, with_own_kernels=True, budget_s=1e-9, deadline=deadline)
+    assert not [request for request in executor.asked if isinstance(request, BenchKernelPlan)]
+
+
 def test_one_of_our_own_kernels_that_does_not_fit_is_not_timed(tmp_path: Path) -> None:
     def needs(job: Job) -> Resources | Failure:
         smem_bytes = 300_000 if isinstance(job, SortedKernelJob) else 65536
