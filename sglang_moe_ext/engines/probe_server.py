@@ -24,9 +24,10 @@ class ForkedRequests:
         self._parent, self._told, self._lines = parent, told, sys.stdin
 
     def read(self) -> str:
+        can_fork = _forks_can_use_cuda()  # the engine is imported, and nothing else happens here
         while line := self._lines.readline():
             sys.stdout.flush()
-            if not _forks_can_use_cuda():
+            if not can_fork:
                 return line
             pid = os.fork()
             if not pid:
